@@ -1,0 +1,15 @@
+"""The IR: attention as a value. Knows nothing of what is above it."""
+
+from attncc.ir.attention import Access, Attention, Axis, S, Tensor, W
+from attncc.ir.bounds import Bounds, Interval
+from attncc.ir.expr import Const, Expr, Index, Kind, KindError, Load, Op, Size, Var
+from attncc.ir.interpret import interpret
+from attncc.ir.program import parse_attention, print_attention
+from attncc.ir.text import ParseError, parse_expr, print_expr
+from attncc.ir.verify import VerifyError, verify
+
+__all__ = [
+    "Access", "Attention", "Axis", "Bounds", "Const", "Expr", "Index", "Interval", "Kind", "KindError", "Load", "Op",
+    "ParseError", "S", "Size", "Tensor", "Var", "VerifyError", "W", "interpret", "parse_attention", "parse_expr",
+    "print_attention", "print_expr", "verify",
+]  # fmt: skip
