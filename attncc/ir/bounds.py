@@ -26,9 +26,9 @@ class Interval:
 class Bounds:
     """`visit` covers every visible key of the tile; inside `full` every key is visible to every row of the tile.
 
-    Intervals may overlap: kernels visit the union once, in order. `residue` = (step, offset) restricts the visit further
-    to keys with (j - offset) % step == 0. `exact` says that `visit` is the smallest union of intervals that covers the
-    visible keys, so nothing is left to gain. No `full` interval means every visited key evaluates the mask.
+    Intervals may overlap: kernels visit the union once, in order. `residue` = (step, offset) restricts the visit
+    further to keys with (j - offset) % step == 0. `exact` says that `visit` is the smallest union of intervals that
+    covers the visible keys, so nothing is left to gain. No `full` interval means every visited key evaluates the mask.
     """
 
     visit: tuple[Interval, ...]

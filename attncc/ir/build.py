@@ -7,49 +7,93 @@ Only rewrites that hold for every value are made here. For floats that excludes 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 
-from attncc.ir.expr import OPS, Const, Expr, Kind, Op, Scalar
+from attncc.ir.terms import OPS, Const, Expr, Kind, Op, Scalar
 
 TRUE, FALSE = Const(True), Const(False)
 ZERO, ONE = Const(0), Const(1)
 NEG_INF = Const(-math.inf)
 
 
-def _guarded(f: Callable[[float], float]) -> Callable[[float], float]:
-    def apply(x: float) -> float:
-        try:
-            return f(x)
-        except (ValueError, OverflowError):
-            return math.nan
+def _exp(a: float) -> float:
+    try:
+        return math.exp(a)
+    except OverflowError:
+        return math.inf
+
+
+def _log(a: float) -> float:
+    return -math.inf if a == 0 else math.log(a) if a > 0 else math.nan
+
+
+def _div(a: float, b: float) -> float:
+    if b:
+        return a / b
+    return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a) * math.copysign(1.0, b)
+
+
+def _sqrt(a: float) -> float:
+    return math.sqrt(a) if a >= 0 else math.nan
+
+
+def _least(a: Scalar, b: Scalar) -> Scalar:
+    return math.nan if a != a or b != b else min(a, b)
+
+
+def _most(a: Scalar, b: Scalar) -> Scalar:
+    return math.nan if a != a or b != b else max(a, b)
+
+
+def _negate(a: float) -> float:
+    return -a
+
+
+def _magnitude(a: float) -> float:
+    return abs(a)
+
+
+def _floor_divide(a: int, b: int) -> int:
+    return a // b
+
+
+def _truncdiv(a: int, b: int) -> int:
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+def _integral(f: Callable[[float], int]) -> Callable[[float], float]:
+    def apply(a: float) -> float:
+        return math.copysign(float(f(a)), a) if math.isfinite(a) else a
 
     return apply
 
 
+#: What an op makes of constants. An op that is not here, or that raises, stays an op.
 _FOLD: dict[str, Callable[..., Scalar]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b if b else math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a),
-    "floordiv": lambda a, b: a // b,
-    "mod": lambda a, b: a % b,
-    "truncdiv": lambda a, b: int(a / b),
-    "neg": lambda a: -a,
-    "abs": abs,
-    "min": min,
-    "max": max,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": _div,
+    "floordiv": _floor_divide,
+    "mod": operator.mod,
+    "truncdiv": _truncdiv,
+    "neg": _negate,
+    "abs": _magnitude,
+    "min": _least,
+    "max": _most,
+    "lt": operator.lt,
+    "le": operator.le,
+    "eq": operator.eq,
+    "ne": operator.ne,
     "float": float,
     "int": int,
-    "exp": _guarded(math.exp),
-    "log": lambda a: -math.inf if a == 0 else _guarded(math.log)(a),
+    "exp": _exp,
+    "log": _log,
     "tanh": math.tanh,
-    "sqrt": _guarded(math.sqrt),
-    "floor": lambda a: float(math.floor(a)) if math.isfinite(a) else a,
-    "ceil": lambda a: float(math.ceil(a)) if math.isfinite(a) else a,
+    "sqrt": _sqrt,
+    "floor": _integral(math.floor),
+    "ceil": _integral(math.ceil),
 }
 
 
@@ -67,15 +111,20 @@ def cast(x: Expr, kind: Kind) -> Expr:
 
 
 def op(name: str, *args: Expr) -> Expr:
-    """The expression `name(*args)`, folded where every argument is a constant or an identity applies."""
+    """The expression `name(*args)`, folded where every argument is a constant or an identity applies.
+
+    Raises KindError for arguments the operation does not take, whether or not they fold."""
+    result = Op(name, args)
     rule = _SIMPLIFY.get(name)
     if rule is not None and (simpler := rule(*args)) is not None:
         return simpler
-    if all(isinstance(a, Const) for a in args) and name in _FOLD:
-        values = [a.value for a in args if isinstance(a, Const)]
-        if not (name in ("floordiv", "mod", "truncdiv") and values[1] == 0):
-            return Const(_FOLD[name](*values))
-    return Op(name, args)
+    values = [a.value for a in args if isinstance(a, Const)]
+    if len(values) < len(args) or name not in _FOLD:
+        return result
+    try:
+        return Const(_FOLD[name](*values))
+    except (ZeroDivisionError, OverflowError, ValueError):
+        return result
 
 
 def _zero(x: Expr) -> bool:
@@ -102,7 +151,7 @@ def _mul(a: Expr, b: Expr) -> Expr | None:
     return b if _one(a) else a if _one(b) else None
 
 
-def _div(a: Expr, b: Expr) -> Expr | None:
+def _over(a: Expr, b: Expr) -> Expr | None:
     return a if _one(b) else None
 
 
@@ -200,7 +249,7 @@ _SIMPLIFY: dict[str, Callable[..., Expr | None]] = {
     "add": _add,
     "sub": _sub,
     "mul": _mul,
-    "div": _div,
+    "div": _over,
     "floordiv": _floordiv,
     "mod": _mod,
     "neg": _neg,

@@ -6,10 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, Var, walk
-
-Value = torch.Tensor | bool | int | float
-Fn = Callable[..., Value]
+from attncc.ir.terms import OPS, ROUNDINGS, Const, Expr, Load, Op, walk
 
 DTYPE_OF = {
     "f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i64": torch.int64,
@@ -18,34 +15,14 @@ DTYPE_OF = {
 NAME_OF = {dtype: name for name, dtype in DTYPE_OF.items()}
 
 
-def _tensor(x: Value) -> torch.Tensor:
-    return x if isinstance(x, torch.Tensor) else torch.tensor(x)
+Unary = Callable[[torch.Tensor], torch.Tensor]
+Binary = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-
-def _rounder(dtype: torch.dtype) -> Fn:
-    return lambda x: _tensor(x).to(dtype)
-
-
-_TORCH: dict[str, Fn] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
-    "floordiv": lambda a, b: torch.div(_tensor(a), b, rounding_mode="floor"),
-    "mod": lambda a, b: torch.remainder(_tensor(a), b),
-    "truncdiv": lambda a, b: torch.div(_tensor(a), b, rounding_mode="trunc"),
-    "neg": lambda a: -a,
-    "abs": lambda a: _tensor(a).abs(),
-    "min": lambda a, b: torch.minimum(*_both(a, b)),
-    "max": lambda a, b: torch.maximum(*_both(a, b)),
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
-    "and": lambda a, b: torch.logical_and(_tensor(a), _tensor(b)),
-    "or": lambda a, b: torch.logical_or(_tensor(a), _tensor(b)),
-    "not": lambda a: torch.logical_not(_tensor(a)),
-    "int": lambda a: _tensor(a).to(torch.int64),
+_UNARY: dict[str, Unary] = {
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "not": torch.logical_not,
+    "int": lambda a: a.to(torch.int64),
     "exp": torch.exp,
     "log": torch.log,
     "log1p": torch.log1p,
@@ -57,24 +34,39 @@ _TORCH: dict[str, Fn] = {
     "floor": torch.floor,
     "ceil": torch.ceil,
     "round": torch.round,
-    "pow": torch.pow,
     "isnan": torch.isnan,
     "sin": torch.sin,
     "cos": torch.cos,
 }
 
+_BINARY: dict[str, Binary] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "floordiv": lambda a, b: torch.div(a, b, rounding_mode="floor"),
+    "mod": torch.remainder,
+    "truncdiv": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "lt": torch.lt,
+    "le": torch.le,
+    "eq": torch.eq,
+    "ne": torch.ne,
+    "and": torch.logical_and,
+    "or": torch.logical_or,
+    "pow": torch.pow,
+}
 
-def _both(a: Value, b: Value) -> tuple[torch.Tensor, torch.Tensor]:
-    x, y = _tensor(a), _tensor(b)
-    kind = torch.promote_types(x.dtype, y.dtype)
-    return x.to(kind), y.to(kind)
+assert {"where", "float", *ROUNDINGS} | set(_UNARY) | set(_BINARY) == set(OPS)
 
 
 class Evaluator:
     """Evaluates expressions with `leaves` bound to broadcastable tensors, float arithmetic in `compute`.
 
     With `rounding` the model's rounding points are honoured, otherwise they are skipped (which is more accurate).
-    Results are kept: a shared subexpression is computed once.
+    Results are kept: a shared subexpression is computed once. With `checked` a negative index raises IndexError, where
+    torch would count from the end; an index past the end raises always.
     """
 
     def __init__(
@@ -84,11 +76,12 @@ class Evaluator:
         compute: torch.dtype,
         *,
         rounding: bool = False,
+        checked: bool = False,
     ) -> None:
         self.known: dict[Expr, torch.Tensor] = dict(leaves)
         self.tensors, self.compute, self.rounding = tensors, compute, rounding
-        device = next((t.device for t in tensors.values()), torch.device("cpu"))
-        self.device = device
+        self.checked = checked
+        self.device = next((t.device for t in tensors.values()), torch.device("cpu"))
 
     def __call__(self, root: Expr) -> torch.Tensor:
         for node in walk(root):
@@ -107,17 +100,20 @@ class Evaluator:
                 return torch.where(self.known[c], self.known[a], self.known[b])
             case Op("float", (a,)):
                 return self.known[a].to(self.compute)
-            case Op(("bf16" | "f16" | "f32") as name, (a,)):
+            case Op(name, (a,)) if name in ROUNDINGS:
                 value = self.known[a]
                 return value.to(DTYPE_OF[name]).to(self.compute) if self.rounding else value
-            case Op(name, args):
-                return _tensor(_TORCH[name](*(self.known[a] for a in args)))
-            case Index(name) | Size(name) | Var(name):
-                raise KeyError(f"no value for {name}")
-        raise TypeError(type(node).__name__)
+            case Op(name, (a,)):
+                return _UNARY[name](self.known[a])
+            case Op(name, (a, b)):
+                return _BINARY[name](self.known[a], self.known[b])
+            case _:
+                raise KeyError(f"no value for {node!r}")
 
     def _load(self, source: torch.Tensor, index: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        value = source[torch.broadcast_tensors(*index)] if index else source
+        if self.checked and any(bool((c < 0).any()) for c in index):
+            raise IndexError("a load has a negative index")
+        value = source[index]
         if value.dtype.is_floating_point:
             return value.to(self.compute)
         return value if value.dtype == torch.bool else value.to(torch.int64)

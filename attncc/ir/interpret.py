@@ -3,13 +3,13 @@ every N x M object that kernels avoid."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from attncc.ir.attention import Access, Attention, Axis, S, Tensor, W
+from attncc.ir.attention import Access, Attention, Axis, S, W
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
-from attncc.ir.expr import Const, Expr, Size
+from attncc.ir.expr import Const, Expr, Load, Size
 
 Result = dict[str, torch.Tensor]
 
@@ -40,11 +40,11 @@ def interpret(
     wide = compute or DTYPE_OF[a.compute_dtype]
     axes = a.axes
     grid = _grid(axes, table, next(iter(tensors.values())).device)
-    ev = Evaluator(grid, tensors, wide, rounding=rounding)
+    ev = Evaluator(grid, tensors, wide, rounding=rounding, checked=True)
 
     def operand(access: Access, last: Axis, row: Axis) -> torch.Tensor:
         """(*batch, row, last) of an operand."""
-        value = ev(a_load(a.tensor(access.tensor), access.index))
+        value = ev(Load(access.tensor, access.index, "float"))
         shape = [extent(x.extent, table) if x in (*a.batch, row, last) else 1 for x in axes]
         keep = [n for n, x in enumerate(axes) if x in (*a.batch, row, last)]
         return value.expand(shape).reshape([shape[n] for n in keep])
@@ -71,10 +71,11 @@ def interpret(
     return {name: every[name] for name in a.outputs}
 
 
-def a_load(tensor: Tensor, index: tuple[Expr, ...]) -> Expr:
-    from attncc.ir.expr import Load
-
-    return Load(tensor.name, index, tensor.kind)
+_POINTWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "none": lambda x: x,
+}
 
 
 def _normalize(
@@ -82,8 +83,8 @@ def _normalize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights and the log of their sum. A row that sees nothing gives zeros, the mean, or NaN, as `a.empty` says."""
     if a.normalizer != "softmax":
-        pointwise = {"sigmoid": torch.sigmoid, "relu": torch.relu, "none": lambda x: x}[a.normalizer]
-        return torch.where(visible, pointwise(score), 0.0), torch.zeros_like(score[..., 0])
+        w = _POINTWISE[a.normalizer](score)
+        return torch.where(visible, w, 0.0), torch.zeros_like(score[..., 0])
     hidden = score.masked_fill(~visible, float("-inf"))
     logits = hidden if sink is None else torch.cat([hidden, sink], -1)
     empty = ~(visible.any(-1, keepdim=True))

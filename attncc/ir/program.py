@@ -23,6 +23,7 @@
 from __future__ import annotations
 
 import re
+from itertools import count
 from typing import cast
 
 from attncc.ir.attention import (
@@ -40,7 +41,7 @@ from attncc.ir.attention import (
     Tensor,
     W,
 )  # fmt: skip
-from attncc.ir.expr import Const, Expr, Index, Kind, Load, Op, Size, substitute, walk
+from attncc.ir.expr import Const, Expr, Index, Kind, Load, Op, Size, walk
 from attncc.ir.text import ParseError, parse_expr, print_expr
 
 _SHARED_SIZE = 6  # a subexpression used twice gets a name from this many nodes on
@@ -48,15 +49,16 @@ _SHARED_SIZE = 6  # a subexpression used twice gets a name from this many nodes 
 
 def print_attention(a: Attention) -> str:
     """The canonical text of `a`: what caches are keyed by and what `attncc inspect --ir` shows."""
-    lets = _shared(a)
-    names: dict[Expr, Expr] = {}
+    taken = {x.name for x in (*a.axes, *a.sizes)}
+    fresh = (name for n in count() if (name := f"t{n}") not in taken)
+    names: dict[Expr, str] = {}
     let_lines: list[str] = []
-    for n, x in enumerate(lets):
-        let_lines.append(f"let    t{n} = {print_expr(substitute(x, names))}")
-        names[x] = Size(f"t{n}")
+    for x, name in zip(_shared(a), fresh, strict=False):
+        let_lines.append(f"let    {name} = {print_expr(x, names)}")
+        names[x] = name
 
     def show(x: Expr) -> str:
-        return print_expr(substitute(x, names))
+        return print_expr(x, names)
 
     def access(x: Access) -> str:
         return f"{x.tensor}[{', '.join(map(show, x.index))}]"
@@ -112,7 +114,6 @@ class _Reader:
         if head.strip() != "attention":
             raise ParseError(f"an attention starts with the line 'attention', not {head!r}")
         self.names: dict[str, Expr] = {"s": S, "w": W}
-        self.lets: dict[Expr, Expr] = {}
         self.kinds: dict[str, Kind] = {}
         self.tensors: list[Tensor] = []
         self.field: dict[str, str] = {}
@@ -121,9 +122,14 @@ class _Reader:
         sizes: tuple[Size, ...] = ()
         axes: dict[str, tuple[Axis, ...]] = {"batch": ()}
         lets: list[tuple[str, str]] = []
+        seen: set[str] = set()
         for line in self.lines:
             word, _, rest = line.partition(" ")
             rest = rest.strip()
+            if word in seen:
+                raise ParseError(f"two lines say {word!r}")
+            if word not in ("tensor", "let"):
+                seen.add(word)
             if word == "size":
                 sizes = tuple(Size(n) for n in _split(rest))
                 self.names |= {s.name: s for s in sizes}
@@ -135,8 +141,6 @@ class _Reader:
             elif word == "let":
                 name, _, value = rest.partition(" = ")
                 lets.append((name, value))
-            elif word in self.field:
-                raise ParseError(f"two lines say {word!r}")
             else:
                 self.field[word] = rest
         for name, value in lets:

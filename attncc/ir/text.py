@@ -1,59 +1,23 @@
-"""Canonical text of expressions, and its parser. Python's own expression syntax, so it reads as it means."""
+"""Text of expressions and its parser. Python's own expression syntax, so it reads as it means."""
 
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 from attncc.ir.build import op
-from attncc.ir.expr import OPS, Const, Expr, Index, Kind, Load, Op, Size, Var
-
-_PRECEDENCE = {"or": 1, "and": 2, "lt": 4, "le": 4, "eq": 4, "ne": 4, "add": 5, "sub": 5}
-_PRECEDENCE |= {"mul": 6, "div": 6, "floordiv": 6, "mod": 6}
-_NOT, _NEG, _ATOM = 3, 7, 9
+from attncc.ir.terms import OPS, Const, Expr, Kind, KindError, Load
 
 
 class ParseError(ValueError):
     """The text is not canonical IR; the message quotes the part that is not."""
 
 
-def print_expr(root: Expr) -> str:
-    """The canonical text of `root`, parenthesised only where precedence needs it."""
-    return _print(root)[0]
-
-
-def _constant(value: bool | int | float) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    return repr(value)
-
-
-def _print(x: Expr) -> tuple[str, int]:
-    match x:
-        case Const(value):
-            text = _constant(value)
-            return text, _NEG if text.startswith("-") else _ATOM
-        case Load(tensor, index):
-            return f"{tensor}[{', '.join(_print(c)[0] for c in index) or '()'}]", _ATOM
-        case Op("not", (a,)):
-            return f"not {_wrap(a, _NOT)}", _NOT
-        case Op("neg", (a,)):
-            return f"-{_wrap(a, _ATOM)}", _NEG
-        case Op(name, (a, b)) if name in _PRECEDENCE:
-            level = _PRECEDENCE[name]
-            loose = level if name not in ("lt", "le", "eq", "ne") else level + 1
-            return f"{_wrap(a, loose)} {OPS[name].infix} {_wrap(b, level + 1)}", level
-        case Op(name, args):
-            return f"{name}({', '.join(_print(a)[0] for a in args)})", _ATOM
-        case Index(name) | Size(name) | Var(name):
-            return name, _ATOM
-    raise TypeError(f"no text for {type(x).__name__}")
-
-
-def _wrap(x: Expr, level: int) -> str:
-    text, own = _print(x)
-    return text if own >= level else f"({text})"
+def print_expr(root: Expr, names: Mapping[Expr, str] | None = None) -> str:
+    """The canonical text of `root`, parenthesised only where precedence needs it. A subexpression that is in `names` is
+    written as its name."""
+    return root.text(names or {})[0]
 
 
 _BINARY: dict[type[ast.AST], str] = {
@@ -70,9 +34,12 @@ def parse_expr(text: str, names: Names, tensors: Mapping[str, Kind]) -> Expr:
     Raises ParseError on anything that `print_expr` cannot have written."""
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as error:
+    except (SyntaxError, ValueError) as error:  # ValueError: a null character
         raise ParseError(f"not an expression: {text!r}") from error
-    return _Parser(names, tensors, text).parse(tree)
+    try:
+        return _Parser(names, tensors, text).parse(tree)
+    except KindError as error:
+        raise ParseError(f"{error} in {text!r}") from error
 
 
 class _Parser:
@@ -100,27 +67,32 @@ class _Parser:
     def _unary(self, node: ast.UnaryOp) -> Expr:
         operand = self.parse(node.operand)
         if isinstance(node.op, ast.USub):
-            return Const(-operand.value) if isinstance(operand, Const) else op("neg", operand)
+            return op("neg", operand)
         if isinstance(node.op, ast.Not):
             return op("not", operand)
         raise ParseError(f"unary operator in {self.text!r}")
 
     def _binary(self, node: ast.BinOp) -> Expr:
-        return op(_BINARY[type(node.op)], self.parse(node.left), self.parse(node.right))
+        return op(self._operator(node.op), self.parse(node.left), self.parse(node.right))
+
+    def _operator(self, node: ast.AST) -> str:
+        if type(node) not in _BINARY:
+            raise ParseError(f"operator {type(node).__name__} in {self.text!r}")
+        return _BINARY[type(node)]
 
     def _compare(self, node: ast.Compare) -> Expr:
         if len(node.ops) != 1:
             raise ParseError(f"chained comparison in {self.text!r}")
-        return op(_BINARY[type(node.ops[0])], self.parse(node.left), self.parse(node.comparators[0]))
+        return op(self._operator(node.ops[0]), self.parse(node.left), self.parse(node.comparators[0]))
 
     def _bool(self, node: ast.BoolOp) -> Expr:
         first, *rest = (self.parse(v) for v in node.values)
         for value in rest:
-            first = op(_BINARY[type(node.op)], first, value)
+            first = op(self._operator(node.op), first, value)
         return first
 
     def _call(self, node: ast.Call) -> Expr:
-        if not isinstance(node.func, ast.Name) or node.func.id not in OPS:
+        if not isinstance(node.func, ast.Name) or node.func.id not in OPS or node.keywords:
             raise ParseError(f"unknown function in {self.text!r}")
         return op(node.func.id, *(self.parse(a) for a in node.args))
 
@@ -130,7 +102,7 @@ class _Parser:
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         return Load(node.value.id, tuple(self.parse(p) for p in parts), self.tensors[node.value.id])
 
-    _RULES: dict[type[ast.AST], Callable[..., Expr]] = {
+    _RULES: ClassVar[dict[type[ast.AST], Callable[..., Expr]]] = {
         ast.Name: _name, ast.Constant: _constant, ast.UnaryOp: _unary, ast.BinOp: _binary, ast.Compare: _compare,
         ast.BoolOp: _bool, ast.Call: _call, ast.Subscript: _load,
     }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from keyword import iskeyword
+
 from attncc.ir.attention import DTYPES, EMPTIES, NORMALIZERS, OUTPUTS, Access, Attention, Tensor, W
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, Var, free, walk
 
@@ -15,7 +17,9 @@ def verify(a: Attention) -> Attention:
     names = [x.name for x in a.axes] + [s.name for s in a.sizes] + [t.name for t in a.tensors] + ["s", "w"]
     names = [n for n in names if n not in ("q", "k", "v")]  # these tensors share a line word, never a scalar name
     _require(len(set(names)) == len(names), f"a name is declared twice: {sorted(names)}")
-    _require(all(n.isidentifier() for n in names), "every name is an identifier")
+    for name in (*names, *(t.name for t in a.tensors)):
+        fine = name.isidentifier() and not iskeyword(name) and name not in ("inf", "nan")
+        _require(fine, f"{name!r} cannot be a name")
     tensors = {t.name: t for t in a.tensors}
     _require(len(tensors) == len(a.tensors), "a tensor is declared twice")
     sizes = frozenset[Expr](a.sizes)
@@ -24,11 +28,15 @@ def verify(a: Attention) -> Attention:
         for n in tensor.shape:
             _require(n.kind == "int" and free(n) <= sizes, f"the shape of {tensor.name} is integers over sizes")
     for axis in a.axes:
-        known = isinstance(axis.extent, Const) or axis.extent in sizes
-        _require(known, f"axis {axis.name} has an undeclared extent")
+        if isinstance(axis.extent, Const):
+            n = axis.extent.value
+            _require(type(n) is int and n >= 0, f"axis {axis.name} has the extent {n}")
+        else:
+            _require(axis.extent in sizes, f"axis {axis.name} has an undeclared extent")
     _require(a.normalizer in NORMALIZERS, f"normalizer {a.normalizer!r}")
     _require(a.empty in EMPTIES, f"empty {a.empty!r}")
-    _require(len(a.outputs) > 0 and set(a.outputs) <= set(OUTPUTS), f"outputs {a.outputs}")
+    each_once = len(set(a.outputs)) == len(a.outputs) > 0
+    _require(each_once and set(a.outputs) <= set(OUTPUTS), f"outputs {a.outputs}")
     _require(a.dtype in DTYPES and DTYPES[a.dtype][0] == "float", f"dtype {a.dtype} is no float type")
     layout = sorted(x.name for x in a.out_axes)
     _require(not a.layout or sorted(a.layout) == layout, f"layout is a permutation of {layout}")
@@ -75,7 +83,8 @@ def _scope(name: str, root: Expr, tensors: dict[str, Tensor], allowed: frozenset
                 raise VerifyError(f"{name} loads {x.tensor}, which is not declared")
             _require(tensor.kind == x.kind, f"{name} loads {x.tensor} as {x.kind}")
             _require(len(x.index) == len(tensor.shape), f"{name} indexes {x.tensor} with {len(x.index)} indices")
-            _require(all(c.kind == "int" for c in x.index), f"{name} indexes {x.tensor} with a {x.kind}")
+            for c in x.index:
+                _require(c.kind == "int", f"{name} indexes {x.tensor} with a {c.kind}")
         else:
             _require(isinstance(x, Const | Op), f"{name} holds a {type(x).__name__}")
 
