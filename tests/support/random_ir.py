@@ -81,7 +81,8 @@ def _programs(
         score = term(shop, score)
     mask = _mask(shop)
     score = filled(shop, score)
-    normalizer = shop.pick(*normalizers)
+    softmax = "softmax" in normalizers and shop.pick(True, True, False)
+    normalizer = "softmax" if softmax else shop.pick(*normalizers)
     sink = sinks(shop) if normalizer == "softmax" else None
     weight: Expr = W
     for term in shop.some(WEIGHTS, 2):
@@ -117,7 +118,7 @@ def _mask(shop: Shop) -> Expr:
 
 
 def _operand(shop: Shop, name: str, dtype: str, batch: tuple[str, ...], row: str, col: str, simple: bool) -> Access:
-    """A tensor for q, k or v and the way it is indexed: which batch axes it has, how they are merged, in which order."""
+    """A tensor for q, k or v and how it is indexed: which batch axes it has, how they are merged, in which order."""
     dims: list[tuple[Expr, Dim]] = []  # index and extent of each dimension of the tensor
     for axis in batch:
         if name != "q" and axis == "g":

@@ -10,37 +10,37 @@ from attncc.ir import Expr, Index
 from attncc.ir.build import add, and_, const, eq, floordiv, ge, gt, le, lt, mod, not_, op, or_, sub
 
 Term = Callable[[Shop], Expr]
-I, J = Index("i"), Index("j")
+ROW, KEY = Index("i"), Index("j")
 
 
 def causal(shop: Shop) -> Expr:
-    return le(J, I)
+    return le(KEY, ROW)
 
 
 def causal_from_the_end(shop: Shop) -> Expr:
     """The last row sees the last key: j <= i + M - N."""
-    return le(J, add(I, sub(shop.extents["j"].expr, shop.extents["i"].expr)))
+    return le(KEY, add(ROW, sub(shop.extents["j"].expr, shop.extents["i"].expr)))
 
 
 def window(shop: Shop) -> Expr:
-    return lt(sub(I, J), const(shop.integer(0, 9)))
+    return lt(sub(ROW, KEY), const(shop.integer(0, 9)))
 
 
 def symmetric_window(shop: Shop) -> Expr:
-    return le(op("abs", sub(I, J)), const(shop.integer(0, 9)))
+    return le(op("abs", sub(ROW, KEY)), const(shop.integer(0, 9)))
 
 
 def chunk(shop: Shop) -> Expr:
     width = const(shop.integer(1, 9))
-    return eq(floordiv(I, width), floordiv(J, width))
+    return eq(floordiv(ROW, width), floordiv(KEY, width))
 
 
 def dilated(shop: Shop) -> Expr:
-    return eq(mod(sub(I, J), const(shop.integer(1, 4))), const(0))
+    return eq(mod(sub(ROW, KEY), const(shop.integer(1, 4))), const(0))
 
 
 def every_other_head(shop: Shop) -> Expr:
-    return eq(mod(add(J, Index("h")), const(2)), const(0)) if shop.has("h") else eq(mod(J, const(2)), const(0))
+    return eq(mod(add(KEY, Index("h")), const(2)), const(0)) if shop.has("h") else eq(mod(KEY, const(2)), const(0))
 
 
 def documents(shop: Shop) -> Expr:
@@ -55,12 +55,12 @@ def padding(shop: Shop) -> Expr:
 
 def lengths(shop: Shop) -> Expr:
     """Some are 0, so some rows are empty."""
-    return lt(J, shop.load("lengths", ["b"] if shop.has("b") else [], "i32", 0, shop.extents["j"].value))
+    return lt(KEY, shop.load("lengths", ["b"] if shop.has("b") else [], "i32", 0, shop.extents["j"].value))
 
 
 def prefix(shop: Shop) -> Expr:
     length = shop.size(f"P{len(shop.sizes)}", shop.integer(0, 9)).expr if shop.pick(False, True) else const(3)
-    return or_(lt(J, length), le(J, I))
+    return or_(lt(KEY, length), le(KEY, ROW))
 
 
 def dense(shop: Shop) -> Expr:
@@ -73,15 +73,15 @@ def threshold(shop: Shop) -> Expr:
 
 def later_rows_only(shop: Shop) -> Expr:
     """Hides whole rows."""
-    return ge(I, const(shop.integer(0, 5)))
+    return ge(ROW, const(shop.integer(0, 5)))
 
 
 def sink_and_recent(shop: Shop) -> Expr:
-    return and_(le(J, I), or_(lt(J, const(2)), lt(sub(I, J), const(4))))
+    return and_(le(KEY, ROW), or_(lt(KEY, const(2)), lt(sub(ROW, KEY), const(4))))
 
 
 def hole(shop: Shop) -> Expr:
-    return not_(and_(ge(J, const(2)), lt(J, const(shop.integer(2, 20)))))
+    return not_(and_(ge(KEY, const(2)), lt(KEY, const(shop.integer(2, 20)))))
 
 
 TERMS: tuple[Term, ...] = (

@@ -11,7 +11,7 @@ from attncc.ir import Expr, Index, Load
 from attncc.ir.build import add, and_, cast, const, maximum, minimum, mul, op, sub, where
 
 Piece = Callable[[Shop, Expr], Expr]
-I, J = Index("i"), Index("j")
+ROW, KEY = Index("i"), Index("j")
 
 
 def bias(shop: Shop, x: Expr) -> Expr:
@@ -25,7 +25,7 @@ def offset_bias(shop: Shop, x: Expr) -> Expr:
     distances = minus(plus(rows, keys), const_dim(1))
     axes = shop.batch_axes()
     name = shop.floats(shop.fresh("relative"), "f32", [*(shop.extents[a] for a in axes), distances])
-    index = add(sub(J, I), minus(rows, const_dim(1)).expr)
+    index = add(sub(KEY, ROW), minus(rows, const_dim(1)).expr)
     return add(x, Load(name, (*(Index(a) for a in axes), index), "float"))
 
 
@@ -33,7 +33,7 @@ def clamped_table(shop: Shop, x: Expr) -> Expr:
     """A bucketed bias: table[clamp(i - j, -3, 4) + 3, h]."""
     axes = shop.batch_axes()
     name = shop.floats(shop.fresh("table"), "f32", [const_dim(8), *(shop.extents[a] for a in axes)])
-    bucket = add(minimum(maximum(sub(I, J), const(-3)), const(4)), const(3))
+    bucket = add(minimum(maximum(sub(ROW, KEY), const(-3)), const(4)), const(3))
     return add(x, Load(name, (bucket, *(Index(a) for a in axes)), "float"))
 
 
@@ -46,7 +46,7 @@ def gathered_bias(shop: Shop, x: Expr) -> Expr:
 
 def alibi(shop: Shop, x: Expr) -> Expr:
     slope: Expr = shop.load("slope", shop.batch_axes(), "f32")
-    distance = shop.pick(sub(J, I), op("neg", op("abs", sub(I, J))))
+    distance = shop.pick(sub(KEY, ROW), op("neg", op("abs", sub(ROW, KEY))))
     return add(x, mul(slope, mul(cast(distance, "float"), const(0.1))))
 
 

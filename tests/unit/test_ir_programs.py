@@ -31,7 +31,7 @@ def test_random_programs_run_with_declared_shapes(program: Program) -> None:
     a, tensors, sizes = program
     result = interpret(a, tensors, sizes, compute=torch.float64)
     table = dict(zip(a.sizes, sizes, strict=True))
-    shape = {x.name: table[x.extent] if x.extent in table else x.extent.value for x in a.axes}
+    shape = {x.name: table.get(x.extent) or x.extent.value for x in a.axes}
     batch = [shape[x.name] for x in a.batch]
     n, m, e = shape["i"], shape["j"], shape["e"]
     wanted = {"out": [*batch, n, e], "lse": [*batch, n], "weights": [*batch, n, m]}
