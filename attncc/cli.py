@@ -1,0 +1,165 @@
+"""The `attncc` command. Bad input ends with one line on standard error and code 2; `--debug` adds the traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import torch
+import typer
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.text import Text
+
+from attncc.progress import reporting
+from attncc.report import Report, Site
+from attncc.targets import Target, TargetError, load, one_line
+
+LANGUAGES = {"cpp": "cpp", "triton": "python", "torch": "python"}
+
+app = typer.Typer(
+    help="An attention compiler for PyTorch: see what it finds in a model, and try it.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@contextlib.contextmanager
+def clear_errors(debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except TargetError as error:
+        if debug:
+            raise
+        Console(stderr=True, soft_wrap=True).print(Text(f"attncc: {error}", style="red"))
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(help="`module:factory` or a .pt2 file. The factory returns (model, args).")],
+    ir: Annotated[bool, typer.Option("--ir", help="Print the IR of each site.")] = False,
+    kernel: Annotated[int | None, typer.Option("--kernel", metavar="N", help="Print the kernel of site N.")] = None,
+    graph: Annotated[Literal["before", "after"] | None, typer.Option(help="Print the model's graph.")] = None,
+    mask: Annotated[int | None, typer.Option("--mask", metavar="N", help="Draw the mask of site N.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="One row a site, where equal layers would share one.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show each attention of a model: what was found, what it became, or why it was left alone."""
+    with clear_errors(debug):
+        # What a model prints while it loads and runs is not part of the answer.
+        with contextlib.redirect_stdout(sys.stderr):
+            loaded = load(target)
+            report = examine(loaded)
+        console = Console(soft_wrap=not sys.stdout.isatty())
+        if as_json:
+            print(json.dumps(report.to_dict(), indent=2))
+            return
+        parts = {"ir": ir, "kernel": kernel is not None, "graph": graph is not None, "mask": mask is not None}
+        if not any(parts.values()):
+            print_report(report, every=every)
+        if ir:
+            for site in report.sites:
+                body = site.ir or f"# {site.status}: {site.reason}"
+                print_text(console, f"# site {site.index}: {site.path}\n{body}\n")
+        if kernel is not None:
+            site = pick(report, kernel, target)
+            source = _part(site, site.kernel, "kernel", target)
+            print_source(console, source, LANGUAGES.get(site.language or "", "text"))
+        if graph is not None:
+            print_source(console, report.graph_before if graph == "before" else report.graph_after, "python")
+        if mask is not None:
+            site = pick(report, mask, target)
+            print_text(console, _part(site, site.picture, "picture of a mask", target))
+
+
+def examine(target: Target) -> Report:
+    """The report on a target, without gradients; what the model raises becomes a `TargetError`."""
+    from attncc import explain, explain_program  # noqa: PLC0415 the driver loads much of torch; --help does not need it
+
+    try:
+        with torch.no_grad(), reporting():
+            if target.exported:
+                return cast(Report, explain_program(target.model))
+            return cast(Report, explain(target.model, *target.args, **target.kwargs))
+    except Exception as error:
+        raise TargetError(f"{target.name}: running the model raised {one_line(error)}") from error
+
+
+def pick(report: Report, number: int, target: str) -> Site:
+    for site in report.sites:
+        if site.index == number:
+            return site
+    if not report.sites:
+        raise TargetError(f"{target}: there is no site {number}; no attention was found")
+    last = report.sites[-1].index
+    raise TargetError(f"{target}: there is no site {number}; sites are {report.sites[0].index} to {last}")
+
+
+def _part(site: Site, part: str | None, name: str, target: str) -> str:
+    if part is None:
+        why = f"{site.status}: {site.reason}" if site.reason else site.status
+        raise TargetError(f"{target}: site {site.index} has no {name} ({why})")
+    return part
+
+
+def print_report(report: Report, *, every: bool = False) -> None:
+    # A pipe has no width; 80 columns would fold every cell.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(report.table(every=every))
+
+
+def print_text(console: Console, text: str) -> None:
+    console.print(Text(text.rstrip("\n")))
+
+
+def print_source(console: Console, source: str, language: str) -> None:
+    """Highlighted on a terminal, byte for byte elsewhere so that it can be piped into a file."""
+    if console.is_terminal:
+        console.print(Syntax(source, language, background_color="default", word_wrap=False))
+    else:
+        print(source.rstrip("\n"))
+
+
+@app.command()
+def demo(
+    sentences: Annotated[Path | None, typer.Option(help="A file with one sentence a line.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds; the median counts.")] = 15,
+    debug: Debug = False,
+) -> None:
+    """Embed sentences with a pretrained model: eager, Inductor and attncc side by side."""
+    with clear_errors(debug):
+        from attncc.demo import run  # noqa: PLC0415 loads transformers
+
+        if not run(sentences, rounds=rounds):
+            raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    suite: Annotated[Literal["cpu", "gpu"], typer.Option("--suite", help="Which machine to measure.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Time attncc's kernels against SDPA and Inductor in one run."""
+    with clear_errors(debug):
+        _suite(suite)(quick=quick, json=out)
+
+
+def _suite(name: Literal["cpu", "gpu"]) -> Callable[..., None]:
+    try:
+        return importlib.import_module(f"attncc.bench_{name}").run
+    except ImportError as error:
+        raise TargetError(f"bench --suite {name} is not available here ({one_line(error)})") from error
+
+
+def main() -> None:
+    app(prog_name="attncc")

@@ -1,0 +1,132 @@
+"""Loading what the command line is pointed at: `module:factory` or a `.pt2` file.
+
+The factory is called without arguments and returns one of
+
+    (model, args)              args: a tuple, or a single tensor
+    (model, args, kwargs)      kwargs: a mapping
+    (model, kwargs)
+    model                      with an attribute `example_inputs` (or `dummy_inputs`, as in transformers): a tuple of
+                               args, a mapping of kwargs, or a method that returns either
+
+`module` is imported with the current directory first on the path, as `python -m` does. A name may be dotted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+INPUTS = ("example_inputs", "dummy_inputs")
+
+
+class TargetError(Exception):
+    """The target cannot be loaded. The message is one line that names it and says why."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to run on example inputs, or a program that was exported with its own."""
+
+    name: str
+    model: Any
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def exported(self) -> bool:
+        return isinstance(self.model, torch.export.ExportedProgram)
+
+
+def one_line(error: BaseException) -> str:
+    """`ValueError: first line of the message`."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    name = type(error).__name__
+    return f"{name}: {lines[0]}" if lines else name
+
+
+def load(text: str) -> Target:
+    """The target that `text` names; `TargetError` where it cannot be had."""
+    if text.endswith(".pt2"):
+        return _program(text)
+    module, colon, name = text.rpartition(":")
+    if not colon or not module or not name:
+        raise TargetError(f"{text}: a target is `module:factory` or a .pt2 file")
+    factory = _find(text, module, name)
+    if not callable(factory) or isinstance(factory, torch.nn.Module):
+        return _with_inputs(text, factory)
+    try:
+        made = factory()
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{text}: the factory raised {one_line(error)}") from error
+    return _with_inputs(text, made)
+
+
+def _program(text: str) -> Target:
+    path = Path(text)
+    if not path.is_file():
+        raise TargetError(f"{text}: no such file")
+    try:
+        return Target(text, torch.export.load(path))
+    except Exception as error:
+        why = one_line(error)
+        raise TargetError(f"{text}: not a whole .pt2 archive as torch.export.save writes it ({why})") from error
+
+
+def _find(text: str, module: str, name: str) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path:  # and left there: the factory may import its neighbours when it runs
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+            raise TargetError(f"{text}: no module named {error.name!r} here or installed") from error
+        raise TargetError(f"{text}: importing {module} raised {one_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{text}: importing {module} raised {one_line(error)}") from error
+    for part in name.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            raise TargetError(f"{text}: {module} has no {name!r}") from error
+    return found
+
+
+def _with_inputs(text: str, made: Any) -> Target:
+    match made:
+        case (model, Mapping() as kwargs):
+            return _checked(text, model, (), kwargs)
+        case (model, args):
+            return _checked(text, model, args, {})
+        case (model, args, Mapping() as kwargs):
+            return _checked(text, model, args, kwargs)
+    for name in INPUTS:
+        inputs = getattr(made, name, None)
+        if inputs is None:
+            continue
+        try:
+            inputs = inputs() if callable(inputs) else inputs
+        except Exception as error:
+            raise TargetError(f"{text}: {name}() raised {one_line(error)}") from error
+        return _checked(text, made, (), inputs) if isinstance(inputs, Mapping) else _checked(text, made, inputs, {})
+    raise TargetError(
+        f"{text}: gives {_a(made)}; a factory returns (model, args), (model, args, kwargs), or a model with "
+        f"{' or '.join(INPUTS)}"
+    )
+
+
+def _checked(text: str, model: Any, args: Any, kwargs: Mapping[Any, Any]) -> Target:
+    if not callable(model):
+        raise TargetError(f"{text}: the model is {_a(model)}, which cannot be called")
+    items = tuple(cast("list[Any]", args)) if isinstance(args, (tuple, list)) else (args,)
+    return Target(text, model, items, {str(name): value for name, value in kwargs.items()})
+
+
+def _a(value: Any) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"

@@ -1,0 +1,149 @@
+"""The command line around the driver: what it prints, and how bad input ends. The driver itself is replaced here."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import attncc
+from attncc.cli import app
+from attncc.report import Report, Site
+
+SOURCE = "void attention(const float* q) {  // [b, h]\n}\n"
+REPORT = Report(
+    sites=(
+        Site(
+            index=0, status="fused", path="layers.0.attn", where="net.py:7", equation="softmax_j(s)", mask="i >= j",
+            shapes={"q": (1, 2, 3, 4)}, became="C++ kernel", ir="attention(...)", kernel=SOURCE, language="cpp",
+            picture="##",
+        ),
+        Site(index=1, status="refused", reason="softmax over an axis that is not contracted", path="router"),
+    ),
+    graph_before="def forward(before): ...", graph_after="def forward(after): ...",
+)  # fmt: skip
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(app, list(args))
+
+
+@pytest.fixture(autouse=True)
+def explained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What `explain` was called with."""
+    calls: list[Any] = []
+
+    def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
+        calls.append((model, args, kwargs))
+        print("noise of the model")
+        if isinstance(model, type(len)):
+            raise ValueError("bad shape\nmore")
+        return REPORT
+
+    monkeypatch.setattr(attncc, "explain", explain, raising=False)
+    monkeypatch.setattr(attncc, "explain_program", lambda program: explain(program), raising=False)
+    yield calls
+
+
+
+@pytest.fixture(autouse=True)
+def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "attncc_cli_target.py").write_text(
+        "import torch\n"
+        "def factory(): return torch.nn.Identity(), (torch.zeros(1),), {'extra': 1}\n"
+        "def raising(): return len, (torch.zeros(1),)\n"
+    )
+
+
+def test_inspect_prints_the_table(explained: list[Any]) -> None:
+    result = run("inspect", "attncc_cli_target:factory")
+    assert result.exit_code == 0, result.output
+    assert "layers.0.attn" in result.stdout
+    assert "2 sites: 1 fused, 0 kept, 1 refused" in result.stdout
+    assert "noise" not in result.stdout
+    ((_, args, kwargs),) = explained
+    assert args[0].shape == (1,)
+    assert kwargs == {"extra": 1}
+
+
+def test_inspect_runs_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def explain(*_: Any, **__: Any) -> Report:
+        seen.append(torch.is_grad_enabled())
+        return REPORT
+
+    monkeypatch.setattr(attncc, "explain", explain)
+    assert run("inspect", "attncc_cli_target:factory").exit_code == 0
+    assert seen == [False]
+
+
+def test_inspect_program(tmp_path: Path, explained: list[Any]) -> None:
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),)), tmp_path / "linear.pt2")
+    assert run("inspect", "linear.pt2").exit_code == 0
+    assert isinstance(explained[0][0], torch.export.ExportedProgram)
+
+
+def test_json_is_the_report_alone() -> None:
+    result = run("inspect", "attncc_cli_target:factory", "--json")
+    assert json.loads(result.stdout) == json.loads(json.dumps(REPORT.to_dict()))
+
+
+def test_kernel_is_printed_to_the_byte() -> None:
+    assert run("inspect", "attncc_cli_target:factory", "--kernel", "0").stdout == SOURCE
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--ir"], "# site 0: layers.0.attn\nattention(...)"),
+        (["--ir"], "# refused: softmax over an axis"),
+        (["--graph", "before"], "def forward(before)"),
+        (["--graph", "after"], "def forward(after)"),
+        (["--mask", "0"], "##"),
+    ],
+)
+def test_parts_are_printed_without_the_table(options: list[str], says: str) -> None:
+    result = run("inspect", "attncc_cli_target:factory", *options)
+    assert result.exit_code == 0
+    assert says in result.stdout
+    assert "1 fused" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["nosuch_module_of_anyone:thing"], "no module named"),
+        (["attncc_cli_target:absent"], "has no 'absent'"),
+        (["absent.pt2"], "no such file"),
+        (["attncc_cli_target:raising"], "running the model raised ValueError: bad shape"),
+        (["attncc_cli_target:factory", "--kernel", "7"], "there is no site 7; sites are 0 to 1"),
+        (["attncc_cli_target:factory", "--kernel", "1"], "site 1 has no kernel (refused: softmax over"),
+        (["attncc_cli_target:factory", "--mask", "1"], "site 1 has no picture"),
+    ],
+)
+def test_bad_input_gives_one_line_and_code_2(args: list[str], says: str) -> None:
+    result = run("inspect", *args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    line, rest = result.stderr.replace("noise of the model\n", "").split("\n", 1)
+    assert line.startswith(f"attncc: {args[0]}: ")
+    assert says in line
+    assert rest == ""
+
+
+def test_debug_keeps_the_exception() -> None:
+    result = run("inspect", "attncc_cli_target:raising", "--debug")
+    assert isinstance(result.exception, Exception)
+    assert isinstance(result.exception.__cause__, ValueError)
+
+
+def test_no_site_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attncc, "explain", lambda *_, **__: Report())
+    assert run("inspect", "attncc_cli_target:factory").stdout == "no attention found\n"
+    assert "no attention was found" in run("inspect", "attncc_cli_target:factory", "--kernel", "0").stderr

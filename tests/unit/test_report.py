@@ -1,0 +1,92 @@
+"""The report: what it insists on, what it gives as plain values, and the table it prints."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from attncc.report import Report, Site, alike, merged_path, ranges
+
+FUSED = Site(
+    index=0, status="fused", path="encoder.layer.0.attention.self", where="modeling_bert.py:141",
+    equation="softmax_j(s / 8)", mask="load(m, [b, 0, i, j])", shapes={"q": (2, 12, "n", 64), "v": (2, 12, "n", 64)},
+    visible=25, visited=50, total=100, became="C++ avx512 kernel", speedup=1.5, ir="attention ...", kernel="void f();",
+    language="cpp",
+)  # fmt: skip
+KEPT = Site(index=1, status="kept", reason="SDPA is 1.3x faster at this shape", path="decoder.attn", became="SDPA")
+REFUSED = Site(index=2, status="refused", reason="softmax over an axis that is not contracted", path="router")
+REPORT = Report(
+    sites=(FUSED, KEPT, REFUSED), graph_before="before", graph_after="after", notes=("no C++ compiler found",),
+    versions={"torch": "2.13.0"},
+)  # fmt: skip
+
+
+def test_counts() -> None:
+    assert (REPORT.fused, REPORT.kept, REPORT.refused) == (1, 1, 1)
+    assert REPORT.summary == "3 sites: 1 fused, 1 kept, 1 refused"
+    assert Report().summary == "no attention found"
+
+
+@pytest.mark.parametrize("status", ["kept", "refused"])
+def test_a_site_left_alone_has_a_reason(status: str) -> None:
+    with pytest.raises(ValueError, match=f"{status} without a reason"):
+        Site(index=0, status=status)  # pyright: ignore[reportArgumentType]
+
+
+def test_an_unknown_status_is_an_error() -> None:
+    with pytest.raises(ValueError, match="fused, kept, refused"):
+        Site(index=0, status="lost")  # pyright: ignore[reportArgumentType]
+
+
+def test_to_dict_is_json() -> None:
+    read = json.loads(json.dumps(REPORT.to_dict()))
+    assert read["sites"][0]["shapes"] == {"q": [2, 12, "n", 64], "v": [2, 12, "n", 64]}
+    assert [site["status"] for site in read["sites"]] == ["fused", "kept", "refused"]
+    assert read["sites"][1]["reason"] == KEPT.reason
+    assert (read["fused"], read["kept"], read["refused"]) == (1, 1, 1)
+    assert read["notes"] == ["no C++ compiler found"]
+    assert read["versions"] == {"torch": "2.13.0"}
+    assert (read["graph_before"], read["graph_after"]) == ("before", "after")
+
+
+def test_table_says_everything_about_each_site() -> None:
+    text = str(REPORT)
+    for part in (
+        "encoder.layer.0.attention.self", "modeling_bert.py:141", "softmax_j(s / 8)", "mask: load(m, [b, 0, i, j])",
+        "q (2, 12, n, 64)", "C++ avx512 kernel", "1.50x", "50.0% of the scores", "25.0% visible",
+        "SDPA is 1.3x faster", "router", "not contracted", "3 sites: 1 fused, 1 kept, 1 refused",
+        "note: no C++ compiler found",
+    ):  # fmt: skip
+        assert part in " ".join(text.replace("│", " ").split()), part
+
+
+def test_brackets_are_not_markup() -> None:
+    assert "[b]h[/b]" in str(Report(sites=(replace(FUSED, equation="[b]h[/b]"),), notes=("[red]",)))
+
+
+def test_layers_share_a_row() -> None:
+    layers = tuple(
+        replace(FUSED, index=n, path=f"layer.{n}.attn", speedup=1 + n / 4, kernel=f"// {n}") for n in range(3)
+    )
+    other = replace(FUSED, index=3, path="layer.3.attn", mask="i >= j")
+    assert alike((*layers, other)) == [layers, (other,)]
+    text = str(Report(sites=(*layers, other)))
+    assert "layer.{0-2}.attn" in text
+    assert "1.00 to 1.50x" in text
+    assert "layer.3.attn" in text
+
+
+def test_sites_in_other_places_do_not_share_a_row() -> None:
+    sites = (FUSED, replace(FUSED, index=1, path="decoder.layer.0.attention"), replace(FUSED, index=2, where="x.py:9"))
+    assert alike(sites) == [(site,) for site in sites]
+
+
+def test_ranges() -> None:
+    assert ranges([5, 0, 1, 2]) == "0-2,5"
+    assert merged_path(["a.0.b.1", "a.1.b.1"]) == "a.{0-1}.b.1"
+    assert merged_path(["a.7.b"]) == "a.7.b"
+
+
+def test_kernels_are_distinct() -> None:
+    sites = (FUSED, replace(FUSED, index=1), replace(FUSED, index=2, kernel="void g();"), KEPT)
+    assert Report(sites=sites).kernels == ("void f();", "void g();")

@@ -1,0 +1,126 @@
+"""What `module:factory` and .pt2 files load to, and the one line each bad one gives."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from attncc.targets import TargetError, load
+
+MODULE = """
+import torch
+
+model = torch.nn.Linear(2, 3)
+x = torch.zeros(1, 2)
+
+def pair(): return model, (x,)
+def lone_tensor(): return model, x
+def keywords(): return model, {"input": x}
+def triple(): return model, (), {"input": x}
+
+class Own(torch.nn.Linear):
+    example_inputs = (torch.zeros(1, 2),)
+
+class Method(torch.nn.Linear):
+    def example_inputs(self): return {"input": torch.zeros(1, 2)}
+
+class Broken(torch.nn.Linear):
+    def example_inputs(self): raise ValueError("no inputs\\ntoday")
+
+def own(): return Own(2, 3)
+own_instance = Own(2, 3)
+def method(): return Method(2, 3)
+def broken_inputs(): return Broken(2, 3)
+def no_inputs(): return model
+def nothing(): return None
+def not_a_model(): return 3, (x,)
+def raises(): raise RuntimeError("first line\\nsecond line")
+def exits(): raise SystemExit(3)
+def neighbour():
+    import attncc_test_neighbour
+    return attncc_test_neighbour.made()
+class Space:
+    @staticmethod
+    def pair(): return model, (x,)
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "attncc_test_target.py").write_text(MODULE)
+    (tmp_path / "attncc_test_neighbour.py").write_text("import attncc_test_target\nmade = attncc_test_target.pair\n")
+    (tmp_path / "attncc_test_raises.py").write_text("raise KeyError('at import')\n")
+    (tmp_path / "attncc_test_needs.py").write_text("import attncc_test_absent\n")
+    (tmp_path / "attncc_test_exits.py").write_text("raise SystemExit('usage: ...')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("attncc_test_")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pair", "lone_tensor", "keywords", "triple", "own", "own_instance", "method", "Space.pair", "neighbour",
+    ],
+)  # fmt: skip
+def test_factories(here: Path, name: str) -> None:
+    target = load(f"attncc_test_target:{name}")
+    assert target.model(*target.args, **target.kwargs).shape == (1, 3)
+    assert not target.exported
+
+
+def test_exported_program(here: Path) -> None:
+    program = torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),))
+    torch.export.save(program, here / "linear.pt2")
+    target = load("linear.pt2")
+    assert target.exported
+    assert target.model.module()(torch.zeros(1, 2)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("nosuch_module_of_anyone:thing", "no module named 'nosuch_module_of_anyone'"),
+        ("nosuch_module_of_anyone.sub:thing", "no module named 'nosuch_module_of_anyone'"),
+        ("attncc_test_target.sub:thing", "no module named 'attncc_test_target.sub'"),
+        ("attncc_test_target:absent", "has no 'absent'"),
+        ("attncc_test_target:Space.absent", "has no 'Space.absent'"),
+        ("attncc_test_target:raises", "the factory raised RuntimeError: first line"),
+        ("attncc_test_target:exits", "the factory raised SystemExit: 3"),
+        ("attncc_test_target:nothing", "gives None"),
+        ("attncc_test_target:no_inputs", "a value of type Linear"),
+        ("attncc_test_target:broken_inputs", "example_inputs() raised ValueError: no inputs"),
+        ("attncc_test_target:not_a_model", "which cannot be called"),
+        ("attncc_test_raises:thing", "importing attncc_test_raises raised KeyError: 'at import'"),
+        ("attncc_test_needs:thing", "raised ModuleNotFoundError: No module named 'attncc_test_absent'"),
+        ("attncc_test_exits:thing", "raised SystemExit: usage: ..."),
+        ("no_colon", "`module:factory` or a .pt2 file"),
+        (":thing", "`module:factory` or a .pt2 file"),
+        ("module:", "`module:factory` or a .pt2 file"),
+        (".:x", "importing . raised"),
+        ("absent.pt2", "no such file"),
+        ("", "`module:factory` or a .pt2 file"),
+    ],
+)
+def test_bad_targets(here: Path, text: str, says: str) -> None:
+    with pytest.raises(TargetError) as error:
+        load(text)
+    message = str(error.value)
+    assert message.startswith(f"{text}: ")
+    assert says in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.999])
+def test_truncated_program(here: Path, keep: float) -> None:
+    program = torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),))
+    torch.export.save(program, here / "whole.pt2")
+    whole = (here / "whole.pt2").read_bytes()
+    (here / "cut.pt2").write_bytes(whole[: int(keep * len(whole)) if keep < 1 else int(keep)])
+    with pytest.raises(TargetError, match=r"^cut\.pt2: not a whole \.pt2 archive") as error:
+        load("cut.pt2")
+    assert "\n" not in str(error.value)
