@@ -41,11 +41,13 @@ def names(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def modules() -> set[str]:
-    """Every source file of the tree under the name that it has in the wheel."""
-    found = {str(p.relative_to(ROOT)) for p in (ROOT / "attncc").glob("*.py")}
-    found |= {str(p.relative_to(ROOT)) for p in (ROOT / "attncc" / "ir").rglob("*.py")}
-    return found | {f"attncc/{p.relative_to(ROOT)}" for room in ROOMS for p in (ROOT / room).rglob("*.py")}
+def sources() -> set[str]:
+    """Every file of the tree, headers and data included, under the name that it has in the wheel."""
+    own = [*(ROOT / "attncc").glob("*"), *(ROOT / "attncc" / "ir").rglob("*")]
+    rooms = [path for room in ROOMS for path in (ROOT / room).rglob("*")]
+    found = {str(path.relative_to(ROOT)) for path in own if path.is_file()}
+    found |= {f"attncc/{path.relative_to(ROOT)}" for path in rooms if path.is_file()}
+    return {name for name in found if "__pycache__" not in name}
 
 
 def test_the_wheel_holds_one_name(names: set[str]) -> None:
@@ -54,12 +56,12 @@ def test_the_wheel_holds_one_name(names: set[str]) -> None:
     assert all(top == "attncc" or (top.startswith("attncc-") and top.endswith(".dist-info")) for top in tops), tops
 
 
-def test_the_wheel_holds_every_module(names: set[str]) -> None:
-    assert {name for name in names if name.endswith(".py")} == modules()
+def test_the_wheel_holds_every_file(names: set[str]) -> None:
+    assert {name for name in names if name.startswith("attncc/")} == sources()
 
 
-def test_the_wheel_holds_the_other_files(names: set[str], wheel: Path) -> None:
-    assert {"attncc/py.typed", "attncc/sentences.txt"} <= names
+def test_the_wheel_holds_data_licence_and_entry_points(names: set[str], wheel: Path) -> None:
+    assert {"attncc/py.typed", "attncc/sentences.txt"} <= sources()
     assert any(name.endswith("/LICENSE") for name in names)
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("attncc/sentences.txt") == (ROOT / "examples" / "sentences.txt").read_bytes()
@@ -91,7 +93,7 @@ def test_links_and_mapping_agree(setuptools_table: dict[str, Any]) -> None:
 
 
 def test_every_package_is_named(setuptools_table: dict[str, Any]) -> None:
-    expected = {str(Path(module).parent).replace(os.sep, ".") for module in modules()}
+    expected = {str(Path(name).parent).replace(os.sep, ".") for name in sources() if name.endswith(".py")}
     assert set(setuptools_table["packages"]) == expected
 
 
