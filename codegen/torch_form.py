@@ -1,0 +1,265 @@
+"""The plain-torch form of an attention: blocks of rows in eager torch, on any device, differentiable.
+
+    for each block of rows i:   s = q[i] @ k^T;  w = normalize(score(s) where mask);  out[i] = weight(w) @ v
+
+A block holds all its keys, so no running maximum is needed; its rows are as many as a budget of elements allows, so no
+N x M object is made for all heads at once. When gradients are wanted, each block is recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils import checkpoint
+
+from attncc.ir import Access, Attention, Axis, Const, Expr, Index, Kind, Load, Op, S, Size, W
+from attncc.ir.build import TRUE
+from attncc.ir.evaluate import DTYPE_OF, Evaluator
+
+#: Elements of one block's scores: 16 MiB in float32 on a CPU, so that a block stays near the caches.
+CPU_BUDGET, DEVICE_BUDGET = 1 << 22, 1 << 25
+#: Fewer rows than this make poor matrix products; the batch is split before the rows get fewer.
+LEAST_ROWS = 16
+
+_checkpoint = cast(Callable[..., list[torch.Tensor]], checkpoint.checkpoint)  # pyright: ignore[reportUnknownMemberType]
+
+Ranges = Mapping[Axis, tuple[int, int]]  # axis -> first index and one past the last
+
+
+def run_blocked(
+    a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int], *, budget: int | None = None
+) -> list[torch.Tensor]:
+    """The outputs of `a` in the order of `a.outputs`; `tensors` in the order of `a.tensors`, `sizes` of `a.sizes`.
+
+    `budget` is the number of elements a block's scores may have. Memory order of the results is not promised. A load
+    past the end of its tensor raises IndexError."""
+    named = {t.name: x for t, x in zip(a.tensors, tensors, strict=True)}
+    table = dict(zip(a.sizes, sizes, strict=True))
+    whole = {x: (0, table[x.extent] if isinstance(x.extent, Size) else int(x.extent.value)) for x in a.axes}
+    if is_plain(a) and whole[a.j][1] > 0:
+        return [_library(a, named, table, whole)]
+    device = named[a.q.tensor].device
+    budget = budget or (CPU_BUDGET if device.type == "cpu" else DEVICE_BUDGET)
+    split, rows = _split(a, whole, budget)
+    block: Callable[[Ranges], list[torch.Tensor]] = partial(_block, a, named, table)
+    several = split > 0 or rows < whole[a.i][1]
+    if several and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        block = _recomputed(a, table, named)
+    return _assemble(a, block, whole, split, rows)
+
+
+def _split(a: Attention, whole: Ranges, budget: int) -> tuple[int, int]:
+    """How many leading batch axes are taken one index at a time, and the rows of a block."""
+    length = whole[a.j][1]
+    for split in range(len(a.batch) + 1):
+        per_row = length
+        for axis in a.batch[split:]:
+            per_row = per_row * whole[axis][1]
+        if per_row * min(LEAST_ROWS, whole[a.i][1]) <= budget:
+            return split, max(1, budget // max(1, per_row))
+    return len(a.batch), LEAST_ROWS
+
+
+def _assemble(
+    a: Attention, block: Callable[[Ranges], list[torch.Tensor]], whole: Ranges, split: int, rows: int
+) -> list[torch.Tensor]:
+    """All blocks, put together along the axes they were cut from."""
+
+    def along(level: int, ranges: Ranges) -> list[torch.Tensor]:
+        if level == split:
+            at, axis, step = len(a.batch), a.i, rows
+        else:
+            at, axis, step = level, a.batch[level], 1
+        end = whole[axis][1]
+        if end <= step:
+            parts = [along(level + 1, ranges) if level < split else block(ranges)]
+        else:
+            cuts = [{**ranges, axis: (n, min(n + step, end))} for n in range(0, end, step)]
+            parts = [along(level + 1, cut) if level < split else block(cut) for cut in cuts]
+        return parts[0] if len(parts) == 1 else [torch.cat(same, at) for same in zip(*parts, strict=True)]
+
+    return along(0, whole)
+
+
+def _recomputed(
+    a: Attention, table: Mapping[Size, int], named: Mapping[str, torch.Tensor]
+) -> Callable[[Ranges], list[torch.Tensor]]:
+    """A block that keeps its inputs alone for the backward pass."""
+    names = tuple(named)
+
+    def compute(ranges: Ranges, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return _block(a, dict(zip(names, tensors, strict=True)), table, ranges)
+
+    def block(ranges: Ranges) -> list[torch.Tensor]:
+        return _checkpoint(compute, ranges, *named.values(), use_reentrant=False, preserve_rng_state=False)
+
+    return block
+
+
+class _Blocks(Evaluator):
+    """The evaluator of one block: a load whose indices are axes of the block, each once, is a view and no gather."""
+
+    def __init__(self, a: Attention, named: Mapping[str, torch.Tensor], table: Mapping[Size, int], ranges: Ranges):
+        self.axes, self.ranges = a.axes, {x.index: r for x, r in ranges.items()}
+        wide = DTYPE_OF[a.compute_dtype]
+        device = named[a.q.tensor].device
+        leaves: dict[Expr, torch.Tensor] = {s: torch.tensor(n, device=device) for s, n in table.items()}
+        for at, axis in enumerate(a.axes):
+            start, end = ranges[axis]
+            grid = torch.arange(start, end, device=device)
+            leaves[axis.index] = grid.view([-1 if n == at else 1 for n in range(len(a.axes))])
+        super().__init__(leaves, named, wide)
+        self.device = device
+
+    def _compute(self, node: Expr) -> torch.Tensor:
+        if isinstance(node, Load):
+            seen = self.view(node.tensor, node.index)
+            if seen is not None:
+                return _as_kind(seen, node.kind, self.compute)
+        return super()._compute(node)
+
+    def view(self, tensor: str, index: tuple[Expr, ...]) -> torch.Tensor | None:
+        """The part of `tensor` that the block reads, one dimension an axis, or None where it is not a view."""
+        plain = [x for x in index if isinstance(x, Index)]
+        constant = [x for x in index if isinstance(x, Const) and int(x.value) >= 0]
+        if len(plain) + len(constant) < len(index) or len(set(plain)) < len(plain):
+            return None
+        value = self.tensors[tensor]
+        for at in reversed(range(len(index))):
+            x = index[at]
+            if isinstance(x, Const):
+                value = value.select(at, int(x.value))
+        for at, x in enumerate(plain):
+            start, end = self.ranges[x]
+            value = value.narrow(at, start, end - start)
+        order = [x.index for x in self.axes]
+        value = value.permute([plain.index(x) for x in order if x in plain])
+        for at, x in enumerate(order):
+            if x not in plain:
+                value = value.unsqueeze(at)
+        return value
+
+
+def _as_kind(value: torch.Tensor, kind: Kind, compute: torch.dtype) -> torch.Tensor:
+    return value if kind == "bool" else value.to(compute if kind == "float" else torch.int64)
+
+
+def _operand(ev: _Blocks, a: Attention, access: Access, row: Axis, last: Axis, *, cast_up: bool = True) -> torch.Tensor:
+    """(*batch, row, last) of an operand, with extent 1 for batch axes it does not depend on."""
+    value = ev.view(access.tensor, access.index)
+    if value is None:
+        value = ev.tensors[access.tensor][tuple(ev(x) for x in access.index)]
+        value = value.reshape((1,) * (len(a.axes) - value.ndim) + value.shape)  # a constant index has no dimensions
+    value = value.to(ev.compute) if cast_up else value
+    gone = [at for at, x in enumerate(a.axes) if x not in (*a.batch, row, last)]
+    value = value.squeeze(gone)
+    lengths = [end - start for start, end in (ev.ranges[row.index], ev.ranges[last.index])]
+    return value.expand(*value.shape[:-2], *lengths)
+
+
+def _block(
+    a: Attention, named: Mapping[str, torch.Tensor], table: Mapping[Size, int], ranges: Ranges
+) -> list[torch.Tensor]:
+    """The outputs of one block, each with all its axes."""
+    ev = _Blocks(a, named, table, ranges)
+    q, k, v = (_operand(ev, a, *x) for x in ((a.q, a.i, a.d), (a.k, a.j, a.d), (a.v, a.j, a.e)))
+    full = [ranges[x][1] - ranges[x][0] for x in (*a.batch, a.i, a.j)]
+
+    def over_ij(x: Expr) -> torch.Tensor:
+        value = ev(x)
+        return (value[..., 0, 0] if value.ndim else value).expand(full)
+
+    ev.known[S] = (q @ k.transpose(-1, -2))[..., None, None]
+    score = over_ij(a.score)
+    visible = None if a.mask is TRUE else over_ij(a.mask)
+    sink = None if a.sink is None else over_ij(a.sink)[..., :1]
+    w, lse = _normalize(a, score, visible, sink)
+    ev.known[W] = w[..., None, None]
+    weights = over_ij(a.weight)
+    if visible is not None and (a.normalizer != "softmax" or a.empty == "zero") and a.weight is not W:
+        weights = torch.where(visible, weights, 0.0)
+    dtype = DTYPE_OF[a.dtype]
+    every: dict[str, Callable[[], torch.Tensor]] = {
+        "out": lambda: (weights @ v).expand(*full[:-1], v.shape[-1]).to(dtype),
+        "lse": lse,
+        "weights": lambda: weights.to(dtype),
+    }
+    return [every[name]() for name in a.outputs]
+
+
+_POINTWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "none": lambda x: x,
+}
+
+
+def _normalize(
+    a: Attention, score: torch.Tensor, visible: torch.Tensor | None, sink: torch.Tensor | None
+) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+    """Weights, zero where hidden, and how to get the log of their sum. Rows without a visible key are kept away from
+    the softmax, whose gradient there would be NaN."""
+    if a.normalizer != "softmax":
+        w = _POINTWISE[a.normalizer](score)
+        zero = torch.zeros_like(score[..., 0])
+        return (w if visible is None else torch.where(visible, w, 0.0)), lambda: zero
+    hidden = score if visible is None else torch.where(visible, score, float("-inf"))
+    if sink is not None or a.empty == "nan" or visible is None:
+        logits = hidden if sink is None else torch.cat([hidden, sink], -1)
+        w = torch.softmax(logits, -1)
+        return (w if sink is None else w[..., :-1]), lambda: torch.logsumexp(logits, -1)
+    empty = ~visible.any(-1, keepdim=True)
+    safe = hidden.masked_fill(empty, 0.0)
+    fill = 1.0 / max(1, score.shape[-1]) if a.empty == "mean" else 0.0
+    w = torch.softmax(safe, -1).masked_fill(empty, fill)
+    return w, lambda: torch.logsumexp(safe, -1).masked_fill(empty[..., 0], float("-inf"))
+
+
+def is_plain(a: Attention) -> bool:
+    """Whether `a` is what torch's own scaled_dot_product_attention computes: a constant scale, and no mask or j <= i
+    (counted from the first row and key, as its `is_causal` does)."""
+    dtypes = {a.tensor(x.tensor).dtype for x in (a.q, a.k, a.v)} | {a.dtype}
+    causal = Op("le", (a.j.index, a.i.index))
+    return (
+        a.normalizer == "softmax" and a.sink is None and a.weight is W and a.outputs == ("out",) and len(dtypes) == 1
+        and (a.mask is TRUE or a.mask is causal) and _scale(a.score) is not None
+    )  # fmt: skip
+
+
+def _scale(score: Expr) -> float | None:
+    """c where the score is s * c."""
+    match score:
+        case _ if score is S:
+            return 1.0
+        case Op("mul", (x, Const(c))) if x is S:
+            return float(c)
+        case _:
+            return None
+
+
+def _library(
+    a: Attention, named: Mapping[str, torch.Tensor], table: Mapping[Size, int], whole: Ranges
+) -> torch.Tensor:
+    """A plain attention by torch's own kernel, as (batch, heads, rows, channels), which its fast paths ask for."""
+    ev = _Blocks(a, named, table, whole)
+    batch = [whole[x][1] for x in a.batch]
+    q, k, v = (
+        _operand(ev, a, *x, cast_up=False) for x in ((a.q, a.i, a.d), (a.k, a.j, a.d), (a.v, a.j, a.e))
+    )  # fmt: skip
+    group = batch[-1] if batch else 1
+    shared = len(batch) > 1 and group > 1 and k.shape[-3] == 1 and v.shape[-3] == 1
+
+    def four(x: torch.Tensor, heads: list[int]) -> torch.Tensor:
+        x = x.expand(*heads, *x.shape[-2:])
+        return x if x.ndim == 4 else x.reshape(*heads[:1], -1, *x.shape[-2:]) if heads else x[None, None]
+
+    keys = [*batch[:-1], 1] if shared else batch
+    out = scaled_dot_product_attention(
+        four(q, batch), four(k, keys), four(v, keys), is_causal=a.mask is not TRUE, scale=_scale(a.score),
+        enable_gqa=shared,
+    )  # fmt: skip
+    return out.reshape(*batch, *out.shape[-2:])
