@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from attncc.ir.build import ZERO, add, const, floordiv, mod, mul, sub
+from attncc.ir.build import ONE, ZERO, add, const, floordiv, mod, mul, sub
 from attncc.ir.expr import Const, Expr, Op, Size, rewrite
 
 Monomial = tuple[Expr, ...]  # factors, ordered by their text; () is the constant term
@@ -88,60 +88,119 @@ def _mentions(x: Expr, index: Expr) -> bool:
 
 
 def upper(p: Poly, extents: Extents) -> Poly | None:
-    """A polynomial without indices that is >= p for all index values (sizes are >= 1), or None."""
-    return _bound(p, extents, up=True)
+    """A polynomial over sizes alone that is >= p for all index values (sizes are >= 1), or None."""
+    low = lower(_scaled(p, -1), extents)
+    return None if low is None else _scaled(low, -1)
 
 
 def lower(p: Poly, extents: Extents) -> Poly | None:
-    """A polynomial without indices that is <= p for all index values, or None."""
-    return _bound(p, extents, up=False)
-
-
-def _bound(p: Poly, extents: Extents, *, up: bool) -> Poly | None:
+    """A polynomial over sizes alone that is <= p for all index values, or None."""
     out: Poly = {}
     for m, c in p.items():
-        term: Poly = {(): c}
-        for factor in m:
-            if isinstance(factor, Size):
-                term = _times(term, {(factor,): 1})
-                continue
-            top = _largest(factor, extents)
-            if top is None:
+        sizes = tuple(f for f in m if isinstance(f, Size))
+        others = [f for f in m if not isinstance(f, Size)]
+        ends = [_ends(f, extents) for f in others]
+        term: Poly | None = {(): 1}
+        if len(others) == 1:
+            term = ends[0][0] if c > 0 else ends[0][1]
+        elif others:
+            if not all(low is not None and _never_negative(low) for low, _ in ends):
                 return None
-            term = _times(term, top) if (c > 0) == up else {}
-        out = _plus(out, term, 1)
+            for low, high in ends:
+                end = low if c > 0 else high
+                term = None if term is None or end is None else _times(term, end)
+        if term is None:
+            return None
+        out = _plus(out, _times(term, {sizes: c}), 1)
     return out
 
 
-def _largest(factor: Expr, extents: Extents) -> Poly | None:
-    """The largest value of a factor whose smallest is 0."""
+Ends = tuple[Poly | None, Poly | None]
+
+
+def _ends(factor: Expr, extents: Extents) -> Ends:
+    """The smallest and largest value of a factor that is no size, where known."""
     if factor in extents:
-        return _plus(poly(extents[factor]), {(): 1}, -1)
-    if isinstance(factor, Op) and factor.name == "mod" and _positive(poly(factor.args[1])):
-        return _plus(poly(factor.args[1]), {(): 1}, -1)
-    if isinstance(factor, Op) and factor.name == "floordiv" and nonnegative(factor.args[0], extents):
-        top = upper(poly(factor.args[0]), extents)
-        if top is not None and set(top) <= {()} and isinstance(factor.args[1], Const):
-            return {(): top.get((), 0) // int(factor.args[1].value)}
-    return None
+        return {}, _plus(poly(extents[factor]), {(): 1}, -1)
+    match factor:
+        case Op("mod", (_, c)) if is_positive(poly(c)):
+            return {}, _plus(poly(c), {(): 1}, -1)
+        case Op("floordiv" | "truncdiv", (x, Const(c))) if int(c) > 0:
+            low, high = lower(poly(x), extents), upper(poly(x), extents)
+            whole = low is not None and _never_negative(low)
+            if factor.name == "truncdiv" and not whole:
+                return None, None
+            return (_over(low, int(c)) or ({} if whole else None)), _over(high, int(c))
+        case Op("floordiv" | "truncdiv", (x, c)) if is_positive(poly(c)) and nonnegative(x, extents):
+            return {}, upper(poly(x), extents)
+        case Op("int", (x,)) if x.kind == "bool":
+            return {}, {(): 1}
+        case _:
+            return None, None
 
 
-def _positive(p: Poly) -> bool:
+def _over(p: Poly | None, c: int) -> Poly | None:
+    """p // c where p is a number."""
+    return {(): p.get((), 0) // c} if p is not None and set(p) <= {()} else None
+
+
+def _scaled(p: Poly, by: int) -> Poly:
+    return {m: c * by for m, c in p.items()}
+
+
+def is_positive(p: Poly) -> bool:
     """p >= 1 whenever sizes are >= 1: the coefficients of size monomials are >= 0 and all together sum to >= 1."""
     sizes_only = all(isinstance(f, Size) for m in p for f in m)
     return sizes_only and all(c >= 0 for m, c in p.items() if m) and sum(p.values()) >= 1
 
 
+def _never_negative(p: Poly) -> bool:
+    return is_positive(_plus(p, {(): 1}, 1))
+
+
+_MOST_SPLITS = 6
+
+
 def nonnegative(x: Expr, extents: Extents) -> bool:
     """Whether x >= 0 is proven for all index values."""
-    low = lower(poly(x), extents)
-    return low is not None and _positive(_plus(low, {(): 1}, 1))
+    return _nonnegative(poly(x), extents, _MOST_SPLITS)
+
+
+def _nonnegative(p: Poly, extents: Extents, splits: int) -> bool:
+    low = lower(p, extents)
+    if low is not None and _never_negative(low):
+        return True
+    if splits == 0:
+        return False
+    for m, c in p.items():
+        for f in m:
+            if not isinstance(f, Op):
+                continue
+            rest = {n: d for n, d in p.items() if n != m}
+            others = list(m)
+            others.remove(f)
+            if f.name in ("min", "max", "where") and all(isinstance(n, Size) for n in others):
+                scale: Poly = {tuple(others): c}
+                cases = (_nonnegative(_plus(rest, _times(scale, poly(a)), 1), extents, splits - 1) for a in f.args[-2:])
+                both = f.name == "where" or (f.name == "min") == (c > 0)
+                return all(cases) if both else any(cases)
+            if f.name == "floordiv" and is_positive(poly(f.args[1])):
+                whole = _divide_term(tuple(others), c, poly(f.args[1]))  # c * others = whole * divisor
+                if whole is None:
+                    continue
+                # divisor * (n // divisor) lies in [n - divisor + 1, n]
+                near = poly(f.args[0])
+                if c > 0:
+                    near = _plus(_plus(near, poly(f.args[1]), -1), {(): 1}, 1)
+                relaxed = _plus(rest, _times({whole[0]: whole[1]}, near), 1)
+                if all(isinstance(n, Size) for n in whole[0]) and _nonnegative(relaxed, extents, splits - 1):
+                    return True
+    return False
 
 
 def less_than(x: Expr, bound: Expr, extents: Extents) -> bool:
     """Whether x < bound is proven for all index values."""
-    top = upper(_plus(poly(x), poly(bound), -1), extents)
-    return top is not None and _positive(_plus({}, top, -1))
+    return nonnegative(sub(sub(bound, x), ONE), extents)
 
 
 def divide(x: Expr, by: Expr, extents: Extents) -> tuple[Expr, Expr]:
@@ -183,9 +242,9 @@ def simplify(x: Expr, extents: Extents) -> Expr:
     def rule(n: Expr) -> Expr | None:
         if not isinstance(n, Op) or n.kind != "int":
             return None
-        if n.name == "floordiv" and _positive(poly(n.args[1])):
+        if n.name == "floordiv" and is_positive(poly(n.args[1])):
             return divide(n.args[0], n.args[1], extents)[0]
-        if n.name == "mod" and _positive(poly(n.args[1])):
+        if n.name == "mod" and is_positive(poly(n.args[1])):
             return divide(n.args[0], n.args[1], extents)[1]
         return expr(poly(n)) if n.name in ("add", "sub", "mul", "neg") else None
 

@@ -2,11 +2,16 @@
 
 A tile is the rows `i0 <= i < i1` (never empty) of one batch point. Bounds are expressions over the batch indices, the
 sizes, `i0`, `i1`, and loads at those; kernels print them before their key loop.
+
+What a kernel must know: `visit` and `full`. What it may use to skip more, or leave alone: `Interval.stripe`, `residue`.
+What only appears where the caller asked for it: `Bounds.rows` (a caller whose kernel cannot scan rows does not ask).
+Bounds speak of visible keys alone: a row without any, whose result is the mean of V, is the kernel's business.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from attncc.ir.build import ZERO
 from attncc.ir.expr import Expr, Index
@@ -15,11 +20,40 @@ TILE_LO, TILE_HI = Index("i0"), Index("i1")
 
 
 @dataclass(frozen=True)
+class Stripe:
+    """Keys with (j - offset) % step < width; `step` >= 1, and a width of `step` or more is every key."""
+
+    step: Expr
+    offset: Expr
+    width: Expr
+
+
+@dataclass(frozen=True)
 class Interval:
-    """Keys lo <= j < hi. May come out empty (hi <= lo) and is not clipped: kernels clip to [0, M)."""
+    """Keys lo <= j < hi. May come out empty (hi <= lo) and is not clipped: kernels clip to [0, M).
+
+    Outside `stripe` no key of the interval is visible; a kernel may skip blocks that do not meet it, or ignore it.
+    Intervals of `Bounds.full` have none."""
 
     lo: Expr
     hi: Expr
+    stripe: Stripe | None = None
+
+
+@dataclass(frozen=True)
+class RowBound:
+    """The smallest or largest value of `expr`, an integer over the batch indices, the sizes, the row index of the
+    attention and loads at those, over the rows i0 <= i < i1. The intervals name it as `Index(name)`.
+
+    A kernel computes it before its key loop: one reduction over the rows of the tile."""
+
+    name: str
+    op: Literal["min", "max"]
+    expr: Expr
+
+    @property
+    def index(self) -> Index:
+        return Index(self.name)
 
 
 @dataclass(frozen=True)
@@ -29,12 +63,14 @@ class Bounds:
     Intervals may overlap: kernels visit the union once, in order. `residue` = (step, offset) restricts the visit
     further to keys with (j - offset) % step == 0. `exact` says that `visit` is the smallest union of intervals that
     covers the visible keys, so nothing is left to gain. No `full` interval means every visited key evaluates the mask.
+    `rows` are the values read from data per row that the intervals mention by name.
     """
 
     visit: tuple[Interval, ...]
     full: tuple[Interval, ...] = ()
     residue: tuple[Expr, Expr] | None = None
     exact: bool = False
+    rows: tuple[RowBound, ...] = ()
 
 
 def everything(m: Expr) -> Bounds:

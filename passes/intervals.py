@@ -1,0 +1,165 @@
+"""The keys a clause covers over a whole tile of rows.
+
+For a tile of rows T and a clause that allows row i the keys [lo(i), hi(i)) where g(i) holds,
+
+    cover = [ min_{i in T, g(i)} lo(i),  max_{i in T, g(i)} hi(i) )
+
+A guard affine in the row cuts the tile; extremes in closed form are preferred, and the kernel scans the rows of the
+tile (`RowBound`) where data per row is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from attncc.ir.affine import Extents, expr, nonnegative, poly, simplify
+from attncc.ir.bounds import TILE_HI, TILE_LO, RowBound, Stripe
+from attncc.ir.build import ONE, ZERO, add, and_, le, lt, maximum, minimum, mul, sub, where
+from attncc.ir.expr import Const, Expr, Op, walk
+from attncc.passes.predicates import Clause, mentions, reads
+from attncc.passes.rows import RowSet, RowStripe, row_set
+from attncc.passes.tiles import TileRows, contiguous, rise, trend
+
+
+@dataclass(frozen=True)
+class Cover:
+    """Keys lo <= j < hi (None: unbounded) in `stripe`, where `when` holds, else none. `exact`: the smallest such
+    interval of every tile, without gaps; `rows_exact`: so for tiles of one row."""
+
+    lo: Expr | None
+    hi: Expr | None
+    when: Expr
+    stripe: Stripe | None
+    exact: bool
+    rows_exact: bool
+
+
+class RowScans:
+    """The `RowBound`s an analysis asked for, each expression once. With `allowed` False there are none."""
+
+    def __init__(self, *, allowed: bool) -> None:
+        self.allowed = allowed
+        self.found: list[RowBound] = []
+
+    def extreme(self, op: str, x: Expr) -> Expr:
+        for bound in self.found:
+            if bound.op == op and bound.expr is x:
+                return bound.index
+        bound = RowBound(f"r{len(self.found)}", "min" if op == "min" else "max", x)
+        self.found.append(bound)
+        return bound.index
+
+
+def cover(clause: Clause, i: Expr, j: Expr, m: Expr, extents: Extents, scans: RowScans) -> Cover:
+    """The cover of `clause` by one interval, for `m` keys."""
+    rows = row_set(clause, i, j, extents)
+    first, last, when = _rows_of(rows, i, extents)
+    tile = TileRows(i, first, last, extents)
+    scan_guards = scans.allowed and bool(rows.guard)
+    exact = rows.exact and (not rows.guard or scan_guards)
+    rows_exact = exact
+    lows, highs = _strongest(rows.lo, extents, low=True), _strongest(rows.hi, extents, low=False)
+    lo, lo_exact, lo_scanned = _end(rows, lows, tile, m, scans, low=True)
+    hi, hi_exact, hi_scanned = _end(rows, highs, tile, m, scans, low=False)
+    rows_exact = rows_exact and lo_exact and hi_exact
+    exact = rows_exact and not rows.guard and not lo_scanned and not hi_scanned
+    exact = exact and contiguous(lows, highs, i, extents)
+    stripe = None if rows.stripe is None else _stripe(rows.stripe, tile, extents)
+    if rows.stripe is not None:
+        exact = exact and not mentions(rows.stripe.offset, i) and not mentions(rows.stripe.width, i)
+        rows_exact = rows_exact and stripe is not None
+    if rows.guard and not (lo_scanned or hi_scanned):
+        rows_exact = False
+    return Cover(lo, hi, when, stripe, exact, rows_exact)
+
+
+def _rows_of(rows: RowSet, i: Expr, extents: Extents) -> tuple[Expr, Expr, Expr]:
+    """First and last row of the tile that the clause speaks of, and the condition for there being one."""
+    first: Expr = TILE_LO
+    end: Expr = TILE_HI
+    for x in rows.first:
+        first = maximum(first, x)
+    for x in rows.end:
+        end = minimum(end, x)
+    when = and_(*rows.when)
+    if rows.first or rows.end:
+        when = and_(when, lt(first, end))  # the tile itself is never empty
+    return first, sub(end, ONE), when
+
+
+def _end(
+    rows: RowSet, ends: tuple[Expr, ...], tile: TileRows, m: Expr, scans: RowScans, *, low: bool
+) -> tuple[Expr | None, bool, bool]:
+    """(the end, whether it is attained by every single row, whether rows are scanned for it)."""
+    join: Callable[[Expr, Expr], Expr] = maximum if low else minimum
+    if scans.allowed and (rows.guard or any(reads(x, tile.i) for x in ends)):
+        value: Expr = ZERO if low else m
+        for x in ends:
+            value = join(value, x)
+        condition = and_(*rows.guard, *(le(x, tile.i) for x in rows.first), *(lt(tile.i, x) for x in rows.end))
+        value = where(condition, value, m if low else ZERO)
+        return scans.extreme("min" if low else "max", simplify(value, tile.extents)), True, True
+    result: Expr | None = None
+    attained = True
+    for x in ends:
+        found = tile.least(x) if low else tile.most(x)
+        if found is None or reads(found, tile.i):
+            attained = False
+            continue
+        attained = attained and not _chooses(x, tile.i)
+        found = simplify(found, _tile_extents(tile))
+        result = found if result is None else join(result, found)
+    return result, attained, False
+
+
+def _chooses(x: Expr, i: Expr) -> bool:
+    """Whether a value depends on a condition on the row, so that its extremes are those of all branches."""
+    return any(isinstance(n, Op) and n.name in ("where", "int") and mentions(n, i) for n in walk(x))
+
+
+def _tile_extents(tile: TileRows) -> Extents:
+    extent = tile.extents[tile.i]
+    return {**{k: v for k, v in tile.extents.items() if k is not tile.i}, TILE_LO: extent, TILE_HI: add(extent, ONE)}
+
+
+def _strongest(ends: tuple[Expr, ...], extents: Extents, *, low: bool) -> tuple[Expr, ...]:
+    """`ends` without those that another is proven to make redundant."""
+    kept: list[Expr] = []
+    for at, x in enumerate(ends):
+        others = [*kept, *ends[at + 1 :]]
+        if not any(nonnegative(sub(y, x) if low else sub(x, y), extents) for y in others):
+            kept.append(x)
+    return tuple(kept)
+
+
+def _stripe(stripe: RowStripe, tile: TileRows, extents: Extents) -> Stripe | None:
+    """The rows' stripes shift with their offset; together they are a wider stripe."""
+    if mentions(stripe.step, tile.i):
+        return None
+    width = tile.most(stripe.width)
+    if width is None:
+        return None
+    if not mentions(stripe.offset, tile.i):
+        return Stripe(stripe.step, stripe.offset, width)
+    # (i % c - r) is i - r up to a multiple of c, and c divides the step
+    offset = unwrapped(stripe.offset, stripe.step)
+    direction, step = trend(offset, tile.i, extents), rise(offset, tile.i, extents)
+    if direction != 1 or step is None:
+        return None
+    low, high = tile.least(offset), tile.most(offset)
+    if low is None or high is None:
+        return None
+    return Stripe(stripe.step, *(simplify(x, extents) for x in (low, add(width, sub(high, low)))))
+
+
+def unwrapped(x: Expr, step: Expr) -> Expr:
+    """`x` up to a multiple of `step`: moduli by that step give way to what they reduce."""
+    total: Expr = ZERO
+    for m, c in poly(x).items():
+        term: Expr = Const(c)
+        for f in m:
+            wrapped = len(m) == 1 and isinstance(f, Op) and f.name == "mod" and f.args[1] is step
+            term = mul(term, f.args[0] if wrapped and isinstance(f, Op) else f)
+        total = add(total, term)
+    return expr(poly(total))

@@ -1,0 +1,192 @@
+"""Predicates in disjunctive normal form over integer inequalities.
+
+A clause is a conjunction of atoms. An integer comparison becomes atoms `0 <= x` with x a canonical polynomial; `min`,
+`max`, `abs`, `where` and 0/1 casts of booleans inside it are lifted into the boolean structure,
+
+    max(a, b) <= c  ->  a <= c and b <= c            |a| <= c  ->  a <= c and -a <= c
+    where(p, a, b) <= c  ->  (p and a <= c) or (not p and b <= c)
+
+so that what remains is solvable one index at a time. Anything else (a boolean load, a comparison of floats, a
+comparison that reads data at a key) stays one opaque atom. What the extents prove is removed, here and between atoms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from attncc.ir.affine import Extents, expr, less_than, nonnegative, poly
+from attncc.ir.build import ONE, ZERO, add, and_, const, le, mul, not_, or_, sub
+from attncc.ir.expr import Const, Expr, Load, Op, walk
+
+Clause = frozenset[Expr]
+MAX_CLAUSES = 96
+
+
+class TooManyClauses(Exception):
+    """The normal form would be larger than any mask met in practice; callers fall back to no bounds."""
+
+
+def mentions(x: Expr, *indices: Expr) -> bool:
+    return any(n in indices for n in walk(x))
+
+
+def reads(x: Expr, *indices: Expr) -> bool:
+    """Whether `x` loads data at one of `indices`."""
+    return any(isinstance(n, Load) and mentions(n, *indices) for n in walk(x))
+
+
+class NormalForm:
+    """Disjunctive normal form of predicates over the row index `i` and the key index `j`."""
+
+    def __init__(self, i: Expr, j: Expr, extents: Extents) -> None:
+        self.i, self.j, self.extents = i, j, extents
+
+    def clauses(self, p: Expr, *, positive: bool = True) -> list[Clause]:
+        """Clauses whose disjunction is `p` (or `not p`). `[]` is false, `[frozenset()]` true.
+
+        Raises TooManyClauses."""
+        return self._absorb(self._expand(p, positive))
+
+    def _expand(self, p: Expr, positive: bool) -> list[Clause]:
+        match p:
+            case Const(value):
+                return [frozenset()] if bool(value) == positive else []
+            case Op("not", (a,)):
+                return self._expand(a, not positive)
+            case Op("and", (a, b)) if positive:
+                return self._both(a, b, True)
+            case Op("or", (a, b)) if not positive:
+                return self._both(a, b, False)
+            case Op("and" | "or", (a, b)):
+                return self._limit([*self._expand(a, positive), *self._expand(b, positive)])
+            case Op("where", (c, a, b)):
+                yes, no = (a, b) if positive else (not_(a), not_(b))
+                return self._expand(or_(and_(c, yes), and_(not_(c), no)), True)
+            case Op(("lt" | "le" | "eq" | "ne") as name, (a, b)) if a.kind == "int" and not reads(p, self.j):
+                return self._comparison(name, a, b, positive)
+            case Op("ne" | "eq", (Op("int", (a,)), Op("int", (b,)))) if a.kind == b.kind == "bool":
+                same = or_(and_(a, b), and_(not_(a), not_(b)))
+                return self._expand(same, positive == (p.name == "eq"))
+            case _:
+                return [frozenset([p if positive else not_(p)])]
+
+    def _both(self, a: Expr, b: Expr, positive: bool) -> list[Clause]:
+        return self._product(self._expand(a, positive), self._expand(b, positive))
+
+    def _comparison(self, name: str, a: Expr, b: Expr, positive: bool) -> list[Clause]:
+        less = sub(sub(b, a), ONE)  # a < b
+        more = sub(sub(a, b), ONE)  # a > b
+        if name in ("eq", "ne"):
+            if (name == "eq") == positive:
+                return self._product(self._at_least_zero(sub(b, a)), self._at_least_zero(sub(a, b)))
+            return self._limit([*self._at_least_zero(less), *self._at_least_zero(more)])
+        if name == "lt":
+            return self._at_least_zero(less if positive else sub(a, b))
+        return self._at_least_zero(sub(b, a) if positive else more)
+
+    def _at_least_zero(self, x: Expr) -> list[Clause]:
+        p = poly(x)
+        for m, c in p.items():
+            for factor in m:
+                if isinstance(factor, Op) and len(m) == 1 and mentions(factor, self.i, self.j):
+                    rest = expr({n: d for n, d in p.items() if n != m})
+                    lifted = self._lift(factor, c, rest)
+                    if lifted is not None:
+                        return self._limit(lifted)
+        canonical = expr(p)
+        if nonnegative(canonical, self.extents):
+            return [frozenset()]
+        if less_than(canonical, ZERO, self.extents):
+            return []
+        return [frozenset([le(ZERO, canonical)])]
+
+    def _lift(self, factor: Op, c: int, rest: Expr) -> list[Clause] | None:
+        def at(value: Expr) -> list[Clause]:
+            return self._at_least_zero(add(mul(value, const(c)), rest))
+
+        match factor:
+            case Op(("min" | "max") as name, (a, b)):
+                both = (name == "min") == (c > 0)
+                return self._product(at(a), at(b)) if both else [*at(a), *at(b)]
+            case Op("abs", (a,)):
+                both = c < 0
+                negative = sub(ZERO, a)
+                return self._product(at(a), at(negative)) if both else [*at(a), *at(negative)]
+            case Op("where", (p, a, b)):
+                yes = self._product(self._expand(p, True), at(a))
+                return [*yes, *self._product(self._expand(p, False), at(b))]
+            case Op("int", (p,)) if p.kind == "bool":
+                yes = self._product(self._expand(p, True), at(ONE))
+                return [*yes, *self._product(self._expand(p, False), at(ZERO))]
+            case _:
+                return None
+
+    def _product(self, xs: list[Clause], ys: list[Clause]) -> list[Clause]:
+        products = (self._reduce(x | y) for x in xs for y in ys)
+        return self._limit([c for c in products if c is not None])
+
+    def _limit(self, clauses: list[Clause]) -> list[Clause]:
+        distinct = list(dict.fromkeys(clauses))
+        if len(distinct) > MAX_CLAUSES:
+            distinct = self._absorb(distinct)
+        if len(distinct) > MAX_CLAUSES:
+            raise TooManyClauses
+        return distinct
+
+    def _reduce(self, clause: Clause) -> Clause | None:
+        """`clause` without the atoms that others imply, or None if two of its atoms exclude each other."""
+        atoms = sorted(clause, key=repr)
+        kept: list[Expr] = []
+        for at, x in enumerate(atoms):
+            if not_(x) in clause or any(self.exclude(x, y) for y in atoms[at + 1 :]):
+                return None
+            others = [*kept, *atoms[at + 1 :]]
+            if not any(self.implies(y, x) for y in others):
+                kept.append(x)
+        return frozenset(kept)
+
+    def implies(self, x: Expr, y: Expr) -> bool:
+        """Whether atom `x` is proven to imply atom `y`."""
+        if x is y:
+            return True
+        a, b = inequality(x), inequality(y)
+        return a is not None and b is not None and nonnegative(sub(b, a), self.extents)
+
+    def exclude(self, x: Expr, y: Expr) -> bool:
+        """Whether atoms `x` and `y` are proven never to hold together."""
+        a, b = inequality(x), inequality(y)
+        return a is not None and b is not None and less_than(add(a, b), ZERO, self.extents)
+
+    def _absorb(self, clauses: Iterable[Clause]) -> list[Clause]:
+        """Without the clauses that another one covers."""
+        kept: list[Clause] = []
+        for clause in sorted(set(clauses), key=lambda c: (len(c), sorted(map(repr, c)))):
+            if not any(self._covers(other, clause) for other in kept):
+                kept.append(clause)
+        return kept
+
+    def _covers(self, wide: Clause, narrow: Clause) -> bool:
+        return all(any(self.implies(x, y) for x in narrow) for y in wide)
+
+
+def inequality(atom: Expr) -> Expr | None:
+    """x of an atom `0 <= x`, None for an opaque atom."""
+    if isinstance(atom, Op) and atom.name == "le" and atom.args[0] is ZERO:
+        return atom.args[1]
+    return None
+
+
+def settled(p: Expr, extents: Extents) -> bool | None:
+    """What the extents prove an integer comparison to be, None for anything else."""
+    if not isinstance(p, Op) or p.name not in ("lt", "le", "eq", "ne") or p.args[0].kind != "int":
+        return None
+    a, b = p.args
+    if p.name in ("eq", "ne"):
+        if not poly(sub(b, a)):
+            return p.name == "eq"
+        apart = less_than(a, b, extents) or less_than(b, a, extents)
+        return p.name == "ne" if apart else None
+    below, above = (less_than(a, b, extents), nonnegative(sub(a, b), extents)) if p.name == "lt" else (
+        nonnegative(sub(b, a), extents), less_than(b, a, extents)
+    )  # fmt: skip
+    return True if below else False if above else None

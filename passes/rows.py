@@ -1,0 +1,174 @@
+"""What one clause says about one row: an interval of keys, perhaps striped, under conditions on the row.
+
+    a * j + b(i) >= 0   ->  j >= ceil(-b / a)   or   j <= floor(b / -a)
+    x(j) // c >= n      ->  x(j) >= n * c
+    (j + r) % c in [l, u]  ->  keys in a stripe of period c, u - l + 1 wide
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attncc.ir.affine import Extents, Poly, expr, is_positive, nonnegative, poly, simplify
+from attncc.ir.build import ONE, ZERO, add, floordiv, mul, sub
+from attncc.ir.expr import Expr, Op, Size
+from attncc.passes.predicates import Clause, inequality, mentions
+
+
+@dataclass(frozen=True)
+class RowStripe:
+    """Keys with (j - offset) % step < width; `offset` may depend on the row."""
+
+    step: Expr
+    offset: Expr
+    width: Expr
+    exact: bool
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Keys max(lo) <= j < min(hi), inside `stripe`, for rows max(first) <= i < min(end) where every `when` (over
+    neither index) and every `guard` (over the row alone) holds. `exact`: no atom was dropped, so these are the keys of
+    the clause."""
+
+    first: tuple[Expr, ...]
+    end: tuple[Expr, ...]
+    when: tuple[Expr, ...]
+    guard: tuple[Expr, ...]
+    lo: tuple[Expr, ...]
+    hi: tuple[Expr, ...]
+    stripe: RowStripe | None
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Solved:
+    """index >= bound, or index < bound."""
+
+    is_lower: bool
+    bound: Expr
+
+
+def solve(x: Expr, index: Expr, extents: Extents) -> Solved | None:
+    """`0 <= x` solved for `index`, or None where it is not of a form that has one bound."""
+    split = _one_factor(poly(x), index)
+    if split is None:
+        return None
+    factor, a, rest = split
+    if is_positive(a):
+        bound = sub(ZERO, floordiv(rest, expr(a)))  # factor >= bound
+        if factor is index:
+            return Solved(True, simplify(bound, extents))
+        inner = _numerator(factor, extents)
+        return None if inner is None else solve(sub(inner[0], mul(bound, inner[1])), index, extents)
+    down = {m: -c for m, c in a.items()}
+    if is_positive(down):
+        above = add(floordiv(rest, expr(down)), ONE)  # factor < above
+        if factor is index:
+            return Solved(False, simplify(above, extents))
+        inner = _numerator(factor, extents)
+        return None if inner is None else solve(sub(sub(mul(above, inner[1]), ONE), inner[0]), index, extents)
+    return None
+
+
+def _one_factor(p: Poly, index: Expr) -> tuple[Expr, Poly, Expr] | None:
+    """(factor, a, rest) with p = a * factor + rest, `a` over sizes alone, `rest` without the index."""
+    a: Poly = {}
+    rest: Poly = {}
+    factor: Expr | None = None
+    for m, c in p.items():
+        holding = [f for f in m if mentions(f, index)]
+        if not holding:
+            rest[m] = c
+            continue
+        if len(holding) > 1 or (factor is not None and holding[0] is not factor):
+            return None
+        factor = holding[0]
+        others = list(m)
+        others.remove(factor)
+        if not all(isinstance(f, Size) for f in others):
+            return None
+        a[tuple(others)] = c
+    return None if factor is None else (factor, a, expr(rest))
+
+
+def _numerator(x: Expr, extents: Extents) -> tuple[Expr, Expr] | None:
+    """(n, c) for x = n // c with c >= 1."""
+    if isinstance(x, Op) and x.name in ("floordiv", "truncdiv"):
+        n, c = x.args
+        if is_positive(poly(c)) and (x.name == "floordiv" or nonnegative(n, extents)):
+            return n, c
+    return None
+
+
+def row_set(clause: Clause, i: Expr, j: Expr, extents: Extents) -> RowSet:
+    first: list[Expr] = []
+    end: list[Expr] = []
+    when: list[Expr] = []
+    guard: list[Expr] = []
+    lo: list[Expr] = []
+    hi: list[Expr] = []
+    wrapped: dict[Expr, list[Expr]] = {}
+    exact = True
+    for atom in sorted(clause, key=repr):
+        x = inequality(atom)
+        if not mentions(atom, j):
+            solved = solve(x, i, extents) if x is not None else None
+            if not mentions(atom, i):
+                when.append(atom)
+            elif solved is not None:
+                (first if solved.is_lower else end).append(solved.bound)
+            else:
+                guard.append(atom)
+            continue
+        solved = solve(x, j, extents) if x is not None else None
+        if solved is not None:
+            (lo if solved.is_lower else hi).append(solved.bound)
+        elif x is not None and (split := _one_factor(poly(x), j)) is not None and _is_mod(split[0]):
+            wrapped.setdefault(split[0], []).append(x)
+        else:
+            exact = False
+    stripes = [_stripe(m, xs, j, extents) for m, xs in wrapped.items()]
+    known = [s for s in stripes if s is not None]
+    exact = exact and len(known) == len(stripes) and len(known) <= 1 and all(s.exact for s in known)
+    return RowSet(
+        tuple(first), tuple(end), tuple(when), tuple(guard), tuple(lo), tuple(hi), known[0] if known else None, exact
+    )
+
+
+def _is_mod(x: Expr) -> bool:
+    return isinstance(x, Op) and x.name == "mod" and is_positive(poly(x.args[1]))
+
+
+def _stripe(m: Expr, atoms: list[Expr], j: Expr, extents: Extents) -> RowStripe | None:
+    """The stripe of the inequalities on m = x % c, where x is j or (j + a) // b plus a rest without the key."""
+    assert isinstance(m, Op)
+    x, period = m.args
+    low: Expr = ZERO
+    high: Expr = sub(period, ONE)
+    for atom in atoms:
+        solved = solve(atom, m, extents)
+        if solved is None:
+            return None
+        if solved.is_lower:
+            low = solved.bound if low is ZERO else Op("max", (low, solved.bound))
+        else:
+            top = sub(solved.bound, ONE)
+            high = top if high is sub(period, ONE) else Op("min", (high, top))
+    # A low under 0 or a high past the period only widens the stripe: no m lies outside [0, period).
+    inside = nonnegative(low, extents) and nonnegative(sub(sub(period, ONE), high), extents)
+    offset, width = low, add(sub(high, low), ONE)
+    factor = x
+    while True:  # (factor - offset) % period < width, unwrapped down to the key
+        split = _one_factor(poly(factor), j)
+        if split is None or split[1] != {(): 1}:
+            return None
+        offset = sub(offset, split[2])
+        if split[0] is j:
+            break
+        inner = _numerator(split[0], extents)
+        if inner is None:
+            return None
+        factor, by = inner
+        period, offset, width = mul(period, by), mul(offset, by), mul(width, by)
+    return RowStripe(*(simplify(n, extents) for n in (period, offset, width)), exact=inside)
