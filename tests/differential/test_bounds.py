@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bounds_cases import attention, blocks, check_sound, data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncc.passes.bounds import analyse, loop_bounds
-from tests.support.bounds_cases import attention, blocks, check_sound, data
 
 # Masks whose key intervals the bounds find exactly, and whose full keys too.
 EXACT = {
