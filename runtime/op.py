@@ -1,0 +1,222 @@
+"""`attncc::attention`, the operator that compiled graphs hold: one opaque node an attention.
+
+    attention(Tensor[] tensors, SymInt[] sizes, str spec) -> Tensor[]
+
+`spec` is the canonical text of the attention, so the node says by itself what it computes: a graph cached on disk runs
+in a fresh process, and a cache sees every change. The kernel behind a spec is built at its first call on a device.
+Gradients come from a second operator, which recomputes through a differentiable form of the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from threading import Lock
+from typing import Any, Protocol, cast
+
+import torch
+from torch._functorch import autograd_function
+from torch.autograd import function
+
+from attncc.ir import Attention
+from attncc.runtime.outputs import Plan, plan_of
+
+
+class Kernel(Protocol):
+    """Writes the outputs of one attention. Called from any thread, tensors on the device it was built for."""
+
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
+    ) -> None: ...
+
+
+Build = Callable[[Attention, str, torch.device], Kernel]
+Differentiable = Callable[[Attention, Sequence[torch.Tensor], Sequence[int]], list[torch.Tensor]]
+
+
+class KernelError(RuntimeError):
+    """A kernel could not be built or failed; the message holds the attention's text."""
+
+
+class _Site:
+    """One spec: its plan, and its kernel on each device."""
+
+    def __init__(self, spec: str) -> None:
+        self.plan: Plan = plan_of(spec)
+        self.kernels: dict[torch.device, Kernel] = {}
+        self.building = Lock()
+
+
+class _Installed:
+    """What the driver gave, and what was made of it. `install` replaces it whole: no reader sees half of it."""
+
+    def __init__(self, build: Build | None = None, differentiable: Differentiable | None = None) -> None:
+        self.build, self.differentiable = build, differentiable
+        self.sites: dict[str, _Site] = {}
+
+    def site(self, spec: str) -> _Site:
+        return self.sites.get(spec) or self.sites.setdefault(spec, _Site(spec))
+
+    def kernel(self, spec: str, device: torch.device) -> Kernel:
+        site = self.site(spec)
+        with site.building:  # others wait for the one that builds; other specs do not
+            if device not in site.kernels:
+                site.kernels[device] = self._build(site.plan.attention, spec, device)
+            return site.kernels[device]
+
+    def _build(self, a: Attention, spec: str, device: torch.device) -> Kernel:
+        if self.build is None:
+            raise KernelError("attncc::attention has no kernels yet: import attncc.backend, which installs them")
+        try:
+            return self.build(a, spec, device)
+        except Exception as error:
+            raise KernelError(f"no kernel for this attention on {device}: {error}\n{spec}") from error
+
+
+_installed = _Installed()
+
+
+def install(build: Build, differentiable: Differentiable) -> None:
+    """Say how kernels are made: `build(attention, spec, device)` once for each spec and device of this process, and
+    `differentiable(attention, tensors, sizes)` for gradients. Kernels built before are forgotten."""
+    global _installed
+    _installed = _Installed(build, differentiable)
+
+
+def kernel_of(spec: str, device: torch.device) -> Kernel:
+    """The kernel of a spec on a device, built now if it is not there yet. Raises KernelError."""
+    return _installed.kernel(spec, device)
+
+
+def _run(tensors: list[torch.Tensor], sizes: list[int], spec: str) -> list[torch.Tensor]:
+    installed = _installed
+    site = installed.sites.get(spec) or installed.site(spec)
+    outputs = site.plan.allocate(tensors, sizes)
+    device = tensors[site.plan.anchor].device
+    kernel = site.kernels.get(device) or installed.kernel(spec, device)
+    try:
+        kernel(tensors, sizes, outputs)
+    except Exception as error:
+        raise KernelError(f"the kernel of this attention failed on {device}: {error}\n{spec}") from error
+    return outputs
+
+
+def _run_backward(
+    grads: list[torch.Tensor], tensors: list[torch.Tensor], sizes: list[int], spec: str, wanted: list[bool]
+) -> list[torch.Tensor]:
+    differentiable = _installed.differentiable
+    if differentiable is None:
+        raise KernelError("attncc::attention has no gradients yet: import attncc.backend, which installs them")
+    plan = plan_of(spec)
+    with torch.inference_mode(False), torch.enable_grad(), _autograd_on():
+        leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+        outputs = differentiable(plan.attention, leaves, sizes)
+        sources = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
+        kept = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+        if not kept:
+            return [torch.zeros_like(x) for x in sources]
+        found = torch.autograd.grad(
+            [o for o, _ in kept], sources, [g for _, g in kept], allow_unused=True, materialize_grads=True
+        )
+    # the fake promised the strides of empty_like
+    return [torch.empty_like(x).copy_(g) for x, g in zip(sources, found, strict=True)]
+
+
+def _autograd_on() -> AbstractContextManager[object]:
+    """Autograd's dispatch keys let in again: an operator may run with them shut out."""
+    exclude = _C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        exclude = exclude.remove(getattr(_C.DispatchKey, key))
+    return _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), exclude)
+
+
+def _fake(tensors: Sequence[torch.Tensor], sizes: Sequence[int], spec: str) -> list[torch.Tensor]:
+    return plan_of(spec).allocate(tensors, sizes)
+
+
+def _fake_backward(
+    grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], sizes: Sequence[int], spec: str,
+    wanted: Sequence[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    return [torch.empty_like(t) for t, w in zip(tensors, wanted, strict=True) if w]
+
+
+_once_differentiable = cast(Any, function.once_differentiable)
+
+
+class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportPrivateUsage]
+    """The autograd node. Made below `torch.func`'s levels, which the dispatcher has dealt with by then: a plain
+    `autograd.Function` would want to meet them itself."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, sizes: list[int], spec: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        ctx.sizes, ctx.spec = sizes, spec
+        with _C._AutoDispatchBelowAutograd():
+            return tuple(_attention.redispatch(keys, tensors, sizes, spec))
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        wanted = list(ctx.needs_input_grad[3:])
+        found = iter(_attention_backward(grads, ctx.saved_tensors, ctx.sizes, ctx.spec, wanted))
+        return (None, None, None, *(next(found) if w else None for w in wanted))
+
+
+_single_level: Callable[[], AbstractContextManager[None]] = cast(
+    Any, autograd_function
+).enable_single_level_autograd_function
+_differentiated = cast(Callable[..., tuple[torch.Tensor, ...]], cast(Any, _Differentiated).apply)
+
+
+def _with_autograd(keys: Any, tensors: list[torch.Tensor], sizes: list[int], spec: str) -> Sequence[torch.Tensor]:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        with _single_level() if _C._are_functorch_transforms_active() else nullcontext():
+            return _differentiated(keys & _AFTER_AUTOGRAD, sizes, spec, *tensors)
+    if _leads_to_run(keys.raw_repr()):
+        return _run(tensors, sizes, spec)
+    with _C._AutoDispatchBelowAutograd():
+        return _attention.redispatch(keys & _AFTER_AUTOGRAD, tensors, sizes, spec)
+
+
+@cache
+def _leads_to_run(keys: int) -> bool:
+    """Whether the dispatcher would call `_run` next, for these keys: then the way through it is saved (4 us)."""
+    next_key = (_C.DispatchKeySet.from_raw_repr(keys) & _AFTER_AUTOGRAD).highestPriorityTypeId()
+    return next_key in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
+
+
+def _mapped(
+    info: Any, dims: tuple[list[int | None], Any, None], tensors: list[torch.Tensor], sizes: list[int], spec: str
+) -> tuple[list[torch.Tensor], list[int]]:
+    """`vmap`: one call an index."""
+    slices = [
+        [t if d is None else t.select(d, at) for t, d in zip(tensors, dims[0], strict=True)]
+        for at in range(info.batch_size)
+    ]
+    results = zip(*(_attention(s, sizes, spec) for s in slices), strict=True)
+    stacked = [torch.stack(same) for same in results]
+    return stacked, [0] * len(stacked)
+
+
+_C = cast(Any, torch._C)  # pyright: ignore[reportPrivateUsage]
+_AFTER_AUTOGRAD = _C._after_autograd_keyset
+
+_torch_library = cast(Any, torch.library)  # whose functions have partial types
+_library = _torch_library.Library("attncc", "DEF")
+#: flexible_layout: the kernels take any strides, so nothing is copied before a call
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_library.define("attention(Tensor[] tensors, SymInt[] sizes, str spec) -> Tensor[]", tags=_TAGS)
+_library.define(
+    "attention_backward(Tensor[] grads, Tensor[] tensors, SymInt[] sizes, str spec, bool[] wanted) -> Tensor[]",
+    tags=_TAGS,
+)
+_attention: Any = torch.ops.attncc.attention.default
+_attention_backward: Any = torch.ops.attncc.attention_backward.default
+_library.impl("attention", _run, "CompositeExplicitAutograd")
+_library.impl("attention", _with_autograd, "Autograd", with_keyset=True)
+_library.impl("attention_backward", _run_backward, "CompositeExplicitAutograd")
+_torch_library.register_fake(_attention, _fake, lib=_library)
+_torch_library.register_fake(_attention_backward, _fake_backward, lib=_library)
+_torch_library.register_vmap(_attention, _mapped, lib=_library)
