@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, cast
@@ -36,9 +39,23 @@ def clear_errors(debug: bool) -> Iterator[None]:
         yield
     except TargetError as error:
         if debug:
-            raise
+            traceback.print_exc()
         Console(stderr=True, soft_wrap=True).print(Text(f"attncc: {error}", style="red"))
         raise typer.Exit(2) from None
+
+
+@contextlib.contextmanager
+def quiet(debug: bool) -> Iterator[None]:
+    """What a model prints, logs and warns of while it loads and runs is not part of the answer."""
+    level = logging.root.manager.disable
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore")
+            logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(level)
 
 
 @app.command()
@@ -54,8 +71,7 @@ def inspect(
 ) -> None:
     """Show each attention of a model: what was found, what it became, or why it was left alone."""
     with clear_errors(debug):
-        # What a model prints while it loads and runs is not part of the answer.
-        with contextlib.redirect_stdout(sys.stderr):
+        with quiet(debug):
             loaded = load(target)
             report = examine(loaded)
         console = Console(soft_wrap=not sys.stdout.isatty())

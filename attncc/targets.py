@@ -14,8 +14,11 @@ The factory is called without arguments and returns one of
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -44,10 +47,10 @@ class Target:
 
 
 def one_line(error: BaseException) -> str:
-    """`ValueError: first line of the message`."""
+    """`ValueError: first line of the message`, shortened where that is long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     name = type(error).__name__
-    return f"{name}: {lines[0]}" if lines else name
+    return textwrap.shorten(f"{name}: {lines[0]}", 200, placeholder=" ...") if lines else name
 
 
 def load(text: str) -> Target:
@@ -71,11 +74,33 @@ def _program(text: str) -> Target:
     path = Path(text)
     if not path.is_file():
         raise TargetError(f"{text}: no such file")
+    with _logged_errors("torch.export") as logged:
+        try:
+            return Target(text, torch.export.load(path))
+        except Exception as error:
+            # torch tries two formats, logs why the first failed, and raises what the second one said
+            why = one_line(logged[-1] if logged else error).split(". ")[0]
+            raise TargetError(f"{text}: not a whole .pt2 archive as torch.export.save writes it ({why})") from error
+
+
+@contextmanager
+def _logged_errors(name: str) -> Iterator[list[BaseException]]:
+    """The exceptions that the logger reports meanwhile, instead of their printing."""
+    errors: list[BaseException] = []
+
+    def take(record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1] is not None:
+            errors.append(record.exc_info[1])
+        return False
+
+    logger, level = logging.getLogger(name), logging.root.manager.disable
+    logger.addFilter(take)
+    logging.disable(logging.NOTSET)  # a caller may have silenced all logging
     try:
-        return Target(text, torch.export.load(path))
-    except Exception as error:
-        why = one_line(error)
-        raise TargetError(f"{text}: not a whole .pt2 archive as torch.export.save writes it ({why})") from error
+        yield errors
+    finally:
+        logging.disable(level)
+        logger.removeFilter(take)
 
 
 def _find(text: str, module: str, name: str) -> Any:

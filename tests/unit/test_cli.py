@@ -1,6 +1,9 @@
 """The command line around the driver: what it prints, and how bad input ends. The driver itself is replaced here."""
 
 import json
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,10 +140,40 @@ def test_bad_input_gives_one_line_and_code_2(args: list[str], says: str) -> None
     assert rest == ""
 
 
-def test_debug_keeps_the_exception() -> None:
+@pytest.mark.parametrize("target", ["cut.pt2", "nosuch_module_of_anyone:thing"])
+def test_the_process_prints_one_line_without_a_traceback(tmp_path: Path, target: str) -> None:
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),)), tmp_path / "whole.pt2")
+    (tmp_path / "cut.pt2").write_bytes((tmp_path / "whole.pt2").read_bytes()[:-30])
+    command = [sys.executable, "-c", "from attncc.cli import main; main()", "inspect", target]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"attncc: {target}: ")
+    shown = subprocess.run([*command, "--debug"], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 2
+    assert "Traceback" in shown.stderr
+
+
+def test_the_model_is_quiet_unless_asked(tmp_path: Path) -> None:
+    (tmp_path / "attncc_cli_noisy.py").write_text(
+        "import logging, torch, warnings\n"
+        "def factory():\n"
+        "    print('printed'); warnings.warn('warned'); logging.getLogger('noise').error('logged')\n"
+        "    return torch.nn.Identity(), (torch.zeros(1),)\n"
+    )
+    with warnings.catch_warnings(record=True) as seen:
+        result = run("inspect", "attncc_cli_noisy:factory", "--json")
+    assert json.loads(result.stdout)
+    assert seen == []
+    assert "logged" not in result.stderr
+
+
+def test_debug_adds_the_traceback() -> None:
     result = run("inspect", "attncc_cli_target:raising", "--debug")
-    assert isinstance(result.exception, Exception)
-    assert isinstance(result.exception.__cause__, ValueError)
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert "ValueError: bad shape\nmore" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("attncc: attncc_cli_target:raising: ")
 
 
 def test_no_site_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
