@@ -1,0 +1,352 @@
+"""From an attention to one C++ translation unit: the hooks that the skeleton in `lib/` calls, and the skeleton itself.
+
+    q, k, v         -> query_at, key_at, value_at: pointer + sum of stride * index
+    score, mask     -> logit (in powers of two for softmax), masked keys -inf
+    sink            -> first_logit, the maximum a row starts with
+    weight          -> linear_weight where linear in w, else weight after a first pass for the sums
+    bounds          -> find_spans, the keys a tile visits and those it need not mask
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+
+from attncc.codegen.cpp.expressions import Printer, fits_32_bits, literal
+from attncc.codegen.cpp.isa import GROUP_TILES, KEYS, QUERIES, TABLE
+from attncc.codegen.cpp.operands import NotAffine, Operand, folded_axes, operand
+from attncc.codegen.cpp.weights import linear_factor, vanishes
+from attncc.ir import Attention, Axis, Bounds, Const, Expr, Op, S, print_attention
+from attncc.ir.build import TRUE, mul
+from attncc.ir.expr import free, loads
+
+_ELEMENT = {
+    "f64": "double", "f32": "float", "bf16": "bf16", "f16": "f16", "i64": "int64_t", "i32": "int32_t",
+    "i16": "int16_t", "i8": "int8_t", "u8": "uint8_t", "bool": "bool",
+}  # fmt: skip
+_INDENT = "    "
+
+
+def unsupported(a: Attention) -> str | None:
+    """Why no C++ kernel gives `a`, or None."""
+    if "weights" in a.outputs:
+        return "the weights are asked for; the C++ kernel never forms them"
+    if a.dtype not in _ELEMENT or a.dtype not in ("f64", "f32", "bf16", "f16"):
+        return f"out as {a.dtype}"
+    if a.empty != "zero" and a.normalizer == "softmax" and not vanishes(a.weight):
+        return f"a weight that is not 0 where w is 0, with empty rows as {a.empty}"
+    try:
+        _operands(a)
+    except NotAffine as error:
+        return str(error)
+    return None
+
+
+def emit(a: Attention, bounds: Bounds, isa: str) -> str:
+    """The C++ source of `a` for `isa`. Raises ValueError where `unsupported(a)` has a reason."""
+    reason = unsupported(a)
+    if reason is not None:
+        raise ValueError(f"no C++ kernel: {reason}")
+    if isa not in TABLE:
+        raise ValueError(f"no such instruction set {isa!r}; it is one of {', '.join(TABLE)}")
+    return _Emitter(a, bounds, isa).source()
+
+
+def _operands(a: Attention) -> tuple[Operand, Operand, Operand]:
+    return operand(a.q, a.i, a.d), operand(a.k, a.j, a.d), operand(a.v, a.j, a.e)
+
+
+@cache
+def _library(name: str) -> str:
+    return (Path(__file__).parent / "lib" / f"{name}.h").read_text()
+
+
+def _function(head: str, lines: list[str]) -> str:
+    return "\n".join([f"{head} {{", *(f"{_INDENT}{line}" for line in lines), "}"]) + "\n"
+
+
+class _Emitter:
+    def __init__(self, a: Attention, bounds: Bounds, isa: str) -> None:
+        self.a, self.bounds, self.name, self.isa = a, bounds, isa, TABLE[isa]
+        self.spans = [x for s in (*bounds.visit, *bounds.full) for x in (s.lo, s.hi)]
+        self.folded = folded_axes(a, self.spans)
+        self.held = tuple(x for x in a.batch if x not in self.folded)
+        self.p = Printer(a, [x.index for x in self.folded])
+        self.q, self.k, self.v = _operands(a)
+        self.factor = linear_factor(a.weight) if a.normalizer == "softmax" else None
+        self.early = a.normalizer == "softmax" and self.factor is None
+        self.scale = self._plain_scale()
+
+    def _plain_scale(self) -> float | None:
+        """c > 0 with score = s * c, which needs no pass of its own."""
+        x = self.a.score
+        if self.a.normalizer != "softmax" or self.early:
+            return None
+        if x is S:
+            return 1.0
+        if isinstance(x, Op) and x.name == "mul" and S in x.args:
+            other = x.args[0] if x.args[1] is S else x.args[1]
+            if isinstance(other, Const) and 0 < float(other.value) < math.inf:
+                return float(other.value)
+        return None
+
+    def source(self) -> str:
+        hooks = [self._bounds(), self._logit(), self._weights(), self._sink()]  # they fill the slots printed below
+        parts = [self._header(), self._config(), *map(_library, ("vector", "convert", "layout", "product"))]
+        parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), self._slots()]
+        parts += [_library("tile"), self._fills(), *hooks, self._rows(), _library("plain")]
+        return "\n".join([*parts, *map(_library, ("begin", "attend", "run")), self._entry()])
+
+    # ---- text ------------------------------------------------------------------------------------------------------
+    def _header(self) -> str:
+        lines = ["attncc: a C++ kernel for " + self.name, "", *_equation(self.a), ""]
+        lines += print_attention(self.a).splitlines()
+        lines += ["", *(f"visit {s.lo!r} <= j < {s.hi!r}" for s in self.bounds.visit)]
+        lines += [f"full  {s.lo!r} <= j < {s.hi!r}" for s in self.bounds.full]
+        return "\n".join(f"// {line}".rstrip() for line in lines) + "\n"
+
+    def _config(self) -> str:
+        a, isa, double = self.a, self.isa, self.p.double
+        lanes = isa.vector_bytes // (8 if double else 4)
+        narrow = not double and fits_32_bits(a, a.score, a.mask, a.weight, *([a.sink] if a.sink else []))
+        low = [x for n in range(lanes // 2) for x in (n, n + lanes)]
+        high = [x + lanes // 2 for x in low]
+        defines = {
+            "LANES": lanes, "QUERIES": QUERIES, "KEYS": KEYS, "GROUP_TILES": GROUP_TILES,
+            "TILE_ROWS": isa.tile_rows, "TILE_VECTORS": isa.tile_vectors,
+            "MAX_SPANS": max(len(self.bounds.visit), len(self.bounds.full), 1), "ROW_AXES": 1 + len(self.folded),
+            "REAL_IS_DOUBLE": int(double), "BIAS": 1023 if double else 127, "MANTISSA": 52 if double else 23,
+            "LN2": "0.69314718055994530942" if double else "0.69314718055994530942f",
+            "LN2_HIGH": "6.93147180369123816490e-01" if double else "0.693359375f",
+            "LN2_LOW": "1.90821492927058770002e-10" if double else "-2.12194440e-4f",
+            "FN(name)": "name" if double else "name##f",
+            "F16_ROW": isa.f16_row if not double else 0,
+            "F16_SCALAR": "__fp16" if self.name == "neon" else "_Float16",
+            "ZIP_LOW": ", ".join(map(str, low)), "ZIP_HIGH": ", ".join(map(str, high)),
+            "HAS_OUT": int("out" in a.outputs), "HAS_LSE": int("lse" in a.outputs), "HAS_SINK": int(a.sink is not None),
+            "IS_SOFTMAX": int(a.normalizer == "softmax"), "NORMALIZED_EARLY": int(self.early),
+            "EMPTY_ZERO": 0, "EMPTY_MEAN": 1, "EMPTY_NAN": 2, "EMPTY": f"EMPTY_{a.empty.upper()}",
+            "PLAIN": int(self.scale is not None), "SCALE": self._real(self._log2e(self.scale)),
+            "CAN_SPLIT": int(a.normalizer == "softmax" and not self.early and a.empty != "mean"),
+            "EVEN_AREA": int(not any(free(x) - {*a.sizes} or loads(x) for x in self.spans)),
+            "OUT_OF_MEMORY": 1, "TOO_LARGE": 2,
+        }  # fmt: skip
+        if isa.vector_bytes == 64 and not double:
+            defines["WIDE_512"] = 1
+        lines = [f"#include <{h}>" for h in ("math.h", "omp.h", "stddef.h", "stdint.h", "stdlib.h", "string.h")]
+        lines += [f"#define {name} {value}" for name, value in defines.items()]
+        lines += [f"typedef {'double' if double else 'float'} real;  // the compute type"]
+        lines += [f"typedef {'int64_t' if double else 'int32_t'} mask_int;"]
+        lines += [f"typedef {'int32_t' if narrow else 'int64_t'} lane_int;  // what every integer of a lane fits"]
+        return "\n".join(lines) + "\n"
+
+    def _log2e(self, scale: float | None) -> float:
+        if self.a.normalizer != "softmax":
+            return 1.0
+        return 1.0 if scale is None else scale * math.log2(math.e)
+
+    def _real(self, x: float) -> str:
+        return literal(Const(float(x)), double=self.p.double)
+
+    def _call(self) -> str:
+        a = self.a
+        lines = ["// What a call passes: pointers, strides in elements, sizes."]
+        lines.append("struct Call {")
+        for t in a.tensors:
+            element = _ELEMENT[t.dtype]
+            lines.append(f"    const {element}* t_{t.name};  // {t.dtype}[{', '.join(map(repr, t.shape))}]")
+            lines.append(f"    int64_t s_{t.name}[{max(len(t.shape), 1)}];")
+        lines += [f"    int64_t z_{s.name};" for s in a.sizes]
+        for name, axis in (("N", a.i), ("M", a.j), ("D", a.d), ("E", a.e)):
+            if isinstance(axis.extent, Const):
+                lines.append(f"    static constexpr int64_t {name} = {axis.extent.value};")
+            else:
+                lines.append(f"    int64_t {name};")
+        lines.append("    int64_t q_d, q_i, k_j, k_d, v_j, v_e, out_e;")
+        rank = len(a.batch)
+        if "out" in a.outputs:
+            lines.append(f"    {_ELEMENT[a.dtype]}* out;\n    int64_t s_out[{rank + 2}];")
+        if "lse" in a.outputs:
+            lines.append(f"    real* lse;\n    int64_t s_lse[{rank + 1}];")
+        lines.append("};")
+        for role, operand in (("q", self.q), ("k", self.k), ("v", self.v)):
+            dtype = _ELEMENT[a.tensor(operand.tensor).dtype]
+            lines.append(f"typedef {dtype} {role}_element;")
+        lines.append(f"typedef {_ELEMENT[a.dtype]} out_element;")
+        return "\n".join(lines) + "\n"
+
+    def _extent(self, x: Axis) -> str:
+        return self.p.scalar(x.extent)
+
+    def _points(self) -> str:
+        """The batch axes: those that hold keys, and those folded into rows."""
+        out = list[str]()
+        for struct, single, axes in (("Batch", "batch", self.held), ("Group", "group", self.folded)):
+            fields = " ".join(f"int64_t x_{x.name};" for x in axes)
+            out.append(f"struct {struct} {{ {fields} }};\n")
+            count = " * ".join(self._extent(x) for x in axes) or "1"
+            out.append(f"static int64_t {single}_count(const Call& c) {{ (void)c; return {count}; }}\n")
+            lines = [f"{struct} at;", "(void)c; (void)n;"]
+            for x in reversed(axes):
+                if x is axes[0]:
+                    lines.append(f"at.x_{x.name} = n;")
+                else:
+                    lines += [f"at.x_{x.name} = n % {self._extent(x)};", f"n /= {self._extent(x)};"]
+            lines.append("return at;")
+            out.append(_function(f"static {struct} {single}_at(const Call& c, int64_t n)", lines))
+        return "".join(out)
+
+    def _place(self, operand: Operand) -> str:
+        names: dict[Expr, str] = {x.index: f"g.x_{x.name}" for x in self.folded}
+        t = operand.tensor
+        terms = [
+            f"{self.p.scalar(x, names)} * c.s_{t}[{n}]" for n, x in enumerate(operand.offset) if x != Const(0)
+        ]  # fmt: skip
+        return " + ".join([f"c.t_{t}", *terms])
+
+    def _rows(self) -> str:
+        a = self.a
+        batch = [f"{'g' if x in self.folded else 'b'}.x_{x.name}" for x in a.batch]
+        out = [
+            "INLINE const q_element* query_at(const Call& c, const Batch& b, const Group& g, int64_t i) {\n"
+            f"    (void)b; (void)g;\n    return {self._place(self.q)} + i * c.q_i;\n}}\n",
+            "INLINE const k_element* key_at(const Call& c, const Batch& b) {\n"
+            f"    (void)b;\n    return {self._place(self.k)};\n}}\n",
+            "INLINE const v_element* value_at(const Call& c, const Batch& b) {\n"
+            f"    (void)b;\n    return {self._place(self.v)};\n}}\n",
+        ]
+        for name, ctype in (("out", "out_element"), ("lse", "real")):
+            terms = [f"{x} * c.s_{name}[{n}]" for n, x in enumerate([*batch, "i"])]
+            body = f"c.{name} + {' + '.join(terms)}" if name in a.outputs else "nullptr"
+            out.append(
+                f"INLINE {ctype}* {name}_at(const Call& c, const Batch& b, const Group& g, int64_t i) {{\n"
+                f"    (void)c; (void)b; (void)g; (void)i;\n    return {body};\n}}\n"
+            )
+        lines = ["(void)g;", "t.lane[0][lane] = (lane_int)i;"]
+        lines += [f"t.lane[{n}][lane] = (lane_int)g.x_{x.name};" for n, x in enumerate(self.folded, 1)]
+        out.append(_function("INLINE void set_lane(Tile& t, int64_t lane, const Group& g, int64_t i)", lines))
+        return "\n".join(out)
+
+    def _slots(self) -> str:
+        """The structs of what is computed once a tile; the functions that fill them come after Tile."""
+        u, r = self.p.uniforms.fields, self.p.vectors.fields
+        return (
+            "// Scalars of a tile, and vectors of its rows, that no key changes.\n"
+            f"struct Uniform {{ {' '.join(f'{t} {n};' for t, n, _ in u)} }};\n"
+            f"struct RowValues {{ {' '.join(f'{t} {n};' for t, n, _ in r)} }};\n"
+            "struct Tile;\n"
+        )
+
+    def _fills(self) -> str:
+        u, r = self.p.uniforms.fields, self.p.vectors.fields
+        unused = "(void)c; (void)b; (void)t;"
+        return _function(
+            "static Uniform uniform(const Call& c, const Batch& b, const Tile& t)",
+            [unused, "Uniform u;", *(f"u.{n} = {code};" for _, n, code in u), "return u;"],
+        ) + _function(
+            "static RowValues row_values(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at)",
+            [unused, "(void)u; (void)at;", "RowValues r;", *(f"r.{n} = {code};" for _, n, code in r), "return r;"],
+        )
+
+    # ---- hooks -----------------------------------------------------------------------------------------------------
+    def _bounds(self) -> str:
+        lines = ["(void)c; (void)b;"]
+        lines += [f"visit(t, {self.p.scalar(x.lo)}, {self.p.scalar(x.hi)}, from, to);" for x in self.bounds.visit]
+        lines += [f"see_all(t, {self.p.scalar(x.lo)}, {self.p.scalar(x.hi)});" for x in self.bounds.full]
+        return _function("static void find_spans(const Call& c, const Batch& b, Tile& t, int64_t from, int64_t to)", lines)
+
+    def _logit(self) -> str:
+        a = self.a
+        x = S if self.scale is not None else a.score
+        if a.normalizer == "softmax" and self.scale is None:
+            x = _times(x, math.log2(math.e))
+        unmasked = self.p.statements({"x": x})
+        masked = self.p.statements({"seen": a.mask})
+        lines = [_UNUSED, "(void)s; (void)visible;"]
+        if a.mask is not TRUE:
+            lines += ["if (MASKED) {", *(f"{_INDENT}{line}" for line in masked), f"{_INDENT}visible = seen;", "}"]
+        lines += unmasked
+        pointwise = {"softmax": "x", "none": "x", "sigmoid": "sigmoid_of(x)", "relu": "x < 0 ? vreal{} : x"}
+        lines.append(f"return {pointwise[a.normalizer]};")
+        head = (
+            "template <bool MASKED>\n"
+            f"INLINE vreal logit({_PLACE}, vreal s, vmask& visible)"
+        )  # fmt: skip
+        return _function(head, lines)
+
+    def _weights(self) -> str:
+        factor = Const(1.0) if self.factor is None else self.factor
+        linear = ["return w;"] if factor == Const(1.0) else [*self.p.statements({"f": factor}), "return w * f;"]
+        every = [*self.p.statements({"x": self.a.weight}), "return x;"]
+        if self.early:
+            alone = ["const vreal w = splat(1 / (real)c.M);", *every]
+        else:
+            alone = [*self.p.statements({"x": factor}), "return x;"]
+        return (
+            _function(f"INLINE vreal linear_weight({_PLACE}, vreal w)", [_UNUSED, *linear])
+            + _function(f"INLINE vreal weight({_PLACE}, vreal s, vreal w)", [_UNUSED, "(void)s; (void)w;", *every])
+            + _function(f"INLINE vreal empty_weight({_PLACE}, vreal s)", [_UNUSED, "(void)s;", *alone])
+        )
+
+    def _sink(self) -> str:
+        body = "splat(-INFINITY)"
+        if self.a.sink is not None:
+            body = self.p.row_code(_times(self.a.sink, math.log2(math.e)))
+        head = "static vreal first_logit(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at)"
+        return _function(head, ["(void)c; (void)b; (void)u; (void)t; (void)at;", f"return {body};"])
+
+    def _entry(self) -> str:
+        a = self.a
+        lines = ["(void)sizes; (void)outputs; (void)out_strides;", "Call c;"]
+        for n, s in enumerate(a.sizes):
+            lines += [f"if (sizes[{n}] > {2**24}) return TOO_LARGE;", f"c.z_{s.name} = sizes[{n}];"]
+        for n, t in enumerate(a.tensors):
+            lines.append(f"c.t_{t.name} = (const {_ELEMENT[t.dtype]}*)tensors[{n}];")
+            lines += [f"c.s_{t.name}[{d}] = strides[{n}][{d}];" for d in range(len(t.shape))]
+        for name, axis in (("N", a.i), ("M", a.j), ("D", a.d), ("E", a.e)):
+            if not isinstance(axis.extent, Const):
+                lines.append(f"c.{name} = {self._extent(axis)};")
+        for role, x, row, col in (("q", self.q, "i", "d"), ("k", self.k, "j", "d"), ("v", self.v, "j", "e")):
+            lines.append(f"c.{role}_{row} = {self._stride(x, x.row_terms)};")
+            lines.append(f"c.{role}_{col} = {self._stride(x, x.col_terms)};")
+        lines.append("c.out_e = 1;")
+        for n, name in enumerate(x for x in a.outputs):
+            rank = len(a.batch) + (2 if name == "out" else 1)
+            ctype = _ELEMENT[a.dtype] if name == "out" else "real"
+            lines.append(f"c.{name} = ({ctype}*)outputs[{n}];")
+            lines += [f"c.s_{name}[{d}] = out_strides[{n}][{d}];" for d in range(rank)]
+            if name == "out":
+                lines.append(f"c.out_e = c.s_out[{rank - 1}];")
+        lines.append("return run(c);")
+        head = (
+            'extern "C" __attribute__((visibility("default"))) int32_t attncc_run(\n'
+            "    const void* const* tensors, const int64_t* const* strides, const int64_t* sizes,\n"
+            "    void* const* outputs, const int64_t* const* out_strides)"
+        )
+        return "// ---- entry: 0, OUT_OF_MEMORY or TOO_LARGE\n" + _function(head, lines)
+
+    def _stride(self, x: Operand, terms: tuple[tuple[Expr, int], ...]) -> str:
+        return " + ".join(f"{self.p.scalar(k)} * c.s_{x.tensor}[{dim}]" for k, dim in terms) or "0"
+
+
+_PLACE = "const Call& c, const Uniform& u, const RowValues& r, int64_t j"
+_UNUSED = "(void)c; (void)u; (void)r; (void)j;"
+
+
+def _times(x: Expr, by: float) -> Expr:
+    """x * by, into the constant that x may already end with."""
+    if isinstance(x, Op) and x.name == "mul":
+        for n, m in ((0, 1), (1, 0)):
+            if isinstance(k := x.args[n], Const):
+                return mul(x.args[m], Const(float(k.value) * by))
+    return mul(x, Const(by))
+
+
+def _equation(a: Attention) -> list[str]:
+    i, j, d, e = (x.name for x in (a.i, a.j, a.d, a.e))
+    norm = {"softmax": f"softmax_{j}", "none": ""}.get(a.normalizer, a.normalizer)
+    return [
+        f"out[{i}, {e}] = sum_{j} weight({norm}(score(s)) where mask) * v[{j}, {e}],  "
+        f"s = sum_{d} q[{i}, {d}] * k[{j}, {d}]"
+    ]

@@ -1,0 +1,241 @@
+// ---- work: items of neighbouring tiles that share their keys, balanced over threads by visible area -----------------
+struct Plan {
+    Tiling tiling;
+    int64_t batches, group, items_each, splits, split_keys;  // `group` tiles an item; `splits` parts of the key range
+    int64_t items() const { return batches * items_each * splits; }
+};
+
+static Plan plan(const Call& c, int64_t threads) {
+    Plan p;
+    p.tiling = tiling(c);
+    p.batches = batch_count(c);
+    const int64_t tiles = p.batches * p.tiling.count;
+    p.group = tiles / (4 * threads);
+    p.group = p.group < 1 ? 1 : p.group > GROUP_TILES ? GROUP_TILES : p.group;
+    if (p.group > p.tiling.count) p.group = p.tiling.count ? p.tiling.count : 1;
+    p.items_each = (p.tiling.count + p.group - 1) / p.group;
+    const int64_t items = p.batches * p.items_each;
+    p.splits = 1;
+    if (CAN_SPLIT && threads > 1 && items > 0 && items < 4 * threads) {
+        p.splits = (4 * threads + items - 1) / items;
+        const int64_t most = c.M / (4 * KEYS);
+        p.splits = p.splits > most ? most : p.splits;
+        if (p.splits < 1) p.splits = 1;
+    }
+    p.split_keys = ((c.M + p.splits - 1) / p.splits + KEYS - 1) / KEYS * KEYS;
+    return p;
+}
+
+struct Item {
+    Batch b;
+    int64_t batch, first, last, from, to, split;
+};
+static Item item_at(const Call& c, const Plan& p, int64_t n) {
+    Item x;
+    x.split = n % p.splits;
+    n /= p.splits;
+    x.batch = n / p.items_each;
+    x.b = batch_at(c, x.batch);
+    x.first = n % p.items_each * p.group;
+    x.last = x.first + p.group < p.tiling.count ? x.first + p.group : p.tiling.count;
+    x.from = x.split * p.split_keys;
+    x.to = x.from + p.split_keys < c.M ? x.from + p.split_keys : c.M;
+    return x;
+}
+
+// Lanes times visited keys, and a little for the item itself.
+static int64_t area(const Call& c, const Plan& p, int64_t n) {
+    const Item x = item_at(c, p, n);
+    int64_t sum = 64 * LANES;
+    Tile t;
+    for (int64_t at = x.first; at < x.last; ++at) {
+        place(c, p.tiling, x.b, at, x.from, x.to, t);
+        for (int64_t s = 0; s < t.spans; ++s) sum += t.ld * (t.span_hi[s] - t.span_lo[s]);
+    }
+    return sum;
+}
+
+// One thread's working memory, kept between calls.
+struct Scratch {
+    Tile* tiles;
+    real *scores, *k, *v, *q, *o;
+};
+static size_t round_up(size_t n) { return (n + 127) / 128 * 128; }
+static bool reserve(const Call& c, Scratch& s) {
+    static thread_local char* memory = nullptr;
+    static thread_local size_t held = 0;
+    const size_t sizes[] = {GROUP_TILES * sizeof(Tile), KEYS * QUERIES * sizeof(real), k_scratch(c), v_scratch(c),
+                            GROUP_TILES * q_scratch(c), GROUP_TILES * QUERIES * (size_t)c.E * sizeof(real)};
+    size_t total = 0;
+    for (size_t n : sizes) total += round_up(n) + 128;
+    if (total > held) {
+        free(memory);
+        memory = (char*)aligned_alloc(4096, (total + 4095) / 4096 * 4096);
+        held = memory ? total : 0;
+        if (!memory) return false;
+    }
+    char* at = memory;
+    auto take = [&](size_t n) { char* p = at; at += round_up(n) + 128; return p; };
+    s.tiles = (Tile*)take(sizes[0]);
+    s.scores = (real*)take(sizes[1]);
+    s.k = (real*)take(sizes[2]);
+    s.v = (real*)take(sizes[3]);
+    s.q = (real*)take(sizes[4]);
+    s.o = (real*)take(sizes[5]);
+    return true;
+}
+
+// Every tile of [first, last) over the keys it visits, block by block, so that a block of keys serves all of them.
+static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stage stage, Scratch& w) {
+    int64_t lo = x.to, hi = x.from;
+    for (int64_t n = 0; n < count; ++n) {
+        lo = tiles[n].lo < lo ? tiles[n].lo : lo;
+        hi = tiles[n].hi > hi ? tiles[n].hi : hi;
+    }
+    if (stage == EMPTIES) lo = 0, hi = c.M;
+    const auto* k = key_at(c, x.b);
+    const auto* v = value_at(c, x.b);
+    for (int64_t j0 = lo; j0 < hi; j0 += KEYS) {
+        const int64_t j1 = j0 + KEYS < hi ? j0 + KEYS : hi;
+        Block whole;
+        bool ready = false;
+        for (int64_t n = 0; n < count; ++n) {
+            Tile& t = tiles[n];
+            int64_t from = j1, to = j0;
+            if (stage == EMPTIES) from = j0, to = j1;
+            for (int64_t s = 0; s < t.spans; ++s) {
+                const int64_t a = t.span_lo[s] > j0 ? t.span_lo[s] : j0, z = t.span_hi[s] < j1 ? t.span_hi[s] : j1;
+                if (a >= z) continue;
+                from = a < from ? a : from;
+                to = z > to ? z : to;
+            }
+            if (from >= to) continue;
+            if (!ready) whole = load_block(c, k, v, j0, j1 - j0, w.k, w.v);
+            ready = true;
+            const int64_t skip = from - j0;
+            attend(c, x.b, t, {from, to - from, whole.k + skip * whole.k_row, whole.v + skip * whole.v_row, whole.k_row,
+                               whole.k_col, whole.v_row, whole.v_col}, stage, w.scores);
+        }
+    }
+}
+
+static void run_item(const Call& c, const Plan& p, int64_t number, Scratch& w, char* parts) {
+    const Item x = item_at(c, p, number);
+    const int64_t count = x.last - x.first;
+    for (int64_t n = 0; n < count; ++n) {
+        Tile& t = w.tiles[n];
+        t.q = (real*)((char*)w.q + n * q_scratch(c));
+        t.o = w.o + n * QUERIES * c.E;
+        place(c, p.tiling, x.b, x.first + n, x.from, x.to, t);
+        begin(c, x.b, t, x.split == 0);
+    }
+    if (NORMALIZED_EARLY) sweep(c, x, w.tiles, count, SUMS, w);
+    sweep(c, x, w.tiles, count, NORMALIZED_EARLY ? WEIGHTS : ONLINE, w);
+    if (IS_SOFTMAX && EMPTY == EMPTY_MEAN && !HAS_SINK) {
+        bool any = false;
+        for (int64_t n = 0; n < count; ++n)
+            for (int64_t r = 0; r < w.tiles[n].rows; ++r) any |= !w.tiles[n].seen[r];
+        if (any) sweep(c, x, w.tiles, count, EMPTIES, w);
+    }
+    for (int64_t n = 0; n < count; ++n) {
+        Tile& t = w.tiles[n];
+        if (p.splits == 1) {
+            finish(c, x.b, t);
+            continue;
+        }
+        char* part = parts + ((x.batch * p.tiling.count + x.first + n) * p.splits + x.split) * part_size(c);
+        if (t.fresh) memset(t.o, 0, c.E * t.ld * sizeof(real));
+        memcpy(part, t.m, sizeof t.m);
+        memcpy(part += sizeof t.m, t.l, sizeof t.l);
+        memcpy(part += sizeof t.l, t.seen, sizeof t.seen);
+        memcpy(part + sizeof t.seen, t.o, c.E * t.ld * sizeof(real));
+    }
+}
+
+// Joins the parts of a split tile: each is weighed by 2^(its maximum - the common maximum).
+static void join(const Call& c, const Plan& p, int64_t number, Scratch& w, const char* parts) {
+    const Batch b = batch_at(c, number / p.tiling.count);
+    Tile& t = w.tiles[0];
+    t.o = w.o;
+    place(c, p.tiling, b, number % p.tiling.count, 0, c.M, t);
+    t.fresh = false;
+    parts += number * p.splits * part_size(c);
+    for (int64_t lane = 0; lane < t.ld; lane += LANES) {
+        vreal m = splat(-INFINITY), l = vreal{};
+        vmask seen = vmask{};
+        for (int64_t s = 0; s < p.splits; ++s) {
+            const real* part = (const real*)(parts + s * part_size(c));
+            m = high(load(part + lane), m);
+            seen |= *(const vmask*)((const mask_int*)(part + 2 * QUERIES) + lane);
+        }
+        const vreal safe = m == -INFINITY ? vreal{} : m;
+        for (int64_t s = 0; s < p.splits; ++s) {
+            const real* part = (const real*)(parts + s * part_size(c));
+            const vreal factor = exp2_of(load(part + lane) - safe);
+            l += load(part + QUERIES + lane) * factor;
+            const real* o = (const real*)((const mask_int*)(part + 2 * QUERIES) + QUERIES) + lane;
+            for (int64_t e = 0; e < c.E; ++e) {
+                real* to = t.o + e * t.ld + lane;
+                const vreal x = load(o + e * t.ld) * factor;
+                store(to, s ? load(to) + x : x);
+            }
+        }
+        store(t.m + lane, m);
+        store(t.l + lane, l);
+        *(vmask*)(t.seen + lane) = seen;
+    }
+    finish(c, b, t);
+}
+
+static int32_t run(const Call& c) {
+    const int64_t threads = omp_get_max_threads();
+    const Plan p = plan(c, threads);
+    const int64_t items = p.items(), tiles = p.batches * p.tiling.count;
+    if (items == 0) return 0;
+    const int64_t team = threads < items ? threads : items;
+    char* parts = p.splits > 1 ? (char*)aligned_alloc(128, round_up(tiles * p.splits * part_size(c))) : nullptr;
+    int64_t* ends = team > 1 ? (int64_t*)malloc(items * sizeof(int64_t)) : nullptr;
+    int32_t failed = (p.splits > 1 && !parts) || (team > 1 && !ends) ? OUT_OF_MEMORY : 0;
+    if (!failed)
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+        Scratch w;
+        const bool ready = reserve(c, w);
+        if (!ready) {
+#pragma omp atomic write
+            failed = OUT_OF_MEMORY;
+        }
+        const int64_t me = omp_get_thread_num(), us = omp_get_num_threads();
+        int64_t from = 0, to = items;
+        if (us > 1) {
+            if (EVEN_AREA) {
+                from = items * me / us;
+                to = items * (me + 1) / us;
+            } else {
+#pragma omp for schedule(static)
+                for (int64_t n = 0; n < items; ++n) ends[n] = area(c, p, n);
+                // An item belongs to the thread in whose share of the whole area its middle lies.
+                int64_t whole = 0, before = 0;
+                for (int64_t n = 0; n < items; ++n) whole += ends[n];
+                from = to = 0;
+                for (int64_t n = 0; n < items; ++n) {
+                    const int64_t owner = (int64_t)((double)(2 * before + ends[n]) / (2.0 * (double)whole) * (double)us);
+                    from += owner < me;
+                    to += owner <= me;
+                    before += ends[n];
+                }
+            }
+        }
+        if (ready)
+            for (int64_t n = from; n < to; ++n) run_item(c, p, n, w, parts);
+        if (p.splits > 1) {
+#pragma omp barrier
+#pragma omp for schedule(static)
+            for (int64_t n = 0; n < tiles; ++n)
+                if (ready) join(c, p, n, w, parts);
+        }
+    }
+    free(ends);
+    free(parts);
+    return failed;
+}

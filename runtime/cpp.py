@@ -1,0 +1,169 @@
+"""The C++ toolchain: finding a compiler, compiling, loading, calling.
+
+A kernel is one shared library with the entry `attncc_run` (see `attncc.codegen.cpp`). It is compiled against the OpenMP
+runtime that torch has already loaded, so torch's thread count applies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from attncc.ir import Attention
+
+#: The processor flags each instruction set needs, best first; `neon` goes by the machine's name.
+NEEDS: dict[str, frozenset[str]] = {
+    "amx": frozenset({"amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi"}),
+    "avx512bf16": frozenset({"avx512_bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi"}),
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "avx2": frozenset({"avx2", "fma", "f16c"}),
+}
+_FLAGS: dict[str, tuple[str, ...]] = {
+    "amx": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"),
+    "avx512bf16": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mavx512vbmi"),
+    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "avx2": ("-march=x86-64-v3",),
+    "neon": ("-march=armv8-a",),
+}
+_COMMON = (
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-w",
+)  # fmt: skip
+_ERRORS = {1: "out of memory", 2: "a size beyond 2^24"}
+
+
+class CompileError(RuntimeError):
+    """The compiler refused the source; the message is the compiler's, with its command."""
+
+
+class KernelError(RuntimeError):
+    """A kernel gave up; the message says why."""
+
+
+def processor_flags(cpuinfo: str) -> frozenset[str]:
+    """Flags of the first processor in the text of /proc/cpuinfo."""
+    found = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+def best_isa(machine: str, flags: frozenset[str]) -> str | None:
+    """The best instruction set of a processor, or None where the skeleton knows none."""
+    if machine in ("aarch64", "arm64"):
+        return "neon"
+    return next((isa for isa, needs in NEEDS.items() if needs <= flags), None)
+
+
+def detect_isa() -> str:
+    """This machine's instruction set; `ATTNCC_ISA` overrides it. Raises KernelError where none fits."""
+    chosen = os.environ.get("ATTNCC_ISA")
+    if chosen:
+        if chosen not in _FLAGS:
+            raise KernelError(f"ATTNCC_ISA={chosen!r} is none of {', '.join(_FLAGS)}")
+        return chosen
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = processor_flags(cpuinfo.read_text()) if cpuinfo.exists() else frozenset[str]()
+    isa = best_isa(platform.machine(), flags)
+    if isa is None:
+        raise KernelError(f"no kernels for this {platform.machine()} processor; they need at least AVX2 or NEON")
+    return isa
+
+
+@dataclass(frozen=True)
+class CppToolchain:
+    """A C++ compiler that speaks gcc's command line."""
+
+    path: str
+
+    @staticmethod
+    def find() -> CppToolchain | None:
+        """The compiler that `ATTNCC_CXX` or `CXX` names, else g++ or clang++; None where there is none."""
+        for name in (os.environ.get("ATTNCC_CXX"), os.environ.get("CXX"), "g++", "clang++"):
+            path = shutil.which(name) if name else None
+            if path is not None:
+                return CppToolchain(path)
+        return None
+
+    @cached_property
+    def version(self) -> str:
+        """One line that tells compilers apart, for cache keys."""
+        done = subprocess.run([self.path, "--version"], capture_output=True, text=True, check=False)
+        return (done.stdout.splitlines() or ["unknown"])[0]
+
+    def flags(self, isa: str) -> tuple[str, ...]:
+        return (*_COMMON, *_FLAGS[isa])
+
+    def compile(self, source: str, isa: str, out: Path) -> None:
+        """Builds the shared library `out` from `source`. Raises CompileError with the compiler's message."""
+        with tempfile.TemporaryDirectory(prefix="attncc-") as folder:
+            unit = Path(folder) / "kernel.cpp"
+            unit.write_text(source)
+            command = [self.path, *self.flags(isa), str(unit), "-o", str(out)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise CompileError(f"{' '.join(command)}\n{done.stderr}")
+
+
+_Words = ctypes.c_int64
+_Pointers = ctypes.c_void_p
+
+
+class CppKernel:
+    """A loaded kernel. Call it with the attention's tensors, sizes and preallocated outputs, in declaration order.
+
+    Outputs have their logical shapes, (*batch, i, e) and (*batch, i), in any strides. The arrays that carry strides are
+    kept by the strides' values, so a call in a loop only writes its pointers."""
+
+    def __init__(self, path: Path, a: Attention) -> None:
+        self.path, self.attention = path, a
+        self._library = ctypes.CDLL(str(path))
+        self._run = self._library.attncc_run
+        self._run.restype = ctypes.c_int32
+        self._run.argtypes = [_Pointers] * 5
+        self._plans: dict[tuple[object, ...], tuple[object, ...]] = {}
+
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
+    ) -> None:
+        strides = (*[t.stride() for t in tensors], *sizes, *[t.stride() for t in outputs])
+        plan = self._plans.get(strides)
+        if plan is None:
+            plan = self._plan(tensors, sizes, outputs)
+            if len(self._plans) >= 256:  # shapes that never come back must not pile up
+                self._plans.clear()
+            self._plans[strides] = plan
+        in_type, in_strides, size_array, out_type, out_strides, _ = plan
+        failed = self._run(
+            in_type(*[t.data_ptr() for t in tensors]), in_strides, size_array,  # type: ignore[operator]
+            out_type(*[t.data_ptr() for t in outputs]), out_strides,  # type: ignore[operator]
+        )  # fmt: skip
+        if failed:
+            raise KernelError(f"{self.path.name}: {_ERRORS.get(failed, failed)}")
+
+    def _plan(
+        self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
+    ) -> tuple[object, ...]:
+        a = self.attention
+        if (len(tensors), len(sizes), len(outputs)) != (len(a.tensors), len(a.sizes), len(a.outputs)):
+            raise KernelError(
+                f"the kernel takes {len(a.tensors)} tensors, {len(a.sizes)} sizes and {len(a.outputs)} outputs, got "
+                f"{len(tensors)}, {len(sizes)} and {len(outputs)}"
+            )
+        held: list[object] = []
+        pointers: list[ctypes.Array[ctypes.c_void_p]] = []
+        for group in (tensors, outputs):
+            arrays = [(_Words * max(t.ndim, 1))(*t.stride()) for t in group]
+            held.append(arrays)
+            pointers.append((_Pointers * len(group))(*[ctypes.addressof(x) for x in arrays]))
+        size_array = (_Words * max(len(sizes), 1))(*sizes)
+        return (_Pointers * len(tensors), pointers[0], size_array, _Pointers * len(outputs), pointers[1], held)
