@@ -27,7 +27,8 @@ _TAIL = Index("i1 - i0 - 1")
 
 @dataclass(frozen=True)
 class Analysis:
-    """Bounds, and whether the visit of every tile of a single row is exactly that row's visible keys."""
+    """Bounds, and whether the visit of every tile of a single row is exactly the keys of that row that the mask, or
+    what stands in for it, lets through."""
 
     bounds: Bounds
     rows_exact: bool
@@ -40,35 +41,36 @@ def loop_bounds(a: Attention, *, rows: bool = False) -> Bounds:
     return analyse(a, rows=rows).bounds
 
 
-def analyse(a: Attention, *, rows: bool = False) -> Analysis:
+def analyse(
+    a: Attention, *, rows: bool = False, outer: Expr | None = None, inner: Expr | None = None
+) -> Analysis:
+    """`outer` and `inner` stand in for the mask where it reads data by key: the mask implies `outer`, which bounds the
+    visit, and `inner` implies the mask, and bounds the full keys."""
     m = a.j.extent
     if a.mask is TRUE:
         return Analysis(everything(m), True)
     extents: dict[Expr, Expr] = {x.index: x.extent for x in a.axes}
-    mask = a.mask
-    if a.i.extent is ONE:
-        mask = substitute(mask, {a.i.index: ZERO})
-    mask = simplify(mask, extents)
     form = NormalForm(a.i.index, a.j.index, extents)
     scans = RowScans(allowed=rows)
 
-    def covers(*, positive: bool) -> list[Cover] | None:
+    def covers(mask: Expr, *, positive: bool) -> list[Cover] | None:
+        if a.i.extent is ONE:
+            mask = substitute(mask, {a.i.index: ZERO})
         try:
-            clauses = form.clauses(mask, positive=positive)
+            clauses = form.clauses(simplify(mask, extents), positive=positive)
         except TooManyClauses:
             return None
         return [cover(c, a.i.index, a.j.index, m, extents, scans) for c in clauses]
 
     at_tile = {**extents, TILE_LO: a.i.extent, TILE_HI: add(a.i.extent, ONE)}
-    seen = covers(positive=True)
+    seen = covers(a.mask if outer is None else outer, positive=True)
     if seen is None:
         return Analysis(unskipped(m), False)
     visit, merged = _visit(seen, m, at_tile)
-    hidden = covers(positive=False)
+    hidden = covers(a.mask if inner is None else inner, positive=False)
     full = () if hidden is None else _full(hidden, m, at_tile)
-    bounds = Bounds(
-        visit, full, _residue(visit), exact=not merged and all(c.exact for c in seen), rows=_used(scans, visit, full)
-    )
+    exact = not merged and outer is None and all(c.exact for c in seen)
+    bounds = Bounds(visit, full, _residue(visit), exact, _used(scans, visit, full))
     return Analysis(bounds, not merged and all(c.rows_exact for c in seen))
 
 

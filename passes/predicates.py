@@ -12,7 +12,7 @@ comparison that reads data at a key) stays one opaque atom. What the extents pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from attncc.ir.affine import Extents, expr, less_than, nonnegative, poly
 from attncc.ir.build import ONE, ZERO, add, and_, const, le, mul, not_, or_, sub
@@ -167,6 +167,21 @@ class NormalForm:
 
     def _covers(self, wide: Clause, narrow: Clause) -> bool:
         return all(any(self.implies(x, y) for x in narrow) for y in wide)
+
+
+def map_literals(p: Expr, f: Callable[[Expr], Expr], *, positive: bool = True) -> Expr:
+    """`p` (or `not p`) with negations pushed down to its literals and `f` applied to each of them."""
+    match p:
+        case Op("not", (a,)):
+            return map_literals(a, f, positive=not positive)
+        case Op("and" | "or", (a, b)):
+            join = and_ if (p.name == "and") == positive else or_
+            return join(map_literals(a, f, positive=positive), map_literals(b, f, positive=positive))
+        case Op("where", (c, a, b)):
+            yes = and_(map_literals(c, f), map_literals(a, f, positive=positive))
+            return or_(yes, and_(map_literals(c, f, positive=False), map_literals(b, f, positive=positive)))
+        case _:
+            return f(p if positive else not_(p))
 
 
 def inequality(atom: Expr) -> Expr | None:

@@ -1,0 +1,191 @@
+"""Data read by key bounds the loop through a table made once per call.
+
+A literal of the mask such as `doc[b, i] == doc[b, j]` or `pad[b, j]` has, for each row, a first and a last key where it
+holds. With both in a table,
+
+    outer = first[i] <= j <= last[i]                          implied by the literal: bounds the visit
+    inner = the same where every key between them holds       implies the literal: bounds the full keys
+
+which is exact for what is contiguous (documents in order, padding at one end) and sound for anything. A table costs
+O(N log N) for N keys and holds four numbers a row, or four alone where the literal does not depend on the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from attncc.ir import Attention, Bounds, Expr, Load, Op, Tensor
+from attncc.ir.affine import expr, poly
+from attncc.ir.build import FALSE, TRUE, ZERO, and_, const, le, lt, sub
+from attncc.ir.evaluate import Evaluator
+from attncc.ir.interpret import extent, size_table
+from attncc.ir.terms import free
+from attncc.passes.bounds import analyse
+from attncc.passes.predicates import map_literals, mentions, reads
+
+_FIRST, _END, _SOLID_FIRST, _SOLID_END = range(4)
+
+
+@dataclass(frozen=True)
+class Span:
+    """One table, i32[*batch axes the literal mentions, N if it mentions the row, 4]: first key, end, and the same where
+    no key between them is missing, else 0 and 0. `relation` compares `row` with `key` (`row relation key`); without a
+    relation `key` is the literal itself, a boolean."""
+
+    tensor: Tensor
+    index: tuple[Expr, ...]
+    relation: str | None
+    row: Expr
+    key: Expr
+
+
+@dataclass(frozen=True)
+class Spanned:
+    """`attention` declares the tables after its own tensors; its mask is unchanged. `bounds` read them."""
+
+    attention: Attention
+    bounds: Bounds
+    spans: tuple[Span, ...]
+    rows_exact: bool
+
+
+def spanned(a: Attention) -> Spanned:
+    """`a` with tables for the literals of its mask that read data by key, and its bounds. Rows may be scanned."""
+    spans: dict[Expr, Span | None] = {}
+
+    def find(literal: Expr) -> Span | None:
+        if literal not in spans:
+            spans[literal] = _span(literal, a, sum(s is not None for s in spans.values()))
+        return spans[literal]
+
+    def stand_in(literal: Expr, *, first: int, end: int, otherwise: Expr) -> Expr:
+        if not reads(literal, a.j.index):
+            return literal
+        span = find(literal)
+        if span is None:
+            return otherwise
+        lo, hi = (Load(span.tensor.name, (*span.index, const(n)), "int") for n in (first, end))
+        return and_(le(lo, a.j.index), lt(a.j.index, hi))
+
+    if not reads(a.mask, a.j.index):
+        plain = analyse(a, rows=True)
+        return Spanned(a, plain.bounds, (), plain.rows_exact)
+    outer = map_literals(a.mask, lambda x: stand_in(x, first=_FIRST, end=_END, otherwise=TRUE))
+    inner = map_literals(a.mask, lambda x: stand_in(x, first=_SOLID_FIRST, end=_SOLID_END, otherwise=FALSE))
+    known = tuple(s for s in spans.values() if s is not None)
+    found = analyse(a, rows=True, outer=outer, inner=inner)
+    declared = replace(a, tensors=(*a.tensors, *(s.tensor for s in known)))
+    return Spanned(declared, found.bounds, known, found.rows_exact and len(known) == len(spans))
+
+
+def _span(literal: Expr, a: Attention, number: int) -> Span | None:
+    """The table of `literal`, or None where it does not part into a row and a key side."""
+    i, j = a.i.index, a.j.index
+    sides = (None, ZERO, literal) if not mentions(literal, i) else _sides(literal, i, j)
+    if sides is None:
+        return None
+    axes = [x for x in a.batch if x.index in free(literal)]
+    if mentions(literal, i):
+        axes.append(a.i)
+    taken = {t.name for t in a.tensors} | {x.name for x in a.axes} | {s.name for s in a.sizes}
+    name = f"span{number}"
+    while name in taken:
+        name += "_"
+    tensor = Tensor(name, "i32", (*(x.extent for x in axes), const(4)))
+    return Span(tensor, tuple(x.index for x in axes), *sides)
+
+
+def _sides(literal: Expr, i: Expr, j: Expr) -> tuple[str, Expr, Expr] | None:
+    """(relation, row, key) of an integer comparison whose terms each mention at most one of the two indices."""
+    if not isinstance(literal, Op) or literal.name not in ("lt", "le", "eq", "ne") or literal.args[0].kind != "int":
+        return None
+    row: dict[tuple[Expr, ...], int] = {}
+    key: dict[tuple[Expr, ...], int] = {}
+    slack = sub(literal.args[1], literal.args[0])
+    for m, c in poly(sub(slack, const(1)) if literal.name == "lt" else slack).items():
+        by_key = any(mentions(f, j) for f in m)
+        if by_key and any(mentions(f, i) for f in m):
+            return None
+        if by_key:
+            key[m] = c
+        else:
+            row[m] = -c
+    return ("le" if literal.name == "lt" else literal.name), expr(row), expr(key)  # row <= key
+
+
+def span_tables(
+    spans: Sequence[Span], a: Attention, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int] = ()
+) -> dict[str, torch.Tensor]:
+    """The tables by name, on the device of `tensors`, for the attention `spanned` was given or gave."""
+    table = size_table(a, sizes)
+    n, m = extent(a.i.extent, table), extent(a.j.extent, table)
+    result: dict[str, torch.Tensor] = {}
+    for span in spans:
+        device = next(iter(tensors.values())).device
+        leaves: dict[Expr, torch.Tensor] = {s: torch.tensor(v, device=device) for s, v in table.items()}
+        axes = [x for x in a.batch if x.index in span.index]
+        counts = [extent(x.extent, table) for x in axes]
+        for at, axis in enumerate(axes):
+            view = [1] * (len(axes) + 1)
+            view[at] = -1
+            leaves[axis.index] = torch.arange(counts[at], device=device).view(view)
+        leaves[a.i.index] = torch.arange(n, device=device)
+        leaves[a.j.index] = torch.arange(m, device=device)
+        ev = Evaluator(leaves, tensors, torch.float32)
+        key = ev(span.key).expand(*counts, m)
+        if span.relation is None:
+            found = _where_true(key)
+        else:
+            row = ev(span.row).expand(*counts, n)
+            found = _RELATIONS[span.relation](row.contiguous(), key.contiguous())
+        result[span.tensor.name] = _packed(*found)
+    return result
+
+
+Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # first key, last key, how many
+
+
+def _packed(first: torch.Tensor, last: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    none, solid = count == 0, count == last - first + 1
+    lo, hi = torch.where(none, 0, first), torch.where(none, 0, last + 1)
+    inside = (torch.where(solid, lo, 0), torch.where(solid, hi, 0))
+    return torch.stack([lo, hi, *inside], -1).to(torch.int32).contiguous()
+
+
+def _where_true(key: torch.Tensor) -> Found:
+    m = key.shape[-1]
+    ones = key.to(torch.int32)
+    return ones.argmax(-1), m - 1 - ones.flip(-1).argmax(-1), ones.sum(-1)
+
+
+def _equal(row: torch.Tensor, key: torch.Tensor) -> Found:
+    values, order = key.sort(dim=-1, stable=True)
+    left, right = torch.searchsorted(values, row), torch.searchsorted(values, row, right=True)
+    most = key.shape[-1] - 1
+    return order.gather(-1, left.clamp(max=most)), order.gather(-1, (right - 1).clamp(min=0)), right - left
+
+
+def _at_most(row: torch.Tensor, key: torch.Tensor) -> Found:
+    """Keys with row <= key: the running maximum from either end reaches the row's value at the first and last key."""
+    m = key.shape[-1]
+    first = torch.searchsorted(key.cummax(-1).values, row)
+    last = m - 1 - torch.searchsorted(key.flip(-1).cummax(-1).values, row)
+    return first, last, m - torch.searchsorted(key.sort(-1).values, row)
+
+
+def _unequal(row: torch.Tensor, key: torch.Tensor) -> Found:
+    """Keys with another value: the ends of the keys, or where the run of equal keys at that end stops."""
+    m = key.shape[-1]
+    count = m - _equal(row, key)[2]
+    ends: list[torch.Tensor] = []
+    for k in (key, key.flip(-1)):
+        head = k[..., :1]
+        stop = (k != head).to(torch.int32).argmax(-1, keepdim=True)
+        ends.append(torch.where(row != head, 0, stop))
+    return ends[0], m - 1 - ends[1], count
+
+
+_RELATIONS = {"eq": _equal, "le": _at_most, "ne": _unequal}
