@@ -1,0 +1,286 @@
+"""Forms of attention beyond the plain one: positions, gates, sparse and blocked masks written by hand, caches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+from zoo_case import Case
+from zoo_spellings import CAUSAL, PAD, B, D, Extra, H, N, Q, attend, randoms
+
+SCALE = D**-0.5
+
+
+def talking_before(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    scores = torch.einsum("bhij,hg->bgij", q @ k.mT * SCALE, extra["mix"])
+    return scores.softmax(-1) @ v
+
+
+def talking_after(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    weights = (q @ k.mT * SCALE).softmax(-1)
+    return torch.einsum("bhij,hg->bgij", weights, extra["mix"]) @ v
+
+
+def two_softmaxes_of_one_product(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Both directions of a bidirectional cross attention."""
+    scores = q @ k.mT * SCALE
+    return scores.softmax(-1) @ v + scores.mT.softmax(-1) @ v
+
+
+def subtracted(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    a, b = ((q[..., p] @ k[..., p].mT * SCALE).softmax(-1) for p in (slice(0, 4), slice(4, 8)))
+    return (a - 0.3 * b) @ v
+
+
+def sigmoid(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return torch.sigmoid(q @ k.mT * SCALE - math.log(N)) @ v
+
+
+def relu_squared(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return (F.relu(q @ k.mT * SCALE).square() / N).masked_fill(~extra["mask"], 0.0) @ v
+
+
+def unnormalised(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return (q @ k.mT * extra["mask"]) @ v
+
+
+def sink_column(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    scores = q @ k.mT * SCALE
+    every = torch.cat([scores, extra["sinks"].view(1, H, 1, 1).expand(B, H, N, 1)], -1)
+    every = every - every.max(-1, keepdim=True).values
+    return every.softmax(-1)[..., :-1] @ v
+
+
+def sink_gate(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    scores = q @ k.mT * SCALE
+    gate = torch.sigmoid(torch.logsumexp(scores, -1, keepdim=True) - extra["sinks"].view(1, H, 1, 1))
+    return (scores.softmax(-1) @ v) * gate
+
+
+def softmax_plus_one(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    p = torch.exp(q @ k.mT * SCALE)
+    return p / (1 + p.sum(-1, keepdim=True)) @ v
+
+
+def softcap(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    scores = 2.0 * torch.tanh(q @ k.mT * SCALE / 2.0)
+    return scores.masked_fill(~extra["mask"], -torch.inf).softmax(-1) @ v
+
+
+def alibi(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    slopes = 2.0 ** -torch.arange(1, H + 1, dtype=q.dtype)
+    position = torch.arange(N)
+    bias = -(position[:, None] - position[None]).abs() * slopes[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def bucketed(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    distance = torch.arange(N)[None] - torch.arange(N)[:, None]
+    side, size = (distance > 0).long() * 8, distance.abs()
+    far = 4 + (torch.log(size.clamp(min=1).float() / 4) / math.log(16 / 4) * 4).long().clamp(max=3)
+    bucket = side + torch.where(size < 4, size, far)
+    return (q @ k.mT * SCALE + extra["table"][bucket].permute(2, 0, 1)).softmax(-1) @ v
+
+
+def window_table(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return (q @ k.mT * SCALE + extra["table"][extra["index"].view(-1)].view(N, N, H).permute(2, 0, 1)).softmax(-1) @ v
+
+
+def relative_keys(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    distance = torch.arange(N)[:, None] - torch.arange(N)[None] + N - 1
+    scores = q @ k.mT
+    scores += torch.einsum("bhid,ijd->bhij", q, extra["table"][distance])
+    return (scores * SCALE).softmax(-1) @ v
+
+
+def relative_shift(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    content = (q + extra["u"].view(1, H, 1, D)) @ k.mT
+    position = (q + extra["w"].view(1, H, 1, D)) @ extra["table"].mT  # (B, H, N, 2 N - 1)
+    shifted = F.pad(position, (1, 0)).view(B, H, 2 * N, N)[:, :, 1:].reshape(B, H, N, 2 * N - 1)[..., :N]
+    return ((content + shifted) * SCALE).softmax(-1) @ v
+
+
+def relative_values(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    distance = (torch.arange(N)[:, None] - torch.arange(N)[None]).clamp(-3, 3) + 3
+    weights = (q @ k.mT * SCALE).softmax(-1)
+    return weights @ v + torch.einsum("bhij,ijd->bhid", weights, extra["table"][distance])
+
+
+def decomposed(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Relative positions of rows and of columns, 3 x 7 tokens, each from q."""
+    grid = q.reshape(B * H, 3, 7, D)
+    rows = torch.einsum("bhwc,hkc->bhwk", grid, extra["rows"].view(3, 3, D))
+    columns = torch.einsum("bhwc,wkc->bhwk", grid, extra["columns"].view(7, 7, D))
+    scores = (q @ k.mT * SCALE).view(B * H, 3, 7, 3, 7) + rows[..., None] + columns[..., None, :]
+    return scores.view(B, H, N, N).softmax(-1) @ v
+
+
+def cosine(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    scale = extra["temperature"].clamp(max=math.log(100)).exp().view(H, 1, 1)
+    return (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * scale).softmax(-1) @ v
+
+
+def channels(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Attention between channels: contraction over tokens."""
+    q, k, v = q.mT, k.mT, v.mT
+    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * extra["temperature"].view(H, 1, 1)
+    return (scores.softmax(-1) @ v).mT
+
+
+def channels_max_minus(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    energy = q.mT @ k
+    energy = energy.max(-1, keepdim=True)[0].expand_as(energy) - energy
+    return (energy.softmax(-1) @ v.mT).mT
+
+
+def class_token(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return torch.cat([(q[:, :, :1] @ k.mT * SCALE).softmax(-1) @ v, v[:, :, 1:]], 2)
+
+
+def windows(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Three windows of seven, rolled by two, with the mask of -100 that keeps the wrapped parts apart."""
+    q, k, v = (t.roll(-2, 2).view(B, H, 3, 7, D) for t in (q, k, v))
+    part = torch.zeros(N)
+    part[-7:-2], part[-2:] = 1, 2
+    part = part.view(3, 7)
+    mask = torch.where(part[:, :, None] == part[:, None], 0.0, -100.0).to(q.dtype)
+    return ((q @ k.mT * SCALE + mask).softmax(-1) @ v).reshape(B, H, N, D).roll(2, 2)
+
+
+def halo(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Overlapping windows by unfold; the zeros that pad the ends stay in the softmax."""
+    q = q.reshape(B, H, 3, 7, D)
+    k, v = (F.pad(t, (0, 0, 2, 2)).unfold(2, 11, 7).mT for t in (k, v))
+    return ((q @ k.mT * SCALE).softmax(-1) @ v).reshape(B, H, N, D)
+
+
+def grid(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Tokens three apart attend to each other."""
+    q, k, v = (t.reshape(B, H, 7, 3, D).transpose(2, 3) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, H, N, D)
+
+
+def axial(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    q, k, v = (t.reshape(B, H, 3, 7, D) for t in (q, k, v))
+    rows = F.scaled_dot_product_attention(q, k, v)
+    columns = F.scaled_dot_product_attention(*(t.transpose(2, 3) for t in (q, k, v))).transpose(2, 3)
+    return (rows + columns).reshape(B, H, N, D)
+
+
+def top_k(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Keys chosen by the scores themselves."""
+    scores = q @ k.mT * SCALE
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(5, -1).indices, True)
+    return scores.masked_fill(~chosen, -torch.inf).softmax(-1) @ v
+
+
+def indexed(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Keys chosen by an indexer of its own."""
+    index = (q.mean(1) @ k.mean(1).mT).topk(5, -1).indices
+    chosen = torch.full((B, N, N), -torch.inf, dtype=q.dtype).scatter(-1, index, 0.0)
+    return (q @ k.mT * SCALE + chosen[:, None]).softmax(-1) @ v
+
+
+def sorted_groups(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Tokens sorted by a score, then groups of seven."""
+    order = k.sum(-1).argsort(-1)[..., None].expand(B, H, N, D)
+    q, k, v = (t.gather(2, order).view(B, H, 3, 7, D) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v).reshape(B, H, N, D)
+    return torch.zeros_like(out).scatter(2, order, out)
+
+
+def gated(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True) * torch.sigmoid(q * 2)
+
+
+def flex(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    def score(s: Q, b: Q, h: Q, i: Q, j: Q) -> Q:
+        return torch.tanh(s / 3) * 3 - 0.1 * (i - j).abs()
+
+    def seen(b: Q, h: Q, i: Q, j: Q) -> Q:
+        return (j <= i) & (i - j < 6)
+
+    return flex_attention(q, k, v, score_mod=score, block_mask=create_block_mask(seen, None, None, N, N, device="cpu"))
+
+
+def rematerialised(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    def attention(q: Q, k: Q, v: Q) -> Q:
+        return (q @ k.mT * SCALE).masked_fill(~extra["mask"], -torch.inf).softmax(-1) @ v
+
+    return checkpoint(attention, q, k, v, use_reentrant=False)
+
+
+def under_autocast(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    with torch.autocast("cpu", torch.bfloat16):
+        return ((q @ k.mT * SCALE).softmax(-1) @ v).to(q.dtype)
+
+
+def with_weights(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """The weights leave as well."""
+    weights = (q @ k.mT * SCALE).masked_fill(~extra["mask"], -torch.inf).softmax(-1)
+    return weights @ v + weights.mean((-1, -2), keepdim=True) + weights.sum(-2)[..., None]
+
+
+def padded_cross(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return F.scaled_dot_product_attention(q[:, :, :9], k, v, attn_mask=extra["pad"][:, None, None]).repeat(1, 1, 3, 1)[
+        :, :, :N
+    ]
+
+
+def key_bias(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Size-weighted tokens: the logarithm of a count is added to each key."""
+    count = (torch.arange(N) % 4 + 1).to(q.dtype).log()
+    return (q @ k.mT * SCALE + count).softmax(-1) @ v
+
+
+def dilated(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    i = torch.arange(N)
+    gap = i[:, None] - i[None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(gap % 3 == 0) & (gap >= 0))
+
+
+RELATIVE = torch.arange(N)[:, None] - torch.arange(N)[None] + N - 1
+MASK = {"mask": CAUSAL}
+FORMS = (
+    Case("talking-before", attend(talking_before, mix=randoms(H, H)), 1, "heads mixed before the softmax"),
+    Case("talking-after", attend(talking_after, mix=randoms(H, H)), 1, "heads mixed after the softmax"),
+    Case("both-directions", attend(two_softmaxes_of_one_product), 2, "a softmax and one of the transpose"),
+    Case("subtracted", attend(subtracted), 2, "two softmaxes subtracted"),
+    Case("sigmoid", attend(sigmoid), 1, "sigmoid in place of softmax", golden=0),
+    Case("relu-squared", attend(relu_squared, **MASK), 1, "relu in place of softmax, masked after"),
+    Case("unnormalised", attend(unnormalised, **MASK), 1, "no normaliser: retention"),
+    Case("sink-column", attend(sink_column, sinks=randoms(H)), 1, "a column of sinks", golden=0),
+    Case("sink-gate", attend(sink_gate, sinks=randoms(H)), 1, "out * sigmoid(lse - sink)"),
+    Case("softmax-plus-one", attend(softmax_plus_one), 1, "a sink of zero, by hand"),
+    Case("softcap", attend(softcap, **MASK), 1, "tanh of the score", golden=0),
+    Case("alibi", attend(alibi), 1, "distance times slope, built in the graph", golden=0),
+    Case("bucketed", attend(bucketed, table=randoms(16, H)), 1, "T5 buckets by logarithm"),
+    Case("window-table", attend(window_table, table=randoms(2 * N - 1, H), index=RELATIVE), 1, "table by index buffer"),
+    Case("relative-keys", attend(relative_keys, table=randoms(2 * N - 1, D)), 1, "relative keys added in place"),
+    Case("relative-shift", attend(relative_shift, table=randoms(2 * N - 1, D), u=randoms(H * D), w=randoms(H * D)), 1,
+         "shift by pad and reshape", golden=0),
+    Case("relative-values", attend(relative_values, table=randoms(7, D)), 1, "weights used by a second sum"),
+    Case("decomposed", attend(decomposed, rows=randoms(9, D), columns=randoms(49, D)), 1, "rows and columns apart"),
+    Case("cosine", attend(cosine, temperature=randoms(H)), 1, "normalised, clamped scale"),
+    Case("channels", attend(channels, temperature=randoms(H)), 1, "over channels", golden=0),
+    Case("channels-max-minus", attend(channels_max_minus), 1, "softmax(max - x)"),
+    Case("class-token", attend(class_token), 1, "one query"),
+    Case("windows", attend(windows), 1, "rolled windows, finite mask", golden=0),
+    Case("halo", attend(halo), 1, "unfolded keys, zeros stay", golden=0),
+    Case("grid", attend(grid), 1, "strided groups"),
+    Case("axial", attend(axial), 2, "rows, then columns"),
+    Case("top-k", attend(top_k), 1, "keys chosen by score"),
+    Case("indexed", attend(indexed), 1, "keys chosen by an indexer"),
+    Case("sorted-groups", attend(sorted_groups), 1, "data-dependent order"),
+    Case("gated", attend(gated), 1, "an output gate"),
+    Case("flex", attend(flex), 1, "score and block mask of flex_attention"),
+    Case("rematerialised", attend(rematerialised, **MASK), 1, "activation checkpointing", backward=True),
+    Case("under-autocast", attend(under_autocast), 1, "autocast inside"),
+    Case("with-weights", attend(with_weights, **MASK), 1, "weights are outputs", backward=True),
+    Case("padded-cross", attend(padded_cross, pad=PAD), 1, "cross attention with a padding mask [B, 1, 1, N]"),
+    Case("key-bias", attend(key_bias), 1, "a bias of the key alone"),
+    Case("dilated", attend(dilated), 1, "every third key", golden=0),
+)  # fmt: skip
