@@ -70,7 +70,7 @@ class _Emitter:
     def __init__(self, a: Attention, bounds: Bounds, isa: str) -> None:
         self.a, self.bounds, self.name, self.isa = a, bounds, isa, TABLE[isa]
         self.spans = [x for s in (*bounds.visit, *bounds.full) for x in (s.lo, s.hi)]
-        self.folded = folded_axes(a, self.spans)
+        self.folded = folded_axes(a, [*self.spans, *(x.expr for x in bounds.rows)])
         self.held = tuple(x for x in a.batch if x not in self.folded)
         self.p = Printer(a, [x.index for x in self.folded])
         self.q, self.k, self.v = _operands(a)
@@ -252,8 +252,20 @@ class _Emitter:
     # ---- hooks -----------------------------------------------------------------------------------------------------
     def _bounds(self) -> str:
         lines = ["(void)c; (void)b;"]
-        lines += [f"visit(t, {self.p.scalar(x.lo)}, {self.p.scalar(x.hi)}, from, to);" for x in self.bounds.visit]
-        lines += [f"see_all(t, {self.p.scalar(x.lo)}, {self.p.scalar(x.hi)});" for x in self.bounds.full]
+        names: dict[Expr, str] = {self.a.i.index: "i"}
+        for x in self.bounds.rows:
+            compare = "<" if x.op == "min" else ">"
+            lines += [
+                f"int64_t {x.name} = INT64_{'MAX' if x.op == 'min' else 'MIN'};",
+                "for (int64_t i = t.i0; i < t.i1; ++i) {",
+                f"    const int64_t x = {self.p.scalar(x.expr, names)};",
+                f"    {x.name} = x {compare} {x.name} ? x : {x.name};",
+                "}",
+            ]
+            names[x.index] = x.name
+        for call, intervals, tail in (("visit", self.bounds.visit, ", from, to"), ("see_all", self.bounds.full, "")):
+            for x in intervals:
+                lines.append(f"{call}(t, {self.p.scalar(x.lo, names)}, {self.p.scalar(x.hi, names)}{tail});")
         return _function("static void find_spans(const Call& c, const Batch& b, Tile& t, int64_t from, int64_t to)", lines)
 
     def _logit(self) -> str:

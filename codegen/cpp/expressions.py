@@ -138,7 +138,7 @@ class _Scope:
 
     def scalar(self, x: Expr) -> str:
         level = self.p.level(x)
-        if level == Level.UNIFORM and self.inside != Level.UNIFORM and isinstance(x, Op | Load):
+        if level == Level.UNIFORM and self.inside != Level.UNIFORM and isinstance(x, Op | Load | Index):
             return f"u.{self.p.uniform(x)}"
         if (x, False) in self.names:
             return self.names[x, False]

@@ -1,0 +1,40 @@
+"""C++ kernels of random attentions give what the interpreter gives."""
+
+from __future__ import annotations
+
+import pytest
+from cpp_build import check, host_isas
+from hypothesis import HealthCheck, given, settings
+from random_ir import Program, programs
+
+from attncc.codegen.cpp import unsupported
+
+some = settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+ISAS = host_isas()
+
+
+def holds(program: Program, isa: str) -> None:
+    if unsupported(program.attention) is None:
+        check(*program, isa)
+
+
+@pytest.mark.parametrize("isa", ISAS[:1])
+@some
+@given(programs(outputs=("out", "lse")))
+def test_the_best_instruction_set_equals_the_interpreter(isa: str, program: Program) -> None:
+    holds(program, isa)
+
+
+@pytest.mark.parametrize("isa", ISAS[1:])
+@settings(some, max_examples=6)
+@given(programs(outputs=("out", "lse")))
+def test_every_instruction_set_equals_the_interpreter(isa: str, program: Program) -> None:
+    holds(program, isa)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("isa", ISAS)
+@settings(some, max_examples=200)
+@given(programs(outputs=("out", "lse"), longest=200, largest_head=80))
+def test_many_and_longer(isa: str, program: Program) -> None:
+    holds(program, isa)

@@ -1,0 +1,84 @@
+"""Building and running C++ kernels in tests."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from attncc.codegen.cpp import emit
+from attncc.ir import Attention, Bounds, interpret
+from attncc.ir.evaluate import DTYPE_OF
+from attncc.passes.bounds import loop_bounds
+from attncc.runtime.cpp import NEEDS, CppKernel, CppToolchain, processor_flags
+
+_folder = tempfile.TemporaryDirectory(prefix="attncc-test-")
+_ORDER = ("amx", "avx512bf16", "avx512", "avx2")
+
+
+def host_isas() -> list[str]:
+    """The instruction sets this processor runs and this compiler knows."""
+    info = Path("/proc/cpuinfo")
+    flags = processor_flags(info.read_text()) if info.exists() else frozenset[str]()
+    return [isa for isa in _ORDER if NEEDS[isa] <= flags]
+
+
+@cache
+def toolchain() -> CppToolchain:
+    found = CppToolchain.find()
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+@cache
+def _compiled(source: str, isa: str) -> Path:
+    out = Path(_folder.name) / f"{abs(hash((source, isa)))}.so"
+    toolchain().compile(source, isa, out)
+    return out
+
+
+def build(a: Attention, isa: str, bounds: Bounds | None = None) -> CppKernel:
+    return CppKernel(_compiled(emit(a, bounds or loop_bounds(a), isa), isa), a)
+
+
+def run(a: Attention, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int], isa: str,
+        bounds: Bounds | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Outputs by name. They start as NaN, so that what the kernel does not write shows."""
+    shapes = interpret(a, tensors, sizes)
+    outputs = {}
+    for name, like in shapes.items():
+        dtype = DTYPE_OF[a.dtype if name == "out" else a.compute_dtype]
+        outputs[name] = torch.full(like.shape, float("nan"), dtype=dtype)
+    build(a, isa, bounds)([tensors[t.name] for t in a.tensors], list(sizes), list(outputs.values()))
+    return outputs
+
+
+def check(a: Attention, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int], isa: str,
+          bounds: Bounds | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Runs the kernel and holds it against the interpreter in float64: at most a few roundings of the output type, and
+    of the weights where products run in bfloat16, beyond the interpreter's own error in the attention's types."""
+    want = interpret(a, tensors, sizes, compute=torch.float64)
+    eager = interpret(a, tensors, sizes)
+    got = run(a, tensors, sizes, isa, bounds)
+    for name in a.outputs:
+        g, w, e = got[name].double(), want[name].double(), eager[name].double()
+        assert torch.equal(g.isnan(), e.isnan()), f"{name}: NaN at {(g.isnan() != e.isnan()).nonzero()[:4].tolist()}"
+        assert torch.equal(g.isinf(), e.isinf()), f"{name}: infinite elsewhere"
+        finite = w.isfinite() & e.isfinite()
+        if not finite.any():
+            continue
+        scale = w[finite].abs().max().item()
+        unit = max(torch.finfo(got[name].dtype).eps, torch.finfo(DTYPE_OF[a.compute_dtype]).eps)
+        if name == "out" and all(a.tensor(x.tensor).dtype == "bf16" for x in (a.q, a.k, a.v)):
+            # weights round to bfloat16 before their product with V, as SDPA rounds them
+            unit = max(unit, torch.finfo(torch.bfloat16).eps)
+            scale = max(scale, max(t.abs().max().item() for t in tensors.values() if t.is_floating_point() and t.numel()))
+        own = (e - w)[finite].abs().max().item()
+        error = (g - w)[finite].abs().max().item()
+        assert error <= 4 * own + 4 * unit * scale, f"{name}: error {error}, eager {own}, scale {scale}"
+    return got
