@@ -67,7 +67,7 @@ class _Installed:
 
     def _build(self, a: Attention, spec: str, device: torch.device) -> Kernel:
         if self.build is None:
-            raise KernelError("attncc::attention has no kernels yet: import attncc.backend, which installs them")
+            raise KernelError("attncc::attention has no kernels yet: import attncc.dynamo, which installs them")
         try:
             return self.build(a, spec, device)
         except Exception as error:
@@ -107,7 +107,7 @@ def _run_backward(
 ) -> list[torch.Tensor]:
     differentiable = _installed.differentiable
     if differentiable is None:
-        raise KernelError("attncc::attention has no gradients yet: import attncc.backend, which installs them")
+        raise KernelError("attncc::attention has no gradients yet: import attncc.dynamo, which installs them")
     plan = plan_of(spec)
     with torch.inference_mode(False), torch.enable_grad(), _autograd_on():
         leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]

@@ -26,18 +26,19 @@ def poly(x: Expr) -> Poly:
         case Const(value):
             return {(): int(value)} if value else {}
         case Op("add", (a, b)):
-            return _plus(poly(a), poly(b), 1)
+            return plus(poly(a), poly(b), 1)
         case Op("sub", (a, b)):
-            return _plus(poly(a), poly(b), -1)
+            return plus(poly(a), poly(b), -1)
         case Op("neg", (a,)):
-            return _plus({}, poly(a), -1)
+            return plus({}, poly(a), -1)
         case Op("mul", (a, b)):
             return _times(poly(a), poly(b))
         case _:
             return {(x,): 1}
 
 
-def _plus(p: Poly, q: Poly, sign: int) -> Poly:
+def plus(p: Poly, q: Poly, sign: int = 1) -> Poly:
+    """p + sign * q."""
     out = Counter(p)
     for m, c in q.items():
         out[m] += sign * c
@@ -89,8 +90,8 @@ def _mentions(x: Expr, index: Expr) -> bool:
 
 def upper(p: Poly, extents: Extents) -> Poly | None:
     """A polynomial over sizes alone that is >= p for all index values (sizes are >= 1), or None."""
-    low = lower(_scaled(p, -1), extents)
-    return None if low is None else _scaled(low, -1)
+    low = lower(scaled(p, -1), extents)
+    return None if low is None else scaled(low, -1)
 
 
 def lower(p: Poly, extents: Extents) -> Poly | None:
@@ -111,7 +112,7 @@ def lower(p: Poly, extents: Extents) -> Poly | None:
                 term = None if term is None or end is None else _times(term, end)
         if term is None:
             return None
-        out = _plus(out, _times(term, {sizes: c}), 1)
+        out = plus(out, _times(term, {sizes: c}), 1)
     return out
 
 
@@ -121,10 +122,10 @@ Ends = tuple[Poly | None, Poly | None]
 def _ends(factor: Expr, extents: Extents) -> Ends:
     """The smallest and largest value of a factor that is no size, where known."""
     if factor in extents:
-        return {}, _plus(poly(extents[factor]), {(): 1}, -1)
+        return {}, plus(poly(extents[factor]), {(): 1}, -1)
     match factor:
         case Op("mod", (_, c)) if is_positive(poly(c)):
-            return {}, _plus(poly(c), {(): 1}, -1)
+            return {}, plus(poly(c), {(): 1}, -1)
         case Op("floordiv" | "truncdiv", (x, Const(c))) if int(c) > 0:
             low, high = lower(poly(x), extents), upper(poly(x), extents)
             whole = low is not None and _never_negative(low)
@@ -144,7 +145,8 @@ def _over(p: Poly | None, c: int) -> Poly | None:
     return {(): p.get((), 0) // c} if p is not None and set(p) <= {()} else None
 
 
-def _scaled(p: Poly, by: int) -> Poly:
+def scaled(p: Poly, by: int) -> Poly:
+    """p * by, for by != 0."""
     return {m: c * by for m, c in p.items()}
 
 
@@ -155,7 +157,7 @@ def is_positive(p: Poly) -> bool:
 
 
 def _never_negative(p: Poly) -> bool:
-    return is_positive(_plus(p, {(): 1}, 1))
+    return is_positive(plus(p, {(): 1}, 1))
 
 
 _MOST_SPLITS = 6
@@ -181,7 +183,7 @@ def _nonnegative(p: Poly, extents: Extents, splits: int) -> bool:
             others.remove(f)
             if f.name in ("min", "max", "where") and all(isinstance(n, Size) for n in others):
                 scale: Poly = {tuple(others): c}
-                cases = (_nonnegative(_plus(rest, _times(scale, poly(a)), 1), extents, splits - 1) for a in f.args[-2:])
+                cases = (_nonnegative(plus(rest, _times(scale, poly(a)), 1), extents, splits - 1) for a in f.args[-2:])
                 both = f.name == "where" or (f.name == "min") == (c > 0)
                 return all(cases) if both else any(cases)
             if f.name == "floordiv" and is_positive(poly(f.args[1])):
@@ -191,8 +193,8 @@ def _nonnegative(p: Poly, extents: Extents, splits: int) -> bool:
                 # divisor * (n // divisor) lies in [n - divisor + 1, n]
                 near = poly(f.args[0])
                 if c > 0:
-                    near = _plus(_plus(near, poly(f.args[1]), -1), {(): 1}, 1)
-                relaxed = _plus(rest, _times({whole[0]: whole[1]}, near), 1)
+                    near = plus(plus(near, poly(f.args[1]), -1), {(): 1}, 1)
+                relaxed = plus(rest, _times({whole[0]: whole[1]}, near), 1)
                 if all(isinstance(n, Size) for n in whole[0]) and _nonnegative(relaxed, extents, splits - 1):
                     return True
     return False
@@ -215,7 +217,7 @@ def divide(x: Expr, by: Expr, extents: Extents) -> tuple[Expr, Expr]:
         if whole is None:
             rest[m] = c
         else:
-            quotient = _plus(quotient, {whole[0]: whole[1]}, 1)
+            quotient = plus(quotient, {whole[0]: whole[1]}, 1)
     remainder = expr(rest)
     if nonnegative(remainder, extents) and less_than(remainder, by, extents):
         return expr(quotient), remainder
@@ -236,17 +238,43 @@ def _divide_term(m: Monomial, c: int, divisor: Poly) -> tuple[Monomial, int] | N
     return (tuple(left), c // factor) if c % factor == 0 else None
 
 
+def _rejoin(p: Poly) -> Poly:
+    """`x // c * c + x % c` is x: what a reshape took apart and another put together again."""
+    for m, c in p.items():
+        for factor in m:
+            if not (isinstance(factor, Op) and factor.name == "mod"):
+                continue
+            x, by = factor.args
+            whole = _times(_times({_less(m, factor): c}, poly(by)), {(floordiv(x, by),): 1})
+            if len(whole) == 1 and all(p.get(k) == v for k, v in whole.items()):
+                rest = {k: v for k, v in p.items() if k != m and k not in whole}
+                return _rejoin(plus(rest, _times({_less(m, factor): c}, poly(x)), 1))
+    return p
+
+
+def _less(m: Monomial, factor: Expr) -> Monomial:
+    rest = list(m)
+    rest.remove(factor)
+    return tuple(rest)
+
+
 def simplify(x: Expr, extents: Extents) -> Expr:
-    """`x` with its integer subexpressions in canonical form and every provable floor and modulus removed."""
+    """`x` with its integer subexpressions in canonical form, and every floor, modulus, minimum and maximum removed that
+    the extents prove to be superfluous."""
 
     def rule(n: Expr) -> Expr | None:
         if not isinstance(n, Op) or n.kind != "int":
             return None
+        if n.name in ("min", "max"):
+            a, b = n.args
+            larger, smaller = (a, b) if nonnegative(sub(a, b), extents) else (b, a)
+            known = larger is a or nonnegative(sub(b, a), extents)
+            return None if not known else larger if n.name == "max" else smaller
         if n.name == "floordiv" and is_positive(poly(n.args[1])):
             return divide(n.args[0], n.args[1], extents)[0]
         if n.name == "mod" and is_positive(poly(n.args[1])):
             return divide(n.args[0], n.args[1], extents)[1]
-        return expr(poly(n)) if n.name in ("add", "sub", "mul", "neg") else None
+        return expr(_rejoin(poly(n))) if n.name in ("add", "sub", "mul", "neg") else None
 
     return rewrite(x, rule)
 

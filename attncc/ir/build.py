@@ -107,6 +107,8 @@ def cast(x: Expr, kind: Kind) -> Expr:
         return x
     if kind == "bool":
         return op("ne", x, const(0 if x.kind == "int" else 0.0))
+    if x.kind == "bool":
+        return where(x, const(1), const(0)) if kind == "int" else where(x, const(1.0), const(0.0))
     return op(kind, x)
 
 
@@ -118,6 +120,8 @@ def op(name: str, *args: Expr) -> Expr:
     rule = _SIMPLIFY.get(name)
     if rule is not None and (simpler := rule(*args)) is not None:
         return simpler
+    if (selected := _over_selection(name, args)) is not None:
+        return selected
     values = [a.value for a in args if isinstance(a, Const)]
     if len(values) < len(args) or name not in _FOLD:
         return result
@@ -125,6 +129,19 @@ def op(name: str, *args: Expr) -> Expr:
         return Const(_FOLD[name](*values))
     except (ZeroDivisionError, OverflowError, ValueError):
         return result
+
+
+def _over_selection(name: str, args: tuple[Expr, ...]) -> Expr | None:
+    """f(where(c, 1.0, 0.0), 2.0) is where(c, f(1.0, 2.0), f(0.0, 2.0)): masks spelled in arithmetic become predicates."""
+    selections = [a for a in args if isinstance(a, Op) and a.name == "where"]
+    if len(selections) != 1 or name not in _FOLD or not all(isinstance(a, Const | Op) for a in args):
+        return None
+    (chosen,) = selections
+    condition, yes, no = chosen.args
+    rest = [a for a in args if a is not chosen]
+    if not all(isinstance(a, Const) for a in (yes, no, *rest)):
+        return None
+    return where(condition, *(op(name, *(x if a is chosen else a for a in args)) for x in (yes, no)))
 
 
 def _zero(x: Expr) -> bool:
@@ -226,6 +243,8 @@ def _where(c: Expr, a: Expr, b: Expr) -> Expr | None:
         return a if c.value else b
     if a is b:
         return a
+    if a is TRUE and b is FALSE:
+        return c
     if a.kind == "bool":
         return or_(and_(c, a), and_(not_(c), b)) if isinstance(a, Const) or isinstance(b, Const) else None
     if isinstance(c, Op) and c.name == "not":

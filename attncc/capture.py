@@ -1,0 +1,91 @@
+"""Reading a Dynamo graph: its shadow in normal form, and for each shadow node the Dynamo node it came from.
+
+The graph that Dynamo handed over stays the one that is edited and run; the shadow is only read. A Dynamo node that is
+several ATen ops (`multi_head_attention_forward`) owns all of their shadow nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attncc import torch_private
+from attncc.patterns.facts import Facts
+
+_AUTOCAST = ("_enter_autocast", "_exit_autocast")
+
+
+@dataclass
+class Reading:
+    """The shadow of `module` and how the two correspond."""
+
+    module: fx.GraphModule
+    shadow: fx.GraphModule
+    origin: dict[fx.Node, fx.Node]
+    owner: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    results: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def facts(self) -> Facts:
+        """Facts of the shadow, with the dtypes that Dynamo saw (a trace does not see autocast)."""
+        dtypes: dict[fx.Node, torch.dtype] = {}
+        for shadow, node in self.origin.items():
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.Tensor):
+                dtypes[shadow] = value.dtype
+        return Facts(self.shadow.graph, dtypes)
+
+    @property
+    def uses_autocast(self) -> bool:
+        return any(getattr(n.target, "__name__", "") in _AUTOCAST for n in self.module.graph.nodes)
+
+
+class _Shadow(fx.Interpreter):
+    """Runs a Dynamo graph under a trace, noting which traced node holds each Dynamo node's result."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.pairs: list[tuple[fx.Node, fx.Node]] = []
+        self.spans: list[tuple[fx.Node, int, int]] = []
+        self.parts: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self._count()
+        known = torch_private.known_number(n)
+        result = super().run_node(n) if known is None else known
+        made = torch_private.traced_node(result)
+        if made is not None and n.op != "output":
+            self.pairs.append((made, n))
+        if isinstance(result, tuple | list):
+            self.parts[n] = [torch_private.traced_node(x) for x in result]
+        self.spans.append((n, before, self._count()))
+        return result
+
+    def _count(self) -> int:
+        mode = torch_private.get_proxy_mode()
+        return 0 if mode is None else len(mode.tracer.graph.nodes)
+
+
+def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
+    """The shadow of a Dynamo graph. Raises whatever the trace raises; the module itself is not touched."""
+    mode, fakes = torch_private.fake_inputs(inputs)
+    shadow = _Shadow(module)
+    # Grad mode is part of what Dynamo captured, and a trace under no_grad records less.
+    with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
+        traced = torch_private.trace(lambda *a: shadow.run(*a), mode, fakes)
+    names = {n.name: n for n in traced.graph.nodes}
+    reading = Reading(module, traced, {})
+    for made, node in shadow.pairs:
+        found = names.get(made.name)
+        if found is not None:
+            reading.origin.setdefault(found, node)
+    nodes = list(traced.graph.nodes)
+    for node, first, last in shadow.spans:
+        for made in nodes[first:last]:
+            reading.owner[made] = node
+    for node, parts in shadow.parts.items():
+        reading.results[node] = [None if p is None else names.get(p.name) for p in parts]
+    return reading

@@ -1,0 +1,182 @@
+"""Editing the Dynamo graph: a fused node takes the place of the product with the values, and what it made idle goes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from attncc.capture import Reading
+from attncc.ir import Attention, print_attention
+from attncc.ir.expr import Const, Expr, Op, Size
+from attncc.patterns.assemble import Lifted
+from attncc.patterns.facts import Facts, argument, written_args
+
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,
+    "neg": operator.neg, "max": torch.sym_max, "min": torch.sym_min,
+}  # fmt: skip
+_COPIED = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+class EditError(Exception):
+    """The graph cannot hold the fused node; the message is the reason."""
+
+
+class Editor:
+    """Edits one Dynamo graph. Every change keeps the graph runnable; `finish` checks it."""
+
+    def __init__(self, reading: Reading, facts: Facts) -> None:
+        self.reading, self.facts = reading, facts
+        self.graph = reading.module.graph
+        self.order = {n: at for at, n in enumerate(self.graph.nodes)}
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.size_nodes: dict[Expr, fx.Node] = {}
+
+    def fuse(self, site: Lifted, a: Attention) -> fx.Node:
+        """Replace the site's node by a call of attncc's operator for `a` (the site's attention after the passes)."""
+        target = self._place(site.node)
+        with self.graph.inserting_before(target):
+            tensors = [self._cast(self._node(n), n, dtype) for n, dtype in zip(site.tensors, site.dtypes, strict=True)]
+            sizes = [self._size(x, target) for x in site.sizes]
+            call = self.graph.call_function
+            op = torch.ops.attncc.attention.default
+            outputs = call(op, (tensors, sizes, print_attention(a)))
+            out = call(operator.getitem, (outputs, 0))
+            unsplit = [self._extent(x.extent, site, target) for x in site.attention.out_axes]
+            if len(a.out_axes) != len(unsplit):
+                out = call(torch.ops.aten.reshape.default, (out, unsplit))
+            if site.order != tuple(range(len(site.order))):
+                out = call(torch.ops.aten.permute.default, (out, list(site.order)))
+            shape = self.facts.shape(site.node)
+            if len(shape) != len(unsplit):
+                out = call(torch.ops.aten.reshape.default, (out, [self._size(s, target) for s in shape]))
+        for n in (outputs, out):
+            n.meta.update({k: target.meta[k] for k in _COPIED if k in target.meta})
+        out.meta["example_value"] = target.meta.get("example_value")
+        target.replace_all_uses_with(out)
+        self._remove(target)
+        return outputs
+
+    def finish(self) -> fx.GraphModule:
+        self.graph.lint()
+        self.reading.module.recompile()
+        return self.reading.module
+
+    def _place(self, shadow: fx.Node) -> fx.Node:
+        """The Dynamo node for a shadow node, its composite owner expanded if need be."""
+        if shadow not in self.reading.origin and shadow not in self.copies:
+            self._expand(self.reading.owner[shadow])
+        return self._node(shadow)
+
+    def _node(self, shadow: fx.Node) -> fx.Node:
+        """The node of the edited graph that holds a shadow node's value."""
+        found = self.reading.origin.get(shadow) or self.copies.get(shadow)
+        if found is None:
+            owner = self.reading.owner.get(shadow)
+            if owner is None:
+                raise EditError(f"no node of the captured graph holds {shadow.name}")
+            self._expand(owner)
+            found = self.copies.get(shadow)
+        if found is None:
+            raise EditError(f"no node of the captured graph holds {shadow.name}")
+        return found
+
+    def _expand(self, owner: fx.Node) -> None:
+        """Put the ATen ops of a composite call (multi_head_attention_forward) in its place."""
+        parts = [n for n, o in self.reading.owner.items() if o is owner and n.op == "call_function"]
+        results = self.reading.results.get(owner)
+        if not parts or any(written_args(n) for n in parts) or self.reading.uses_autocast:
+            raise EditError(f"{owner.name} is several operations that cannot be taken apart")
+        with self.graph.inserting_before(owner):
+            for n in parts:
+                self.copies[n] = self.graph.node_copy(n, self._node)
+                self.copies[n].meta.update({k: owner.meta[k] for k in _COPIED if k in owner.meta})
+        if results is None:
+            last = next(s for s, o in self.reading.origin.items() if o is owner)
+            owner.replace_all_uses_with(self.copies[last])
+            self.reading.origin[last] = self.copies[last]
+        else:
+            for user in list(owner.users):
+                if user.target is not operator.getitem:
+                    raise EditError(f"{owner.name} is used as a whole")
+                part = results[user.args[1]]
+                if part is not None:
+                    user.replace_all_uses_with(self._node(part))
+                    self.graph.erase_node(user)
+        if not owner.users:
+            self.graph.erase_node(owner)
+
+    def _cast(self, n: fx.Node, shadow: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return n if self.facts.dtype(shadow) == dtype else self.graph.call_function(torch.ops.aten.to.dtype, (n, dtype))
+
+    def _extent(self, x: Const | Size, site: Lifted, before: fx.Node) -> int | fx.Node:
+        if isinstance(x, Const):
+            return int(x.value)
+        return self._size(site.sizes[site.attention.sizes.index(x)], before)
+
+    def _size(self, x: Expr, before: fx.Node) -> int | fx.Node:
+        """A node (or number) for an integer expression over the graph's symbols, available before a node."""
+        if isinstance(x, Const):
+            return int(x.value)
+        known = self.size_nodes.get(x)
+        if known is None:
+            known = self._find_size(x, before)
+            if isinstance(x, Size):
+                self.size_nodes[x] = known
+        return known
+
+    def _find_size(self, x: Expr, before: fx.Node) -> fx.Node:
+        for shadow, node in self.reading.origin.items():
+            value = self.facts.value(shadow)
+            if isinstance(value, torch.SymInt) and node.op == "placeholder" and self.facts.size(value) is x:
+                return node
+        for shadow, node in self.reading.origin.items():
+            if node.op != "placeholder" or not self.facts.is_tensor(shadow):
+                continue
+            for dim, extent in enumerate(self.facts.shape(shadow)):
+                if extent is x:
+                    return self._sym_size(node, dim)
+        if isinstance(x, Op) and x.name in _ARITHMETIC:
+            args = [self._size(a, before) for a in x.args]
+            return self.graph.call_function(_ARITHMETIC[x.name], tuple(args))
+        for shadow, node in self.reading.origin.items():
+            if node in self.order and self.order[node] < self.order.get(before, -1) and self.facts.is_tensor(shadow):
+                for dim, extent in enumerate(self.facts.shape(shadow)):
+                    if extent is x:
+                        return self._sym_size(node, dim)
+        raise EditError(f"the size {x!r} cannot be had from the graph's inputs")
+
+    def _sym_size(self, node: fx.Node, dim: int) -> fx.Node:
+        last = max((n for n in self.order if n.op == "placeholder"), key=self.order.__getitem__)
+        with self.graph.inserting_after(last if node.op == "placeholder" else node):
+            return self.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+
+    def _remove(self, start: fx.Node) -> None:
+        """Erase `start` and what only it used, stopping at anything that writes or draws random numbers."""
+        effects = {self.reading.owner[s] for s in self.reading.shadow.graph.nodes if s in self.reading.owner and _acts(s)}
+        stack = [start]
+        while stack:
+            n = stack.pop()
+            if n.users or n.op in ("placeholder", "output") or n in effects or n._erased:
+                continue
+            inputs = n.all_input_nodes
+            self.graph.erase_node(n)
+            stack += inputs
+
+
+def _acts(n: fx.Node) -> bool:
+    target = n.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return n.op == "call_function" and getattr(target, "__name__", "") != "getitem"
+    if target is torch.ops.aten.dropout.default and (not argument(n, "train") or argument(n, "p") == 0.0):
+        return False
+    return bool(written_args(n)) or torch.Tag.nondeterministic_seeded in target.tags
+
+
+def source_text(graph: fx.Graph) -> str:
+    """A graph as readable Python."""
+    return graph.python_code("self").src.strip()

@@ -1,0 +1,39 @@
+"""`attncc.explain`: run the compiler on a model and say what became of every attention."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from attncc.dynamo import Collected, attncc_backend, collecting
+from attncc.report import Report
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Compile `model` for these arguments, run it once, and report on each softmax-like site.
+
+    The model runs as it is: in its own train or eval mode, with gradients if they are on. Raises what it raises."""
+    found = Collected()
+    token = collecting.set(found)
+    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(model, backend=attncc_backend, options={"inductor": False})
+        compiled(*args, **kwargs)
+    finally:
+        collecting.reset(token)
+        torch._dynamo.reset()
+    return report(found)
+
+
+def report(found: Collected) -> Report:
+    return Report(
+        sites=tuple(found.sites),
+        graph_before="\n\n".join(found.before),
+        graph_after="\n\n".join(found.after),
+        notes=tuple(dict.fromkeys(found.notes)),
+        versions={"attncc": version("attncc"), "torch": torch.__version__, "python": platform.python_version()},
+    )

@@ -1,0 +1,117 @@
+"""From an attention to a kernel: the passes, the emitter for the device, the toolchain, the store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from attncc.codegen import cpp, torch_form
+from attncc.ir import Attention, Bounds, print_attention
+from attncc.passes.bounds import loop_bounds
+from attncc.passes.drop_rounding import drop_rounding
+from attncc.passes.fold_predicates import fold_predicates
+from attncc.passes.split_axes import split_axes
+from attncc.progress import step
+from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, detect_isa
+from attncc.runtime.op import Kernel
+from attncc.runtime.store import Store
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel with what a report says of it. `reason` is why it is not a compiled one, where it is not."""
+
+    kernel: Kernel
+    source: str
+    language: str
+    name: str
+    reason: str = ""
+
+
+class TorchKernel:
+    """The plain-torch form, for devices, dtypes and machines that have nothing better."""
+
+    def __init__(self, a: Attention) -> None:
+        self.attention = a
+
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
+    ) -> None:
+        for out, value in zip(outputs, torch_form.run_blocked(self.attention, tensors, sizes), strict=True):
+            out.copy_(value)
+
+
+def optimise(a: Attention) -> Attention:
+    """What every kernel is made from: no rounding points, predicates in canonical form. Exact (or more accurate)."""
+    return fold_predicates(drop_rounding(a))
+
+
+def build(a: Attention, spec: str, device: torch.device) -> Kernel:
+    """The kernel of an attention on a device, for `attncc.runtime.op`."""
+    return built(spec, device.type).kernel
+
+
+@lru_cache(maxsize=1024)
+def built(spec: str, device: str) -> Built:
+    """The kernel of a spec, compiled and kept in the store; the plain-torch form, with the reason, where it cannot be."""
+    from attncc.ir import parse_attention  # noqa: PLC0415
+
+    a = optimise(parse_attention(spec))
+    bounds = loop_bounds(a)
+    if device == "cpu":
+        return _cpp(a, bounds)
+    return _torch(a, f"no emitter for device {device}")
+
+
+def _torch(a: Attention, reason: str) -> Built:
+    return Built(TorchKernel(a), print_attention(a), "torch", "plain torch", reason)
+
+
+def _cpp(a: Attention, bounds: Bounds) -> Built:
+    reason = cpp.unsupported(a)
+    if reason is not None:
+        return _torch(a, reason)
+    toolchain = find_toolchain()
+    if toolchain is None:
+        return _torch(a, "no C++ compiler found (set CXX, or install g++ or clang++)")
+    isa = detect_isa()
+    source = cpp.emit(a, bounds, isa)
+    store = default_store()
+    key = store.key({"source": source, "isa": isa, "toolchain": toolchain.version, "flags": " ".join(toolchain.flags(isa))})
+
+    def make(folder: Path) -> None:
+        step(f"compiling {kernel_name(a)} for {isa}")
+        (folder / "kernel.cpp").write_text(source)
+        toolchain.compile(source, isa, folder / "kernel.so")
+
+    try:
+        entry = store.get_or_build(key, kernel_name(a), make)
+        kernel = CppKernel(entry / "kernel.so", a)
+    except CompileError as error:
+        return _torch(a, f"the C++ compiler failed: {str(error).splitlines()[0]}")
+    return Built(kernel, source, "cpp", f"C++ {isa} kernel")
+
+
+def kernel_name(a: Attention) -> str:
+    """A readable name: `masked-softmax-f32-d64`."""
+    mask = "dense" if repr(a.mask) == "True" else "masked"
+    return f"{mask}-{a.normalizer}-{a.tensor(a.q.tensor).dtype}-d{a.d.extent!r}"
+
+
+@lru_cache(maxsize=1)
+def find_toolchain() -> CppToolchain | None:
+    return CppToolchain.find()
+
+
+@lru_cache(maxsize=1)
+def default_store() -> Store:
+    root = os.environ.get("ATTNCC_CACHE_DIR")
+    return Store(Path(root) if root else None)
+
+
+__all__ = ["Built", "build", "built", "optimise", "split_axes"]

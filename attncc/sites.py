@@ -1,0 +1,74 @@
+"""From what lifting found to what a report says: where a site is in the user's code, and what it computes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from attncc.ir import Attention, print_expr
+from attncc.ir.build import TRUE
+from attncc.ir.expr import Const, Expr, Size
+from attncc.patterns.assemble import Lifted
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_MODULE_PREFIX = re.compile(r"^L\['[^']*'\]\.?|^self\.?")
+
+
+def module_path(n: fx.Node) -> str:
+    """The path of the innermost module that a node of a Dynamo graph belongs to, as the user would write it."""
+    stack = n.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    path = _MODULE_PREFIX.sub("", path)
+    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", "." + path if path else "")
+    path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path)
+    return path.strip(".").replace("..", ".")
+
+
+def user_line(n: fx.Node) -> str:
+    """`file.py:12` of the innermost line of the user's code (or of the model library's) that made a node."""
+    frames = list(_FRAME.finditer(n.meta.get("stack_trace") or ""))
+    torch_home = str(Path(torch.__file__).parent)
+    own = [f for f in frames if not f["file"].startswith(torch_home)] or frames
+    if not own:
+        return ""
+    file = Path(own[-1]["file"])
+    try:
+        file = file.relative_to(Path.cwd())
+    except ValueError:
+        file = Path(*file.parts[-3:]) if len(file.parts) > 3 else file
+    return f"{file}:{own[-1]['line']}"
+
+
+def equation(a: Attention) -> str:
+    """One line of mathematics: `softmax(s * 0.125) v`, s being q_i . k_j."""
+    score = print_expr(a.score)
+    normalised = {"none": score}.get(a.normalizer, f"{a.normalizer}({score})")
+    sink = "" if a.sink is None else f" with sink {print_expr(a.sink)}"
+    weight = print_expr(a.weight)
+    return f"{normalised if weight == 'w' else weight.replace('w', normalised, 1)} v{sink}"
+
+
+def mask(a: Attention) -> str:
+    return "all" if a.mask is TRUE else print_expr(a.mask)
+
+
+def shapes(site: Lifted) -> dict[str, tuple[int | str, ...]]:
+    """Dimensions of q, k and v as the model sees them; symbols as text."""
+    a = site.attention
+    origin = dict(zip(a.sizes, site.sizes, strict=True))
+
+    def extent(x: Const | Size) -> int | str:
+        value: Expr = origin.get(x, x) if isinstance(x, Size) else x
+        return int(value.value) if isinstance(value, Const) else print_expr(value)
+
+    batch = tuple(extent(x.extent) for x in a.batch)
+    return {
+        "q": (*batch, extent(a.i.extent), extent(a.d.extent)),
+        "k": (*batch, extent(a.j.extent), extent(a.d.extent)),
+        "v": (*batch, extent(a.j.extent), extent(a.e.extent)),
+    }

@@ -1,0 +1,74 @@
+"""Everything of torch that is not public API, in one place, tested against each supported version."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext, detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import guard_scalar
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+
+
+def fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
+    """The inputs as fake tensors of the mode that Dynamo traced with, symbolic dimensions included."""
+    context = TracingContext.try_get()
+    mode = (context.fake_mode if context is not None else None) or detect_fake_mode(list(inputs)) or FakeTensorMode()
+    symbolic = {} if context is None else context.tensor_to_context
+
+    def fake(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
+            return x
+        return mode.from_tensor(x, symbolic_context=symbolic.get(x))
+
+    return mode, [fake(x) for x in inputs]
+
+
+def trace(run: Callable[..., Any], mode: FakeTensorMode, inputs: Sequence[Any]) -> fx.GraphModule:
+    """The pre-dispatch ATen graph of `run` on fake inputs."""
+    with mode:
+        return make_fx(run, tracing_mode="real", pre_dispatch=True)(*inputs)
+
+
+def traced_node(value: Any) -> fx.Node | None:
+    """The node that the trace in progress made for a value it returned, if any."""
+    mode = get_proxy_mode()
+    if mode is None or not isinstance(value, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
+        return None
+    slot = get_proxy_slot(value, mode.tracer, None)  # type: ignore[arg-type]
+    if callable(slot):  # symbolic numbers keep a thunk
+        slot = slot()
+    slot = getattr(slot, "force", lambda: slot)()
+    proxy = getattr(slot, "proxy", slot)
+    return getattr(proxy, "node", None)
+
+
+def known_number(n: fx.Node) -> float | int | bool | None:
+    """The number that Dynamo wrapped in a tensor (`dynamic=True` does so with floats), where this node unwraps it.
+
+    Taking it specialises: Dynamo guards on the value and compiles again for another one."""
+    if n.target != "item" or not isinstance(n.args[0], fx.Node) or n.args[0].op != "placeholder":
+        return None
+    value = n.meta.get("example_value")
+    if isinstance(value, torch.SymFloat | torch.SymInt | torch.SymBool) and value.node.has_hint():
+        return guard_scalar(value)
+    return None
+
+
+def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor's compiled form of a Dynamo graph."""
+    from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 - Inductor takes a second to import
+
+    return compile_fx(gm, list(inputs), config_patches=config or None)
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Inductor's configuration for a `torch.compile` mode. Raises RuntimeError for an unknown one."""
+    if mode in (None, "default"):
+        return {}
+    from torch._inductor import list_mode_options  # noqa: PLC0415 - as above
+
+    return dict(list_mode_options(mode))

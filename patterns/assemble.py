@@ -1,0 +1,193 @@
+"""The last step of lifting: canonical names, declared tensors and sizes, and the place of the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from attncc.ir.affine import simplify
+from attncc.ir.attention import Access, Attention, Axis, Empty, Normalizer, Tensor, W
+from attncc.ir.build import ONE, ZERO
+from attncc.ir.evaluate import NAME_OF
+from attncc.ir.expr import Const, Expr, Index, Load, Size, free, rewrite, substitute
+from attncc.ir.verify import verify
+from attncc.patterns.facts import Facts
+from attncc.patterns.masks import split_mask
+from attncc.patterns.moves import Point
+from attncc.patterns.operands import Source
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What was read of an attention, over the indices of its output (`out`: zero where the extent is 1).
+
+    `i` and `e` are None where the output has no such axis. `product_dtype` and `dtype` are those of the two products:
+    under autocast operands are cast to them."""
+
+    facts: Facts
+    out: Point
+    out_shape: tuple[Expr, ...]
+    i: Expr | None
+    j: Index
+    d: Index
+    e: Expr | None
+    extents: dict[Expr, Expr]
+    q: Source
+    k: Source
+    v: Source
+    score: Expr
+    product_dtype: torch.dtype
+    dtype: torch.dtype
+    half: bool
+    empty: Empty
+    mask: Expr | None = None
+    sink: Expr | None = None
+    weight: Expr = W
+    normalizer: Normalizer = "softmax"
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """An attention found in a graph: `node` computes it and can be replaced.
+
+    `tensors` are the graph's nodes for the IR's tensors, in order, to be cast to `dtypes`; `sizes` the expressions, over
+    the graph's symbols, of its sizes; `factors` says which sizes are products of others. The IR's output (*batch, i, e), permuted by `order` and viewed in the shape of
+    `node`, is its value. `escapes` are users of the weights other than the product with the values."""
+
+    attention: Attention
+    node: fx.Node
+    anchor: fx.Node
+    tensors: tuple[fx.Node, ...]
+    dtypes: tuple[torch.dtype, ...]
+    sizes: tuple[Expr, ...]
+    factors: dict[Size, Expr]
+    order: tuple[int, ...]
+    escapes: tuple[fx.Node, ...] = ()
+
+
+def assemble(p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, ...] = ()) -> Lifted:
+    """The verified attention that `p` describes, with its place in the graph."""
+    batch = [x for x in p.out if x is not ZERO and x is not p.i and x is not p.e]
+    names = {x: Index(f"b{n}") for n, x in enumerate(batch)}
+    names |= {p.j: Index("j"), p.d: Index("d")}
+    names |= {x: Index(n) for x, n in ((p.i, "i"), (p.e, "e")) if x is not None}
+    masked = split_mask(p.score, half=p.half, infinite_empty=p.empty)
+    mask = masked.mask if p.mask is None else p.mask
+    renamer = _Renamer(p, names)
+    operands = [
+        renamer.operand(name, source, dtype)
+        for name, source, dtype in (("q", p.q, p.product_dtype), ("k", p.k, p.product_dtype), ("v", p.v, p.dtype))
+    ]
+    score, mask, weight = (renamer.expr(x) for x in (masked.score, mask, p.weight))
+    sink = None if p.sink is None else renamer.expr(p.sink)
+
+    def axis(name: str, index: Expr | None) -> Axis:
+        return Axis(name, renamer.extent(ONE if index is None else p.extents[index]))
+
+    attention = Attention(
+        sizes=(),
+        batch=tuple(axis(names[x].name, x) for x in batch),
+        i=axis("i", p.i), j=axis("j", p.j), d=axis("d", p.d), e=axis("e", p.e),
+        tensors=renamer.declared(), q=operands[0], k=operands[1], v=operands[2],
+        score=score, mask=mask, sink=sink, weight=weight, normalizer=p.normalizer,
+        # a sink outweighs every finite fill, so a row that sees nothing else gives zero
+        empty="zero" if p.mask is not None or p.sink is not None else masked.empty, dtype=NAME_OF[p.dtype],
+        layout=_layout(p, [*batch, p.i], names),
+    )  # fmt: skip
+    attention, sizes, factors = renamer.close(attention)
+    positions = {x: n for n, x in enumerate([*batch, p.i, p.e]) if x is not None}
+    order = [positions[x] for x in p.out if x is not ZERO]
+    order += [n for n in range(len(batch) + 2) if n not in order]
+    return Lifted(
+        verify(attention), node, anchor, tuple(renamer.nodes), tuple(renamer.dtypes), sizes, factors, tuple(order), escapes
+    )
+
+
+class _Renamer:
+    """Gives tensors, indices and sizes their canonical names, and remembers what each stands for."""
+
+    def __init__(self, p: Parts, names: dict[Expr, Index]) -> None:
+        self.p, self.names = p, dict[Expr, Expr](names)
+        self.keys: dict[tuple[fx.Node, torch.dtype], str] = {}
+        self.nodes: list[fx.Node] = []
+        self.dtypes: list[torch.dtype] = []
+        self.compound: dict[Expr, Size] = {}
+
+    def operand(self, name: str, source: Source, dtype: torch.dtype) -> Access:
+        known = self._tensor(source.node, dtype, name)
+        return Access(known, tuple(self.expr(x) for x in source.at))
+
+    def _tensor(self, n: fx.Node, dtype: torch.dtype, name: str) -> str:
+        known = self.keys.get((n, dtype))
+        if known is None:
+            known = self.keys[n, dtype] = name
+            self.nodes.append(n)
+            self.dtypes.append(dtype)
+        return known
+
+    def expr(self, x: Expr) -> Expr:
+        f = self.p.facts
+
+        def rule(y: Expr) -> Expr | None:
+            if isinstance(y, Load):
+                node = f.by_name[y.tensor]
+                count = sum(name.startswith("t") for name in self.keys.values())
+                return Load(self._tensor(node, f.dtype(node), f"t{count}"), y.index, y.kind)
+            return self.names.get(y)
+
+        return rewrite(simplify(x, self.p.extents), rule)
+
+    def extent(self, x: Expr) -> Const | Size:
+        """An extent the IR can hold: compound ones become a size of their own."""
+        if isinstance(x, Const | Size):
+            return x
+        return self.compound.setdefault(x, Size(f"m{len(self.compound)}"))
+
+    def declared(self) -> tuple[Tensor, ...]:
+        return tuple(
+            Tensor(name, NAME_OF[dtype], self.p.facts.shape(node)) for (node, dtype), name in self.keys.items()
+        )
+
+    def close(self, a: Attention) -> tuple[Attention, tuple[Expr, ...], dict[Size, Expr]]:
+        """`a` with its sizes named n0, n1, ... in order of appearance, what each is, and which are made of others."""
+        used: dict[Size, None] = {}
+        for x in (axis.extent for axis in a.axes):
+            used |= {s: None for s in free(x) if isinstance(s, Size)}
+        for x in (*(s for t in a.tensors for s in t.shape), *a.expressions()):
+            used |= {s: None for s in sorted(free(x), key=repr) if isinstance(s, Size)}
+        table: dict[Expr, Expr] = {s: Size(f"n{n}") for n, s in enumerate(used)}
+        origin: dict[Expr, Expr] = {size: x for x, size in self.compound.items()}
+
+        def axis(x: Axis) -> Axis:
+            extent = table.get(x.extent, x.extent)
+            assert isinstance(extent, Const | Size)
+            return Axis(x.name, extent)
+
+        tensors = tuple(Tensor(t.name, t.dtype, tuple(substitute(s, table) for s in t.shape)) for t in a.tensors)
+        renamed = a.substitute(table)
+        closed = Attention(
+            sizes=tuple(s for s in table.values() if isinstance(s, Size)),
+            batch=tuple(axis(x) for x in a.batch), i=axis(a.i), j=axis(a.j), d=axis(a.d), e=axis(a.e),
+            tensors=tensors, q=renamed.q, k=renamed.k, v=renamed.v, score=renamed.score, mask=renamed.mask,
+            normalizer=a.normalizer, empty=a.empty, sink=renamed.sink, weight=renamed.weight, outputs=a.outputs,
+            dtype=a.dtype, layout=a.layout,
+        )  # fmt: skip
+        factors = {table[size]: substitute(x, table) for x, size in self.compound.items() if size in table}
+        return closed, tuple(origin.get(s, s) for s in used), {k: v for k, v in factors.items() if isinstance(k, Size)}
+
+
+def _layout(p: Parts, rows: list[Expr | None], names: dict[Expr, Index]) -> tuple[str, ...]:
+    """The rows in the order in which the queries lie in memory, as SDPA lays its output out."""
+    value = p.facts.value(p.q.node)
+    order = [("i" if x is None or x is p.i else names[x].name) for x in rows]
+    strides: dict[str, int] = {}
+    for x, name in zip(rows, order, strict=True):
+        for dim, at in enumerate(p.q.at):
+            if at is x:
+                stride = value.stride(dim)
+                strides[name] = int(stride.node.hint if isinstance(stride, torch.SymInt) else stride)
+    if len(strides) == len(order) and all(strides.values()):
+        order.sort(key=lambda name: -strides[name])
+    return (*order, "e")

@@ -1,0 +1,127 @@
+"""What is known of the nodes of a normal-form graph: shapes as expressions, dtypes, aliasing, writes and their times."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from attncc.ir.build import add, const, floordiv, maximum, minimum, mod, mul
+from attncc.ir.evaluate import NAME_OF
+from attncc.ir.expr import Expr, Size
+
+
+class Facts:
+    """Facts of one graph. `dtypes` overrides what a node's fake value says (autocast regions are not seen by a trace)."""
+
+    def __init__(self, graph: fx.Graph, dtypes: Mapping[fx.Node, torch.dtype] | None = None) -> None:
+        self.graph = graph
+        self.dtypes = dict(dtypes or {})
+        self.order = {n: at for at, n in enumerate(graph.nodes)}
+        self.by_name = {n.name: n for n in graph.nodes}
+        self.symbols: dict[Size, sympy.Expr] = {}
+        self._writes: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
+        for n in graph.nodes:
+            for written in written_args(n):
+                storage = self.storage(written)
+                if storage is not None:
+                    self._writes[storage].append((self.order[n], n))
+
+    def value(self, n: fx.Node) -> Any:
+        return n.meta.get("val")
+
+    def is_tensor(self, n: object) -> bool:
+        return isinstance(n, fx.Node) and isinstance(self.value(n), torch.Tensor)
+
+    def shape(self, n: fx.Node) -> tuple[Expr, ...]:
+        return tuple(self.size(s) for s in self.value(n).shape)
+
+    def rank(self, n: fx.Node) -> int:
+        return self.value(n).dim()
+
+    def dtype(self, n: fx.Node) -> torch.dtype:
+        return self.dtypes.get(n, self.value(n).dtype)
+
+    def dtype_name(self, n: fx.Node) -> str | None:
+        """The IR's name of the node's dtype, None where the IR has none (complex, quantised)."""
+        return NAME_OF.get(self.dtype(n))
+
+    def size(self, s: object) -> Expr:
+        """An integer, a SymInt or a node that holds one, as an expression over sizes."""
+        if isinstance(s, fx.Node):
+            s = self.value(s)
+        if isinstance(s, torch.SymInt):
+            return self._sympy(s.node.expr)
+        if isinstance(s, bool) or not isinstance(s, int):
+            raise TypeError(f"{s!r} is no integer")
+        return const(s)
+
+    def _sympy(self, x: sympy.Expr) -> Expr:
+        if x.is_Integer:
+            return const(int(x))
+        if isinstance(x, sympy.Symbol):
+            self.symbols.setdefault(Size(x.name), x)
+            return Size(x.name)
+        args = [self._sympy(a) for a in x.args if isinstance(a, sympy.Expr)]
+        fold = {"Add": add, "Mul": mul, "Max": maximum, "Min": minimum}.get(type(x).__name__)
+        if fold is not None:
+            result = args[0]
+            for a in args[1:]:
+                result = fold(result, a)
+            return result
+        if type(x).__name__ in ("FloorDiv", "CleanDiv"):
+            return floordiv(*args)
+        if type(x).__name__ in ("Mod", "PythonMod"):
+            return mod(*args)
+        opaque = Size(f"z{len(self.symbols)}")
+        known = next((s for s, e in self.symbols.items() if e == x), opaque)
+        self.symbols[known] = x
+        return known
+
+    def storage(self, n: fx.Node) -> int | None:
+        value = self.value(n)
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            return None
+        return value.untyped_storage()._cdata
+
+    def aliases(self, a: fx.Node, b: fx.Node) -> bool:
+        found = self.storage(a)
+        return found is not None and found == self.storage(b)
+
+    def writes(self, n: fx.Node, after: int, before: int) -> list[fx.Node]:
+        """The nodes that write to the storage of `n` strictly between two positions of the graph, in order."""
+        storage = self.storage(n)
+        return [] if storage is None else [w for at, w in self._writes.get(storage, ()) if after < at < before]
+
+
+#: In-place ops that change what a tensor looks like and not what it holds.
+_METADATA = {"detach_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "requires_grad_"}
+
+
+def written_args(n: fx.Node) -> list[fx.Node]:
+    """The arguments whose contents a node's schema says it writes to."""
+    if n.op != "call_function" or not isinstance(n.target, torch._ops.OpOverload):
+        return []
+    if n.target._opname in _METADATA:
+        return []
+    found: list[fx.Node] = []
+    for at, arg in enumerate(n.target._schema.arguments):
+        if arg.alias_info is None or not arg.alias_info.is_write:
+            continue
+        value = n.args[at] if at < len(n.args) else n.kwargs.get(arg.name)
+        items = value if isinstance(value, list | tuple) else [value]
+        found += [x for x in items if isinstance(x, fx.Node)]
+    return found
+
+
+def argument(n: fx.Node, name: str) -> Any:
+    """A node's argument by its schema name, defaults included."""
+    schema = n.target._schema  # type: ignore[union-attr]
+    for at, arg in enumerate(schema.arguments):
+        if arg.name == name:
+            return n.args[at] if at < len(n.args) else n.kwargs.get(name, arg.default_value)
+    raise KeyError(f"{n.target} has no argument {name}")

@@ -1,0 +1,261 @@
+"""Lifting: from an anchor and the product that consumes it to an `Attention`, or to the reason why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from attncc.ir.affine import linear_in, poly
+from attncc.ir.attention import S, W
+from attncc.ir.build import ONE, ZERO, const, sub
+from attncc.ir.expr import Const, Expr, Index, Load, Op, free, loads, rewrite
+from attncc.patterns.anchors import SDPA, Anchor, anchors
+from attncc.patterns.assemble import Lifted, Parts, assemble
+from attncc.patterns.contractions import DOT, Contraction, contraction
+from attncc.patterns.elements import ELEMENTS
+from attncc.patterns.facts import Facts
+from attncc.patterns.moves import Point, move
+from attncc.patterns.operands import Source, operand
+from attncc.patterns.sdpa import lift_sdpa
+from attncc.patterns.value import Reader, Unreadable
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A softmax-like site that is left alone, and why."""
+
+    reason: str
+    node: fx.Node
+    anchor: fx.Node
+
+
+class _Refused(Exception):
+    def __init__(self, reason: str, node: fx.Node) -> None:
+        super().__init__(reason)
+        self.reason, self.node = reason, node
+
+
+def lift_all(f: Facts) -> list[Lifted | Refusal]:
+    """Every softmax-like site of the graph, in order."""
+    found: list[Lifted | Refusal] = []
+    for anchor in anchors(f):
+        found += _guarded(f, anchor)
+    for n in f.graph.nodes:
+        if n.target is SDPA:
+            try:
+                found.append(lift_sdpa(f, n))
+            except Unreadable as error:
+                found.append(Refusal(error.reason, error.node, n))
+    return sorted(found, key=lambda site: f.order[site.anchor])
+
+
+def _guarded(f: Facts, anchor: Anchor) -> list[Lifted | Refusal]:
+    try:
+        uses, escapes = _consumers(f, anchor.node)
+        if not uses:
+            at = escapes[0] if escapes else anchor.node
+            return [Refusal(f"the softmax is not multiplied with values: it goes to {_name(at)}", at, anchor.node)]
+        if len(uses) > 1:
+            escapes = [*escapes, *(c.node for c, _ in uses[1:])]
+        product, left = uses[0]
+        return [_lift(f, anchor, product, left, tuple(escapes))]
+    except _Refused as error:
+        return [Refusal(error.reason, error.node, anchor.node)]
+    except Unreadable as error:
+        return [Refusal(error.reason, error.node, anchor.node)]
+
+
+def _name(n: fx.Node) -> str:
+    if n.op == "output":
+        return "the output"
+    packet = getattr(n.target, "_overloadpacket", None)
+    return str(packet).removeprefix("aten.") if packet is not None else n.name
+
+
+def _consumers(f: Facts, anchor: fx.Node) -> tuple[list[tuple[Contraction, bool]], list[fx.Node]]:
+    """Products that sum over the weights (and whether these are their left factor), and all other users."""
+    products: list[tuple[Contraction, bool]] = []
+    escapes: list[fx.Node] = []
+    seen: set[fx.Node] = {anchor}
+    stack = [anchor]
+    while stack:
+        n = stack.pop(0)
+        for user in n.users:
+            if user in seen:
+                continue
+            product = contraction(f, user)
+            if product is not None and n in (product.lhs, product.rhs):
+                products.append((product, n is product.lhs))
+                seen.add(user)
+            elif user.op == "call_function" and f.is_tensor(user) and (_moves(f, user, n) or user.target in ELEMENTS):
+                seen.add(user)
+                stack.append(user)
+            elif getattr(user.target, "__name__", "") in ("split", "split_with_sizes", "chunk", "unbind"):
+                seen.add(user)
+                stack.append(user)
+            elif user not in escapes and not _is_size(user):
+                escapes.append(user)
+    return sorted(products, key=lambda p: f.order[p[0].node]), escapes
+
+
+def _moves(f: Facts, user: fx.Node, n: fx.Node) -> bool:
+    extents = {Index(f"x{d}"): s for d, s in enumerate(f.shape(user))}
+    moved = move(f, user, tuple(extents), extents)  # type: ignore[arg-type]
+    return moved is not None
+
+
+def _is_size(n: fx.Node) -> bool:
+    return not isinstance(n.meta.get("val"), torch.Tensor | list | tuple) and n.op != "output"
+
+
+def _lift(f: Facts, anchor: Anchor, product: Contraction, left: bool, escapes: tuple[fx.Node, ...]) -> Lifted:
+    use = f.order[product.node]
+    if product.bias is not None or product.alpha != 1.0:
+        raise _Refused("the product with the values also scales or adds", product.node)
+    shape = f.shape(product.node)
+    out = tuple(ZERO if s is ONE else Index(f"o{d}") for d, s in enumerate(shape))
+    c = Index("c")
+    extents: dict[Expr, Expr] = {x: s for x, s in zip(out, shape, strict=True) if x is not ZERO} | {c: product.extent}
+    ours, theirs = product.maps(out, c) if left else reversed(product.maps(out, c))
+    weights, values = (product.lhs, product.rhs) if left else (product.rhs, product.lhs)
+    weight = Reader(f, use, extents, frozenset({anchor.node})).value_at(weights, tuple(ours), use)
+    at = _anchor_point(anchor, weight)
+    scores = f.shape(anchor.scores)
+    offset = _softmax_offset(f, anchor, at, c)
+    score, dot, i = _score(f, anchor, at, c, extents, use)
+    sink = None
+    if poly(scores[anchor.dim]) != poly(product.extent):
+        sink = _sink(f, anchor, at, offset, c, extents, use, product.extent)
+    rows = _mentioned(at)
+    value_axes = [x for x in out if x is not ZERO and x not in rows]
+    if len(value_axes) > 1:
+        raise _Refused("the values have several axes of their own", product.node)
+    e = value_axes[0] if value_axes else None
+    read = f.order[product.node]
+    v = operand(f, values, tuple(theirs), extents, read=read, use=use)
+    q, k, d, product_dtype = dot
+    parts = Parts(
+        facts=f, out=out, out_shape=shape, i=None if i is ZERO else i, j=c, d=d[0], e=e,
+        extents=extents | {d[0]: d[1]}, q=q, k=k, v=v, score=score, sink=sink,
+        weight=rewrite(weight, lambda x: _w(x, anchor.node)), product_dtype=product_dtype,
+        dtype=f.dtype(product.node), half=f.dtype(anchor.scores) == torch.float16,
+        empty=anchor.empty or "nan", normalizer=anchor.normalizer,
+    )  # fmt: skip
+    return assemble(parts, product.node, anchor.node, escapes)
+
+
+def _w(x: Expr, anchor: fx.Node) -> Expr | None:
+    return W if isinstance(x, Load) and x.tensor == anchor.name else None
+
+
+def _mentioned(at: Point) -> frozenset[Expr]:
+    return frozenset().union(*(free(x) for x in at))
+
+
+def _anchor_point(anchor: Anchor, weight: Expr) -> Point:
+    """The index of the softmax that the weights are read at."""
+    points = {x.index for x in loads(weight) if x.tensor == anchor.node.name}
+    if len(points) != 1:
+        reason = "the weights combine several softmax rows" if points else "the weights do not come from the softmax"
+        raise _Refused(reason, anchor.node)
+    return next(iter(points))
+
+
+def _softmax_offset(f: Facts, anchor: Anchor, at: Point, c: Index) -> Expr:
+    """o, where the softmax is read at c + o along its own axis."""
+    for d, x in enumerate(at):
+        if d != anchor.dim and c in free(x):
+            raise _Refused("the softmax runs over another axis than the product sums over", anchor.node)
+    line = linear_in(at[anchor.dim], c)
+    if line is None or line[0] != {(): 1} or any(m for m in line[1]):
+        raise _Refused("the softmax runs over another axis than the product sums over", anchor.node)
+    return const(line[1].get((), 0))
+
+
+Dot = tuple[Source, Source, tuple[Index, Expr], torch.dtype]
+
+
+def _score(
+    f: Facts, anchor: Anchor, at: Point, c: Index, extents: dict[Expr, Expr], use: int
+) -> tuple[Expr, Dot, Expr]:
+    """The score with the product of queries and keys as `s`, its operands, and the query index."""
+    when = f.order[anchor.node]
+    rough = Reader(f, use, extents, pair=frozenset({c})).value_at(anchor.scores, at, when)
+    candidates = list(_products(f, rough, c, _mentioned(at), extents))
+    if not candidates:
+        raise _Refused("the softmax's input is no product of queries and keys", anchor.scores)
+    chosen, q_at, k_at, q_node, k_node, rows, d = candidates[0]
+    product_node = f.by_name[chosen.tensor.removeprefix(DOT)]
+    i = max(rows, key=lambda x: x.name) if rows else ZERO
+    score = Reader(f, use, extents, pair=frozenset({c, i})).value_at(anchor.scores, at, when) if rows else rough
+    score = _without(score, anchor.invariant)
+    def rule(x: Expr) -> Expr | None:
+        if x is chosen:
+            return S
+        if isinstance(x, Load) and x.tensor.startswith(DOT):
+            n = f.by_name[x.tensor.removeprefix(DOT)]
+            other = contraction(f, n)
+            if other is None or other.bias is not None or other.alpha != 1.0:
+                raise _Refused("a second product in the score cannot be kept apart", n)
+            return Load(n.name, x.index, "float")
+        return None
+
+    score = rewrite(score, rule)
+    read = f.order[product_node]
+    q = operand(f, q_node, q_at, extents | {d[0]: d[1]}, read=read, use=use)
+    k = operand(f, k_node, k_at, extents | {d[0]: d[1]}, read=read, use=use)
+    return score, (q, k, d, f.dtype(product_node)), i
+
+
+def _products(
+    f: Facts, score: Expr, c: Index, rows: frozenset[Expr], extents: dict[Expr, Expr]
+) -> Iterator[tuple[Load, Point, Point, fx.Node, fx.Node, list[Index], tuple[Index, Expr]]]:
+    """Products in the score that separate into queries and keys, the first one first."""
+    d = Index("d")
+    for x in loads(score):
+        if not x.tensor.startswith(DOT) or c not in _mentioned(x.index):
+            continue
+        node = f.by_name[x.tensor.removeprefix(DOT)]
+        product = contraction(f, node)
+        assert product is not None
+        left, right = product.maps(x.index, d)
+        sides = [(left, product.lhs), (right, product.rhs)]
+        with_c = [c in _mentioned(point) for point, _ in sides]
+        if sum(with_c) != 1:
+            continue
+        (k_at, k_node), (q_at, q_node) = sides if with_c[0] else reversed(sides)
+        own = (_mentioned(q_at) - _mentioned(k_at) - {d}) & rows
+        yield x, q_at, k_at, q_node, k_node, [i for i in own if isinstance(i, Index)], (d, product.extent)
+
+
+def _without(score: Expr, invariant: frozenset[fx.Node]) -> Expr:
+    """The score less the row constants that cancel in the quotient."""
+    names = {n.name for n in invariant}
+
+    def rule(x: Expr) -> Expr | None:
+        if isinstance(x, Op) and x.name == "sub" and isinstance(x.args[1], Load) and x.args[1].tensor in names:
+            return x.args[0]
+        return None
+
+    return rewrite(score, rule) if names else score
+
+
+def _sink(
+    f: Facts, anchor: Anchor, at: Point, offset: Expr, c: Index, extents: dict[Expr, Expr], use: int, keys: Expr
+) -> Expr:
+    """The logit of the one softmax column that no value belongs to."""
+    columns = f.shape(anchor.scores)[anchor.dim]
+    if poly(sub(columns, keys)) != {(): 1} or not isinstance(offset, Const) or offset.value not in (0, 1):
+        raise _Refused("the softmax covers other keys than the product sums over", anchor.node)
+    column = keys if offset.value == 0 else ZERO
+    point = tuple(column if d == anchor.dim else x for d, x in enumerate(at))
+    value = Reader(f, use, extents).value_at(anchor.scores, point, f.order[anchor.node])
+    value = _without(value, anchor.invariant)
+    if c in free(value) or any(x.tensor.startswith(DOT) for x in loads(value)):
+        raise _Refused("the softmax covers other keys than the product sums over", anchor.node)
+    return value
+
+

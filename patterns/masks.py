@@ -1,0 +1,100 @@
+"""Scores with masks in them, taken apart: `score + where(c, 0, -inf)` is the score, visible where c.
+
+Only fills that no real score can outweigh count as masks: -inf, and finite values of -1e30 and below (the lowest finite
+value of the scores' own type included). Anything milder (-100, -1e4) is a bias and stays one, so it keeps its meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attncc.ir.attention import Empty
+from attncc.ir.build import add, and_, not_, op
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Op
+
+_FILL = -1e30
+_FILL_F16 = -65504.0
+
+
+@dataclass(frozen=True)
+class Masked:
+    score: Expr
+    mask: Expr
+    empty: Empty
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """Where `not visible`, the score is `fill`, put in its place or added to it."""
+
+    visible: Expr
+    fill: float
+    added: bool
+
+
+def split_mask(score: Expr, *, half: bool, infinite_empty: Empty) -> Masked:
+    """The score without its masks, the predicate they make, and what a row without visible keys then gives.
+
+    `half`: the scores are float16, whose lowest value is a fill too. `infinite_empty`: what a row of -inf gives."""
+    limit = _FILL_F16 if half else _FILL
+    bare, found = _strip(score, limit)
+    infinite = [h for h in found if h.fill == float("-inf")]
+    finite = [h for h in found if h.fill != float("-inf")]
+    if not finite:
+        return Masked(bare, _all(infinite), infinite_empty if found else "zero")
+    if not infinite and _agree(finite):
+        twice = len({h.visible for h in finite}) < len(finite) and any(h.added for h in finite)
+        return Masked(bare, _all(finite), infinite_empty if twice else "mean")
+    # Rows hidden by several different finite masks weigh keys by how often they are hidden: keep them as they are.
+    bare, found = _strip(score, float("-inf"))
+    return Masked(bare, _all(found), infinite_empty if found else "zero")
+
+
+def _agree(finite: list[_Hidden]) -> bool:
+    """Whether a row in which every key is hidden has one and the same score everywhere."""
+    if len({h.visible for h in finite}) == 1:
+        return True
+    return len({h.fill for h in finite}) == 1 and not any(h.added for h in finite)
+
+
+def _all(found: list[_Hidden]) -> Expr:
+    return and_(*dict.fromkeys(h.visible for h in found))
+
+
+def _strip(x: Expr, limit: float) -> tuple[Expr, list[_Hidden]]:
+    match x:
+        case Op(name, (a,)) if name in ROUNDINGS:
+            bare, found = _strip(a, limit)
+            return (op(name, bare) if found else x), found
+        case Op("max", (a, Const(low))) if low <= limit:
+            bare, found = _strip(a, limit)
+            return bare, [_Hidden(h.visible, max(h.fill, float(low)), h.added) for h in found]
+        case Op("where", (c, a, b)) if _is_fill(b, limit):
+            bare, found = _strip(a, limit)
+            return bare, [_Hidden(c, _number(b), added=False), *found]
+        case Op("where", (c, a, b)) if _is_fill(a, limit):
+            bare, found = _strip(b, limit)
+            return bare, [_Hidden(not_(c), _number(a), added=False), *found]
+        case Op("add", (a, b)):
+            left, hidden = _strip(a, limit)
+            right, more = _strip(b, limit)
+            both = [*hidden, *more]
+            if not both:
+                return x, []
+            return add(left, right), [_Hidden(h.visible, h.fill, added=True) for h in both]
+        case Op("sub", (a, b)):
+            bare, found = _strip(a, limit)
+            return (op("sub", bare, b) if found else x), [_Hidden(h.visible, h.fill, added=True) for h in found]
+        case _:
+            return x, []
+
+
+def _is_fill(x: Expr, limit: float) -> bool:
+    return isinstance(x, Const) and isinstance(x.value, float) and x.value <= limit
+
+
+def _number(x: Expr) -> float:
+    assert isinstance(x, Const)
+    return float(x.value)
+
+

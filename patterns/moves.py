@@ -1,0 +1,279 @@
+"""Ops that only move values: `out[index] = input[index']`. One small rule an op: it gives the input and its index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from attncc.ir.affine import Extents, divide, less_than, poly, simplify
+from attncc.ir.build import ONE, ZERO, add, const, mod, mul, sub
+from attncc.ir.expr import Expr
+from attncc.patterns.facts import Facts, argument
+
+Point = tuple[Expr, ...]
+Move = tuple[fx.Node, Point]
+Rule = Callable[[Facts, fx.Node, Point, Extents], Move | None]
+aten = torch.ops.aten
+
+
+def _dim(f: Facts, n: fx.Node, dim: int) -> int:
+    return dim % max(f.rank(n), 1)
+
+
+def _same(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    return n.args[0], at  # type: ignore[return-value]
+
+
+def _permute(order: Callable[[Facts, fx.Node], Sequence[int]]) -> Rule:
+    def rule(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+        source = n.args[0]
+        assert isinstance(source, fx.Node)
+        dims = [d % max(f.rank(n), 1) for d in order(f, n)]
+        out: list[Expr] = [ZERO] * len(at)
+        for position, d in enumerate(dims):
+            out[d] = at[position]
+        return source, tuple(out)
+
+    return rule
+
+
+def _transpose_order(f: Facts, n: fx.Node) -> Sequence[int]:
+    order = list(range(f.rank(n)))
+    if not order:
+        return order
+    a, b = (d % len(order) for d in n.args[1:3])  # type: ignore[operator]
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _last_two(f: Facts, n: fx.Node) -> Sequence[int]:
+    order = list(range(f.rank(n)))
+    return [*order[:-2], *reversed(order[-2:])]
+
+
+def _movedim_order(f: Facts, n: fx.Node) -> Sequence[int]:
+    rank = f.rank(n)
+    source, target = (([x] if isinstance(x, int) else list(x)) for x in n.args[1:3])  # type: ignore[union-attr]
+    order: list[int] = [-1] * rank
+    for s, t in zip(source, target, strict=True):
+        order[t % rank] = s % rank
+    rest = iter(d for d in range(rank) if d not in order)
+    return [next(rest) if d < 0 else d for d in order]
+
+
+def _expand(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    source: Any = n.args[0]
+    return source, _broadcast(f, source, at)
+
+
+def _broadcast(f: Facts, source: fx.Node, at: Point) -> Point:
+    """The index into `source` of a point of something it broadcasts to."""
+    shape = f.shape(source)
+    tail = at[len(at) - len(shape) :]
+    return tuple(ZERO if s is ONE else x for x, s in zip(tail, shape, strict=True))
+
+
+def _unsqueeze(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    d = _dim(f, n, argument(n, "dim"))
+    return n.args[0], (*at[:d], *at[d + 1 :])  # type: ignore[return-value]
+
+
+def _squeeze(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    source: Any = n.args[0]
+    shape = f.shape(source)
+    dims: set[int] = set(range(len(shape)))
+    if len(n.args) > 1:
+        named: Any = n.args[1]
+        dims = {d % len(shape) for d in ([named] if isinstance(named, int) else named)}
+    gone = {d for d in dims if shape[d] is ONE}
+    rest = iter(at)
+    return source, tuple(ZERO if d in gone else next(rest) for d in range(len(shape)))
+
+
+def _view(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    source: Any = n.args[0]
+    return source, reshape_index(at, f.shape(n), f.shape(source), ext)
+
+
+def reshape_index(at: Point, shape: Sequence[Expr], source: Sequence[Expr], ext: Extents) -> Point:
+    """The index into `source` of the element at `at` of its row-major reshape to `shape`.
+
+    Dimensions are matched from the right in groups of equal product, so that an untouched dimension keeps its index."""
+    out: list[Expr] = [ZERO] * len(source)
+    o, s = len(shape), len(source)
+    while s > 0:
+        o0, s0 = o, s
+        s -= 1
+        have, want = source[s], ONE
+        if o > 0:
+            o -= 1
+            want = shape[o]
+        while poly(have) != poly(want):
+            if o > 0 and (s == 0 or not _covers(have, want)):
+                o -= 1
+                want = mul(shape[o], want)
+            elif s > 0:
+                s -= 1
+                have = mul(source[s], have)
+            else:
+                break
+        linear: Expr = ZERO
+        for d in range(o, o0):
+            linear = add(mul(linear, shape[d]), at[d])
+        linear = simplify(linear, ext)
+        for d in range(s0 - 1, s, -1):
+            linear, out[d] = divide(linear, source[d], ext)
+        out[s] = linear
+    return tuple(out)
+
+
+def _covers(have: Expr, want: Expr) -> bool:
+    """Whether the source group is the smaller one and has to grow: `want` is a multiple of `have`."""
+    p, q = poly(have), poly(want)
+    if set(p) <= {()} and set(q) <= {()}:
+        return p.get((), 0) < q.get((), 0)
+    return len(p) == 1 and len(q) == 1 and p != q and len(next(iter(p))) <= len(next(iter(q)))
+
+
+def _slice(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    d = _dim(f, n, argument(n, "dim"))
+    start = argument(n, "start")
+    step: Any = argument(n, "step")
+    source: Any = n.args[0]
+    offset = _start(f, source, d, start)
+    if offset is None:
+        return None
+    moved = add(mul(at[d], f.size(step)), offset)
+    return source, (*at[:d], simplify(moved, ext), *at[d + 1 :])
+
+
+def _start(f: Facts, source: fx.Node, d: int, start: object) -> Expr | None:
+    """The first index of a slice, negatives counted from the end. None where its sign is not known."""
+    if start is None:
+        return ZERO
+    length = f.shape(source)[d]
+    if isinstance(start, int):
+        if start >= 0:
+            return const(start)
+        value = f.value(source).shape[d]
+        return add(length, const(start)) if isinstance(value, torch.SymInt) else const(max(int(value) + start, 0))
+    return f.size(start)
+
+
+def _narrow(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    d = _dim(f, n, argument(n, "dim"))
+    source: Any = n.args[0]
+    offset = _start(f, source, d, argument(n, "start"))
+    return None if offset is None else (source, (*at[:d], simplify(add(at[d], offset), ext), *at[d + 1 :]))
+
+
+def _select(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    source: Any = n.args[0]
+    d = argument(n, "dim") % f.rank(source)
+    offset = _start(f, source, d, argument(n, "index"))
+    return None if offset is None else (source, (*at[:d], offset, *at[d:]))
+
+
+def _getitem(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    """One of the parts that split, chunk or unbind gave."""
+    parts: Any = n.args[0]
+    which: Any = n.args[1]
+    if not isinstance(parts, fx.Node) or parts.target not in _PARTS or not isinstance(which, int):
+        return None
+    source: Any = parts.args[0]
+    d = argument(parts, "dim") % f.rank(source)
+    if parts.target is aten.unbind.int:
+        count = f.value(source).shape[d]
+        return source, (*at[:d], const(which % int(count)), *at[d:])
+    before = f.value(parts)[: which if which >= 0 else len(f.value(parts)) + which]
+    offset: Expr = ZERO
+    for part in before:
+        offset = add(offset, f.size(part.shape[d]))
+    return source, (*at[:d], simplify(add(at[d], offset), ext), *at[d + 1 :])
+
+
+_PARTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.split.sizes}
+
+
+def _roll(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    source: Any = n.args[0]
+    shifts: Any = argument(n, "shifts")
+    dims: Any = argument(n, "dims")
+    if not dims:
+        return None
+    out = list(at)
+    shape = f.shape(source)
+    for shift, d in zip(shifts, dims, strict=True):
+        d %= len(shape)
+        out[d] = simplify(mod(sub(out[d], f.size(shift)), shape[d]), ext)
+    return source, tuple(out)
+
+
+def _flip(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    source: Any = n.args[0]
+    shape = f.shape(source)
+    dims: Any = argument(n, "dims")
+    flipped = {d % len(shape) for d in dims}
+    return source, tuple(
+        simplify(sub(sub(s, ONE), x), ext) if d in flipped else x
+        for d, (x, s) in enumerate(zip(at, shape, strict=True))
+    )
+
+
+def _repeat(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    source: Any = n.args[0]
+    shape = f.shape(source)
+    tail = at[len(at) - len(shape) :]
+    return source, tuple(
+        x if less_than(x, s, ext) else simplify(mod(x, s), ext) for x, s in zip(tail, shape, strict=True)
+    )
+
+
+def _repeat_interleave(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    source: Any = n.args[0]
+    dim, repeats = argument(n, "dim"), argument(n, "repeats")
+    if dim is None or not isinstance(repeats, int):
+        return None
+    d = dim % f.rank(source)
+    return source, (*at[:d], divide(at[d], const(repeats), ext)[0], *at[d + 1 :])
+
+
+#: The table: add a line for a new op. Every rule returns None where it cannot tell, and the op's result is then loaded.
+MOVES: dict[object, Rule] = {
+    **dict.fromkeys(
+        [aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh.default,
+         aten.lift_fresh_copy.default, aten.detach_.default], _same),
+    **dict.fromkeys([aten.transpose.int, aten.swapaxes.default, aten.swapdims.default], _permute(_transpose_order)),
+    aten.permute.default: _permute(lambda f, n: n.args[1]),  # type: ignore[arg-type,return-value]
+    **dict.fromkeys([aten.t.default, aten.mT.default, aten.adjoint.default], _permute(_last_two)),
+    aten.numpy_T.default: _permute(lambda f, n: list(reversed(range(f.rank(n))))),
+    **dict.fromkeys([aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int], _permute(_movedim_order)),
+    **dict.fromkeys([aten.expand.default, aten.expand_as.default, aten.broadcast_to.default], _expand),
+    aten.unsqueeze.default: _unsqueeze,
+    **dict.fromkeys([aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims], _squeeze),
+    **dict.fromkeys(
+        [aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+         aten.unflatten.int, aten.view_as.default, aten.reshape_as.default], _view),
+    aten.slice.Tensor: _slice,
+    aten.narrow.default: _narrow,
+    aten.select.int: _select,
+    aten.roll.default: _roll,
+    aten.flip.default: _flip,
+    **dict.fromkeys([aten.repeat.default, aten.tile.default], _repeat),
+    aten.repeat_interleave.self_int: _repeat_interleave,
+}  # fmt: skip
+
+
+def move(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    """Where the element `at` of `n` comes from, if `n` only moves values."""
+    if n.op != "call_function":
+        return None
+    rule = _getitem if getattr(n.target, "__name__", "") == "getitem" else MOVES.get(n.target)
+    found = None if rule is None else rule(f, n, at, ext)
+    return found if found is not None and f.is_tensor(found[0]) else None
+
+
+broadcast = _broadcast

@@ -1,0 +1,166 @@
+"""`value_at(node, index)`: what a tensor *is* at an index, as an expression.
+
+Descends from a node through ops that move, compute element by element, or create values, and stops at everything else:
+there the result is a `Load` from a tensor that must exist anyway. Loads are named by node; a product of two tensors is
+a load named `dot:<node>` so that a caller can recognise it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from attncc.ir.attention import DTYPES
+from attncc.ir.build import cast, op
+from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, walk
+from attncc.patterns.contractions import contraction
+from attncc.patterns.elements import ELEMENTS
+from attncc.patterns.facts import Facts, written_args
+from attncc.patterns.moves import Point, move
+from attncc.patterns.sources import SOURCES
+
+#: Deeper than this an expression is a computation of its own, not a score: it is loaded instead.
+_MAX_NODES = 400
+_ROUNDED = {torch.bfloat16: "bf16", torch.float16: "f16"}
+_COSTLY = frozenset({"exp", "log", "log1p", "tanh", "sigmoid", "pow", "erf", "sqrt", "rsqrt", "sin", "cos"})
+
+
+@dataclass
+class Reader:
+    """Reads values for one attention, whose fused kernel will run at position `use` of the graph.
+
+    `extents` bounds every index; `leaves` are nodes to stop at (a softmax, when its consumer is read)."""
+
+    facts: Facts
+    use: int
+    extents: dict[Expr, Expr]
+    leaves: frozenset[fx.Node] = frozenset()
+    pair: frozenset[Expr] = frozenset()
+    _memo: dict[tuple[fx.Node, Point, int], Expr] = field(default_factory=dict)
+
+    def value_at(self, n: fx.Node, at: Point, reader: int | None = None) -> Expr:
+        """The value of `n` at `at`, as the op at position `reader` of the graph saw it."""
+        when = self.use if reader is None else reader
+        key = (n, at, when)
+        found = self._memo.get(key)
+        if found is None:
+            found = self._memo[key] = self._read(n, at, when)
+        return found
+
+    def load(self, n: fx.Node, at: Point) -> Load:
+        name = self.facts.dtype_name(n)
+        if name is None:
+            raise Unreadable(n, f"a tensor of {self.facts.dtype(n)}, which the IR has no type for")
+        return Load(n.name, at, DTYPES[name][0])
+
+    def _read(self, n: fx.Node, at: Point, when: int) -> Expr:
+        writes = self.facts.writes(n, self.facts.order[n], when)
+        if writes:
+            return self._after_write(writes[-1], n, at)
+        if n in self.leaves:
+            return self.load(n, at)
+        try:
+            value = self._compute(n, at, when)
+        except Unreadable:
+            value = None  # an input is gone by then, but this result may still be there
+        if value is None or self._better_loaded(value):
+            return self._load_later(n, at, when)
+        return value
+
+    def _load_later(self, n: fx.Node, at: Point, when: int) -> Expr:
+        """A load at `use` of what was read at `when`; a write at `when` itself happened after that read."""
+        if self.facts.writes(n, when - 1, self.use):
+            raise Unreadable(n, "a tensor that the model writes to between reading it and the attention")
+        return self.load(n, at)
+
+    def _after_write(self, write: fx.Node, n: fx.Node, at: Point) -> Expr:
+        """The value of a tensor that `write` changed in place: the write's own formula if it covers the whole tensor."""
+        target = written_args(write)[0]
+        same = target is n or (
+            self.facts.value(target).shape == self.facts.value(n).shape
+            and self.facts.value(target).stride() == self.facts.value(n).stride()
+            and self.facts.value(target).storage_offset() == self.facts.value(n).storage_offset()
+        )
+        if same and self.facts.is_tensor(write):
+            return self.value_at(write, at, self.facts.order[write] + 1)
+        return self._load_later(n, at, self.facts.order[write] + 1)
+
+    def _compute(self, n: fx.Node, at: Point, when: int) -> Expr | None:
+        """The value by the op's rule, None where there is none or it must not be applied."""
+        f = self.facts
+        if n.op == "get_attr":
+            return _constant(f, n)
+        if n.op != "call_function" or f.dtype_name(n) is None:
+            return None
+        moved = move(f, n, at, self.extents)
+        if moved is not None:
+            source, index = moved
+            # A view is read when its own reader runs; a copy was read when it was made.
+            return self.value_at(source, index, when if f.aliases(n, source) else f.order[n])
+        if f.dtype(n) == torch.float64 and any(f.dtype(a) != torch.float64 for a in n.all_input_nodes if f.is_tensor(a)):
+            return None
+        product = contraction(f, n)
+        if product is not None:
+            return product.value(self, at)
+        rule = ELEMENTS.get(n.target) or SOURCES.get(n.target)
+        result = None if rule is None else rule(self, n, at)
+        return None if result is None else self._typed(n, result)
+
+    def _typed(self, n: fx.Node, x: Expr) -> Expr:
+        """`x` as the node's dtype holds it: kinds cast, narrow floats rounded where an op computed something."""
+        name = self.facts.dtype_name(n)
+        assert name is not None
+        x = cast(x, DTYPES[name][0])
+        rounding = _ROUNDED.get(self.facts.dtype(n))
+        if rounding is None or not isinstance(x, Op | Const) or (isinstance(x, Op) and x.name in ("where", rounding)):
+            return x
+        return round_constant(x, rounding) if isinstance(x, Const) else op(rounding, x)
+
+    def _better_loaded(self, value: Expr) -> bool:
+        """Whether to stop here: the value is small and costs something, so it is computed once and not per pair, or it
+        is looked up at a costly index (logarithmic buckets)."""
+        if isinstance(value, Const | Load | Index | Size):
+            return False
+        count = 0
+        costly = floats = False
+        indices: set[Expr] = set()
+        for x in walk(value):
+            count += 1
+            if isinstance(x, Index):
+                indices.add(x)
+            elif isinstance(x, Op) and x.name in _COSTLY:
+                costly = True
+            elif isinstance(x, Load) and x.kind == "float":
+                floats = True
+                if any(isinstance(y, Op) and y.name in _COSTLY for y in walk(*x.index)):
+                    return True
+        if count > _MAX_NODES:
+            return True
+        return value.kind == "float" and (costly or floats) and not self.pair <= indices
+
+
+class Unreadable(Exception):
+    """A value cannot be read where the attention needs it; carries the node and the reason."""
+
+    def __init__(self, node: fx.Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node, self.reason = node, reason
+
+
+def round_constant(x: Const, rounding: str) -> Expr:
+    dtype = torch.bfloat16 if rounding == "bf16" else torch.float16
+    return Const(float(torch.tensor(x.value, dtype=torch.float64).to(dtype).item()))
+
+
+def _constant(f: Facts, n: fx.Node) -> Expr | None:
+    """A scalar constant that the graph carries; larger ones are tensors like any other."""
+    module = f.graph.owning_module
+    held = getattr(module, str(n.target), None) if module is not None else None
+    value = held if isinstance(held, torch.Tensor) else None
+    if value is None or value.numel() != 1 or type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return None
+    if isinstance(value, torch.nn.Parameter) or f.dtype_name(n) is None:
+        return None
+    return Const(value.item())
