@@ -26,7 +26,7 @@ assert not started, f"started {{started}}"
 """
 
 
-@pytest.mark.parametrize("module", ["attncc", "attncc.backend"])
+@pytest.mark.parametrize("module", ["attncc", "attncc.dynamo"])
 def test_import_is_light(module: str) -> None:
     code = PROBE.format(module=module, heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -45,3 +45,19 @@ def test_the_probe_sees_a_process(tmp_path: Path) -> None:
         [sys.executable, "-c", PROBE.format(module="starts", heavy=HEAVY)], capture_output=True, text=True, cwd=tmp_path
     )
     assert "started [('subprocess.Popen'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "first", ["pass", "attncc.explain", "import attncc.dynamo", "import attncc.explanation, attncc.cli"]
+)
+def test_public_names_are_functions_whatever_came_first(first: str) -> None:
+    code = (
+        f"import attncc\n{first}\n"
+        "from types import FunctionType\n"
+        "from attncc import backend, explain, explain_program\n"
+        "names = ('backend', 'explain', 'explain_program')\n"
+        "assert all(isinstance(getattr(attncc, name), FunctionType) for name in names)\n"
+        "assert (attncc.backend, attncc.explain, attncc.explain_program) == (backend, explain, explain_program)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -67,7 +67,7 @@ def test_the_wheel_holds_data_licence_and_entry_points(names: set[str], wheel: P
         assert archive.read("attncc/sentences.txt") == (ROOT / "examples" / "sentences.txt").read_bytes()
         (entry,) = (name for name in names if name.endswith("entry_points.txt"))
         text = archive.read(entry).decode()
-    assert "[torch_dynamo_backends]\nattncc = attncc.backend:attncc_backend" in text
+    assert "[torch_dynamo_backends]\nattncc = attncc.dynamo:attncc_backend" in text
     assert "[console_scripts]\nattncc = attncc.cli:main" in text
 
 
