@@ -19,7 +19,7 @@ from attncc.ir.build import ONE, TRUE, ZERO, add, and_, lt, maximum, minimum, su
 from attncc.ir.rewrite import substitute
 from attncc.ir.terms import walk
 from attncc.passes.intervals import Cover, RowScans, cover
-from attncc.passes.predicates import NormalForm, TooManyClauses
+from attncc.passes.predicates import NormalForm, TooManyClauses, with_clamps
 
 MAX_INTERVALS = 8
 _TAIL = Index("i1 - i0 - 1")
@@ -57,7 +57,7 @@ def analyse(
         if a.i.extent is ONE:
             mask = substitute(mask, {a.i.index: ZERO})
         try:
-            clauses = form.clauses(simplify(mask, extents), positive=positive)
+            clauses = form.clauses(with_clamps(simplify(mask, extents)), positive=positive)
         except TooManyClauses:
             return None
         return [cover(c, a.i.index, a.j.index, m, extents, scans) for c in clauses]

@@ -19,7 +19,7 @@ from attncc.ir.build import ONE, ZERO, add, and_, le, lt, maximum, minimum, mul,
 from attncc.ir.expr import Const, Expr, Op, walk
 from attncc.passes.predicates import Clause, mentions, reads
 from attncc.passes.rows import RowSet, RowStripe, row_set
-from attncc.passes.tiles import TileRows, contiguous, rise, trend
+from attncc.passes.tiles import TileRows, contiguous, trend
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def cover(clause: Clause, i: Expr, j: Expr, m: Expr, extents: Extents, scans: Ro
     exact = exact and contiguous(lows, highs, i, extents)
     stripe = None if rows.stripe is None else _stripe(rows.stripe, tile, extents)
     if rows.stripe is not None:
-        exact = exact and not mentions(rows.stripe.offset, i) and not mentions(rows.stripe.width, i)
+        exact = exact and not mentions(rows.stripe.low, i) and not mentions(rows.stripe.high, i)
         rows_exact = rows_exact and stripe is not None
     if rows.guard and not (lo_scanned or hi_scanned):
         rows_exact = False
@@ -134,23 +134,19 @@ def _strongest(ends: tuple[Expr, ...], extents: Extents, *, low: bool) -> tuple[
 
 
 def _stripe(stripe: RowStripe, tile: TileRows, extents: Extents) -> Stripe | None:
-    """The rows' stripes shift with their offset; together they are a wider stripe."""
+    """The stripe that holds those of all rows: from the lowest low to the highest high."""
     if mentions(stripe.step, tile.i):
         return None
-    width = tile.most(stripe.width)
-    if width is None:
-        return None
-    if not mentions(stripe.offset, tile.i):
-        return Stripe(stripe.step, stripe.offset, width)
-    # (i % c - r) is i - r up to a multiple of c, and c divides the step
-    offset = unwrapped(stripe.offset, stripe.step)
-    direction, step = trend(offset, tile.i, extents), rise(offset, tile.i, extents)
-    if direction != 1 or step is None:
-        return None
-    low, high = tile.least(offset), tile.most(offset)
+    ends = stripe.low, stripe.high
+    # i % c - r is i - r up to a multiple of c: shifting with the row is narrower than starting over at each period
+    shifted = unwrapped(stripe.low, stripe.step), unwrapped(stripe.high, stripe.step)
+    if not mentions(expr(poly(sub(*ends))), tile.i) and trend(shifted[0], tile.i, extents) == 1:
+        ends = shifted
+    low, high = tile.least(ends[0]), tile.most(ends[1])
     if low is None or high is None:
         return None
-    return Stripe(stripe.step, *(simplify(x, extents) for x in (low, add(width, sub(high, low)))))
+    width = add(sub(high, low), ONE)
+    return Stripe(stripe.step, *(simplify(x, extents) for x in (low, width)))
 
 
 def unwrapped(x: Expr, step: Expr) -> Expr:

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from attncc.ir.affine import Extents, expr, less_than, nonnegative, poly
-from attncc.ir.build import ONE, ZERO, add, and_, const, le, mul, not_, or_, sub
-from attncc.ir.expr import Const, Expr, Load, Op, walk
+from attncc.ir.build import ONE, ZERO, add, and_, const, le, maximum, minimum, mul, not_, or_, sub
+from attncc.ir.expr import Const, Expr, Load, Op, rewrite, walk
 
 Clause = frozenset[Expr]
 MAX_CLAUSES = 96
@@ -40,6 +40,7 @@ class NormalForm:
 
     def __init__(self, i: Expr, j: Expr, extents: Extents) -> None:
         self.i, self.j, self.extents = i, j, extents
+        self._proofs: dict[Expr, bool] = {}
 
     def clauses(self, p: Expr, *, positive: bool = True) -> list[Clause]:
         """Clauses whose disjunction is `p` (or `not p`). `[]` is false, `[frozenset()]` true.
@@ -86,19 +87,26 @@ class NormalForm:
 
     def _at_least_zero(self, x: Expr) -> list[Clause]:
         p = poly(x)
+        by_key = mentions(x, self.j)
         for m, c in p.items():
             for factor in m:
-                if isinstance(factor, Op) and len(m) == 1 and mentions(factor, self.i, self.j):
+                if isinstance(factor, Op) and len(m) == 1 and self._branches(factor, by_key):
                     rest = expr({n: d for n, d in p.items() if n != m})
                     lifted = self._lift(factor, c, rest)
                     if lifted is not None:
                         return self._limit(lifted)
         canonical = expr(p)
-        if nonnegative(canonical, self.extents):
+        if self._proven(canonical):
             return [frozenset()]
-        if less_than(canonical, ZERO, self.extents):
+        if self._proven(expr(poly(sub(sub(ZERO, canonical), ONE)))):
             return []
         return [frozenset([le(ZERO, canonical)])]
+
+    def _branches(self, x: Op, by_key: bool) -> bool:
+        """Whether `x` is to be lifted: a choice always; an extreme only where it hides the index to solve for."""
+        if x.name in ("where", "int"):
+            return mentions(x, self.i, self.j)
+        return mentions(x, self.j) if by_key else mentions(x, self.i)
 
     def _lift(self, factor: Op, c: int, rest: Expr) -> list[Clause] | None:
         def at(value: Expr) -> list[Clause]:
@@ -150,12 +158,17 @@ class NormalForm:
         if x is y:
             return True
         a, b = inequality(x), inequality(y)
-        return a is not None and b is not None and nonnegative(sub(b, a), self.extents)
+        return a is not None and b is not None and self._proven(expr(poly(sub(b, a))))
 
     def exclude(self, x: Expr, y: Expr) -> bool:
         """Whether atoms `x` and `y` are proven never to hold together."""
         a, b = inequality(x), inequality(y)
-        return a is not None and b is not None and less_than(add(a, b), ZERO, self.extents)
+        return a is not None and b is not None and self._proven(expr(poly(sub(sub(ZERO, ONE), add(a, b)))))
+
+    def _proven(self, x: Expr) -> bool:
+        if x not in self._proofs:
+            self._proofs[x] = nonnegative(x, self.extents)
+        return self._proofs[x]
 
     def _absorb(self, clauses: Iterable[Clause]) -> list[Clause]:
         """Without the clauses that another one covers."""
@@ -182,6 +195,27 @@ def map_literals(p: Expr, f: Callable[[Expr], Expr], *, positive: bool = True) -
             return or_(yes, and_(map_literals(c, f, positive=False), map_literals(b, f, positive=positive)))
         case _:
             return f(p if positive else not_(p))
+
+
+def with_clamps(root: Expr) -> Expr:
+    """`root` with choices that are extremes spelled as such: where(0 <= p, b + t, b) is b + min(t, 0) for t = -p or
+    t = -p - 1, and b + max(t, 0) for t = p or t = p + 1."""
+
+    def rule(x: Expr) -> Expr | None:
+        if not (isinstance(x, Op) and x.name == "where" and x.kind == "int"):
+            return None
+        condition, a, b = x.args
+        if not (isinstance(condition, Op) and condition.name in ("lt", "le") and condition.args[0].kind == "int"):
+            return None
+        p = sub(condition.args[1], condition.args[0])
+        p = sub(p, ONE) if condition.name == "lt" else p
+        for sign, join in ((1, maximum), (-1, minimum)):
+            off = poly(sub(mul(sub(a, b), const(sign)), p))
+            if off in ({}, {(): 1}):
+                return add(b, join(expr(poly(sub(a, b))), ZERO))
+        return None
+
+    return rewrite(root, rule)
 
 
 def inequality(atom: Expr) -> Expr | None:

@@ -10,18 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attncc.ir.affine import Extents, Poly, expr, is_positive, nonnegative, poly, simplify
-from attncc.ir.build import ONE, ZERO, add, floordiv, mul, sub
-from attncc.ir.expr import Expr, Op, Size
+from attncc.ir.build import ONE, ZERO, add, floordiv, maximum, minimum, mul, sub
+from attncc.ir.expr import Const, Expr, Op, Size
 from attncc.passes.predicates import Clause, inequality, mentions
 
 
 @dataclass(frozen=True)
 class RowStripe:
-    """Keys with (j - offset) % step < width; `offset` may depend on the row."""
+    """Keys in [low, high] up to multiples of `step`; both ends may depend on the row."""
 
     step: Expr
-    offset: Expr
-    width: Expr
+    low: Expr
+    high: Expr
     exact: bool
 
 
@@ -129,11 +129,16 @@ def row_set(clause: Clause, i: Expr, j: Expr, extents: Extents) -> RowSet:
         else:
             exact = False
     stripes = [_stripe(m, xs, j, extents) for m, xs in wrapped.items()]
-    known = [s for s in stripes if s is not None]
+    # of several the one with the longest period: it is the one that whole blocks of keys can miss
+    known = sorted((s for s in stripes if s is not None), key=_period, reverse=True)
     exact = exact and len(known) == len(stripes) and len(known) <= 1 and all(s.exact for s in known)
     return RowSet(
         tuple(first), tuple(end), tuple(when), tuple(guard), tuple(lo), tuple(hi), known[0] if known else None, exact
     )
+
+
+def _period(stripe: RowStripe) -> int:
+    return int(stripe.step.value) if isinstance(stripe.step, Const) else 0
 
 
 def _is_mod(x: Expr) -> bool:
@@ -151,24 +156,23 @@ def _stripe(m: Expr, atoms: list[Expr], j: Expr, extents: Extents) -> RowStripe 
         if solved is None:
             return None
         if solved.is_lower:
-            low = solved.bound if low is ZERO else Op("max", (low, solved.bound))
+            low = solved.bound if low is ZERO else maximum(low, solved.bound)
         else:
             top = sub(solved.bound, ONE)
-            high = top if high is sub(period, ONE) else Op("min", (high, top))
+            high = top if high is sub(period, ONE) else minimum(high, top)
     # A low under 0 or a high past the period only widens the stripe: no m lies outside [0, period).
     inside = nonnegative(low, extents) and nonnegative(sub(sub(period, ONE), high), extents)
-    offset, width = low, add(sub(high, low), ONE)
     factor = x
-    while True:  # (factor - offset) % period < width, unwrapped down to the key
+    while True:  # factor in [low, high] up to multiples of period, unwrapped down to the key
         split = _one_factor(poly(factor), j)
         if split is None or split[1] != {(): 1}:
             return None
-        offset = sub(offset, split[2])
+        low, high = sub(low, split[2]), sub(high, split[2])
         if split[0] is j:
             break
         inner = _numerator(split[0], extents)
         if inner is None:
             return None
         factor, by = inner
-        period, offset, width = mul(period, by), mul(offset, by), mul(width, by)
-    return RowStripe(*(simplify(n, extents) for n in (period, offset, width)), exact=inside)
+        period, low, high = mul(period, by), mul(low, by), sub(mul(add(high, ONE), by), ONE)
+    return RowStripe(*(simplify(n, extents) for n in (period, low, high)), exact=inside)

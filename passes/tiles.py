@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attncc.ir.affine import Extents, Poly, expr, is_positive, nonnegative, poly
+from attncc.ir.affine import Extents, Poly, expr, is_positive, nonnegative, plus, poly, scaled
 from attncc.ir.build import ONE, ZERO, add, eq, floordiv, maximum, minimum, mod, mul, op, sub, where
 from attncc.ir.expr import Const, Expr, Op, Size, substitute
 from attncc.passes.predicates import mentions
@@ -109,21 +109,24 @@ def trend(x: Expr, i: Expr, extents: Extents) -> int | None:
         case Op("floordiv" | "truncdiv", (a, c)) if is_positive(poly(c)):
             return trend(a, i, extents)
         case Op("min" | "max", (a, b)):
-            return _together([trend(a, i, extents), trend(b, i, extents)])
+            found = _together([trend(a, i, extents), trend(b, i, extents)])
         case _ if _is_sum(x):
-            terms: list[int | None] = []
-            for m, c in poly(x).items():
-                moving = [f for f in m if mentions(f, i)]
-                if len(moving) > 1 or (moving and not all(isinstance(f, Size) for f in m if f is not moving[0])):
-                    return None
-                if moving:
-                    if moving[0] is x:
-                        return None
-                    inner = trend(moving[0], i, extents)
-                    terms.append(None if inner is None else inner if c > 0 else -inner)
-            return _together(terms)
+            found = _direction(poly(x), i, extents)
         case _:
             return None
+    return found if found is not None else _piecewise_trend(x, i, extents)
+
+
+def _direction(p: Poly, i: Expr, extents: Extents) -> int | None:
+    terms: list[int | None] = []
+    for m, c in p.items():
+        moving = [f for f in m if mentions(f, i)]
+        if len(moving) > 1 or (moving and not all(isinstance(f, Size) for f in m if f is not moving[0])):
+            return None
+        if moving:
+            inner = trend(moving[0], i, extents)
+            terms.append(None if inner is None else inner if c > 0 else -inner)
+    return _together(terms)
 
 
 def _together(directions: list[int | None]) -> int | None:
@@ -133,34 +136,99 @@ def _together(directions: list[int | None]) -> int | None:
     return found.pop() if found else 0
 
 
+Piece = tuple[Poly, tuple[Poly, ...]]  # a value, where all of these are >= 0
+_MOST_PIECES = 16
+
+
+def pieces(x: Expr, extents: Extents) -> list[Piece] | None:
+    """`x` as sums without `min` and `max`, each where its branches are taken; those proven never taken are left out.
+    None if there are too many."""
+    result: list[Piece] = [({}, ())]
+    for m, c in poly(x).items():
+        factor = m[0] if len(m) == 1 else None
+        term: list[Piece] | None = [({m: c}, ())]
+        if isinstance(factor, Op) and factor.name in ("min", "max"):
+            term = _branches(factor, c, extents)
+        if term is None:
+            return None
+        result = [(plus(p, q), (*u, *v)) for p, u in result for q, v in term]
+        result = [(p, u) for p, u in result if not _excluded(u, extents)]
+        if len(result) > _MOST_PIECES:
+            return None
+    return result
+
+
+def _branches(x: Op, c: int, extents: Extents) -> list[Piece] | None:
+    first, second = pieces(x.args[0], extents), pieces(x.args[1], extents)
+    if first is None or second is None:
+        return None
+    found: list[Piece] = []
+    for p, u in first:
+        for q, v in second:
+            ahead = plus(p, scaled(q, -1)) if x.name == "max" else plus(q, scaled(p, -1))
+            behind = plus(scaled(ahead, -1), {(): -1})
+            found += [(scaled(p, c), (*u, *v, ahead)), (scaled(q, c), (*u, *v, behind))]
+    return found
+
+
+def _excluded(conditions: tuple[Poly, ...], extents: Extents) -> bool:
+    """Whether some condition, or two of them together, are proven never to hold."""
+    for at, p in enumerate(conditions):
+        for q in ({}, *conditions[at + 1 :]):
+            if nonnegative(expr(plus(scaled(plus(p, q), -1), {(): -1})), extents):
+                return True
+    return False
+
+
+def _piecewise_trend(x: Expr, i: Expr, extents: Extents) -> int | None:
+    """The trend of a function of one monotone quantity that bends but does not jump: that of all its pieces."""
+    found = pieces(x, extents)
+    if found is None or len(_moving(found, i)) != 1:
+        return None
+    return _together([_direction(p, i, extents) for p, _ in found])
+
+
+def _moving(found: list[Piece], i: Expr) -> set[Expr]:
+    """The factors that depend on `i` in the values and conditions of all pieces."""
+    return {f for p, u in found for q in (p, *u) for m in q for f in m if mentions(f, i)}
+
+
 def rise(x: Expr, i: Expr, extents: Extents) -> Poly | None:
     """A bound over sizes on x(i + 1) - x(i) for a never falling `x`, or None."""
     if not mentions(x, i):
         return {}
     if x is i:
         return {(): 1}
-    match x:
-        case Op("floordiv" | "truncdiv", (a, c)) if is_positive(poly(c)):
-            inner = rise(a, i, extents)
-            if inner is None or set(inner) > {()}:
-                return None
-            step = inner.get((), 0)
-            return {(): -(-step // int(c.value)) if isinstance(c, Const) else step}
-        case _ if _is_sum(x):
-            total: Expr = ZERO
-            for m, c in poly(x).items():
-                for f in m:
-                    if mentions(f, i):
-                        inner = rise(f, i, extents)
-                        if inner is None or c < 0 or trend(f, i, extents) != 1:
-                            return None
-                        term = mul(expr(inner), Const(c))
-                        for other in m:
-                            term = term if other is f else mul(term, other)
-                        total = add(total, term)
-            return poly(total)
-        case _:
+    if isinstance(x, Op) and x.name in ("floordiv", "truncdiv") and is_positive(poly(x.args[1])):
+        inner, c = rise(x.args[0], i, extents), x.args[1]
+        if inner is None or set(inner) > {()}:
             return None
+        step = inner.get((), 0)
+        return {(): -(-step // int(c.value)) if isinstance(c, Const) else step}
+    found = pieces(x, extents)
+    if found is None or (len(found) > 1 and len(_moving(found, i)) != 1):
+        return None
+    steps: list[Poly] = []
+    for p, _ in found:
+        total: Poly = {}
+        for m, c in p.items():
+            for f in m:
+                if mentions(f, i):
+                    inner = rise(f, i, extents) if f is not x else None
+                    if inner is None or c < 0 or trend(f, i, extents) != 1:
+                        return None
+                    term: Expr = mul(expr(inner), Const(c))
+                    for other in m:
+                        term = term if other is f else mul(term, other)
+                    total = plus(total, poly(term))
+        steps.append(total)
+    most = steps[0]
+    for step in steps[1:]:
+        if nonnegative(expr(plus(step, scaled(most, -1))), {}):
+            most = step
+        elif not nonnegative(expr(plus(most, scaled(step, -1))), {}):
+            return None
+    return most
 
 
 def contiguous(lo: tuple[Expr, ...], hi: tuple[Expr, ...], i: Expr, extents: Extents) -> bool:
