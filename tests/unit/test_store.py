@@ -324,7 +324,8 @@ def test_an_unusable_folder_is_replaced_for_this_process(tmp_path: Path) -> None
 def test_the_replacement_goes_with_its_process(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     program = "import sys, pathlib, attncc.runtime.store as s; print(s.Store(pathlib.Path(sys.argv[1])).root)"
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "file")], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", program, str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() and not Path(done.stdout.strip()).exists()
 
 

@@ -1,0 +1,227 @@
+"""Measuring candidates against each other, and remembering which one won where.
+
+Candidates take turns, so that what disturbs the machine disturbs all of them, and what is compared is the median of
+their ratios within a turn. The result is kept in the store under all that it depends on: the attention, the bucket of
+its shape, threads, device, versions.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import cast
+
+import torch
+
+from attncc.runtime.store import Store, key
+
+#: Candidates whose times differ by less than this are equally fast: it is what repeated runs of one kernel differ by.
+TIE = 0.03
+#: One sample takes at least this long, by calling more than once where a call is shorter.
+SAMPLE_S = 100e-6
+LEAST_ROUNDS, MOST_ROUNDS = 3, 51
+#: After a few rounds, what is this many times slower than the best is no longer run.
+HOPELESS = 2.0
+
+Call = Callable[[], object]
+#: (call, repeats) -> seconds of one call
+Sampler = Callable[[Call, int], float]
+
+_measuring = Lock()
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Microseconds of a call by candidate, fastest first; how many rounds were run; and what raised, with the message.
+
+    The numbers are the median of one candidate, times each candidate's median ratio to it."""
+
+    us: Mapping[str, float]
+    rounds: int
+    failed: Mapping[str, str]
+
+    @property
+    def winner(self) -> str:
+        """The fastest. Raises ValueError if every candidate failed."""
+        if not self.us:
+            raise ValueError(f"no candidate ran: {'; '.join(f'{n}: {why}' for n, why in self.failed.items())}")
+        return next(iter(self.us))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which candidate runs, why, and the timings behind it (microseconds)."""
+
+    winner: str
+    reason: str
+    us: Mapping[str, float]
+
+
+def on_cpu(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def on_cuda(call: Call, repeats: int) -> float:
+    """By events of the current stream, so that the host's own time counts only where the device waits for it."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def sampler_for(device: torch.device) -> Sampler:
+    return on_cuda if device.type == "cuda" else on_cpu
+
+
+def compare(candidates: Mapping[str, Call], budget_s: float, sample: Sampler = on_cpu) -> Timings:
+    """Time the candidates for about `budget_s` seconds, warm-up excluded.
+
+    Each is called once to warm up (what that raises removes it), then all take turns, at least three times. One
+    measurement at a time in a process."""
+    failed: dict[str, str] = {}
+    samples: dict[str, list[float]] = {}
+    with _measuring:
+        repeats: dict[str, int] = {}
+        for name, call in candidates.items():
+            try:
+                sample(call, 1)
+                once = sample(call, 1)
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {error}"
+                continue
+            repeats[name] = max(1, min(1000, round(SAMPLE_S / max(once, 1e-9))))
+            samples[name] = []
+        rounds, spent = 0, 0.0
+        running = list(samples)
+        while running and rounds < MOST_ROUNDS and (rounds < LEAST_ROUNDS or spent < budget_s):
+            for name in running:
+                taken = sample(candidates[name], repeats[name])
+                samples[name].append(taken)
+                spent += taken * repeats[name]
+            running = [*running[1:], running[0]]  # no one always runs after the same other
+            rounds += 1
+            if rounds >= LEAST_ROUNDS:
+                times = _relative({n: samples[n] for n in running})
+                running = [n for n in running if times[n] <= HOPELESS * min(times.values())]
+                if len(running) == 1:
+                    break
+    us = {n: t * 1e6 for n, t in _relative(samples).items()}
+    return Timings(dict(sorted(us.items(), key=lambda x: x[1])), rounds, failed)
+
+
+def _relative(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Times that compare well: a machine that slows down half-way splits every candidate's samples in two heaps, and
+    plain medians then fall into either."""
+    if not samples:
+        return {}
+    longest = max(len(s) for s in samples.values())
+    one = next(s for s in samples.values() if len(s) == longest)
+    scale = statistics.median(one)
+    # samples of one round stand at one place; a candidate that was dropped has only the first rounds
+    return {
+        n: scale * statistics.median(x / max(y, 1e-12) for x, y in zip(s, one, strict=False))
+        for n, s in samples.items()
+    }
+
+
+def decide(timings: Timings, ours: Sequence[str]) -> Decision:
+    """The fastest candidate of `ours` if nothing else is faster by more than `TIE`; otherwise the fastest of all.
+
+    Raises ValueError if every candidate failed."""
+    winner = timings.winner
+    mine = next((n for n in timings.us if n in ours), None)
+    other = next((n for n in timings.us if n not in ours), None)
+    if mine is None:
+        why = "; ".join(f"{n}: {timings.failed[n]}" for n in ours if n in timings.failed)
+        return Decision(winner, f"no kernel ran ({why or 'none was offered'})", timings.us)
+    if other is None:
+        return Decision(mine, "nothing to compare with", timings.us)
+    own, their = timings.us[mine], timings.us[other]
+    shown = f"{mine} {own:.1f} us, {other} {their:.1f} us"
+    if own <= their * (1 + TIE):
+        return Decision(mine, f"{their / own:.2f} times as fast: {shown}", timings.us)
+    return Decision(other, f"the kernel is {own / their:.2f} times slower: {shown}", timings.us)
+
+
+def bucket(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes that share a measurement: each rounded up to 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ... (two an octave)."""
+    return tuple(_rounded_up(n) for n in sizes)
+
+
+def _rounded_up(n: int) -> int:
+    if n <= 2:
+        return max(n, 0)
+    power = 1 << (n - 1).bit_length()  # the smallest power of two that is >= n
+    return power * 3 // 4 if n <= power * 3 // 4 else power
+
+
+@dataclass(frozen=True)
+class Situation:
+    """All that a measurement depends on. `candidates` are the digests of what was compared, so that a new kernel is
+    measured anew."""
+
+    spec: str
+    sizes: tuple[int, ...]
+    candidates: tuple[str, ...]
+    device: str
+    threads: int
+    torch: str
+
+    @property
+    def key(self) -> str:
+        return key({"kind": "measurement", **asdict(self)})
+
+
+def situation(spec: str, sizes: Sequence[int], device: torch.device, candidates: Sequence[str]) -> Situation:
+    """The present situation of a call: `spec` is the attention's text, `sizes` every extent that matters to speed."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    return Situation(
+        spec, bucket(sizes), tuple(sorted(candidates)), device_name(device), threads, str(torch.__version__)
+    )
+
+
+def choose(
+    store: Store, where: Situation, candidates: Mapping[str, Call], ours: Sequence[str], budget_s: float,
+    sample: Sampler = on_cpu,
+) -> Decision:  # fmt: skip
+    """The remembered decision of this situation, or a new one, measured now and remembered."""
+    known = recalled(store, where)
+    if known is not None and known.winner in candidates:
+        return known
+    decision = decide(compare(candidates, budget_s, sample), ours)
+    store.remember(where.key, {"winner": decision.winner, "reason": decision.reason, "us": dict(decision.us)})
+    return decision
+
+
+def recalled(store: Store, where: Situation) -> Decision | None:
+    """What was decided here before, by this process or another."""
+    record = store.recall(where.key)
+    if record is None or set(record) != {"winner", "reason", "us"}:
+        return None
+    return Decision(str(record["winner"]), str(record["reason"]), cast(dict[str, float], record["us"]))
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """The make of a device, as it names itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else f"{platform.machine()} {platform.processor()}".strip()
