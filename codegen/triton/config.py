@@ -1,0 +1,143 @@
+"""The declared space of kernel configurations, and what a machine has room for.
+
+`capability` names a target: "sm_80", "sm_90", "sm_100" (any "sm_NN") or "gfx942" (any "gfxNNN").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from attncc.codegen.triton.operands import chunks
+from attncc.codegen.triton.rows import folded_axes
+from attncc.ir import Attention, Const
+from attncc.ir.attention import DTYPES
+from attncc.ir.bounds import Bounds
+
+
+@dataclass(frozen=True)
+class TritonConfig:
+    """One kernel of the space. A tile is `block_m` rows (rows of a group of heads folded together) by `block_n` keys.
+
+    `split` adds the form in which several programs share the keys of one tile of rows and a second kernel joins them,
+    used where there are too few tiles to fill the device. `together` batch points are walked at a time, so that their
+    keys stay in the L2 cache. `precision` is how float32 products are made: "ieee" or "tf32"."""
+
+    block_m: int = 64
+    block_n: int = 64
+    warps: int = 4
+    stages: int = 2
+    split: bool = False
+    together: int = 8
+    precision: str = "ieee"
+    specialize: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes of shared memory a block may use, 32-bit registers a thread may, threads a warp has."""
+
+    shared: int
+    registers: int
+    lanes: int
+
+
+def machine(capability: str) -> Machine:
+    """Raises ValueError for a capability that is neither "sm_NN" nor "gfxNNN"."""
+    if capability.startswith("gfx"):
+        return Machine(160 * 1024 if capability.startswith("gfx95") else 64 * 1024, 512, 64)
+    if not capability.startswith("sm_"):
+        raise ValueError(f"capability {capability!r}: give sm_NN or gfxNNN")
+    number = int(capability.removeprefix("sm_").rstrip("af"))
+    if number in (80, 87):
+        return Machine(163 * 1024, 255, 32)
+    if 90 <= number < 120:
+        return Machine(227 * 1024, 255, 32)
+    return Machine(99 * 1024 if number > 75 else 64 * 1024, 255, 32)
+
+
+def _operand_bytes(a: Attention) -> int:
+    return max(DTYPES[a.tensor(x.tensor).dtype][1] for x in (a.q, a.k, a.v))
+
+
+def shared_bytes(a: Attention, c: TritonConfig) -> int:
+    """What the key and value tiles in flight and the query tile take at most."""
+    width = _operand_bytes(a)
+    d, e = sum(n for n, _ in chunks(int(_extent(a.d.extent)))), sum(n for n, _ in chunks(int(_extent(a.e.extent))))
+    return width * (max(c.stages, 1) * c.block_n * (d + e) + c.block_m * d)
+
+
+def registers(a: Attention, c: TritonConfig, m: Machine) -> int:
+    """What the accumulator, the scores and the weights take of each thread, in 32-bit registers."""
+    e = sum(n for n, _ in chunks(int(_extent(a.e.extent))))
+    return (c.block_m * (e + c.block_n) + c.block_m * c.block_n // 2) // (c.warps * m.lanes)
+
+
+def _extent(x: object) -> int:
+    return int(x.value) if isinstance(x, Const) else 128
+
+
+#: Room that index arithmetic, loads and masks need beside the tiles.
+_SPARE_REGISTERS = 48
+
+
+def fits(a: Attention, c: TritonConfig, capability: str) -> bool:
+    m = machine(capability)
+    return shared_bytes(a, c) <= m.shared and registers(a, c, m) <= m.registers - _SPARE_REGISTERS
+
+
+_NVIDIA = (
+    (128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2), (128, 32, 4, 3),
+    (64, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1),
+)  # fmt: skip
+_HOPPER = ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2), *_NVIDIA)
+_AMD = (
+    (128, 64, 4, 1), (128, 32, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (128, 64, 8, 1), (32, 32, 4, 1),
+    (16, 32, 4, 1), (16, 16, 4, 1),
+)  # fmt: skip
+#: For a handful of rows against many keys: all speed is in reading them.
+_DECODE = ((16, 64, 4, 3), (16, 128, 4, 2), (16, 32, 4, 4), (16, 64, 2, 3), (16, 32, 4, 2), (16, 16, 4, 1))
+
+_MOST = 6
+
+
+def _few_rows(a: Attention) -> int | None:
+    """The rows of one tile column where they are known and fit one small tile, else None."""
+    rows = 1
+    for axis in (*folded_axes(a, Bounds(())), a.i):
+        if not isinstance(axis.extent, Const):
+            return None
+        rows *= int(axis.extent.value)
+    return rows if rows <= 64 else None
+
+
+def configs(a: Attention, capability: str, *, tf32: bool = False) -> tuple[TritonConfig, ...]:
+    """The configurations worth trying for `a`, best guess first; what does not fit the machine is left out.
+
+    `tf32` says that float32 products may be made from rounded factors (torch's own flags decide that)."""
+    m = machine(capability)
+    few = _few_rows(a)
+    float32 = _operand_bytes(a) >= 4
+    amd = capability.startswith("gfx")
+    hopper = not amd and m.shared > 200 * 1024
+    shapes = _AMD if amd else _HOPPER if hopper and not float32 else _NVIDIA
+    if few is not None:
+        rows = max(16, 1 << (few - 1).bit_length())
+        shapes = tuple((rows, n, w, 1 if amd else s) for _, n, w, s in _DECODE)
+    elif float32:
+        shapes = tuple(x for x in shapes if x[0] * x[1] <= 64 * 64)
+    split = few is not None or not isinstance(a.i.extent, Const)
+    precision = "tf32" if tf32 and float32 and not amd else "ieee"
+    found = dict.fromkeys(
+        TritonConfig(bm, bn, warps, stages, split=split, precision=precision)
+        for bm, bn, warps, stages in shapes
+        if bn <= max(16, 2 * _keys(a))
+    )
+    fitting = [c for c in found if fits(a, c, capability)]
+    return tuple(fitting[:_MOST]) or (TritonConfig(16, 16, 4, 1, split=split, precision=precision),)
+
+
+def _keys(a: Attention) -> int:
+    return int(a.j.extent.value) if isinstance(a.j.extent, Const) else 1 << 30
