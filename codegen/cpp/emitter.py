@@ -77,6 +77,10 @@ class _Emitter:
         self.factor = linear_factor(a.weight) if a.normalizer == "softmax" else None
         self.early = a.normalizer == "softmax" and self.factor is None
         self.scale = self._plain_scale()
+        # bfloat16 operands alone gain from bfloat16 products; everything else runs in the compute type.
+        bf16 = {a.tensor(x.tensor).dtype for x in (a.q, a.k, a.v)} == {"bf16"}
+        self.pairs = bf16 and self.isa.pairs
+        self.tiles = self.pairs and self.isa.tiles
 
     def _plain_scale(self) -> float | None:
         """c > 0 with score = s * c, which needs no pass of its own."""
@@ -93,9 +97,10 @@ class _Emitter:
 
     def source(self) -> str:
         hooks = [self._bounds(), self._logit(), self._weights(), self._sink()]  # they fill the slots printed below
-        parts = [self._header(), self._config(), *map(_library, ("vector", "convert", "layout", "product"))]
+        parts = [self._header(), self._config(), *map(_library, ("vector", "convert", "layout"))]
+        parts += [_library("matrix_unit" if self.tiles else "product")]
         parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), self._slots()]
-        parts += [_library("tile"), self._fills(), *hooks, self._rows(), _library("plain")]
+        parts += [_library("tile"), self._fills(), *hooks, self._rows(), _library("pairs" if self.pairs else "plain")]
         return "\n".join([*parts, *map(_library, ("begin", "attend", "run")), self._entry()])
 
     # ---- text ------------------------------------------------------------------------------------------------------
@@ -130,11 +135,15 @@ class _Emitter:
             "PLAIN": int(self.scale is not None), "SCALE": self._real(self._log2e(self.scale)),
             "CAN_SPLIT": int(a.normalizer == "softmax" and not self.early and a.empty != "mean"),
             "EVEN_AREA": int(not any(free(x) - {*a.sizes} or loads(x) for x in self.spans)),
-            "OUT_OF_MEMORY": 1, "TOO_LARGE": 2,
+            "OUT_OF_MEMORY": 1, "TOO_LARGE": 2, "NO_MATRIX_UNIT": 3,
+            "PAIRS": int(self.pairs), "TILES": int(self.tiles), "LAZY": 8 if self.tiles else 0,
         }  # fmt: skip
         if isa.vector_bytes == 64 and not double:
             defines["WIDE_512"] = 1
-        lines = [f"#include <{h}>" for h in ("math.h", "omp.h", "stddef.h", "stdint.h", "stdlib.h", "string.h")]
+        if self.pairs:
+            defines["ZIP_PAIRS"] = ", ".join(str(x) for n in range(lanes) for x in (n, n + lanes))
+        headers = ["math.h", "omp.h", "stddef.h", "stdint.h", "stdlib.h", "string.h"]
+        lines = [f"#include <{h}>" for h in [*headers, *(["sys/syscall.h", "unistd.h"] if self.tiles else [])]]
         lines += [f"#define {name} {value}" for name, value in defines.items()]
         lines += [f"typedef {'double' if double else 'float'} real;  // the compute type"]
         lines += [f"typedef {'int64_t' if double else 'int32_t'} mask_int;"]

@@ -17,27 +17,27 @@ INLINE vreal logit_at(const Call& c, const Uniform& u, const RowValues& r, int64
 // Scores in `s` become logits, -inf where masked; `top` collects their maximum.
 template <bool MASKED>
 INLINE void logits(const Call& c, const Uniform& u, const RowValues& r, int64_t j0, int64_t from, int64_t to, real* s,
-                   int64_t ld, vreal (&top)[4], vmask& seen) {
+                   vreal (&top)[4], vmask& seen) {
     int64_t k = from;
     if (!MASKED && to > from) seen = splat_mask(true);
     for (; k + 4 <= to; k += 4)
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n)
-            top[n] = high(logit_at<MASKED>(c, u, r, j0 + k + n, s + (k + n) * ld, seen), top[n]);
-    for (; k < to; ++k) top[0] = high(logit_at<MASKED>(c, u, r, j0 + k, s + k * ld, seen), top[0]);
+            top[n] = high(logit_at<MASKED>(c, u, r, j0 + k + n, s + (k + n) * LANES, seen), top[n]);
+    for (; k < to; ++k) top[0] = high(logit_at<MASKED>(c, u, r, j0 + k, s + k * LANES, seen), top[0]);
 }
 
 // Scores in `s` become weights where they need no running maximum: pointwise normalisers and known sums.
-template <bool MASKED, Stage STAGE>
+template <bool MASKED>
 INLINE void weights(const Call& c, const Uniform& u, const RowValues& r, int64_t j0, int64_t from, int64_t to, real* s,
-                    int64_t ld, vreal m, vreal inverse, vmask& seen) {
+                    vreal m, vreal inverse) {
     for (int64_t k = from; k < to; ++k) {
-        const vreal raw = load(s + k * ld);
+        const vreal raw = load(s + k * LANES);
         vmask visible = splat_mask(true);
         vreal w = logit<MASKED>(c, u, r, j0 + k, raw, visible);
         if (IS_SOFTMAX) w = exp2_of(w * SCALE - m) * inverse;
         w = weight(c, u, r, j0 + k, raw, w);
-        store(s + k * ld, MASKED ? pick(visible, w, vreal{}) : w);
+        store(s + k * LANES, MASKED ? pick(visible, w, vreal{}) : w);
     }
 }
 
@@ -51,67 +51,79 @@ INLINE void full_run(const Tile& t, int64_t j0, int64_t count, int64_t& from, in
     }
 }
 
-static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stage stage, real* s) {
-    const int64_t ld = t.ld, n = at.count;
+static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stage stage, real* scores, real* spare) {
+    const int64_t n = at.count;
     alignas(128) real keep[QUERIES];
-    product(n, at.k, at.k_row, at.k_col, t.q, ld, c.D, s, nullptr);
+    score_product(c, t, at, scores);
     const Uniform u = uniform(c, b, t);
     int64_t from, to;
     full_run(t, at.j0, n, from, to);
-    for (int64_t lane = 0; lane < ld; lane += LANES) {
-        const RowValues r = t.values[lane / LANES];
-        real* column = s + lane;
+    for (int64_t v = 0; v < t.columns; ++v) {
+        const int64_t lane = v * LANES;
+        const RowValues r = t.values[v];
+        real* s = scores + v * KEYS * LANES;
+        real* p = weight_column(scores, spare, v);
         vmask seen = *(const vmask*)(t.seen + lane);
         const vreal m_old = load(t.m + lane);
-        if (stage == EMPTIES) {
-            // Finite additive masks make all keys of such a row equal: weight 1 / M each, here or in `finish`.
-            for (int64_t k = 0; k < n; ++k) {
-                const vreal w = empty_weight(c, u, r, at.j0 + k, load(column + k * ld));
-                store(column + k * ld, pick(seen, vreal{}, w));
-            }
-            continue;
-        }
-        if (!IS_SOFTMAX || stage == WEIGHTS) {
+        if (!IS_SOFTMAX || stage == WEIGHTS || stage == EMPTIES) {
             const vreal safe = m_old == -INFINITY ? vreal{} : m_old;
             const vreal inverse = 1 / load(t.l + lane);
-            weights<true, WEIGHTS>(c, u, r, at.j0, 0, from, column, ld, safe, inverse, seen);
-            weights<false, WEIGHTS>(c, u, r, at.j0, from, to, column, ld, safe, inverse, seen);
-            weights<true, WEIGHTS>(c, u, r, at.j0, to, n, column, ld, safe, inverse, seen);
+            if (stage == EMPTIES) {
+                // Finite additive masks make all keys of such a row equal: weight 1 / M each, here or in `finish`.
+                for (int64_t k = 0; k < n; ++k) {
+                    real* x = s + k * LANES;
+                    store(x, pick(seen, vreal{}, empty_weight(c, u, r, at.j0 + k, load(x))));
+                }
+            } else {
+                weights<true>(c, u, r, at.j0, 0, from, s, safe, inverse);
+                weights<false>(c, u, r, at.j0, from, to, s, safe, inverse);
+                weights<true>(c, u, r, at.j0, to, n, s, safe, inverse);
+            }
+            int64_t k = 0;
+            for (; k + 2 <= n; k += 2) put_weights(p, k, load(s + k * LANES), load(s + (k + 1) * LANES));
+            put_last_weights(p, k, n, k < n ? load(s + k * LANES) : vreal{});
+            store(keep + lane, splat(1));
             continue;
         }
         vreal top[4];
         for (int x = 0; x < 4; ++x) top[x] = splat(-INFINITY);
-        logits<true>(c, u, r, at.j0, 0, from, column, ld, top, seen);
-        logits<false>(c, u, r, at.j0, from, to, column, ld, top, seen);
-        logits<true>(c, u, r, at.j0, to, n, column, ld, top, seen);
+        logits<true>(c, u, r, at.j0, 0, from, s, top, seen);
+        logits<false>(c, u, r, at.j0, from, to, s, top, seen);
+        logits<true>(c, u, r, at.j0, to, n, s, top, seen);
         const vreal block_top = high(high(top[0], top[1]), high(top[2], top[3]));
-        const vreal m = high(block_top * SCALE, m_old), safe = m == -INFINITY ? vreal{} : m;
-        const vreal factor = exp2_of(m_old - safe);
+        vreal m = high(block_top * SCALE, m_old);
+        if (!PRODUCT_KEEPS && none(m > m_old + LAZY)) m = m_old;
+        const vreal safe = m == -INFINITY ? vreal{} : m;
         vreal sum[4];
         for (int x = 0; x < 4; ++x) sum[x] = vreal{};
         int64_t k = 0;
-        for (; k + 4 <= n; k += 4)
+        for (; k + 4 <= n; k += 4) {
+            vreal w[4];
 #pragma GCC unroll 4
             for (int x = 0; x < 4; ++x) {
-                real* p = column + (k + x) * ld;
-                const vreal w = exp2_weight(load(p) * SCALE - safe);
-                sum[x] += w;
-                store(p, linear_weight(c, u, r, at.j0 + k + x, w));
+                w[x] = exp2_weight(load(s + (k + x) * LANES) * SCALE - safe);
+                sum[x] += w[x];
+                w[x] = linear_weight(c, u, r, at.j0 + k + x, w[x]);
             }
-        for (; k < n; ++k) {
-            real* p = column + k * ld;
-            const vreal w = exp2_weight(load(p) * SCALE - safe);
-            sum[0] += w;
-            store(p, linear_weight(c, u, r, at.j0 + k, w));
+            put_weights(p, k, w[0], w[1]);
+            put_weights(p, k + 2, w[2], w[3]);
         }
+        vreal w[2] = {};
+        for (int64_t x = 0; x < n - k; ++x) {
+            w[x & 1] = exp2_weight(load(s + (k + x) * LANES) * SCALE - safe);
+            sum[x] += w[x & 1];
+            w[x & 1] = linear_weight(c, u, r, at.j0 + k + x, w[x & 1]);
+            if (x == 1) put_weights(p, k, w[0], w[1]);
+        }
+        put_last_weights(p, n & ~int64_t(1), n, w[0]);
+        const vreal factor = exp2_of(m_old - safe);
+        if (!PRODUCT_KEEPS && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
         store(t.m + lane, m);
         store(t.l + lane, load(t.l + lane) * factor + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
         store(keep + lane, factor);
         *(vmask*)(t.seen + lane) = seen;
     }
     if (stage == SUMS || !HAS_OUT) return;
-    if (stage != ONLINE || !IS_SOFTMAX)
-        for (int64_t lane = 0; lane < ld; lane += LANES) store(keep + lane, splat(1));
-    product(c.E, at.v, at.v_col, at.v_row, s, ld, n, t.o, t.fresh ? nullptr : keep);
+    value_product(c, t, at, weight_column(scores, spare, 0), keep);
     t.fresh = false;
 }

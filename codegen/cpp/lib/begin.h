@@ -1,6 +1,8 @@
 // ---- tiles: where their rows lie, what they begin with, what they give ---------------------------------------------
 // The state of a tile, as the parts of a split key range leave it: m, l, seen, then o.
-static size_t part_size(const Call& c) { return QUERIES * (2 * sizeof(real) + sizeof(mask_int) + c.E * sizeof(real)); }
+static size_t part_size(const Call& c) {
+    return QUERIES * (2 * sizeof(real) + sizeof(mask_int) + o_rows(c) * sizeof(real));
+}
 
 // How the rows of one batch point fall into tiles: few rows a group are folded, several groups to a tile.
 struct Tiling {
@@ -25,7 +27,7 @@ static void place(const Call& c, const Tiling& g, const Batch& b, int64_t n, int
     t.i1 = t.i0 + QUERIES < c.N ? t.i0 + QUERIES : c.N;
     const int64_t taken = t.g0 + g.folded < groups ? g.folded : groups - t.g0;
     t.rows = (t.i1 - t.i0) * taken;
-    t.ld = (t.rows + LANES - 1) / LANES * LANES;
+    t.columns = (t.rows + LANES - 1) / LANES;
     t.spans = t.fulls = 0;
     t.lo = to;
     t.hi = from;
@@ -48,7 +50,7 @@ INLINE void next_row(const Call& c, const Tile& t, Row& r) {
 static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
     t.fresh = true;
     Row at = first_row(c, t);
-    for (int64_t v = 0; v < t.ld; v += LANES) {
+    for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
         const q_element* rows[LANES];
         for (int64_t l = 0; l < LANES; ++l) {
             const bool real_row = v + l < t.rows;
@@ -56,10 +58,10 @@ static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
             set_lane(t, v + l, at.g, at.i);
             if (v + l + 1 < t.rows) next_row(c, t, at);
         }
-        load_queries(c, rows, t.q, v, t.ld);
+        load_queries(c, rows, t.q + v * q_rows(c));
     }
     const Uniform u = uniform(c, b, t);
-    for (int64_t v = 0; v < t.ld; v += LANES) {
+    for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
         t.values[v / LANES] = row_values(c, b, u, t, v);
         const vreal sink = with_sink ? first_logit(c, b, u, t, v) : splat(-INFINITY);
         const vreal safe = sink == -INFINITY ? vreal{} : sink;
@@ -71,9 +73,9 @@ static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
 
 // Writes what a finished tile gives: out and, if asked, the log of the sum.
 static void finish(const Call& c, const Batch& b, Tile& t) {
-    if (t.fresh) memset(t.o, 0, c.E * t.ld * sizeof(real));
+    if (t.fresh) memset(t.o, 0, o_rows(c) * t.columns * LANES * sizeof(real));
     Row at = first_row(c, t);
-    for (int64_t v = 0; v < t.ld; v += LANES) {
+    for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
         const vmask seen = *(const vmask*)(t.seen + v);
         const vreal l = load(t.l + v), m = load(t.m + v);
         out_element* rows[LANES];
@@ -92,6 +94,6 @@ static void finish(const Call& c, const Batch& b, Tile& t) {
             else if (EMPTY == EMPTY_NAN) scale = pick(seen, scale, splat(NAN));
             else scale = pick(seen, scale, splat(NORMALIZED_EARLY ? 1 : 1 / (real)c.M));
         }
-        if (HAS_OUT) from_lanes(t.o + v, t.ld, scale, keep, rows, c.out_e, c.E);
+        if (HAS_OUT) from_lanes(t.o + v * o_rows(c), scale, keep, rows, c.out_e, c.E);
     }
 }

@@ -16,34 +16,34 @@ template <class V> INLINE void transpose(V (&x)[LANES]) {
 
 // out[column][lane] = rows[lane][column], `columns` elements `stride` apart; a null row gives zeros.
 template <class T>
-static void to_lanes(const T* const (&rows)[LANES], int64_t stride, int64_t columns, real* out, int64_t ld) {
+static void to_lanes(const T* const (&rows)[LANES], int64_t stride, int64_t columns, real* out) {
     int64_t n = 0;
     if (stride == 1)
         for (; n + LANES <= columns; n += LANES) {
             vreal x[LANES];
             for (int l = 0; l < LANES; ++l) x[l] = rows[l] ? row(rows[l] + n) : vreal{};
             transpose(x);
-            for (int l = 0; l < LANES; ++l) store(out + (n + l) * ld, x[l]);
+            for (int l = 0; l < LANES; ++l) store(out + (n + l) * LANES, x[l]);
         }
     for (; n < columns; ++n)
-        for (int l = 0; l < LANES; ++l) out[n * ld + l] = rows[l] ? value(rows[l][n * stride]) : 0;
+        for (int l = 0; l < LANES; ++l) out[n * LANES + l] = rows[l] ? value(rows[l][n * stride]) : 0;
 }
 
 // rows[lane][column] = in[column][lane] * scale[lane] for the rows that are not null.
 template <class T>
-static void from_lanes(const real* in, int64_t ld, vreal scale, vmask keep, T* const (&rows)[LANES], int64_t stride,
+static void from_lanes(const real* in, vreal scale, vmask keep, T* const (&rows)[LANES], int64_t stride,
                        int64_t columns) {
     int64_t n = 0;
     if (stride == 1)
         for (; n + LANES <= columns; n += LANES) {
             vreal x[LANES];
-            for (int l = 0; l < LANES; ++l) x[l] = pick(keep, load(in + (n + l) * ld) * scale, vreal{});
+            for (int l = 0; l < LANES; ++l) x[l] = pick(keep, load(in + (n + l) * LANES) * scale, vreal{});
             transpose(x);
             for (int l = 0; l < LANES; ++l)
                 if (rows[l]) put_row(rows[l] + n, x[l]);
         }
     for (; n < columns; ++n) {
-        const vreal x = pick(keep, load(in + n * ld) * scale, vreal{});
+        const vreal x = pick(keep, load(in + n * LANES) * scale, vreal{});
         for (int l = 0; l < LANES; ++l)
             if (rows[l]) put(rows[l] + n * stride, x[l]);
     }

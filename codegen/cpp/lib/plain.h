@@ -1,10 +1,14 @@
 // ---- operands in the compute type: queries in lanes, keys and values where they lie or converted --------------------
-static size_t q_scratch(const Call& c) { return (size_t)c.D * QUERIES * sizeof(real); }
+// Working memory holds columns of LANES queries, rows one after the other.
+INLINE int64_t q_rows(const Call& c) { return c.D; }
+INLINE int64_t o_rows(const Call& c) { return c.E; }
 static size_t k_scratch(const Call& c) { return (size_t)c.D * KEYS * sizeof(real); }
 static size_t v_scratch(const Call& c) { return (size_t)c.E * KEYS * sizeof(real); }
+static size_t p_scratch() { return 0; }  // weights overwrite their scores
+enum { KEY_STEP = 1 };                   // where a part of a block may begin
 
-static void load_queries(const Call& c, const q_element* const (&rows)[LANES], real* q, int64_t lane, int64_t ld) {
-    to_lanes(rows, c.q_d, c.D, q + lane, ld);
+static void load_queries(const Call& c, const q_element* const (&rows)[LANES], real* column) {
+    to_lanes(rows, c.q_d, c.D, column);
 }
 
 struct Block {
@@ -26,3 +30,20 @@ static Block load_block(const Call& c, const k_element* k, const v_element* v, i
     if (!x.v) x.v = plain(v, c.v_j, c.v_e, count, c.E, v_at), x.v_row = c.E, x.v_col = 1;
     return x;
 }
+// Its keys from `from` to `to`, counted from its first.
+static Block part_of(const Call&, const Block& x, int64_t from, int64_t to) {
+    return {x.j0 + from, to - from, x.k + from * x.k_row, x.v + from * x.v_row, x.k_row, x.k_col, x.v_row, x.v_col};
+}
+
+static void score_product(const Call& c, const Tile& t, const Block& at, real* s) {
+    product(at.count, t.columns, at.k, at.k_row, at.k_col, t.q, q_rows(c) * LANES, c.D, s, KEYS * LANES, nullptr);
+}
+static void value_product(const Call& c, const Tile& t, const Block& at, const real* p, const real* keep) {
+    product(c.E, t.columns, at.v, at.v_col, at.v_row, p, KEYS * LANES, at.count, t.o, o_rows(c) * LANES,
+            t.fresh ? nullptr : keep);
+}
+INLINE real* weight_column(real* scores, real*, int64_t column) { return scores + column * KEYS * LANES; }
+INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) { store(p + k * LANES, w); store(p + (k + 1) * LANES, x); }
+INLINE void put_last_weights(real* p, int64_t k, int64_t n, vreal w) { if (k < n) store(p + k * LANES, w); }
+INLINE void rescale(const Call&, const Tile&, int64_t, vreal) {}
+#define PRODUCT_KEEPS 1  // the value product applies `keep`

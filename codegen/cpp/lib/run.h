@@ -50,7 +50,7 @@ static int64_t area(const Call& c, const Plan& p, int64_t n) {
     Tile t;
     for (int64_t at = x.first; at < x.last; ++at) {
         place(c, p.tiling, x.b, at, x.from, x.to, t);
-        for (int64_t s = 0; s < t.spans; ++s) sum += t.ld * (t.span_hi[s] - t.span_lo[s]);
+        for (int64_t s = 0; s < t.spans; ++s) sum += t.columns * LANES * (t.span_hi[s] - t.span_lo[s]);
     }
     return sum;
 }
@@ -58,14 +58,15 @@ static int64_t area(const Call& c, const Plan& p, int64_t n) {
 // One thread's working memory, kept between calls.
 struct Scratch {
     Tile* tiles;
-    real *scores, *k, *v, *q, *o;
+    real *scores, *weights, *k, *v, *q, *o;
 };
 static size_t round_up(size_t n) { return (n + 127) / 128 * 128; }
 static bool reserve(const Call& c, Scratch& s) {
     static thread_local char* memory = nullptr;
     static thread_local size_t held = 0;
-    const size_t sizes[] = {GROUP_TILES * sizeof(Tile), KEYS * QUERIES * sizeof(real), k_scratch(c), v_scratch(c),
-                            GROUP_TILES * q_scratch(c), GROUP_TILES * QUERIES * (size_t)c.E * sizeof(real)};
+    const size_t column = GROUP_TILES * QUERIES * sizeof(real);
+    const size_t sizes[] = {GROUP_TILES * sizeof(Tile), KEYS * QUERIES * sizeof(real), p_scratch(), k_scratch(c),
+                            v_scratch(c), column * q_rows(c), column * o_rows(c)};
     size_t total = 0;
     for (size_t n : sizes) total += round_up(n) + 128;
     if (total > held) {
@@ -78,10 +79,11 @@ static bool reserve(const Call& c, Scratch& s) {
     auto take = [&](size_t n) { char* p = at; at += round_up(n) + 128; return p; };
     s.tiles = (Tile*)take(sizes[0]);
     s.scores = (real*)take(sizes[1]);
-    s.k = (real*)take(sizes[2]);
-    s.v = (real*)take(sizes[3]);
-    s.q = (real*)take(sizes[4]);
-    s.o = (real*)take(sizes[5]);
+    s.weights = (real*)take(sizes[2]);
+    s.k = (real*)take(sizes[3]);
+    s.v = (real*)take(sizes[4]);
+    s.q = (real*)take(sizes[5]);
+    s.o = (real*)take(sizes[6]);
     return true;
 }
 
@@ -112,9 +114,7 @@ static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stag
             if (from >= to) continue;
             if (!ready) whole = load_block(c, k, v, j0, j1 - j0, w.k, w.v);
             ready = true;
-            const int64_t skip = from - j0;
-            attend(c, x.b, t, {from, to - from, whole.k + skip * whole.k_row, whole.v + skip * whole.v_row, whole.k_row,
-                               whole.k_col, whole.v_row, whole.v_col}, stage, w.scores);
+            attend(c, x.b, t, part_of(c, whole, (from - j0) / KEY_STEP * KEY_STEP, to - j0), stage, w.scores, w.weights);
         }
     }
 }
@@ -124,8 +124,8 @@ static void run_item(const Call& c, const Plan& p, int64_t number, Scratch& w, c
     const int64_t count = x.last - x.first;
     for (int64_t n = 0; n < count; ++n) {
         Tile& t = w.tiles[n];
-        t.q = (real*)((char*)w.q + n * q_scratch(c));
-        t.o = w.o + n * QUERIES * c.E;
+        t.q = w.q + n * QUERIES * q_rows(c);
+        t.o = w.o + n * QUERIES * o_rows(c);
         place(c, p.tiling, x.b, x.first + n, x.from, x.to, t);
         begin(c, x.b, t, x.split == 0);
     }
@@ -144,11 +144,11 @@ static void run_item(const Call& c, const Plan& p, int64_t number, Scratch& w, c
             continue;
         }
         char* part = parts + ((x.batch * p.tiling.count + x.first + n) * p.splits + x.split) * part_size(c);
-        if (t.fresh) memset(t.o, 0, c.E * t.ld * sizeof(real));
+        if (t.fresh) memset(t.o, 0, o_rows(c) * t.columns * LANES * sizeof(real));
         memcpy(part, t.m, sizeof t.m);
         memcpy(part += sizeof t.m, t.l, sizeof t.l);
         memcpy(part += sizeof t.l, t.seen, sizeof t.seen);
-        memcpy(part + sizeof t.seen, t.o, c.E * t.ld * sizeof(real));
+        memcpy(part + sizeof t.seen, t.o, o_rows(c) * t.columns * LANES * sizeof(real));
     }
 }
 
@@ -160,7 +160,7 @@ static void join(const Call& c, const Plan& p, int64_t number, Scratch& w, const
     place(c, p.tiling, b, number % p.tiling.count, 0, c.M, t);
     t.fresh = false;
     parts += number * p.splits * part_size(c);
-    for (int64_t lane = 0; lane < t.ld; lane += LANES) {
+    for (int64_t lane = 0; lane < t.columns * LANES; lane += LANES) {
         vreal m = splat(-INFINITY), l = vreal{};
         vmask seen = vmask{};
         for (int64_t s = 0; s < p.splits; ++s) {
@@ -173,11 +173,10 @@ static void join(const Call& c, const Plan& p, int64_t number, Scratch& w, const
             const real* part = (const real*)(parts + s * part_size(c));
             const vreal factor = exp2_of(load(part + lane) - safe);
             l += load(part + QUERIES + lane) * factor;
-            const real* o = (const real*)((const mask_int*)(part + 2 * QUERIES) + QUERIES) + lane;
-            for (int64_t e = 0; e < c.E; ++e) {
-                real* to = t.o + e * t.ld + lane;
-                const vreal x = load(o + e * t.ld) * factor;
-                store(to, s ? load(to) + x : x);
+            const real* o = (const real*)((const mask_int*)(part + 2 * QUERIES) + QUERIES);
+            for (int64_t n = lane * o_rows(c); n < (lane + LANES) * o_rows(c); n += LANES) {
+                const vreal x = load(o + n) * factor;
+                store(t.o + n, s ? load(t.o + n) + x : x);
             }
         }
         store(t.m + lane, m);
@@ -188,6 +187,9 @@ static void join(const Call& c, const Plan& p, int64_t number, Scratch& w, const
 }
 
 static int32_t run(const Call& c) {
+#if TILES
+    if (!allow_matrix_unit()) return NO_MATRIX_UNIT;
+#endif
     const int64_t threads = omp_get_max_threads();
     const Plan p = plan(c, threads);
     const int64_t items = p.items(), tiles = p.batches * p.tiling.count;
@@ -226,8 +228,14 @@ static int32_t run(const Call& c) {
                 }
             }
         }
+#if TILES
+        enter_matrix_unit();
+#endif
         if (ready)
             for (int64_t n = from; n < to; ++n) run_item(c, p, n, w, parts);
+#if TILES
+        leave_matrix_unit();
+#endif
         if (p.splits > 1) {
 #pragma omp barrier
 #pragma omp for schedule(static)

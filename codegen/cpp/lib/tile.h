@@ -1,12 +1,12 @@
 // ---- tiles: up to QUERIES query rows in lanes, which see the same keys ----------------------------------------------
 struct Tile {
-    int64_t rows, ld;    // queries, and lanes: a multiple of LANES; lanes past the last query repeat it
+    int64_t rows, columns;  // queries, and vectors of them; lanes past the last query repeat it
     int64_t i0, i1, g0;  // rows i0 <= i < i1 of the groups from g0 on
     int64_t lo, hi;      // hull of the visit
     int64_t spans, span_lo[MAX_SPANS], span_hi[MAX_SPANS];
     int64_t fulls, full_lo[MAX_SPANS], full_hi[MAX_SPANS];
     bool fresh;  // no key block has been added yet, so `o` is not set
-    real *q, *o; // q: [D][ld], o: [E][ld]
+    real *q, *o; // [columns][D][LANES] and [columns][E][LANES]
     RowValues values[QUERIES / LANES];
     alignas(128) real m[QUERIES], l[QUERIES];     // running maximum and sum, in powers of two
     alignas(128) mask_int seen[QUERIES];          // whether any key was visible

@@ -178,3 +178,9 @@ INLINE vreal exp2_weight(vreal x) {
     return x < -126 ? vreal{} : (vreal)((vmask)p + ((vmask)n << 23));
 #endif
 }
+
+INLINE bool none(vmask m) {
+    mask_int any = 0;
+    EACH_LANE(any |= m[l])
+    return !any;
+}

@@ -1,0 +1,136 @@
+// ---- operands in bfloat16 pairs: neighbours along the summed axis share a lane --------------------------------------
+// Columns of queries hold [D / 2][LANES] pairs, columns of weights [KEYS / 2][LANES]. Keys lie as they are where the
+// product can read them there; values are packed with their keys next to each other, zeros past the last.
+INLINE int64_t round_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+INLINE int64_t padded_d(const Call& c) { return round_to(c.D, 32); }
+INLINE int64_t padded_e(const Call& c) { return round_to(c.E, 16); }
+INLINE int64_t q_rows(const Call& c) { return padded_d(c) / 2; }
+INLINE int64_t o_rows(const Call& c) { return padded_e(c); }
+static size_t k_scratch(const Call& c) { return (size_t)padded_d(c) * KEYS * 2; }
+static size_t v_scratch(const Call& c) { return (size_t)padded_e(c) * KEYS * 2; }
+static size_t p_scratch() { return (size_t)QUERIES * KEYS * 2; }
+enum { KEY_STEP = 32 };
+
+typedef uint16_t vpairs __attribute__((vector_size(64)));
+typedef uint16_t half_row __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t word_row __attribute__((vector_size(64), aligned(2), may_alias));
+
+static void load_queries(const Call& c, const q_element* const (&rows)[LANES], real* column) {
+    for (int64_t d = 0; d < padded_d(c); d += 32, column += 16 * LANES) {
+        vword x[LANES];
+        for (int l = 0; l < LANES; ++l) {
+            x[l] = vword{};
+            if (!rows[l]) continue;
+            if (c.q_d == 1 && d + 32 <= c.D) {
+                x[l] = *(const word_row*)(rows[l] + d);
+            } else {
+                uint16_t pairs[32] = {};
+                for (int64_t n = 0; n < 32 && d + n < c.D; ++n) pairs[n] = rows[l][(d + n) * c.q_d].bits;
+                memcpy(&x[l], pairs, 64);
+            }
+        }
+        transpose(x);
+        for (int l = 0; l < LANES; ++l) *(vword*)(column + l * LANES) = x[l];
+    }
+}
+
+struct Block {
+    int64_t j0, count;  // keys j0 <= j < j0 + count
+    const uint16_t *k, *v;
+    int64_t k_row;
+};
+
+static const uint16_t* pack_keys(const Call& c, const k_element* k, int64_t count, uint16_t* out) {
+    const int64_t width = padded_d(c);
+    for (int64_t j = 0; j < round_to(count, 32); ++j) {
+        uint16_t* to = out + j * width;
+        if (j < count && c.k_d == 1) memcpy(to, k + j * c.k_j, c.D * 2);
+        else
+            for (int64_t d = 0; d < c.D; ++d) to[d] = j < count ? k[j * c.k_j + d * c.k_d].bits : 0;
+        for (int64_t d = c.D; d < width; ++d) to[d] = 0;
+    }
+    return out;
+}
+
+// [keys / 32][e / 16][16][32 keys] for the matrix unit, [e][KEYS] otherwise.
+INLINE int64_t v_tile(const Call& c, int64_t key, int64_t e) {
+    return TILES ? (key / 32 * (padded_e(c) / 16) + e / 16) * 512 : e * KEYS + key;
+}
+enum { V_ROW = TILES ? 32 : KEYS };
+
+static const uint16_t* pack_values(const Call& c, const v_element* v, int64_t count, uint16_t* out) {
+    for (int64_t key = 0; key < count; key += 32)
+        for (int64_t e = 0; e < padded_e(c); e += 16) {
+            vword x[16];
+            for (int n = 0; n < 16; ++n) {
+                const int64_t j = key + 2 * n;
+                half_row a = {}, z = {};
+                if (c.v_e == 1 && e + 16 <= c.E) {
+                    if (j < count) a = *(const half_row*)(v + j * c.v_j + e);
+                    if (j + 1 < count) z = *(const half_row*)(v + (j + 1) * c.v_j + e);
+                } else {
+                    for (int64_t l = 0; l < 16 && e + l < c.E; ++l) {
+                        if (j < count) a[l] = v[j * c.v_j + (e + l) * c.v_e].bits;
+                        if (j + 1 < count) z[l] = v[(j + 1) * c.v_j + (e + l) * c.v_e].bits;
+                    }
+                }
+                x[n] = __builtin_convertvector(a, vword) | __builtin_convertvector(z, vword) << 16;
+            }
+            transpose(x);
+            uint16_t* to = out + v_tile(c, key, e);
+            for (int n = 0; n < 16; ++n) *(word_row*)(to + n * V_ROW) = x[n];
+        }
+    return out;
+}
+
+static Block load_block(const Call& c, const k_element* k, const v_element* v, int64_t j0, int64_t count, real* k_at,
+                        real* v_at) {
+    k += j0 * c.k_j;
+    v += j0 * c.v_j;
+    Block x = {j0, count, (const uint16_t*)k, nullptr, c.k_j};
+    const bool direct = c.k_d == 1 && (TILES ? c.D % 32 == 0 && count % 16 == 0 : c.D % 2 == 0);
+    if (!direct) x.k = pack_keys(c, k, count, (uint16_t*)k_at), x.k_row = padded_d(c);
+    x.v = pack_values(c, v, count, (uint16_t*)v_at);
+    return x;
+}
+static Block part_of(const Call& c, const Block& x, int64_t from, int64_t to) {
+    return {x.j0 + from, to - from, x.k + from * x.k_row, x.v + v_tile(c, from, 0), x.k_row};
+}
+
+INLINE real* weight_column(real*, real* spare, int64_t column) { return spare + column * (KEYS / 2) * LANES; }
+INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) {
+    vpairs both;
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(x), "v"(w));
+    *(vpairs*)(p + k / 2 * LANES) = __builtin_shufflevector(both, both, ZIP_PAIRS);
+}
+// The last key of an odd number, and zeros to the end of what the product reads.
+INLINE void put_last_weights(real* p, int64_t k, int64_t n, vreal w) {
+    if (k < n) put_weights(p, k, w, vreal{}), k += 2;
+    for (; k < round_to(n, 32); k += 2) store(p + k / 2 * LANES, vreal{});
+}
+
+#if TILES
+#define PRODUCT_KEEPS 0
+static void score_product(const Call& c, const Tile& t, const Block& at, real* s) {
+    tile_product((at.count + 15) / 16, t.columns, at.k, at.k_row * 2, at.k_row * 32, 64, t.q, q_rows(c) * LANES,
+                 padded_d(c) / 32, s, KEYS * LANES, false);
+}
+static void value_product(const Call& c, const Tile& t, const Block& at, const real* p, const real*) {
+    tile_product(o_rows(c) / 16, t.columns, at.v, 64, 1024, o_rows(c) * 64, p, KEYS / 2 * LANES, (at.count + 31) / 32,
+                 t.o, o_rows(c) * LANES, !t.fresh);
+}
+INLINE void rescale(const Call& c, const Tile& t, int64_t column, vreal factor) {
+    real* o = t.o + column * o_rows(c) * LANES;
+    for (int64_t e = 0; e < c.E; ++e) store(o + e * LANES, load(o + e * LANES) * factor);
+}
+#else
+#define PRODUCT_KEEPS 1
+static void score_product(const Call& c, const Tile& t, const Block& at, real* s) {
+    product(at.count, t.columns, at.k, at.k_row, 2, t.q, q_rows(c) * LANES, (c.D + 1) / 2, s, KEYS * LANES, nullptr);
+}
+static void value_product(const Call& c, const Tile& t, const Block& at, const real* p, const real* keep) {
+    product(c.E, t.columns, at.v, KEYS, 2, p, KEYS / 2 * LANES, (at.count + 1) / 2, t.o, o_rows(c) * LANES,
+            t.fresh ? nullptr : keep);
+}
+INLINE void rescale(const Call&, const Tile&, int64_t, vreal) {}
+#endif
