@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attncc.dynamo import attncc_backend as backend
-    from attncc.explanation import explain
+    from attncc.explanation import explain, explain_program
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "explain"]
+__all__ = ["__version__", "backend", "explain", "explain_program"]
 
-_LAZY = {"backend": ("attncc.dynamo", "attncc_backend"), "explain": ("attncc.explanation", "explain")}
+_LAZY = {
+    "backend": ("attncc.dynamo", "attncc_backend"),
+    "explain": ("attncc.explanation", "explain"),
+    "explain_program": ("attncc.explanation", "explain_program"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -29,6 +29,17 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     return report(found)
 
 
+def explain_program(program: torch.export.ExportedProgram, *args: Any, **kwargs: Any) -> Report:
+    """`explain` for an exported program, on its own example inputs where none are given.
+
+    Raises ValueError if there are none either."""
+    if not args and not kwargs:
+        if program.example_inputs is None:
+            raise ValueError("the exported program carries no example inputs: pass some")
+        args, kwargs = program.example_inputs
+    return explain(program.module(), *args, **kwargs)
+
+
 def report(found: Collected) -> Report:
     return Report(
         sites=tuple(found.sites),

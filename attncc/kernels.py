@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,15 +10,15 @@ from pathlib import Path
 import torch
 
 from attncc.codegen import cpp, torch_form
-from attncc.ir import Attention, Bounds, print_attention
+from attncc.ir import Attention, Bounds, parse_attention, print_attention
 from attncc.passes.bounds import loop_bounds
 from attncc.passes.drop_rounding import drop_rounding
 from attncc.passes.fold_predicates import fold_predicates
 from attncc.passes.split_axes import split_axes
 from attncc.progress import step
-from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, detect_isa
+from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, KernelError, detect_isa
 from attncc.runtime.op import Kernel
-from attncc.runtime.store import Store
+from attncc.runtime.store import Store, StoreError, key
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,6 @@ def build(a: Attention, spec: str, device: torch.device) -> Kernel:
 @lru_cache(maxsize=1024)
 def built(spec: str, device: str) -> Built:
     """The kernel of a spec, compiled and kept in the store; the plain-torch form, with the reason, where it cannot be."""
-    from attncc.ir import parse_attention  # noqa: PLC0415
-
     a = optimise(parse_attention(spec))
     bounds = loop_bounds(a)
     if device == "cpu":
@@ -79,22 +76,28 @@ def _cpp(a: Attention, bounds: Bounds) -> Built:
     toolchain = find_toolchain()
     if toolchain is None:
         return _torch(a, "no C++ compiler found (set CXX, or install g++ or clang++)")
-    isa = detect_isa()
-    source = cpp.emit(a, bounds, isa)
-    store = default_store()
-    key = store.key({"source": source, "isa": isa, "toolchain": toolchain.version, "flags": " ".join(toolchain.flags(isa))})
+    try:
+        isa = detect_isa()
+        source = cpp.emit(a, bounds, isa)
+        folder = _compiled(source, isa, toolchain, kernel_name(a))
+        kernel = CppKernel(folder / "kernel.so", a)
+    except CompileError as error:
+        return _torch(a, f"the C++ compiler failed: {str(error).strip().splitlines()[-1]}")
+    except (KernelError, StoreError, OSError) as error:
+        return _torch(a, str(error))
+    return Built(kernel, source, "cpp", f"C++ {isa} kernel")
+
+
+def _compiled(source: str, isa: str, toolchain: CppToolchain, name: str) -> Path:
+    """The store's folder that holds `kernel.so` built from `source`."""
+    parts = {"source": source, "isa": isa, "compiler": toolchain.version, "flags": " ".join(toolchain.flags(isa))}
 
     def make(folder: Path) -> None:
-        step(f"compiling {kernel_name(a)} for {isa}")
+        step(f"compiling {name} for {isa}")
         (folder / "kernel.cpp").write_text(source)
         toolchain.compile(source, isa, folder / "kernel.so")
 
-    try:
-        entry = store.get_or_build(key, kernel_name(a), make)
-        kernel = CppKernel(entry / "kernel.so", a)
-    except CompileError as error:
-        return _torch(a, f"the C++ compiler failed: {str(error).splitlines()[0]}")
-    return Built(kernel, source, "cpp", f"C++ {isa} kernel")
+    return default_store().get_or_build(key(parts), name, make)
 
 
 def kernel_name(a: Attention) -> str:
@@ -110,8 +113,8 @@ def find_toolchain() -> CppToolchain | None:
 
 @lru_cache(maxsize=1)
 def default_store() -> Store:
-    root = os.environ.get("ATTNCC_CACHE_DIR")
-    return Store(Path(root) if root else None)
+    """The store of this process; see `Store` for where it lies."""
+    return Store()
 
 
 __all__ = ["Built", "build", "built", "optimise", "split_axes"]

@@ -312,4 +312,4 @@ def test_nothing_installed_says_so() -> None:
         f"torch.ops.attncc.attention([torch.zeros(1, 1, 32), *[torch.zeros(1)] * 4], [1, 1, 1], {spec()!r})"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "import attncc.backend" in done.stderr
+    assert done.returncode != 0 and "import attncc.dynamo" in done.stderr
