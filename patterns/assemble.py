@@ -98,8 +98,9 @@ def assemble(p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, .
     )  # fmt: skip
     attention, sizes, factors = renamer.close(attention)
     positions = {x: n for n, x in enumerate([*batch, p.i, p.e]) if x is not None}
-    order = [positions[x] for x in p.out if x is not ZERO]
-    order += [n for n in range(len(batch) + 2) if n not in order]
+    absent = [n for n in range(len(batch) + 2) if n not in positions.values()]  # one query, or one channel
+    order = [positions[x] if x is not ZERO else absent.pop(0) for x in p.out if x is not ZERO or absent]
+    order += absent
     return Lifted(
         verify(attention), node, anchor, tuple(renamer.nodes), tuple(renamer.dtypes), sizes, factors, tuple(order), escapes
     )
