@@ -10,6 +10,7 @@ so `visit` may only be too large and `full` only too small.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attncc.ir import Attention, Bounds, Expr, Index, Interval
@@ -42,10 +43,10 @@ def loop_bounds(a: Attention, *, rows: bool = False) -> Bounds:
 
 
 def analyse(
-    a: Attention, *, rows: bool = False, outer: Expr | None = None, inner: Expr | None = None
+    a: Attention, *, rows: bool = False, outer: Expr | None = None, inner: Sequence[Expr] = ()
 ) -> Analysis:
     """`outer` and `inner` stand in for the mask where it reads data by key: the mask implies `outer`, which bounds the
-    visit, and `inner` implies the mask, and bounds the full keys."""
+    visit, and each of `inner` implies the mask, and gives full keys."""
     m = a.j.extent
     if a.mask is TRUE:
         return Analysis(everything(m), True)
@@ -67,8 +68,11 @@ def analyse(
     if seen is None:
         return Analysis(unskipped(m), False)
     visit, merged = _visit(seen, m, at_tile)
-    hidden = covers(a.mask if inner is None else inner, positive=False)
-    full = () if hidden is None else _full(hidden, m, at_tile)
+    full: tuple[Interval, ...] = ()
+    for mask in inner or (a.mask,):
+        hidden = covers(mask, positive=False)
+        full += () if hidden is None else _full(hidden, m, at_tile)
+    full = tuple(dict.fromkeys(full))[:MAX_INTERVALS]
     exact = not merged and outer is None and all(c.exact for c in seen)
     bounds = Bounds(visit, full, _residue(visit), exact, _used(scans, visit, full))
     return Analysis(bounds, not merged and all(c.rows_exact for c in seen))

@@ -19,11 +19,12 @@ import torch
 
 from attncc.ir import Attention, Bounds, Expr, Load, Op, Tensor
 from attncc.ir.affine import expr, poly
-from attncc.ir.build import FALSE, TRUE, ZERO, and_, const, le, lt, sub
+from attncc.ir.build import ZERO, and_, const, le, lt, sub
 from attncc.ir.evaluate import Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.terms import free
 from attncc.passes.bounds import analyse
+from attncc.passes.maps import PARTS, BlockMap, all_rows_see, block_map, map_tables, some_rows_see
 from attncc.passes.predicates import map_literals, mentions, reads
 
 _FIRST, _END, _SOLID_FIRST, _SOLID_END = range(4)
@@ -48,40 +49,71 @@ class Spanned:
 
     attention: Attention
     bounds: Bounds
-    spans: tuple[Span, ...]
-    rows_exact: bool
+    spans: tuple[Span, ...] = ()
+    maps: tuple[BlockMap, ...] = ()
+    rows_exact: bool = False
 
 
 def spanned(a: Attention) -> Spanned:
-    """`a` with tables for the literals of its mask that read data by key, and its bounds. Rows may be scanned."""
-    spans: dict[Expr, Span | None] = {}
+    """`a` with tables for the literals of its mask that read data by key, and its bounds. Rows may be scanned.
 
-    def find(literal: Expr) -> Span | None:
-        if literal not in spans:
-            spans[literal] = _span(literal, a, sum(s is not None for s in spans.values()))
-        return spans[literal]
-
-    def stand_in(literal: Expr, *, first: int, end: int, otherwise: Expr) -> Expr:
-        if not reads(literal, a.j.index):
-            return literal
-        span = find(literal)
-        if span is None:
-            return otherwise
-        lo, hi = (Load(span.tensor.name, (*span.index, const(n)), "int") for n in (first, end))
-        return and_(le(lo, a.j.index), lt(a.j.index, hi))
-
-    if not reads(a.mask, a.j.index):
+    A literal whose row and key sides part gets a `Span`, any other a `BlockMap`."""
+    j = a.j.index
+    if not reads(a.mask, j):
         plain = analyse(a, rows=True)
-        return Spanned(a, plain.bounds, (), plain.rows_exact)
-    outer = map_literals(a.mask, lambda x: stand_in(x, first=_FIRST, end=_END, otherwise=TRUE))
-    inner = map_literals(a.mask, lambda x: stand_in(x, first=_SOLID_FIRST, end=_SOLID_END, otherwise=FALSE))
-    known = tuple(s for s in spans.values() if s is not None)
-    found = analyse(a, rows=True, outer=outer, inner=inner)
-    declared = replace(a, tensors=(*a.tensors, *(s.tensor for s in known)))
-    return Spanned(declared, found.bounds, known, found.rows_exact and len(known) == len(spans))
+        return Spanned(a, plain.bounds, rows_exact=plain.rows_exact)
+    spans: dict[Expr, Span] = {}
+    maps: dict[Expr, BlockMap] = {}
+    taken = {t.name for t in a.tensors} | {x.name for x in a.axes} | {s.name for s in a.sizes}
+
+    def find(literal: Expr) -> Expr:
+        if reads(literal, j) and literal not in spans and literal not in maps:
+            span = _span(literal, a, _fresh(f"span{len(spans)}", taken))
+            if span is not None:
+                spans[literal] = span
+            else:
+                maps[literal] = block_map(literal, a, _fresh(f"map{len(maps)}", taken))
+        return literal
+
+    def wide(literal: Expr) -> Expr:
+        if literal in spans:
+            return _between(spans[literal], _FIRST, _END, j)
+        return some_rows_see(maps[literal], j) if literal in maps else literal
+
+    def narrow(literal: Expr, part: int) -> Expr:
+        if literal in spans:
+            return _between(spans[literal], _SOLID_FIRST, _SOLID_END, j)
+        return all_rows_see(maps[literal], part, j) if literal in maps else literal
+
+    mask = map_literals(a.mask, find)
+    inner = [map_literals(mask, lambda x, n=n: narrow(x, n)) for n in range(PARTS if maps else 1)]
+    found = analyse(a, rows=True, outer=map_literals(mask, wide), inner=inner)
+    tables = (*spans.values(), *maps.values())
+    declared = replace(a, tensors=(*a.tensors, *(t.tensor for t in tables)))
+    exact = found.rows_exact and not maps
+    return Spanned(declared, found.bounds, tuple(spans.values()), tuple(maps.values()), exact)
 
 
-def _span(literal: Expr, a: Attention, number: int) -> Span | None:
+def tables(
+    found: Spanned, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int] = ()
+) -> dict[str, torch.Tensor]:
+    """Every table of `found` by name, made from the attention's own `tensors`, on their device."""
+    a = found.attention
+    return span_tables(found.spans, a, tensors, sizes) | map_tables(found.maps, a, tensors, sizes)
+
+
+def _between(span: Span, first: int, end: int, j: Expr) -> Expr:
+    lo, hi = (Load(span.tensor.name, (*span.index, const(n)), "int") for n in (first, end))
+    return and_(le(lo, j), lt(j, hi))
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _span(literal: Expr, a: Attention, name: str) -> Span | None:
     """The table of `literal`, or None where it does not part into a row and a key side."""
     i, j = a.i.index, a.j.index
     sides = (None, ZERO, literal) if not mentions(literal, i) else _sides(literal, i, j)
@@ -90,10 +122,6 @@ def _span(literal: Expr, a: Attention, number: int) -> Span | None:
     axes = [x for x in a.batch if x.index in free(literal)]
     if mentions(literal, i):
         axes.append(a.i)
-    taken = {t.name for t in a.tensors} | {x.name for x in a.axes} | {s.name for s in a.sizes}
-    name = f"span{number}"
-    while name in taken:
-        name += "_"
     tensor = Tensor(name, "i32", (*(x.extent for x in axes), const(4)))
     return Span(tensor, tuple(x.index for x in axes), *sides)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncc.ir import Load, interpret, verify
-from attncc.passes.spans import span_tables, spanned
+from attncc.passes.spans import spanned, tables
 
 ROW = "min(i, M - 1)"
 
@@ -41,7 +41,7 @@ def test_visited_and_full_keys(name: str, tile: int) -> None:
     verify(found.attention)
     for sizes in SHAPES:
         tensors = data(*sizes[:3])
-        tensors |= span_tables(found.spans, a, tensors, sizes)
+        tensors |= tables(found, tensors, sizes)
         visited, some, full, every = check_sound(found.attention, found.bounds, sizes, tensors, tile)
         if tile == 1:
             assert torch.equal(visited, some) and torch.equal(full, every)
@@ -55,7 +55,7 @@ def test_documents_are_exact_for_tiles_too() -> None:
     found = spanned(a)
     sizes = (2, 256, 256, 0)
     tensors = data(*sizes[:3])
-    tensors |= span_tables(found.spans, a, tensors, sizes)
+    tensors |= tables(found, tensors, sizes)
     for tile in (16, 64):
         visited, some, full, every = check_sound(found.attention, found.bounds, sizes, tensors, tile)
         assert torch.equal(visited, some) and torch.equal(full, every)
@@ -100,7 +100,7 @@ def test_random_predicates_are_covered(
     if shuffled:
         order = torch.randperm(sizes[2], generator=torch.Generator().manual_seed(seed))
         tensors |= {"doc": tensors["doc"][:, order], "pad": tensors["pad"][:, order]}
-    tensors |= span_tables(found.spans, a, tensors, sizes)
+    tensors |= tables(found, tensors, sizes)
     check_sound(found.attention, found.bounds, sizes, tensors, tile)
 
 
@@ -109,6 +109,6 @@ def test_the_attention_computes_what_it_did() -> None:
     found = spanned(a)
     sizes = (2, 30, 30, 0)
     tensors = data(*sizes[:3])
-    more = tensors | span_tables(found.spans, a, tensors, sizes)
+    more = tensors | tables(found, tensors, sizes)
     assert torch.equal(interpret(a, tensors, sizes)["out"], interpret(found.attention, more, sizes)["out"])
     assert torch.equal(visible(a, sizes, tensors), visible(found.attention, sizes, more))

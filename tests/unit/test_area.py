@@ -9,7 +9,7 @@ from bounds_cases import attention, blocks, data, tiled, visible
 from attncc.passes import area as area_module
 from attncc.passes.area import Area, area, picture
 from attncc.passes.bounds import loop_bounds
-from attncc.passes.spans import span_tables, spanned
+from attncc.passes.spans import spanned, tables
 
 MASKS = [
     "0 <= j", "j <= i", "j <= i and i - j <= 20", "j < P or j <= i", "abs(i - j) <= 20 or i < 10 or j < 10",
@@ -44,7 +44,7 @@ def test_documents_visit_what_is_visible_with_their_table() -> None:
     sizes = (2, 128, 128, 0)
     a, tensors = attention("doc[b, min(i, M - 1)] == doc[b, j] and j <= i"), data(2, 128, 128)
     found = spanned(a)
-    tensors |= span_tables(found.spans, a, tensors, sizes)
+    tensors |= tables(found, tensors, sizes)
     measured = area(found.attention, found.bounds, sizes, tensors, tile_rows=1)
     assert measured.visited == measured.visible < area(a, loop_bounds(a), sizes, tensors, tile_rows=1).visited
 
