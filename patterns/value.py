@@ -121,7 +121,9 @@ class Reader:
     def _better_loaded(self, value: Expr) -> bool:
         """Whether to stop here: the value is small and costs something, so it is computed once and not per pair, or it
         is looked up at a costly index (logarithmic buckets)."""
-        if isinstance(value, Const | Load | Index | Size):
+        if isinstance(value, Load):
+            return any(isinstance(x, Op) and x.name in _COSTLY for x in walk(*value.index))
+        if isinstance(value, Const | Index | Size):
             return False
         count = 0
         costly = floats = False
