@@ -105,7 +105,11 @@ class Editor:
                     raise EditError(f"{owner.name} is used as a whole")
                 part = results[user.args[1]]
                 if part is not None:
-                    user.replace_all_uses_with(self._node(part))
+                    made = self.copies[part] if part in self.copies else self._node(part)
+                    user.replace_all_uses_with(made)
+                    if self.reading.origin.get(part) is user:
+                        self.reading.origin[part] = made
+                if not user.users:
                     self.graph.erase_node(user)
         if not owner.users:
             self.graph.erase_node(owner)
