@@ -17,11 +17,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import checkpoint
 
 from attncc.ir import Access, Attention, Axis, Const, Expr, Index, Kind, Load, Op, S, Size, W
+from attncc.ir.affine import poly
 from attncc.ir.build import TRUE
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
 
-#: Elements of one block's scores: 16 MiB in float32 on a CPU, so that a block stays near the caches.
-CPU_BUDGET, DEVICE_BUDGET = 1 << 22, 1 << 25
+#: Elements of one block's scores: 4 MiB in float32 on a CPU, so that a block stays near the caches (measured best of
+#: 2^18 to 2^24), and enough to fill a large device.
+CPU_BUDGET, DEVICE_BUDGET = 1 << 20, 1 << 25
 #: Fewer rows than this make poor matrix products; the batch is split before the rows get fewer.
 LEAST_ROWS = 16
 
@@ -36,7 +38,11 @@ def run_blocked(
     """The outputs of `a` in the order of `a.outputs`; `tensors` in the order of `a.tensors`, `sizes` of `a.sizes`.
 
     `budget` is the number of elements a block's scores may have. Memory order of the results is not promised. A load
-    past the end of its tensor raises IndexError."""
+    past the end of its tensor raises IndexError. Autocast regions are of no effect: the IR says what is rounded."""
+    device = tensors[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return run_blocked(a, tensors, sizes, budget=budget)
     named = {t.name: x for t, x in zip(a.tensors, tensors, strict=True)}
     table = dict(zip(a.sizes, sizes, strict=True))
     whole = {x: (0, table[x.extent] if isinstance(x.extent, Size) else int(x.extent.value)) for x in a.axes}
@@ -45,11 +51,31 @@ def run_blocked(
     device = named[a.q.tensor].device
     budget = budget or (CPU_BUDGET if device.type == "cpu" else DEVICE_BUDGET)
     split, rows = _split(a, whole, budget)
-    block: Callable[[Ranges], list[torch.Tensor]] = partial(_block, a, named, table)
     several = split > 0 or rows < whole[a.i][1]
-    if several and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        block = _recomputed(a, table, named)
-    return _assemble(a, block, whole, split, rows)
+    recomputed = several and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+    def part(ranges: Ranges) -> list[torch.Tensor]:
+        """All rows of some batch points. The operands are brought into shape once for all their blocks."""
+        ev = _Blocks(a, named, table, ranges)
+        q, k, v = (_operand(ev, a, *x).to(ev.compute) for x in _operands(a))
+        k, v = k.contiguous(), v.contiguous()
+
+        def block(cut: Ranges) -> list[torch.Tensor]:
+            start, end = cut[a.i]
+            args = (a, table, cut, tuple(named), q[..., start:end, :], k, v, *named.values())
+            if recomputed:  # a block keeps its inputs alone for the backward pass
+                return _checkpoint(_block, *args, use_reentrant=False, preserve_rng_state=False)
+            return _block(*args)
+
+        return _along(a.i, len(a.batch), rows, ranges, block)
+
+    for level in reversed(range(split)):
+        part = partial(_along, a.batch[level], level, 1, inner=part)
+    return part(whole)
+
+
+def _operands(a: Attention) -> tuple[tuple[Access, Axis, Axis], ...]:
+    return (a.q, a.i, a.d), (a.k, a.j, a.d), (a.v, a.j, a.e)
 
 
 def _split(a: Attention, whole: Ranges, budget: int) -> tuple[int, int]:
@@ -64,44 +90,19 @@ def _split(a: Attention, whole: Ranges, budget: int) -> tuple[int, int]:
     return len(a.batch), LEAST_ROWS
 
 
-def _assemble(
-    a: Attention, block: Callable[[Ranges], list[torch.Tensor]], whole: Ranges, split: int, rows: int
+def _along(
+    axis: Axis, dim: int, step: int, ranges: Ranges, inner: Callable[[Ranges], list[torch.Tensor]]
 ) -> list[torch.Tensor]:
-    """All blocks, put together along the axes they were cut from."""
-
-    def along(level: int, ranges: Ranges) -> list[torch.Tensor]:
-        if level == split:
-            at, axis, step = len(a.batch), a.i, rows
-        else:
-            at, axis, step = level, a.batch[level], 1
-        end = whole[axis][1]
-        if end <= step:
-            parts = [along(level + 1, ranges) if level < split else block(ranges)]
-        else:
-            cuts = [{**ranges, axis: (n, min(n + step, end))} for n in range(0, end, step)]
-            parts = [along(level + 1, cut) if level < split else block(cut) for cut in cuts]
-        return parts[0] if len(parts) == 1 else [torch.cat(same, at) for same in zip(*parts, strict=True)]
-
-    return along(0, whole)
-
-
-def _recomputed(
-    a: Attention, table: Mapping[Size, int], named: Mapping[str, torch.Tensor]
-) -> Callable[[Ranges], list[torch.Tensor]]:
-    """A block that keeps its inputs alone for the backward pass."""
-    names = tuple(named)
-
-    def compute(ranges: Ranges, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        return _block(a, dict(zip(names, tensors, strict=True)), table, ranges)
-
-    def block(ranges: Ranges) -> list[torch.Tensor]:
-        return _checkpoint(compute, ranges, *named.values(), use_reentrant=False, preserve_rng_state=False)
-
-    return block
+    """The outputs of `inner` on pieces of `ranges`, `step` indices of `axis` each, put together along `dim`."""
+    start, end = ranges[axis]
+    if end - start <= step:
+        return inner(ranges)
+    parts = [inner({**ranges, axis: (n, min(n + step, end))}) for n in range(start, end, step)]
+    return [torch.cat(same, dim) for same in zip(*parts, strict=True)]
 
 
 class _Blocks(Evaluator):
-    """The evaluator of one block: a load whose indices are axes of the block, each once, is a view and no gather."""
+    """The evaluator of one block: a load with affine indices is a view and no gather."""
 
     def __init__(self, a: Attention, named: Mapping[str, torch.Tensor], table: Mapping[Size, int], ranges: Ranges):
         self.axes, self.ranges = a.axes, {x.index: r for x, r in ranges.items()}
@@ -123,38 +124,58 @@ class _Blocks(Evaluator):
         return super()._compute(node)
 
     def view(self, tensor: str, index: tuple[Expr, ...]) -> torch.Tensor | None:
-        """The part of `tensor` that the block reads, one dimension an axis, or None where it is not a view."""
-        plain = [x for x in index if isinstance(x, Index)]
-        constant = [x for x in index if isinstance(x, Const) and int(x.value) >= 0]
-        if len(plain) + len(constant) < len(index) or len(set(plain)) < len(plain):
-            return None
-        value = self.tensors[tensor]
-        for at in reversed(range(len(index))):
-            x = index[at]
-            if isinstance(x, Const):
-                value = value.select(at, int(x.value))
-        for at, x in enumerate(plain):
-            start, end = self.ranges[x]
-            value = value.narrow(at, start, end - start)
-        order = [x.index for x in self.axes]
-        value = value.permute([plain.index(x) for x in order if x in plain])
-        for at, x in enumerate(order):
-            if x not in plain:
+        """The part of `tensor` that the block reads, one dimension an axis of the attention, or None where that is no
+        view: where an index is not affine with steps >= 0, or an axis occurs in two of them."""
+        value, found = self.tensors[tensor], list[Index]()
+        for x in index:  # x is about the first dimension left; the axes found are appended behind the last
+            affine = _affine(x)
+            if affine is None or any(axis in found for axis in affine[0]):
+                return None
+            steps, start = affine
+            span = 1
+            for axis, c in steps.items():
+                first, end = self.ranges[axis]
+                start, span = start + c * first, span + c * (end - first - 1)
+            if start < 0 or span <= 0 or start + span > value.shape[0]:
+                return None
+            value = value.narrow(0, start, span)
+            for axis, c in steps.items():  # this index moves a window, inside which the others move
+                first, end = self.ranges[axis]
+                span -= c * (end - first - 1)
+                value = value.unfold(0, span, c).movedim(0, -2).movedim(-1, 0)
+            value = value.squeeze(0)
+            found += steps
+        value = value.permute([found.index(x.index) for x in self.axes if x.index in found])
+        for at, x in enumerate(self.axes):
+            if x.index not in found:
                 value = value.unsqueeze(at)
         return value
+
+
+def _affine(x: Expr) -> tuple[dict[Index, int], int] | None:
+    """`x` as steps of indices, each >= 1, and an offset."""
+    steps: dict[Index, int] = {}
+    offset = 0
+    for monomial, c in poly(x).items():
+        if not monomial:
+            offset = c
+        elif len(monomial) == 1 and isinstance(monomial[0], Index) and c >= 1:
+            steps[monomial[0]] = c
+        else:
+            return None
+    return steps, offset
 
 
 def _as_kind(value: torch.Tensor, kind: Kind, compute: torch.dtype) -> torch.Tensor:
     return value if kind == "bool" else value.to(compute if kind == "float" else torch.int64)
 
 
-def _operand(ev: _Blocks, a: Attention, access: Access, row: Axis, last: Axis, *, cast_up: bool = True) -> torch.Tensor:
+def _operand(ev: _Blocks, a: Attention, access: Access, row: Axis, last: Axis) -> torch.Tensor:
     """(*batch, row, last) of an operand, with extent 1 for batch axes it does not depend on."""
     value = ev.view(access.tensor, access.index)
     if value is None:
         value = ev.tensors[access.tensor][tuple(ev(x) for x in access.index)]
         value = value.reshape((1,) * (len(a.axes) - value.ndim) + value.shape)  # a constant index has no dimensions
-    value = value.to(ev.compute) if cast_up else value
     gone = [at for at, x in enumerate(a.axes) if x not in (*a.batch, row, last)]
     value = value.squeeze(gone)
     lengths = [end - start for start, end in (ev.ranges[row.index], ev.ranges[last.index])]
@@ -162,11 +183,11 @@ def _operand(ev: _Blocks, a: Attention, access: Access, row: Axis, last: Axis, *
 
 
 def _block(
-    a: Attention, named: Mapping[str, torch.Tensor], table: Mapping[Size, int], ranges: Ranges
-) -> list[torch.Tensor]:
+    a: Attention, table: Mapping[Size, int], ranges: Ranges, names: Sequence[str],
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tensors: torch.Tensor,
+) -> list[torch.Tensor]:  # fmt: skip
     """The outputs of one block, each with all its axes."""
-    ev = _Blocks(a, named, table, ranges)
-    q, k, v = (_operand(ev, a, *x) for x in ((a.q, a.i, a.d), (a.k, a.j, a.d), (a.v, a.j, a.e)))
+    ev = _Blocks(a, dict(zip(names, tensors, strict=True)), table, ranges)
     full = [ranges[x][1] - ranges[x][0] for x in (*a.batch, a.i, a.j)]
 
     def over_ij(x: Expr) -> torch.Tensor:
@@ -247,9 +268,7 @@ def _library(
     """A plain attention by torch's own kernel, as (batch, heads, rows, channels), which its fast paths ask for."""
     ev = _Blocks(a, named, table, whole)
     batch = [whole[x][1] for x in a.batch]
-    q, k, v = (
-        _operand(ev, a, *x, cast_up=False) for x in ((a.q, a.i, a.d), (a.k, a.j, a.d), (a.v, a.j, a.e))
-    )  # fmt: skip
+    q, k, v = (_operand(ev, a, *x) for x in _operands(a))
     group = batch[-1] if batch else 1
     shared = len(batch) > 1 and group > 1 and k.shape[-3] == 1 and v.shape[-3] == 1
 

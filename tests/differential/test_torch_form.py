@@ -10,7 +10,7 @@ from random_ir import Program, programs
 
 from attncc.codegen.torch_form import is_plain, run_blocked
 from attncc.ir import Attention, interpret, parse_attention
-from attncc.ir.evaluate import DTYPE_OF
+from attncc.ir.evaluate import DTYPE_OF, Evaluator
 
 many = settings(
     max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -131,6 +131,37 @@ def test_hidden_keys_may_hold_anything() -> None:
     k[:, :, 6:] = torch.tensor([float("nan"), float("inf"), -float("inf")]).view(3, 1)
     (got,) = run_blocked(a, [q, k, v], [1, 4, 9])
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("score", ["s * 0.25", "tanh(s)"])
+def test_autocast_changes_nothing(score: str) -> None:
+    a = parse_attention(PLAIN.format(e=16, dtype="f32", score=score, mask="j <= i"))
+    random = torch.Generator().manual_seed(5)
+    tensors = [torch.randn(s, generator=random) for s in ((1, 4, 6, 16), (1, 2, 9, 16), (1, 2, 9, 16))]
+    (want,) = run_blocked(a, tensors, [1, 4, 9])
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = run_blocked(a, tensors, [1, 4, 9])
+    assert torch.equal(got, want)
+
+
+def test_affine_operands_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merged heads, slices and windows are views; gathering them would cost a copy a call."""
+    text = PLAIN.format(e=16, dtype="f32", score="tanh(s)", mask="j <= i")
+    merged = text.replace("q: f32[B, N, 6, 16]", "q: f32[B, N, 101]").replace(
+        "q[b, i, hk * 3 + g, d]", "q[b, i, hk * 48 + g * 16 + d + 5]"
+    )
+    a = parse_attention(merged)
+    random = torch.Generator().manual_seed(5)
+    tensors = [torch.randn(s, generator=random) for s in ((1, 4, 101), (1, 2, 9, 16), (1, 2, 9, 16))]
+    want = interpret(a, dict(zip("qkv", tensors, strict=True)), [1, 4, 9])["out"]
+
+    def gathered(*args: object) -> None:
+        raise AssertionError("a gather")
+
+    monkeypatch.setattr(Evaluator, "_load", gathered)
+    monkeypatch.setattr(torch.Tensor, "reshape", gathered)  # follows the gather of an operand
+    (got,) = run_blocked(a, tensors, [1, 4, 9])
+    torch.testing.assert_close(got, want)
 
 
 def test_vmap_and_meta() -> None:
