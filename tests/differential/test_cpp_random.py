@@ -33,7 +33,7 @@ def test_every_instruction_set_equals_the_interpreter(isa: str, program: Program
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", host_isas(every=True))
 @settings(some, max_examples=200)
 @given(programs(outputs=("out", "lse"), longest=200, largest_head=80))
 def test_many_and_longer(isa: str, program: Program) -> None:

@@ -71,6 +71,11 @@ static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
     }
 }
 
+INLINE real log_of_sum(real m, real l) {
+    if (!IS_SOFTMAX) return 0;
+    return m == INFINITY ? m : (m + FN(__builtin_log2)(l)) * LN2;
+}
+
 // Writes what a finished tile gives: out and, if asked, the log of the sum.
 static void finish(const Call& c, const Batch& b, Tile& t) {
     if (t.fresh) memset(t.o, 0, o_rows(c) * t.columns * LANES * sizeof(real));
@@ -83,7 +88,7 @@ static void finish(const Call& c, const Batch& b, Tile& t) {
             rows[n] = nullptr;
             if (v + n >= t.rows) continue;
             if (HAS_OUT) rows[n] = out_at(c, b, at.g, at.i);
-            if (HAS_LSE) *lse_at(c, b, at.g, at.i) = IS_SOFTMAX ? (m[n] + FN(__builtin_log2)(l[n])) * LN2 : 0;
+            if (HAS_LSE) *lse_at(c, b, at.g, at.i) = log_of_sum(m[n], l[n]);
             next_row(c, t, at);
         }
         vmask keep = splat_mask(true);
@@ -91,6 +96,7 @@ static void finish(const Call& c, const Batch& b, Tile& t) {
         if (IS_SOFTMAX) {
             scale = NORMALIZED_EARLY ? splat(1) : 1 / l;
             if (EMPTY == EMPTY_ZERO || HAS_SINK) keep = seen;
+            else if (c.M == 0) scale = splat(0);
             else if (EMPTY == EMPTY_NAN) scale = pick(seen, scale, splat(NAN));
             else scale = pick(seen, scale, splat(NORMALIZED_EARLY ? 1 : 1 / (real)c.M));
         }

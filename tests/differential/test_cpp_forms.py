@@ -1,0 +1,212 @@
+"""C++ kernels of the forms models use, on every instruction set here, against the interpreter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cpp_build import check, host_isas
+
+from attncc.ir import Attention, parse_attention, verify
+from attncc.ir.bounds import unskipped
+from attncc.ir.evaluate import DTYPE_OF
+
+TEXT = """attention
+size   N, M
+batch  b = 2, hk = 2, g = {groups}
+axis   i = N, j = M, d = {d}, e = {e}
+tensor q: {dtype}[2, N, {heads}, {d}]
+tensor k: {dtype}[2, 2, M, {d}]
+tensor v: {dtype}[2, 2, M, {e}]
+{tensors}
+q      q[b, i, hk * {groups} + g, d]
+k      k[b, hk, j, d]
+v      v[b, hk, j, e]
+score  {score}
+mask   {mask}
+norm   {norm}
+empty  {empty}
+{sink}
+weight {weight}
+give   out{lse}
+dtype  {dtype}
+layout b, i, hk, g, e
+"""
+DATA = {
+    "doc: i64[2, M]": lambda n, m, h, r: torch.sort(torch.randint(0, 4, (2, m), generator=r)).values,
+    "pad: bool[2, M]": lambda n, m, h, r: torch.arange(m) < torch.tensor([[max(m - 5, 1)], [0]]),
+    "bias: f32[{heads}, N, M]": lambda n, m, h, r: torch.randn(h, n, m, generator=r),
+    "half: bf16[N, M]": lambda n, m, h, r: torch.randn(n, m, generator=r).bfloat16(),
+    "table: f32[{heads}, 32]": lambda n, m, h, r: torch.randn(h, 32, generator=r),
+    "slope: f32[{heads}]": lambda n, m, h, r: torch.rand(h, generator=r),
+    "sinks: f32[{heads}]": lambda n, m, h, r: torch.randn(h, generator=r),
+    "length: i32[2]": lambda n, m, h, r: torch.tensor([m, m // 2], dtype=torch.int32),
+}
+HEAD = "hk * {groups} + g"
+FORMS: dict[str, dict[str, str]] = {
+    "dense": {},
+    "causal": {"mask": "j <= i + M - N"},
+    "window": {"mask": "j <= i and i - j < 20"},
+    "two windows": {"mask": "j < 4 or (j <= i and i - j < 20)"},
+    "documents": {"mask": "doc[b, i] == doc[b, j]", "tensors": "doc"},
+    "padding": {"mask": "pad[b, j]", "tensors": "pad"},
+    "padding, eager's mean": {"mask": "pad[b, j]", "tensors": "pad", "empty": "mean"},
+    "padding, eager's nan": {"mask": "pad[b, j]", "tensors": "pad", "empty": "nan"},
+    "length": {"mask": "j < length[b]", "tensors": "length"},
+    "dilated": {"mask": "(j - i) % 3 == 0"},
+    "chunks": {"mask": "j // 16 == i // 16"},
+    "bias": {"score": f"s * 0.125 + bias[{HEAD}, i, j]", "tensors": "bias"},
+    "bfloat16 bias, causal": {"score": "s * 0.125 + half[i, j]", "tensors": "half", "mask": "j <= i"},
+    "relative table": {
+        "score": f"s * 0.125 + table[{HEAD}, min(max(i - j, 0), 31)]", "tensors": "table",
+    },  # fmt: skip
+    "alibi": {"score": f"s * 0.125 - slope[{HEAD}] * float(i - j)", "tensors": "slope", "mask": "j <= i"},
+    "softcap": {"score": "tanh(s * 0.0025) * 50.0", "mask": "j <= i"},
+    "sinks": {"sink": f"sink   sinks[{HEAD}]", "tensors": "sinks", "mask": "j <= i and i - j < 9"},
+    "sigmoid": {"norm": "sigmoid", "score": "s * 0.125 - log(float(M))"},
+    "relu": {"norm": "relu", "mask": "j <= i", "weight": "w * 0.1"},
+    "linear": {"norm": "none", "weight": "w * w / float(M)"},
+    "decay": {"weight": "w * exp(float(j - i) * 0.01)", "mask": "j <= i"},
+    "sharpened": {"weight": "w * w"},
+}
+
+
+def case(form: str, dtype: str = "f32", groups: int = 2, d: int = 32, e: int = 32, lse: bool = False) -> Attention:
+    change = {"score": "s * 0.125", "mask": "True", "norm": "softmax", "empty": "zero", "sink": "", "weight": "w",
+              "tensors": "", **FORMS[form]}  # fmt: skip
+    values: dict[str, object] = {"groups": groups, "heads": 2 * groups, "d": d, "e": e, "dtype": dtype}
+    declared = [f"tensor {x}" for x in DATA if x.partition(":")[0] in change["tensors"].split()]
+    change["tensors"] = "\n".join(declared)
+    change = {name: text.format(**values) for name, text in change.items()}
+    return verify(parse_attention(TEXT.format(**values, **change, lse=", lse" if lse else "")))
+
+
+def tensors_of(a: Attention, n: int, m: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    r = torch.Generator().manual_seed(seed)
+    heads = int(a.tensor("q").shape[2].value)  # type: ignore[attr-defined]
+    shapes = {"q": (2, n, heads, a.d.extent), "k": (2, 2, m, a.d.extent), "v": (2, 2, m, a.e.extent)}
+    every = {}
+    for t in a.tensors:
+        if t.name in shapes:
+            shape = [x if isinstance(x, int) else int(x.value) for x in shapes[t.name]]  # type: ignore[union-attr]
+            every[t.name] = torch.randn(shape, generator=r, dtype=torch.float64).to(DTYPE_OF[t.dtype])
+        else:
+            make = next(f for x, f in DATA.items() if x.partition(":")[0] == t.name)
+            every[t.name] = make(n, m, heads, r)
+    return every
+
+
+def agrees(a: Attention, n: int, m: int, isa: str) -> None:
+    check(a, tensors_of(a, n, m), [n, m], isa)
+
+
+ISAS = host_isas()
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form: str) -> None:
+    a = case(form, lse=FORMS[form].get("norm", "softmax") == "softmax")
+    for n, m in ((70, 70), (1, 70), (33, 150)):
+        if "doc" not in [t.name for t in a.tensors] or n <= m:
+            agrees(a, n, m, ISAS[0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f64"])
+@pytest.mark.parametrize("form", ["dense", "window"])
+def test_types(form: str, dtype: str, isa: str) -> None:
+    a = case(form, dtype, lse=True)
+    for n, m in ((100, 100), (3, 300), (130, 17)):
+        agrees(a, n, m, isa)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(("d", "e"), [(1, 1), (4, 9), (17, 64), (40, 24), (80, 80), (96, 33), (256, 256), (512, 8)])
+def test_head_sizes(d: int, e: int, dtype: str) -> None:
+    agrees(case("causal", dtype, d=d, e=e), 70, 90, ISAS[0])
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("form", ["dense", "causal", "sinks", "window", "bias"])
+def test_threads_and_split_keys(form: str, dtype: str, threads: int) -> None:
+    a = case(form, dtype, groups=4, lse=True)
+    for n, m in ((1, 5000), (5, 3001), (700, 700)):
+        agrees(a, n, m, ISAS[0])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("isa", host_isas(every=True))
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "f64"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_everywhere(form: str, dtype: str, isa: str) -> None:
+    agrees(case(form, dtype), 133, 133, isa)
+
+
+@pytest.mark.parametrize("n, m", [(0, 5), (5, 0), (0, 0)])
+def test_no_rows_no_keys(n: int, m: int) -> None:
+    for form in ("dense", "padding, eager's nan"):
+        agrees(case(form), n, m, ISAS[0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_strides(dtype: str, isa: str) -> None:
+    """Channels first, every other key, rows backwards in memory, one value for all rows: no layout is special."""
+    a = case("causal", dtype)
+    given = tensors_of(a, 90, 90)
+    for change in (
+        {"k": given["k"].transpose(2, 3).contiguous().transpose(2, 3)},
+        {"k": given["k"].repeat_interleave(2, 2)[:, :, ::2], "v": given["v"].repeat_interleave(2, 3)[..., ::2]},
+        {"v": given["v"].transpose(1, 2).contiguous().transpose(1, 2)},
+        {"q": given["q"].flip(1).contiguous().flip(1), "k": given["k"][:1].expand(2, -1, -1, -1)},
+        {"v": given["v"][:, :, :1].expand(-1, -1, 90, -1)},
+        {"q": torch.nn.functional.pad(given["q"], (0, 3))[..., :-3]},
+    ):
+        check(a, {**given, **change}, [90, 90], isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("what", ["climbing", "falling", "huge", "tiny", "infinite"])
+def test_scores_that_are_hard(what: str, dtype: str, isa: str) -> None:
+    a = case("dense", dtype, lse=True)
+    t = tensors_of(a, 40, 600)
+    ramp = torch.linspace(-1, 1, 600)[None, None, :, None]
+    if what in ("climbing", "falling"):
+        t["q"] = torch.ones_like(t["q"])
+        t["k"] = (ramp * (200 if what == "climbing" else -200)).expand_as(t["k"]).to(t["k"].dtype).contiguous()
+    elif what == "huge":
+        t["k"] = torch.sign(t["k"]) * 1e4
+    elif what == "tiny":
+        t["k"], t["v"] = t["k"] * 1e-30, t["v"] * 1e-36
+    else:
+        t["q"] = t["q"].abs()
+        t["k"][0, 0, 300] = math.inf
+    check(a, t, [40, 600], isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_hidden_keys_may_hold_anything(dtype: str, isa: str) -> None:
+    a = case("padding", dtype)
+    t = tensors_of(a, 40, 100)
+    t["k"][0, :, 97:], t["k"][0, :, 96] = math.nan, math.inf
+    assert torch.isfinite(check(a, t, [40, 100], isa, unskipped(a.j.extent))["out"]).all()
+
+
+def test_longer_lanes_where_integers_are_wide() -> None:
+    """Positions that do not fit 32 bits are compared in 64."""
+    a = case("documents")
+    t = tensors_of(a, 50, 50)
+    t["doc"] = t["doc"] * 2**32 + 5
+    check(a, t, [50, 50], ISAS[0])
