@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.text import Text
 
+import attncc
 from attncc.progress import reporting
-from attncc.report import Report, Site
+from attncc.report import WIDTH, Report, Site
 from attncc.targets import Target, TargetError, load, one_line
 
 LANGUAGES = {"cpp": "cpp", "triton": "python", "torch": "python"}
@@ -98,13 +99,11 @@ def inspect(
 
 def examine(target: Target) -> Report:
     """The report on a target, without gradients; what the model raises becomes a `TargetError`."""
-    from attncc import explain, explain_program  # noqa: PLC0415 the driver loads much of torch; --help does not need it
-
     try:
         with torch.no_grad(), reporting():
             if target.exported:
-                return cast(Report, explain_program(target.model))
-            return cast(Report, explain(target.model, *target.args, **target.kwargs))
+                return attncc.explain_program(target.model)
+            return attncc.explain(target.model, *target.args, **target.kwargs)
     except Exception as error:
         raise TargetError(f"{target.name}: running the model raised {one_line(error)}") from error
 
@@ -127,8 +126,7 @@ def _part(site: Site, part: str | None, name: str, target: str) -> str:
 
 
 def print_report(report: Report, *, every: bool = False) -> None:
-    # A pipe has no width; 80 columns would fold every cell.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     console.print(report.table(every=every))
 
 

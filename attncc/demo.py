@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import attncc
 from attncc.progress import reporting, step
-from attncc.report import Report
+from attncc.report import WIDTH, Report
 from attncc.targets import TargetError, one_line
 
 #: attncc may round differently from eager, not worse: its error may be this many times the larger one of the others.
@@ -38,12 +38,12 @@ Run = Callable[..., Tensor]
 class Embedder(nn.Module):
     """The encoder, the mean over a sentence's tokens, and scaling to length 1: (n, tokens) ids -> (n, width)."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.model = model
 
     def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        hidden = self.encoder(attention_mask=attention_mask, **inputs)[0]
+        hidden = self.model(attention_mask=attention_mask, **inputs)[0]
         mask = attention_mask[..., None].to(hidden.dtype)
         return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
@@ -64,7 +64,7 @@ class Outcome:
 
 def run(path: Path | None = None, *, rounds: int = 15) -> bool:
     """Print the whole comparison; whether attncc's vectors are as good as the others'."""
-    console = Console() if os.isatty(1) else Console(width=120)
+    console = Console() if os.isatty(1) else Console(width=WIDTH)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads)
     sentences = read_sentences(path)

@@ -14,6 +14,8 @@ from rich.text import Text
 
 Status = Literal["fused", "kept", "refused"]
 
+#: Where there is no terminal to ask. Narrower ones fold the cells.
+WIDTH = 140
 COLOURS: dict[Status, str] = {"fused": "green", "kept": "yellow", "refused": "red"}
 
 
@@ -106,7 +108,7 @@ class Report:
         """Sites that differ in their place only share a row, unless `every`."""
         if not self.sites:
             return Group(Text(self.summary), *self._notes())
-        table = Table(show_lines=True, pad_edge=False)
+        table = Table(show_lines=True)
         for heading in ("site", "module and source", "attention", "result"):
             table.add_column(heading, overflow="fold")
         for sites in [(site,) for site in self.sites] if every else alike(self.sites):
@@ -122,7 +124,7 @@ class Report:
 
     def __str__(self) -> str:
         stream = StringIO()
-        Console(file=stream, width=120, color_system=None, force_terminal=False).print(self.table())
+        Console(file=stream, width=WIDTH, color_system=None, force_terminal=False).print(self.table())
         return stream.getvalue().rstrip("\n")
 
 
@@ -163,7 +165,10 @@ def merged_path(paths: Sequence[str]) -> str:
 def _row(sites: Sequence[Site]) -> tuple[Text, Text, Text, Text]:
     """Cells are Text, never markup: equations and paths hold brackets."""
     site = sites[0]
-    shapes = "  ".join(f"{name} {_shape(shape)}" for name, shape in site.shapes.items())
+    names: dict[tuple[int | str, ...], list[str]] = {}
+    for name, shape in site.shapes.items():
+        names.setdefault(tuple(shape), []).append(name)
+    shapes = "  ".join(f"{', '.join(same)} {_shape(shape)}" for shape, same in names.items())
     lines = [site.equation, f"mask: {site.mask}" if site.mask else "", shapes]
     return (
         Text(ranges([s.index for s in sites])),

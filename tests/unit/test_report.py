@@ -9,7 +9,8 @@ from attncc.report import Report, Site, alike, merged_path, ranges
 
 FUSED = Site(
     index=0, status="fused", path="encoder.layer.0.attention.self", where="modeling_bert.py:141",
-    equation="softmax_j(s / 8)", mask="load(m, [b, 0, i, j])", shapes={"q": (2, 12, "n", 64), "v": (2, 12, "n", 64)},
+    equation="softmax_j(s / 8)", mask="load(m, [b, 0, i, j])",
+    shapes={"q": (2, 12, "n", 64), "k": (2, 12, "m", 64), "v": (2, 12, "n", 64)},
     visible=25, visited=50, total=100, became="C++ avx512 kernel", speedup=1.5, ir="attention ...", kernel="void f();",
     language="cpp",
 )  # fmt: skip
@@ -40,7 +41,7 @@ def test_an_unknown_status_is_an_error() -> None:
 
 def test_to_dict_is_json() -> None:
     read = json.loads(json.dumps(REPORT.to_dict()))
-    assert read["sites"][0]["shapes"] == {"q": [2, 12, "n", 64], "v": [2, 12, "n", 64]}
+    assert read["sites"][0]["shapes"] == {"q": [2, 12, "n", 64], "k": [2, 12, "m", 64], "v": [2, 12, "n", 64]}
     assert [site["status"] for site in read["sites"]] == ["fused", "kept", "refused"]
     assert read["sites"][1]["reason"] == KEPT.reason
     assert (read["fused"], read["kept"], read["refused"]) == (1, 1, 1)
@@ -53,7 +54,7 @@ def test_table_says_everything_about_each_site() -> None:
     text = str(REPORT)
     for part in (
         "encoder.layer.0.attention.self", "modeling_bert.py:141", "softmax_j(s / 8)", "mask: load(m, [b, 0, i, j])",
-        "q (2, 12, n, 64)", "C++ avx512 kernel", "1.50x", "50.0% of the scores", "25.0% visible",
+        "q, v (2, 12, n, 64) k (2, 12, m, 64)", "C++ avx512 kernel", "1.50x", "50.0% of the scores", "25.0% visible",
         "SDPA is 1.3x faster", "router", "not contracted", "3 sites: 1 fused, 1 kept, 1 refused",
         "note: no C++ compiler found",
     ):  # fmt: skip

@@ -1,0 +1,50 @@
+"""The README's example is the file in examples/, and prints what the README says."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def machine_independent(output: str) -> list[str]:
+    """The lines without the size of the rounding error, widths, and what was measured (the last column)."""
+    found: list[str] = []
+    for line in output.splitlines():
+        if line.startswith("│"):
+            line = "│".join(line.split("│")[:-2])
+        line = re.sub(r"\d\.\d+e-0[67]", "TINY", line)
+        line = re.sub(r"\d fused, \d kept", "SETTLED", line)
+        found.append(" ".join(line.split()))
+    return [line for line in found if line[:1] not in ("┏", "┡", "├", "└", "┃") and line.strip("│ ")]
+
+
+def test_the_example_is_the_file() -> None:
+    assert (ROOT / "examples" / "ten_lines.py").read_text(encoding="utf-8") in blocks("python")
+
+
+def test_the_example_prints_what_the_readme_says() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "examples/ten_lines.py"], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    (shown,) = (block for block in blocks("text") if block.startswith("largest difference"))
+    assert machine_independent(done.stdout)[0] == "largest difference: TINY"
+    assert machine_independent(done.stdout)[-1] == "1 site: SETTLED, 0 refused"
+    assert machine_independent(done.stdout) == machine_independent(shown)
+
+
+def test_what_the_readme_points_at_exists() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+    for module, factory in re.findall(r"inspect (examples\.\w+):(\w+)", text):
+        source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+        assert f"def {factory}(" in source
