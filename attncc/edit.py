@@ -68,13 +68,14 @@ class Editor:
 
     def _place(self, shadow: fx.Node) -> fx.Node:
         """The Dynamo node for a shadow node, its composite owner expanded if need be."""
-        if shadow not in self.reading.origin and shadow not in self.copies:
-            self._expand(self.reading.owner[shadow])
-        return self._node(shadow)
+        node = self._node(shadow)
+        if node._erased:
+            raise EditError("another site has taken its place already")
+        return node
 
     def _node(self, shadow: fx.Node) -> fx.Node:
         """The node of the edited graph that holds a shadow node's value."""
-        found = self.reading.origin.get(shadow) or self.copies.get(shadow)
+        found = self.copies.get(shadow) or self.reading.origin.get(shadow)
         if found is None:
             owner = self.reading.owner.get(shadow)
             if owner is None:
@@ -98,7 +99,6 @@ class Editor:
         if results is None:
             last = next(s for s, o in self.reading.origin.items() if o is owner)
             owner.replace_all_uses_with(self.copies[last])
-            self.reading.origin[last] = self.copies[last]
         else:
             for user in list(owner.users):
                 if user.target is not operator.getitem:

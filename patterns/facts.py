@@ -30,6 +30,18 @@ class Facts:
                 storage = self.storage(written)
                 if storage is not None:
                     self._writes[storage].append((self.order[n], n))
+        self.live = self._live()
+
+    def _live(self) -> frozenset[fx.Node]:
+        """Nodes that the output or a write needs; a trace also keeps what the model computed and dropped."""
+        live: set[fx.Node] = set()
+        stack = [n for n in self.graph.nodes if n.op == "output" or written_args(n) or _opaque(n)]
+        while stack:
+            n = stack.pop()
+            if n not in live:
+                live.add(n)
+                stack += n.all_input_nodes
+        return frozenset(live)
 
     def value(self, n: fx.Node) -> Any:
         return n.meta.get("val")
@@ -86,7 +98,10 @@ class Facts:
         value = self.value(n)
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             return None
-        return value.untyped_storage()._cdata
+        try:
+            return value.untyped_storage()._cdata
+        except NotImplementedError:  # a tensor inside vmap has none
+            return None
 
     def aliases(self, a: fx.Node, b: fx.Node) -> bool:
         found = self.storage(a)
@@ -116,6 +131,12 @@ def written_args(n: fx.Node) -> list[fx.Node]:
         items = value if isinstance(value, list | tuple) else [value]
         found += [x for x in items if isinstance(x, fx.Node)]
     return found
+
+
+def _opaque(n: fx.Node) -> bool:
+    """Whether a node is no plain operator: it may do anything."""
+    named = getattr(n.target, "__name__", "")
+    return n.op == "call_function" and not isinstance(n.target, torch._ops.OpOverload) and named != "getitem"
 
 
 def argument(n: fx.Node, name: str) -> Any:

@@ -12,6 +12,7 @@ from attncc.ir.affine import linear_in, poly
 from attncc.ir.attention import S, W
 from attncc.ir.build import ONE, ZERO, const, sub
 from attncc.ir.expr import Const, Expr, Index, Load, Op, free, loads, rewrite
+from attncc.ir.verify import VerifyError
 from attncc.patterns.anchors import SDPA, Anchor, anchors
 from attncc.patterns.assemble import Lifted, Parts, assemble
 from attncc.patterns.contractions import DOT, Contraction, contraction
@@ -32,6 +33,10 @@ class Refusal:
     anchor: fx.Node
 
 
+#: Operations that hold an attention and do not show it.
+_LIBRARY = {"aten._transformer_encoder_layer_fwd.default", "aten._native_multi_head_attention.default", "flex_attention"}
+
+
 class _Refused(Exception):
     def __init__(self, reason: str, node: fx.Node) -> None:
         super().__init__(reason)
@@ -49,6 +54,10 @@ def lift_all(f: Facts) -> list[Lifted | Refusal]:
                 found.append(lift_sdpa(f, n))
             except Unreadable as error:
                 found.append(Refusal(error.reason, error.node, n))
+            except VerifyError as error:
+                found.append(Refusal(f"the IR cannot say it: {error}", n, n))
+        elif n.op == "call_function" and str(n.target) in _LIBRARY:
+            found.append(Refusal("one library operation holds the whole attention", n, n))
     return sorted(found, key=lambda site: f.order[site.anchor])
 
 
@@ -62,10 +71,10 @@ def _guarded(f: Facts, anchor: Anchor) -> list[Lifted | Refusal]:
             escapes = [*escapes, *(c.node for c, _ in uses[1:])]
         product, left = uses[0]
         return [_lift(f, anchor, product, left, tuple(escapes))]
-    except _Refused as error:
+    except (_Refused, Unreadable) as error:
         return [Refusal(error.reason, error.node, anchor.node)]
-    except Unreadable as error:
-        return [Refusal(error.reason, error.node, anchor.node)]
+    except VerifyError as error:
+        return [Refusal(f"the IR cannot say it: {error}", anchor.node, anchor.node)]
 
 
 def _name(n: fx.Node) -> str:
@@ -84,7 +93,7 @@ def _consumers(f: Facts, anchor: fx.Node) -> tuple[list[tuple[Contraction, bool]
     while stack:
         n = stack.pop(0)
         for user in n.users:
-            if user in seen:
+            if user in seen or user not in f.live:
                 continue
             product = contraction(f, user)
             if product is not None and n in (product.lhs, product.rhs):
@@ -122,7 +131,7 @@ def _lift(f: Facts, anchor: Anchor, product: Contraction, left: bool, escapes: t
     ours, theirs = product.maps(out, c) if left else reversed(product.maps(out, c))
     weights, values = (product.lhs, product.rhs) if left else (product.rhs, product.lhs)
     weight = Reader(f, use, extents, frozenset({anchor.node})).value_at(weights, tuple(ours), use)
-    at = _anchor_point(anchor, weight)
+    at = _anchor_point(f, anchor, weight)
     scores = f.shape(anchor.scores)
     offset = _softmax_offset(f, anchor, at, c)
     score, dot, i = _score(f, anchor, at, c, extents, use)
@@ -155,9 +164,11 @@ def _mentioned(at: Point) -> frozenset[Expr]:
     return frozenset().union(*(free(x) for x in at))
 
 
-def _anchor_point(anchor: Anchor, weight: Expr) -> Point:
+def _anchor_point(f: Facts, anchor: Anchor, weight: Expr) -> Point:
     """The index of the softmax that the weights are read at."""
     points = {x.index for x in loads(weight) if x.tensor == anchor.node.name}
+    if any(f.by_name[x.tensor].target is torch.ops.aten.dropout.default for x in loads(weight)):
+        raise _Refused("dropout is on", anchor.node)
     if len(points) != 1:
         reason = "the weights combine several softmax rows" if points else "the weights do not come from the softmax"
         raise _Refused(reason, anchor.node)
