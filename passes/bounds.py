@@ -20,9 +20,12 @@ from attncc.ir.build import ONE, TRUE, ZERO, add, and_, lt, maximum, minimum, su
 from attncc.ir.rewrite import substitute
 from attncc.ir.terms import walk
 from attncc.passes.intervals import Cover, RowScans, cover
-from attncc.passes.predicates import NormalForm, TooManyClauses, with_clamps
+from attncc.passes.predicates import Clause, NormalForm, TooManyClauses, with_clamps
 
 MAX_INTERVALS = 8
+#: Covers with both ends that `full` is cut by; beyond, each clause of the mask gives its own full keys, which is no
+#: less sound but misses keys that different clauses show to different rows.
+MAX_SPLITS = 3
 _TAIL = Index("i1 - i0 - 1")
 
 
@@ -54,14 +57,17 @@ def analyse(
     form = NormalForm(a.i.index, a.j.index, extents)
     scans = RowScans(allowed=rows)
 
-    def covers(mask: Expr, *, positive: bool) -> list[Cover] | None:
+    def clauses_of(mask: Expr, *, positive: bool = True) -> list[Clause] | None:
         if a.i.extent is ONE:
             mask = substitute(mask, {a.i.index: ZERO})
         try:
-            clauses = form.clauses(with_clamps(simplify(mask, extents)), positive=positive)
+            return form.clauses(with_clamps(simplify(mask, extents)), positive=positive)
         except TooManyClauses:
             return None
-        return [cover(c, a.i.index, a.j.index, m, extents, scans) for c in clauses]
+
+    def covers(mask: Expr, *, positive: bool) -> list[Cover] | None:
+        clauses = clauses_of(mask, positive=positive)
+        return None if clauses is None else [cover(c, a.i.index, a.j.index, m, extents, scans) for c in clauses]
 
     at_tile = {**extents, TILE_LO: a.i.extent, TILE_HI: add(a.i.extent, ONE)}
     seen = covers(a.mask if outer is None else outer, positive=True)
@@ -71,7 +77,12 @@ def analyse(
     full: tuple[Interval, ...] = ()
     for mask in inner or (a.mask,):
         hidden = covers(mask, positive=False)
-        full += () if hidden is None else _full(hidden, m, at_tile)
+        if hidden is not None and sum(c.lo is not None and c.hi is not None for c in hidden) <= MAX_SPLITS:
+            full += _full(hidden, m, at_tile)
+            continue
+        for clause in clauses_of(mask) or ():
+            outside = covers(and_(*clause), positive=False)
+            full += () if outside is None else _full(outside, m, at_tile)
     full = tuple(dict.fromkeys(full))[:MAX_INTERVALS]
     exact = not merged and outer is None and all(c.exact for c in seen)
     bounds = Bounds(visit, full, _residue(visit), exact, _used(scans, visit, full))
@@ -159,5 +170,6 @@ def _used(scans: RowScans, *groups: tuple[Interval, ...]) -> tuple[RowBound, ...
     named: set[Expr] = set()
     for x in (x for group in groups for x in group):
         named |= set(walk(x.lo, x.hi))
+        named |= set() if x.stripe is None else set(walk(x.stripe.step, x.stripe.offset, x.stripe.width))
     return tuple(b for b in scans.found if b.index in named)
 

@@ -65,7 +65,7 @@ def cover(clause: Clause, i: Expr, j: Expr, m: Expr, extents: Extents, scans: Ro
     rows_exact = rows_exact and lo_exact and hi_exact
     exact = rows_exact and not rows.guard and not lo_scanned and not hi_scanned
     exact = exact and contiguous(lows, highs, i, extents)
-    stripe = None if rows.stripe is None else _stripe(rows.stripe, tile, extents)
+    stripe = None if rows.stripe is None else _stripe(rows.stripe, tile, extents, scans)
     if rows.stripe is not None:
         exact = exact and not mentions(rows.stripe.low, i) and not mentions(rows.stripe.high, i)
         rows_exact = rows_exact and stripe is not None
@@ -133,7 +133,7 @@ def _strongest(ends: tuple[Expr, ...], extents: Extents, *, low: bool) -> tuple[
     return tuple(kept)
 
 
-def _stripe(stripe: RowStripe, tile: TileRows, extents: Extents) -> Stripe | None:
+def _stripe(stripe: RowStripe, tile: TileRows, extents: Extents, scans: RowScans) -> Stripe | None:
     """The stripe that holds those of all rows: from the lowest low to the highest high."""
     if mentions(stripe.step, tile.i):
         return None
@@ -143,6 +143,8 @@ def _stripe(stripe: RowStripe, tile: TileRows, extents: Extents) -> Stripe | Non
     if not mentions(expr(poly(sub(*ends))), tile.i) and trend(shifted[0], tile.i, extents) == 1:
         ends = shifted
     low, high = tile.least(ends[0]), tile.most(ends[1])
+    if scans.allowed and any(reads(x, tile.i) for x in ends):
+        low, high = scans.extreme("min", ends[0]), scans.extreme("max", ends[1])
     if low is None or high is None:
         return None
     width = add(sub(high, low), ONE)

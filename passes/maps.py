@@ -7,8 +7,8 @@ every group of rows
     the PARTS longest runs of keys that every row of the group sees
 
 which bound the key loop as closed forms do. Where the literal depends on rows and keys through `i // c` and `j // c`
-alone it is looked at once per block, which is all there is to see; else once per pair, in slices, so that nothing of the
-size of the score matrix is made.
+alone it is looked at once per block, which is all there is to see; else once per pair, in slices, so that nothing of
+the size of the score matrix is made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from attncc.ir import Attention, Const, Expr, Load, Op, Tensor
-from attncc.ir.build import add, and_, const, floordiv, le, lt, or_
+from attncc.ir.build import ZERO, add, and_, const, floordiv, le, lt, or_
 from attncc.ir.evaluate import Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.rewrite import rewrite
@@ -27,14 +27,14 @@ from attncc.ir.terms import free
 from attncc.passes.predicates import mentions
 
 PARTS = 4
-_ROWS = 16  # rows of a group where the literal has no blocks of its own
 _SLICE = 1 << 22  # pairs looked at at a time
 
 
 @dataclass(frozen=True)
 class BlockMap:
     """i32[*batch axes the literal mentions, groups of `group` rows, PARTS, 4]: first key and end of a run that some row
-    sees, first key and end of one that all rows see; 0 and 0 where there are fewer."""
+    sees, first key and end of one that all rows see; M and 0 where there are fewer. A literal that does not mention the
+    row has one group."""
 
     tensor: Tensor
     index: tuple[Expr, ...]
@@ -42,14 +42,18 @@ class BlockMap:
     group: int
 
 
-def block_map(literal: Expr, a: Attention, name: str) -> BlockMap:
+def block_map(literal: Expr, a: Attention, name: str, group: int) -> BlockMap:
     axes = [x for x in a.batch if x.index in free(literal)]
-    blocks = _blocks(literal, a.i.index)
-    group = _ROWS if blocks is None else blocks[1]
+    index: tuple[Expr, ...] = tuple(x.index for x in axes)
+    if not mentions(literal, a.i.index):
+        shape = (*(x.extent for x in axes), const(1), const(PARTS), const(4))
+        return BlockMap(Tensor(name, "i32", shape), (*index, ZERO), literal, 1)
+    blocks = blocks_of(literal, a.i.index)
+    if blocks is not None and group % blocks[1]:
+        group = blocks[1]
     groups = floordiv(add(a.i.extent, const(group - 1)), const(group))
     tensor = Tensor(name, "i32", (*(x.extent for x in axes), groups, const(PARTS), const(4)))
-    index = (*(x.index for x in axes), floordiv(a.i.index, const(group)))
-    return BlockMap(tensor, index, literal, group)
+    return BlockMap(tensor, (*index, floordiv(a.i.index, const(group))), literal, group)
 
 
 def some_rows_see(m: BlockMap, j: Expr) -> Expr:
@@ -67,7 +71,7 @@ def _run(m: BlockMap, part: int, at: int, j: Expr) -> Expr:
     return and_(le(lo, j), lt(j, hi))
 
 
-def _blocks(literal: Expr, index: Expr) -> tuple[Expr, int] | None:
+def blocks_of(literal: Expr, index: Expr) -> tuple[Expr, int] | None:
     """(the literal over block numbers, the block size) where `index` occurs only as `index // c` of one constant c."""
     sizes: set[int] = set()
 
@@ -98,10 +102,12 @@ def _table(m: BlockMap, a: Attention, tensors: Mapping[str, torch.Tensor], sizes
     axes = [x for x in a.batch if x.index in m.index]
     counts = [extent(x.extent, table) for x in axes]
     literal, rows, group = m.literal, n, m.group
-    by_row = _blocks(literal, a.i.index)
-    if by_row is not None:
-        literal, rows, group = by_row[0], -(-n // by_row[1]), 1
-    by_key = _blocks(literal, a.j.index)
+    by_row = blocks_of(literal, a.i.index)
+    if not mentions(literal, a.i.index):
+        rows = 1
+    elif by_row is not None:
+        literal, rows, group = by_row[0], -(-n // by_row[1]), group // by_row[1]
+    by_key = blocks_of(literal, a.j.index)
     width, columns = 1, keys
     if by_key is not None:
         literal, width = by_key
@@ -144,8 +150,7 @@ def _covering_runs(seen: torch.Tensor) -> torch.Tensor:
     starts = torch.cat([starts, starts.new_full((*starts.shape[:-1], missing + 1), m)], -1)
     ends = torch.where(starts < m, before.gather(-1, starts.clamp(max=m - 1)), last[..., -1:]) + 1
     lo, hi = starts[..., :-1], ends[..., 1:]
-    none = lo >= m
-    return torch.stack([torch.where(none, 0, lo), torch.where(none, 0, hi)], -1)
+    return torch.stack([lo, torch.where(lo < m, hi, 0)], -1)
 
 
 def _longest_runs(seen: torch.Tensor) -> torch.Tensor:
@@ -155,10 +160,10 @@ def _longest_runs(seen: torch.Tensor) -> torch.Tensor:
     stop = torch.where(seen, m, j).flip(-1).cummin(-1).values.flip(-1)  # the first false key from each key on
     begins = seen & ~torch.cat([torch.zeros_like(seen[..., :1]), seen[..., :-1]], -1)
     longest = torch.where(begins, stop - j, 0).topk(min(PARTS, m), -1)
-    lo = torch.where(longest.values > 0, longest.indices, 0)
+    lo = torch.where(longest.values > 0, longest.indices, m)
     hi = torch.where(longest.values > 0, longest.indices + longest.values, 0)
     order = lo.argsort(-1)
     runs = torch.stack([lo.gather(-1, order), hi.gather(-1, order)], -1)
-    missing = PARTS - runs.shape[-2]
-    return torch.cat([runs, runs.new_zeros(*runs.shape[:-2], missing, 2)], -2)
+    none = runs.new_tensor([m, 0]).expand(*runs.shape[:-2], PARTS - runs.shape[-2], 2)
+    return torch.cat([runs, none], -2)
 

@@ -146,7 +146,7 @@ def _is_mod(x: Expr) -> bool:
 
 
 def _stripe(m: Expr, atoms: list[Expr], j: Expr, extents: Extents) -> RowStripe | None:
-    """The stripe of the inequalities on m = x % c, where x is j or (j + a) // b plus a rest without the key."""
+    """The stripe of the inequalities on m = x % c, where x is j or (j + a) // b, or minus those, plus a rest."""
     assert isinstance(m, Op)
     x, period = m.args
     low: Expr = ZERO
@@ -165,9 +165,12 @@ def _stripe(m: Expr, atoms: list[Expr], j: Expr, extents: Extents) -> RowStripe 
     factor = x
     while True:  # factor in [low, high] up to multiples of period, unwrapped down to the key
         split = _one_factor(poly(factor), j)
-        if split is None or split[1] != {(): 1}:
+        if split is None or split[1] not in ({(): 1}, {(): -1}):
             return None
-        low, high = sub(low, split[2]), sub(high, split[2])
+        if split[1] == {(): 1}:
+            low, high = sub(low, split[2]), sub(high, split[2])
+        else:
+            low, high = sub(split[2], high), sub(split[2], low)
         if split[0] is j:
             break
         inner = _numerator(split[0], extents)

@@ -24,7 +24,7 @@ from attncc.ir.evaluate import Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.terms import free
 from attncc.passes.bounds import analyse
-from attncc.passes.maps import PARTS, BlockMap, all_rows_see, block_map, map_tables, some_rows_see
+from attncc.passes.maps import PARTS, BlockMap, all_rows_see, block_map, blocks_of, map_tables, some_rows_see
 from attncc.passes.predicates import map_literals, mentions, reads
 
 _FIRST, _END, _SOLID_FIRST, _SOLID_END = range(4)
@@ -33,8 +33,8 @@ _FIRST, _END, _SOLID_FIRST, _SOLID_END = range(4)
 @dataclass(frozen=True)
 class Span:
     """One table, i32[*batch axes the literal mentions, N if it mentions the row, 4]: first key, end, and the same where
-    no key between them is missing, else 0 and 0. `relation` compares `row` with `key` (`row relation key`); without a
-    relation `key` is the literal itself, a boolean."""
+    no key between them is missing. No keys are M and 0. `relation` compares `row` with `key` (`row relation key`);
+    without a relation `key` is the literal itself, a boolean."""
 
     tensor: Tensor
     index: tuple[Expr, ...]
@@ -54,10 +54,11 @@ class Spanned:
     rows_exact: bool = False
 
 
-def spanned(a: Attention) -> Spanned:
+def spanned(a: Attention, group: int = 16) -> Spanned:
     """`a` with tables for the literals of its mask that read data by key, and its bounds. Rows may be scanned.
 
-    A literal whose row and key sides part gets a `Span`, any other a `BlockMap`."""
+    A literal whose row and key sides part gets a `Span`, any other a `BlockMap` over groups of `group` rows, best as
+    many as the kernel's tiles have; where the literal has blocks of rows that do not divide `group`, over those."""
     j = a.j.index
     if not reads(a.mask, j):
         plain = analyse(a, rows=True)
@@ -72,7 +73,7 @@ def spanned(a: Attention) -> Spanned:
             if span is not None:
                 spans[literal] = span
             else:
-                maps[literal] = block_map(literal, a, _fresh(f"map{len(maps)}", taken))
+                maps[literal] = block_map(literal, a, _fresh(f"map{len(maps)}", taken), group)
         return literal
 
     def wide(literal: Expr) -> Expr:
@@ -116,7 +117,10 @@ def _fresh(name: str, taken: set[str]) -> str:
 def _span(literal: Expr, a: Attention, name: str) -> Span | None:
     """The table of `literal`, or None where it does not part into a row and a key side."""
     i, j = a.i.index, a.j.index
-    sides = (None, ZERO, literal) if not mentions(literal, i) else _sides(literal, i, j)
+    if mentions(literal, i):
+        sides = _sides(literal, i, j)
+    else:  # pages come in several runs, which a map can hold
+        sides = (None, ZERO, literal) if blocks_of(literal, j) is None else None
     if sides is None:
         return None
     axes = [x for x in a.batch if x.index in free(literal)]
@@ -169,17 +173,18 @@ def span_tables(
         else:
             row = ev(span.row).expand(*counts, n)
             found = _RELATIONS[span.relation](row.contiguous(), key.contiguous())
-        result[span.tensor.name] = _packed(*found)
+        result[span.tensor.name] = _packed(*found, m)
     return result
 
 
 Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # first key, last key, how many
 
 
-def _packed(first: torch.Tensor, last: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+def _packed(first: torch.Tensor, last: torch.Tensor, count: torch.Tensor, m: int) -> torch.Tensor:
+    """No keys are (m, 0), which the smallest first key and the largest end over several rows pass over."""
     none, solid = count == 0, count == last - first + 1
-    lo, hi = torch.where(none, 0, first), torch.where(none, 0, last + 1)
-    inside = (torch.where(solid, lo, 0), torch.where(solid, hi, 0))
+    lo, hi = torch.where(none, m, first), torch.where(none, 0, last + 1)
+    inside = (torch.where(solid, lo, m), torch.where(solid, hi, 0))
     return torch.stack([lo, hi, *inside], -1).to(torch.int32).contiguous()
 
 
