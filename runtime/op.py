@@ -94,7 +94,10 @@ def _run(tensors: list[torch.Tensor], sizes: list[int], spec: str) -> list[torch
     site = installed.sites.get(spec) or installed.site(spec)
     outputs = site.plan.allocate(tensors, sizes)
     device = tensors[site.plan.anchor].device
-    kernel = site.kernels.get(device) or installed.kernel(spec, device)
+    kernel = site.kernels.get(device)
+    if kernel is None:
+        site.plan.check(tensors, sizes)  # the first call alone: graphs do not change what they pass
+        kernel = installed.kernel(spec, device)
     try:
         kernel(tensors, sizes, outputs)
     except Exception as error:

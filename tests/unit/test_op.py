@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,6 +275,12 @@ def test_errors_name_the_attention() -> None:
     with pytest.raises(ValueError, match="declares 5 tensors and 3 sizes; the call has 4 and 3"):
         torch.ops.attncc.attention(inputs()[:4], [2, 5, 7], spec())
 
+    q, k, *rest = inputs()
+    with pytest.raises(ValueError, match=r"declares k: f32\[2, 4, 7, 8\], the call has f64\[2, 4, 7, 8\]"):
+        attend([q, k.double(), *rest])
+    with pytest.raises(ValueError, match=r"declares q: f32\[2, 5, 32\], the call has f32\[2, 5, 31\]"):
+        attend([q[..., 1:], k, *rest])
+
     def failing(a: Attention, text: str, device: torch.device) -> op.Kernel:
         def kernel(*args: object) -> None:
             raise OSError("no such symbol")
@@ -307,9 +315,48 @@ def test_a_build_that_failed_is_tried_again() -> None:
 
 
 def test_nothing_installed_says_so() -> None:
+    shapes = "(1, 1, 32), (1, 4, 1, 8), (1, 4, 1, 6), (4, 1, 1)"
     program = (
         "import torch; from attncc.runtime import op; "
-        f"torch.ops.attncc.attention([torch.zeros(1, 1, 32), *[torch.zeros(1)] * 4], [1, 1, 1], {spec()!r})"
+        f"tensors = [torch.zeros(s) for s in ({shapes})] + [torch.ones(1, dtype=torch.int64)]; "
+        f"torch.ops.attncc.attention(tensors, [1, 1, 1], {PLAIN!r})"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "import attncc.dynamo" in done.stderr
+
+
+CACHED = """
+import torch
+from torch._dynamo.utils import counters
+from attncc.codegen.torch_form import run_blocked
+from attncc.runtime import op
+
+def build(a, text, device):
+    def kernel(tensors, sizes, outputs):
+        for out, value in zip(outputs, run_blocked(a, tensors, sizes)):
+            out.copy_(value)
+    return kernel
+
+def model(q, k, v, bias, length):
+    return torch.ops.attncc.attention([q * 2.0, k, v, bias, length], [2, 5, 7], SPEC)[0].relu()
+
+op.install(build, run_blocked)
+shapes = ((2, 5, 32), (2, 4, 7, 8), (2, 4, 7, 6), (4, 5, 7))
+tensors = [torch.linspace(-1, 1, torch.Size(s).numel()).view(s).requires_grad_() for s in shapes]
+out = torch.compile(model)(*tensors, torch.tensor([3, 7]))
+out.sum().backward()
+print(counters["aot_autograd"]["autograd_cache_hit"], f"{out.sum().item():.5f} {tensors[0].grad.norm().item():.5f}")
+"""
+
+
+@pytest.mark.full
+def test_graphs_cached_on_disk_run_in_a_fresh_process_and_see_a_changed_spec(tmp_path: Path) -> None:
+    def run(text: str) -> list[str]:
+        program = CACHED.replace("SPEC", repr(text))
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env)
+        return done.stdout.split()
+
+    first, second, changed = run(PLAIN), run(PLAIN), run(PLAIN.replace("s * 0.25", "s * 0.75"))
+    assert (first[0], second[0], changed[0]) == ("0", "1", "0")
+    assert first[1:] == second[1:] != changed[1:]
