@@ -1,0 +1,7 @@
+"""Triton kernels from the IR: `emit` gives the source of a module, `configs` the ones worth trying."""
+
+from attncc.codegen.triton.config import TritonConfig, configs
+from attncc.codegen.triton.emitter import emit
+from attncc.codegen.triton.support import unsupported
+
+__all__ = ["TritonConfig", "configs", "emit", "unsupported"]

@@ -5,13 +5,10 @@ from __future__ import annotations
 import keyword
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal
 
 from attncc.ir import Const, Expr, Index, Load, Op, Size, Var
 from attncc.ir.affine import Extents, is_positive, nonnegative, poly
 from attncc.ir.expr import free, walk
-
-Level = Literal["scalar", "row", "key", "pair"]
 
 _COMPARE, _OR, _AND, _ADD, _MUL, _ATOM = 1, 2, 3, 5, 6, 9
 _INFIX: dict[str, tuple[str, int]] = {
@@ -29,6 +26,9 @@ _HELPERS = {
 }  # fmt: skip
 
 
+_LARGEST = 3.4028234663852886e38  # of float32, in which all float arithmetic happens
+
+
 class Names:
     """Python names for the IR's, none of them taken twice."""
 
@@ -36,9 +36,9 @@ class Names:
         self._taken = {*reserved, *keyword.kwlist}
 
     def fresh(self, wanted: str) -> str:
-        name = wanted
+        name, count = wanted, 0
         while name in self._taken:
-            name += "_"
+            name, count = f"{wanted}_{count}" if wanted[-1].isdigit() else f"{wanted}{count}", count + 1
         self._taken.add(name)
         return name
 
@@ -46,7 +46,7 @@ class Names:
 class Scope:
     """Lines of code, the names that they define, and the scope around them.
 
-    `keyed` is set in the loop over keys: values there vary with the key. A leaf that `define` gave a name to belongs to
+    `guard` is the name of what says, in the loop over keys, that a key is in range, where that is in doubt. A leaf that `define` gave a name to belongs to
     the scope that defined it, and an expression to the innermost scope of its leaves."""
 
     def __init__(
@@ -60,6 +60,7 @@ class Scope:
         self.names, self.extents, self.shared, self.load, self.around = names, extents, shared, load, around
         self.known: dict[Expr, str] = {}
         self.lines: list[str] = []
+        self.guard: str | None = None
         self.helpers: set[str] = around.helpers if around else set()
 
     def inner(self) -> Scope:
@@ -177,6 +178,8 @@ class Scope:
 
 def literal(x: Const) -> tuple[str, int]:
     value = x.value
+    if isinstance(value, float) and abs(value) > _LARGEST:
+        value = math.copysign(math.inf, value)
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")', _ATOM
     return repr(value), _ATOM if not isinstance(value, bool) and value >= 0 else _MUL if x.kind != "bool" else _ATOM

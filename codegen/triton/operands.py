@@ -17,8 +17,8 @@ from attncc.ir.expr import Index, free
 
 
 def stride(tensor: str, dim: int) -> Size:
-    """The stride of a dimension, in elements, as a leaf of expressions."""
-    return Size(f"{tensor}_s{dim}")
+    """The stride of a dimension, in elements, as a leaf of expressions. No declared size has a dot in its name."""
+    return Size(f"{tensor}.{dim}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,364 @@
+"""What both kernels of a file share: their parameters, the tile of rows a program owns, addresses and loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from attncc.codegen.triton.config import TritonConfig
+from attncc.codegen.triton.expressions import Names, Scope, used_twice
+from attncc.codegen.triton.operands import Operand, chunks, operands, stride
+from attncc.codegen.triton.rows import folded_axes
+from attncc.codegen.triton.segments import Segments, segments
+from attncc.codegen.triton.terms import scaled, weight_factor
+from attncc.ir import Attention, Axis, Const, Expr, Interval, Load
+from attncc.ir.bounds import TILE_HI, TILE_LO, Bounds, RowBound
+from attncc.ir.build import ONE as ONE_
+from attncc.ir.build import TRUE, ZERO, add, mul
+from attncc.ir.expr import free, substitute
+
+#: Names that the emitted text uses itself.
+RESERVED = (
+    "tl", "triton", "torch", "range", "float", "pid", "tile", "tiles", "points", "point", "row", "rows", "row_ok",
+    "BLOCK_M", "BLOCK_N", "acc", "acc0", "acc1", "m", "l", "m_new", "block", "t", "j0", "j_ok", "jv", "jv_ok", "s", "x",
+    "p", "w", "visible", "split", "splits", "part_ptr", "stat_ptr", "PARTIAL", "attention", "join", "launch",
+    "SIGNATURES", "CONTIGUOUS", "together", "first", "width", "sizes", "tensors", "outputs",
+)  # fmt: skip
+
+TYPES = {
+    "f64": "fp64", "f32": "fp32", "bf16": "bf16", "f16": "fp16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",
+    "u8": "u8", "bool": "i1",
+}  # fmt: skip
+TL_TYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions about a kernel file, made once. All expressions are those of `a`, whose axes of extent 1 are gone."""
+
+    a: Attention
+    bounds: Bounds
+    config: TritonConfig
+    folded: tuple[Axis, ...]
+    points: tuple[Axis, ...]
+    q: Operand
+    k: Operand
+    v: Operand
+    d_chunks: tuple[tuple[int, int], ...]
+    e_chunks: tuple[tuple[int, int], ...]
+    runs: Segments
+    every: Segments
+    raw: Expr
+    scale: float
+    factor: Expr | None
+    extents: dict[Expr, Expr]
+
+    @property
+    def softmax(self) -> bool:
+        return self.a.normalizer == "softmax"
+
+    @property
+    def two_pass(self) -> bool:
+        """The weights are needed normalised: a first pass finds the largest score and the sum, a second applies them."""
+        return self.softmax and (self.factor is None or "weights" in self.a.outputs)
+
+    @property
+    def empty(self) -> str:
+        """What a row whose weights sum to zero gives. Without a mask every row sees keys, and a sum of zero means that
+        all scores are minus infinity, which softmax makes NaN."""
+        if self.a.sink is not None:
+            return "zero" if self.a.empty == "zero" else "nan"
+        return "nan" if self.a.mask is TRUE else self.a.empty
+
+    @property
+    def split(self) -> bool:
+        """Whether partial results over some of the keys can be joined later."""
+        awkward = self.empty == "mean" and self.factor is not _PLAIN
+        return self.config.split and not self.two_pass and "weights" not in self.a.outputs and not awkward
+
+    @property
+    def group(self) -> Expr:
+        """How many rows share one value of i."""
+        result: Expr = ONE_
+        for axis in self.folded:
+            result = mul(result, axis.extent)
+        return result
+
+    @property
+    def row_count(self) -> Expr:
+        return mul(self.group, self.a.i.extent)
+
+    @property
+    def row_leaves(self) -> frozenset[Expr]:
+        return frozenset([self.a.i.index, *(x.index for x in self.folded)])
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last block of keys may reach past the keys."""
+        m = self.a.j.extent
+        return not (isinstance(m, Const) and int(m.value) % self.config.block_n == 0)
+
+    @property
+    def dot_type(self) -> str:
+        """The type both factors of q . k have: their own if they agree, else float32."""
+        q, k = (self.a.tensor(x.tensor).dtype for x in (self.a.q, self.a.k))
+        return q if q == k else "f32"
+
+    @property
+    def value_type(self) -> str:
+        v = self.a.tensor(self.a.v.tensor).dtype
+        return v if v == self.dot_type else "f32"
+
+
+_PLAIN = Const(1.0)
+
+
+def plan(a: Attention, bounds: Bounds, config: TritonConfig) -> Plan:
+    """Raises ValueError for what `unsupported` names."""
+    table: dict[Expr, Expr] = {x.index: ZERO for x in a.batch if x.extent is ONE_}
+    if table:
+        a, bounds = a.substitute(table), _bounds_at(bounds, table)
+    found = operands(a)
+    if found is None:
+        raise ValueError("an operand's index is not affine in the axes; split its axes before emitting")
+    extents: dict[Expr, Expr] = {x.index: x.extent for x in a.axes}
+    extents |= {TILE_LO: a.i.extent, TILE_HI: add(a.i.extent, ONE_)}
+    folded = tuple(x for x in folded_axes(a, bounds) if x.extent is not ONE_)
+    points = tuple(x for x in a.batch if x not in folded and x.extent is not ONE_)
+    raw, scale = scaled(a.score) if a.normalizer == "softmax" else (a.score, 1.0)
+    everything = Bounds((_whole(a),), (_whole(a),)) if a.mask is TRUE else Bounds((_whole(a),))
+    q, k, v = found
+    return Plan(
+        a=a, bounds=bounds, config=config, folded=folded, points=points, q=q, k=k, v=v,
+        d_chunks=chunks(_const(a.d)), e_chunks=chunks(_const(a.e)),
+        runs=segments(bounds, a.j.extent, config.block_n, extents),
+        every=segments(everything, a.j.extent, config.block_n, extents),
+        raw=raw, scale=scale, factor=weight_factor(a.weight), extents=extents,
+    )  # fmt: skip
+
+
+def _const(axis: Axis) -> int:
+    if not isinstance(axis.extent, Const):
+        raise ValueError(f"the extent of {axis.name} is not a constant")
+    return int(axis.extent.value)
+
+
+def _whole(a: Attention) -> Interval:
+    return Interval(ZERO, a.j.extent)
+
+
+def _bounds_at(b: Bounds, table: dict[Expr, Expr]) -> Bounds:
+    def at(xs: tuple[Interval, ...]) -> tuple[Interval, ...]:
+        return tuple(Interval(substitute(x.lo, table), substitute(x.hi, table)) for x in xs)
+
+    rows = tuple(replace(r, expr=substitute(r.expr, table)) for r in b.rows)
+    return Bounds(at(b.visit), at(b.full), None, b.exact, rows)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of a kernel: its name, Triton's type for it, what the launcher passes, and what a contiguous tensor
+    makes of it: 1, a multiple of 16, or 0 for neither."""
+
+    name: str
+    type: str
+    value: str
+    contiguous: int = 0
+
+
+class Frame:
+    """One kernel under construction: its names, its outermost scope and its parameters."""
+
+    def __init__(self, p: Plan, rows: str) -> None:
+        """`rows` is the number of rows a program owns, as text."""
+        a = p.a
+        self.p, self.rows = p, rows
+        self.names = Names(RESERVED)
+        roots = [a.mask, p.raw, a.weight if p.factor is None or not p.softmax else p.factor]
+        roots += [] if a.sink is None else [a.sink]
+        roots += [b for run in (*p.runs.masked, *p.runs.full) for b in (run.start, run.stop)]
+        self.scope = Scope(self.names, p.extents, used_twice(roots), self._load)
+        self.pointer: dict[str, str] = {}
+        self.parameters: list[Parameter] = []
+        self._declare()
+
+    def line(self, text: str = "") -> None:
+        self.scope.lines.append(text)
+
+    def comment(self, text: str) -> None:
+        self.scope.lines.append(f"# {text}")
+
+    def _declare(self) -> None:
+        a = self.p.a
+        for t in a.tensors:
+            self._pointer(t.name, t.dtype, t.shape)
+        for size in a.sizes:
+            name = self.names.fresh(size.name)
+            self.scope.define(size, name)
+            self.parameters.append(Parameter(name, "i32", size.name))
+        shapes = {
+            "out": (a.dtype, tuple(x.extent for x in a.out_axes)),
+            "lse": ("f32", tuple(x.extent for x in (*a.batch, a.i))),
+            "weights": (a.dtype, tuple(x.extent for x in (*a.batch, a.i, a.j))),
+        }
+        for output in a.outputs:
+            self._pointer(f".{output}", *shapes[output], order=a.layout if output == "out" else ())
+
+    def _pointer(self, tensor: str, dtype: str, shape: tuple[Expr, ...], order: tuple[str, ...] = ()) -> None:
+        """A pointer parameter and its strides. Outputs have a dot before their name, so that no tensor is one."""
+        plain = tensor.removeprefix(".")
+        self.pointer[tensor] = self.names.fresh(f"{plain}_ptr")
+        value = plain if tensor.startswith(".") else f"tensors[{tensor!r}]"
+        self.parameters.append(Parameter(self.pointer[tensor], f"*{TYPES[dtype]}", value))
+        inner = self._inner_extents(shape, order)
+        for dim in range(len(shape)):
+            name = self.names.fresh(f"{plain}_s{dim}")
+            self.scope.define(stride(tensor, dim), name)
+            self.parameters.append(Parameter(name, "i32", f"{value}.stride({dim})", inner[dim]))
+
+    def _inner_extents(self, shape: tuple[Expr, ...], order: tuple[str, ...]) -> list[int]:
+        """For each dimension 1, 16 or 0: the stride is one, a multiple of 16, or neither is known."""
+        places = list(range(len(shape)))
+        if order:
+            names = [x.name for x in self.p.a.out_axes]
+            places = [names.index(n) for n in order]
+        result, step, known = [0] * len(shape), 1, True
+        for dim in reversed(places):
+            result[dim] = 1 if step == 1 and known else 16 if step % 16 == 0 else 0
+            extent = shape[dim]
+            known = known and isinstance(extent, Const)
+            step *= int(extent.value) if isinstance(extent, Const) else 1
+        return result
+
+    def wide(self, x: Expr) -> str:
+        """`x` as a 64-bit integer: offsets into large tensors pass 2**31."""
+        text = self.scope.atom(x)
+        return text if isinstance(x, Const) else f"{text}.to(tl.int64)"
+
+    def offset(self, scope: Scope, terms: list[tuple[Expr, Expr]], *, wide: bool = True) -> str:
+        """The sum of index * stride as text, or an empty text for no terms."""
+        parts: list[str] = []
+        for index, step in terms:
+            if index is ZERO or step is ZERO:
+                continue
+            text = scope.atom(index)
+            if wide and not isinstance(index, Const):
+                text += ".to(tl.int64)"
+            parts.append(text if step is ONE_ else f"{text} * {scope.atom(step)}")
+        return " + ".join(parts)
+
+    def origin(self, o: Operand) -> str:
+        """The pointer of an operand at this program's batch point, as text."""
+        terms = [(axis.index, o.along(axis)) for axis in self.p.points]
+        parts = [self.pointer[o.tensor], self.offset(self.scope, terms)]
+        parts.append("" if o.base is ZERO else self.scope.text(o.base))
+        return " + ".join(x for x in parts if x)
+
+    def output_stride(self, output: str, dim: int) -> Expr:
+        return stride(f".{output}", dim)
+
+    def output(self, output: str, axes: tuple[Axis, ...]) -> str:
+        """Where this program's rows of an output start: a pointer for each row."""
+        order = [x.name for x in (*self.p.a.batch, self.p.a.i)]
+        terms = [(x.index, self.output_stride(output, order.index(x.name))) for x in axes]
+        return " + ".join(t for t in (self.pointer[f".{output}"], self.offset(self.scope, terms)) if t)
+
+    @property
+    def point_count(self) -> Expr:
+        count: Expr = ONE_
+        for axis in self.p.points:
+            count = mul(count, axis.extent)
+        return count
+
+    @property
+    def point_index(self) -> Expr:
+        """The batch point as one number, last axis fastest."""
+        result: Expr = ZERO
+        for axis in self.p.points:
+            result = add(mul(result, axis.extent), axis.index)
+        return result
+
+    def begin(self) -> None:
+        """Which rows of which batch point this program owns, and the indices there."""
+        p, a, scope = self.p, self.p.a, self.scope
+        together = p.config.together if p.bounds.visit != (Interval(ZERO, a.j.extent),) else 0
+        count = self.point_count
+        self.line("pid = tl.program_id(0)")
+        self.line(f"rows = {scope.text(p.row_count)}")
+        self.line(f"tiles = tl.cdiv(rows, {self.rows})")
+        if p.points and together and self.rows != "1":
+            self.comment(f"{together} batch points at a time, the longest rows first")
+            self.line(f"points = {scope.text(count)}")
+            self.line(f"first = pid // ({together} * tiles) * {together}")
+            self.line(f"width = tl.minimum(points - first, {together})")
+            self.line(f"point = first + pid % ({together} * tiles) % width")
+            self.line(f"tile = tiles - 1 - pid % ({together} * tiles) // width")
+        elif p.points:
+            self.line("tile = pid % tiles")
+            self.line("point = pid // tiles")
+        else:
+            self.line("tile = tiles - 1 - pid" if together else "tile = pid")
+        left = "point"
+        for n, axis in enumerate(reversed(p.points)):
+            last = n == len(p.points) - 1
+            extent = scope.atom(axis.extent)
+            scope.define(axis.index, scope.name(axis.name, left if last else f"{left} % {extent}"))
+            left = left if last else scope.name("point", f"{left} // {extent}")
+        self.line(f"row = (tile * {self.rows} + tl.arange(0, {self.rows}))[:, None]")
+        self.line("row_ok = row < rows")
+        self._rows()
+
+    def _rows(self) -> None:
+        p, a, scope = self.p, self.p.a, self.scope
+        group = scope.atom(p.group)
+        alone = p.group is ONE_
+        scope.define(a.i.index, scope.name(a.i.name, "row" if alone else f"row // {group}"))
+        left = f"row % {group}"
+        for n, axis in enumerate(reversed(p.folded)):
+            last = n == len(p.folded) - 1
+            extent = scope.atom(axis.extent)
+            inside = left if last else f"{left} % {extent}"
+            if n:
+                inside = left if last else f"({left}) % {extent}"
+            scope.define(axis.index, scope.name(axis.name, inside))
+            left = f"({left}) // {extent}"
+        first, last_row = f"tile * {self.rows}", f"tl.minimum(tile * {self.rows} + {self.rows}, rows) - 1"
+        scope.define(TILE_LO, scope.name("i0", first if alone else f"({first}) // {group}"))
+        end = f"{last_row} + 1" if not alone else last_row.removesuffix(" - 1")
+        scope.define(TILE_HI, scope.name("i1", end if alone else f"({last_row}) // {group} + 1"))
+        for bound in p.bounds.rows:
+            self._row_bound(bound)
+
+    def _row_bound(self, bound: RowBound) -> None:
+        scope, text = self.scope, self.scope.atom(bound.expr)
+        if free(bound.expr) & self.p.row_leaves:
+            limit = 2**31 - 1 if bound.op == "min" else -(2**31) + 1
+            text = f"tl.{bound.op}(tl.where(row_ok, {text}, {limit}))"
+        scope.define(bound.index, scope.name("bound", text))
+
+    def _load(self, scope: Scope, x: Load) -> str:
+        """A load in the scope it belongs to; rows and keys that do not exist read nothing."""
+        p = self.p
+        tensor = p.a.tensor(x.tensor)
+        terms: list[str] = []
+        guards: set[str] = set()
+        for dim, index in enumerate(x.index):
+            leaves = free(index)
+            step = scope.atom(stride(x.tensor, dim))
+            rowed, keyed = bool(leaves & p.row_leaves), p.a.j.index in leaves
+            guards |= {"row_ok"} if rowed else set()
+            guards |= {scope.guard} if keyed and scope.guard else set()
+            if index is ZERO:
+                continue
+            text = scope.atom(index)
+            wide = not (rowed and keyed) and not isinstance(index, Const)
+            terms.append(f"{text}{'.to(tl.int64)' if wide else ''} * {step}")
+        address = " + ".join([self.pointer[x.tensor], *terms])
+        mask = f", mask={' & '.join(sorted(guards, reverse=True))}, other=0" if guards else ""
+        cast = ""
+        if tensor.kind == "float" and tensor.dtype != "f32":
+            cast = ".to(tl.float32)"
+        elif tensor.dtype in ("i16", "i8", "u8"):
+            cast = ".to(tl.int32)"
+        elif tensor.dtype == "bool":
+            cast = ".to(tl.int1)"
+        return scope.name(x.tensor, f"tl.load({address}{mask}){cast}")

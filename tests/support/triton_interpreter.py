@@ -1,0 +1,68 @@
+"""Triton's interpreter for tests: import this before any kernel module is loaded, in a process of its own.
+
+Triton decides at decoration whether a kernel is interpreted, so the variable must be set first and stays set.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from attncc.codegen.triton import TritonConfig, emit
+from attncc.ir import Attention, Bounds, interpret
+from attncc.ir.evaluate import DTYPE_OF
+from attncc.runtime.triton_module import load_module
+
+warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
+
+
+def _floats(handle: interpreter.TensorHandle) -> np.ndarray:
+    if handle.dtype.scalar == tl.bfloat16:  # kept as uint16, the upper half of a float32
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data.astype(np.float32)
+
+
+def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # noqa: ANN001, ANN202, ARG001
+    """Products in float32 as tensor cores make them. Triton's own multiplies bfloat16 as the integers it keeps."""
+    return interpreter.TensorHandle(np.matmul(_floats(a), _floats(b)) + d.data, d.dtype.scalar)
+
+
+interpreter.InterpreterBuilder.create_dot = _dot
+
+
+def outputs_of(a: Attention, like: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs full of a number that no kernel may leave there, in the memory order the attention asks for."""
+    outs: list[torch.Tensor] = []
+    for name in a.outputs:
+        dtype = torch.float32 if name == "lse" else DTYPE_OF[a.dtype]
+        shape = list(like[name].shape)
+        order = list(range(len(shape)))
+        if name == "out" and a.layout:
+            names = [x.name for x in a.out_axes]
+            order = [names.index(n) for n in a.layout]
+        memory = torch.full([shape[n] for n in order], 777.0, dtype=dtype)
+        outs.append(memory.permute([order.index(n) for n in range(len(shape))]))
+    return outs
+
+
+def run(
+    a: Attention,
+    bounds: Bounds,
+    config: TritonConfig,
+    tensors: dict[str, torch.Tensor],
+    sizes: list[int],
+    **launch: int,
+) -> dict[str, torch.Tensor]:
+    """What the emitted kernel makes of the tensors, under the interpreter."""
+    module = load_module(emit(a, bounds, config))
+    shapes = interpret(a, tensors, sizes)
+    outs = outputs_of(a, shapes)
+    module.launch([tensors[t.name] for t in a.tensors], sizes, outs, **launch)
+    return dict(zip(a.outputs, outs, strict=True))
