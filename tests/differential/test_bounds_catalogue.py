@@ -1,0 +1,63 @@
+"""The catalogue of masks, alone and combined: what tiles visit against the fewest blocks of keys that any tile could."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from bounds_cases import blocks, check_sound
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mask_catalogue import CATALOGUE, Mask
+
+from attncc.passes.bounds import loop_bounds
+from attncc.passes.spans import spanned, tables
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_blocks_visited_and_blocks_full(name: str) -> None:
+    mask = CATALOGUE[name]
+    worst, found_full, all_full = 0.0, 0, 0
+    for rows in (16, 32, 64, 128):
+        found = spanned(mask.attention(), rows)
+        assert len(found.bounds.visit) <= 8 and len(found.bounds.full) <= 8
+        tensors = mask.tensors()
+        tensors |= tables(found, tensors)
+        visited, some, full, every = check_sound(found.attention, found.bounds, (), tensors, rows)
+        for width in (32, 64, 128):
+            worst = max(worst, int(blocks(visited, width).sum()) / int(blocks(some, width).sum()))
+            found_full += int(blocks(full, width, "all").sum())
+            all_full += int(blocks(every, width, "all").sum())
+    assert worst <= mask.excess, f"{worst:.2f} times the fewest blocks, not {mask.excess}"
+    assert found_full >= mask.full * all_full, f"{found_full} of {all_full} full blocks, not {mask.full:.0%}"
+    assert mask.why or mask.excess == mask.full == 1
+
+
+def combined(first: Mask, second: Mask, how: str) -> Mask:
+    declared = dict.fromkeys(x.strip() for x in (first.declared + ";" + second.declared).split(";") if x.strip())
+    text = f"({first.text}) {how} ({second.text})"
+    return replace(first, text=text, declared="; ".join(declared), data=lambda g: first.data(g) | second.data(g))
+
+
+def conflict(first: Mask, second: Mask) -> bool:
+    """Whether the two declare one name with different shapes."""
+    declared = {x.strip() for x in (first.declared + ";" + second.declared).split(";") if x.strip()}
+    names = [x.split(":")[0] for x in declared]
+    return len(set(names)) < len(names)
+
+
+NAMES = st.sampled_from(sorted(CATALOGUE))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(NAMES, NAMES, st.sampled_from(["and", "or", "and not", "or not"]), st.sampled_from([16, 64]), st.booleans())
+def test_combinations_are_covered(one: str, two: str, how: str, rows: int, with_tables: bool) -> None:
+    if conflict(CATALOGUE[one], CATALOGUE[two]):
+        return
+    mask = combined(CATALOGUE[one], CATALOGUE[two], how)
+    a, tensors = mask.attention(), mask.tensors(1)
+    if with_tables:
+        found = spanned(a, rows)
+        check_sound(found.attention, found.bounds, (), tensors | tables(found, tensors), rows)
+    else:
+        check_sound(a, loop_bounds(a), (), tensors, rows)
