@@ -16,7 +16,7 @@ from pathlib import Path
 from attncc.codegen.cpp.expressions import Printer, fits_32_bits, literal
 from attncc.codegen.cpp.isa import GROUP_TILES, KEYS, QUERIES, TABLE
 from attncc.codegen.cpp.operands import NotAffine, Operand, folded_axes, operand
-from attncc.codegen.cpp.weights import linear_factor, vanishes
+from attncc.codegen.cpp.weights import linear_factor, selects, vanishes
 from attncc.ir import Attention, Axis, Bounds, Const, Expr, Op, S, print_attention
 from attncc.ir.build import TRUE, mul
 from attncc.ir.expr import free, loads
@@ -36,6 +36,8 @@ def unsupported(a: Attention) -> str | None:
         return f"out as {a.dtype}"
     if a.empty != "zero" and a.normalizer == "softmax" and not vanishes(a.weight):
         return f"a weight that is not 0 where w is 0, with empty rows as {a.empty}"
+    if a.empty == "nan" and a.normalizer == "softmax" and selects(a.weight):
+        return "a weight that may replace the NaN of an empty row"
     try:
         _operands(a)
     except NotAffine as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from attncc.ir import Const, Expr, Op, W
 from attncc.ir.attention import S
 from attncc.ir.build import mul, op, where
-from attncc.ir.expr import ROUNDINGS, free
+from attncc.ir.expr import ROUNDINGS, free, walk
 
 
 def linear_factor(x: Expr) -> Expr | None:
@@ -48,6 +48,11 @@ def vanishes(x: Expr) -> bool:
     if x.name in ("where", "add", "sub", "min", "max"):
         return all(vanishes(y) for y in x.args[-2:])
     return False
+
+
+def selects(x: Expr) -> bool:
+    """Whether x may be something else than NaN where w is NaN."""
+    return any(isinstance(y, Op) and y.name in ("where", "min", "max", "isnan") for y in walk(x))
 
 
 def _known(x: Expr) -> bool:
