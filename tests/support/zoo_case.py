@@ -19,7 +19,7 @@ class Case:
     `sites` counts true attentions, found or not; `refused` counts what looks like one and is none. `why` says what this
     model adds to the zoo. `golden` names the site whose IR text is kept as a golden file. `dynamic` compiles with
     dynamic shapes. `inductor` has Inductor compile what is outside attention too, which takes longer. `backward`
-    compares gradients of parameters too. `full` leaves it to the long run.
+    compares gradients of parameters too. `missing` says why not every site is found yet.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Case:
     dynamic: bool = False
     inductor: bool = False
     backward: bool = False
-    full: bool = False
+    missing: str = ""
 
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:

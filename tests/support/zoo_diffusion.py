@@ -29,7 +29,8 @@ def unet(*, plain: bool) -> Callable[[], Made]:
         model = diffusers.UNet2DConditionModel(
             sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=24, attention_head_dim=4, norm_num_groups=4,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=24,
+            attention_head_dim=4, norm_num_groups=4,
         )  # fmt: skip
         if plain:
             model.set_attn_processor(AttnProcessor())
@@ -43,7 +44,8 @@ def unet(*, plain: bool) -> Callable[[], Made]:
 def autoencoder() -> Made:
     model = diffusers.AutoencoderKL(
         block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        sample_size=16,
     )  # fmt: skip
     return lively(model), (), {"sample": noise(1, 3, 16, 16), "return_dict": False}
 
@@ -75,8 +77,8 @@ def wan() -> dict[str, Any]:
 
 
 DIFFUSION = (
-    Case("unet-sdpa", unet(plain=False), 6, "self and cross attention in a UNet"),
-    Case("unet-plain", unet(plain=True), 6, "baddbmm with beta 0 and alpha, heads in the batch", golden=1),
+    Case("unet-sdpa", unet(plain=False), 8, "self and cross attention in a UNet"),
+    Case("unet-plain", unet(plain=True), 8, "baddbmm with beta 0 and alpha, heads in the batch", golden=1),
     Case("autoencoder", autoencoder, 2, "one head over pixels"),
     Case("sd3", made("SD3Transformer2DModel", {
         "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 8,

@@ -13,3 +13,19 @@ from zoo_vision import VISION
 CASES: tuple[Case, ...] = (*SPELLINGS, *FORMS, *OTHERS, *TEXT, *VISION, *DIFFUSION)
 
 assert len({case.name for case in CASES}) == len(CASES)
+
+#: What runs on every change; the others run with `--full`. Every form of spelling and mask is here once.
+QUICK = frozenset({
+    "q-scaled-first", "in-float32", "einsum-of-other-orders", "by-bmm", "exp-minus-logsumexp", "exp-over-sum",
+    "safe-softmax", "fill-minus-100", "fill-minus-1e30", "add-minus-1e4", "clamped", "added-in-place",
+    "triangle-in-the-graph", "window-in-the-graph", "documents", "sdpa-causal", "sdpa-narrow-values",
+    "grouped-by-repeat", "grouped-by-einsum", "keys-first", "values-times-transpose", "null-key", "both-directions", "subtracted",
+    "sink-column", "sink-gate", "softcap", "alibi", "bucketed", "relative-keys", "relative-shift", "decomposed",
+    "channels", "class-token", "windows", "halo", "axial", "top-k", "sorted-groups", "under-autocast", "with-weights",
+    "padded-cross", "dilated", "multihead-attention", "decoding", "llama-static-cache", "linear-attention", "router",
+    "branches", "sampling", "classifier", "pseudo-inverse", "changed-weights", "slots",
+    "llama-eager", "llama-left-padded", "llama-dynamic", "gemma2", "gpt-oss-sinks", "deepseek-v3", "bloom",
+    "bert-eager", "modernbert", "t5", "bart", "swinv2", "wav2vec2-conformer", "unet-plain", "sd3",
+})  # fmt: skip
+
+assert {case.name for case in CASES} >= QUICK

@@ -140,9 +140,9 @@ def added(value: float) -> Core:
 
 
 def clamped(q: Q, k: Q, v: Q, extra: Extra) -> Q:
-    least = torch.tensor(torch.finfo(q.dtype).min)
-    mask = torch.where(extra["mask"], 0.0, torch.finfo(q.dtype).min).to(q.dtype)
-    return torch.max(q @ k.mT * D**-0.5 + mask, least.to(q.dtype)).softmax(-1) @ v
+    least = torch.full((), torch.finfo(q.dtype).min, dtype=q.dtype)
+    mask = torch.zeros(N, N, dtype=q.dtype).masked_fill(~extra["mask"], torch.finfo(q.dtype).min)
+    return torch.max(q @ k.mT * D**-0.5 + mask, least).softmax(-1) @ v
 
 
 def added_in_place(q: Q, k: Q, v: Q, extra: Extra) -> Q:

@@ -1,0 +1,54 @@
+"""Real models, compiled: the numbers of the eager model, every attention found, nothing else taken for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from zoo_case import Case
+from zoo_models import CASES, QUICK
+from zoo_run import outcome
+
+#: Another order of summation may be worse than eager's by this much.
+FACTOR = 3.0
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def marked(case: Case, *values: object, name: str, whole: bool = False) -> object:
+    marks = [] if case.name in QUICK else [pytest.mark.full]
+    if whole and case.missing:
+        marks.append(pytest.mark.xfail(reason=case.missing, strict=True))
+    return pytest.param(case, *values, id=name, marks=marks)
+
+
+def titled(case: Case, dtype: torch.dtype) -> str:
+    return case.name if dtype == torch.float32 else f"{case.name}-{str(dtype).removeprefix('torch.')}"
+
+
+runs = [marked(case, dtype, name=titled(case, dtype)) for case in CASES for dtype in case.dtypes]
+each = pytest.mark.parametrize("case", [marked(case, name=case.name, whole=True) for case in CASES])
+
+
+@pytest.mark.parametrize(("case", "dtype"), runs)
+def test_numbers(case: Case, dtype: torch.dtype) -> None:
+    for error in outcome(case, dtype).errors:
+        assert error.fine(FACTOR), error
+
+
+@each
+def test_sites(case: Case) -> None:
+    report = outcome(case, case.dtypes[0]).report
+    assert not report.notes
+    found = [s for s in report.sites if s.status != "refused"]
+    reasons = [s.reason for s in report.sites if s.reason]
+    assert len(found) == case.sites, reasons
+    assert report.refused == case.refused, reasons
+
+
+@pytest.mark.parametrize("case", [marked(c, name=c.name) for c in CASES if c.golden is not None])
+def test_ir_text(case: Case, golden: Callable[[str, str], None]) -> None:
+    sites = outcome(case, case.dtypes[0]).report.sites
+    assert case.golden is not None and case.golden < len(sites)
+    golden(f"zoo/{case.name}.txt", sites[case.golden].ir or "")
