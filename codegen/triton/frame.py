@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from attncc.codegen.triton.config import TritonConfig
@@ -10,11 +11,11 @@ from attncc.codegen.triton.operands import Operand, chunks, operands, stride
 from attncc.codegen.triton.rows import folded_axes
 from attncc.codegen.triton.segments import Segments, segments
 from attncc.codegen.triton.terms import scaled, weight_factor
-from attncc.ir import Attention, Axis, Const, Expr, Interval, Load
+from attncc.ir import Attention, Axis, Const, Expr, Interval, Load, Op
 from attncc.ir.bounds import TILE_HI, TILE_LO, Bounds, RowBound
 from attncc.ir.build import ONE as ONE_
 from attncc.ir.build import TRUE, ZERO, add, mul
-from attncc.ir.expr import free, substitute
+from attncc.ir.expr import free, substitute, walk
 
 #: Names that the emitted text uses itself.
 RESERVED = (
@@ -58,8 +59,11 @@ class Plan:
 
     @property
     def two_pass(self) -> bool:
-        """The weights are needed normalised: a first pass finds the largest score and the sum, a second applies them."""
-        return self.softmax and (self.factor is None or "weights" in self.a.outputs)
+        """The weights are needed normalised: a first pass finds the largest score and the sum, a second applies them.
+
+        NaN times a factor is NaN, but a choice may leave the NaN of a row without keys out."""
+        chosen = self.a.empty == "nan" and self.a.mask is not TRUE and _chooses(self.a.weight)
+        return self.softmax and (self.factor is None or chosen or "weights" in self.a.outputs)
 
     @property
     def empty(self) -> str:
@@ -98,6 +102,14 @@ class Plan:
         return not (isinstance(m, Const) and int(m.value) % self.config.block_n == 0)
 
     @property
+    def d_size(self) -> int:
+        return _const(self.a.d)
+
+    @property
+    def e_size(self) -> int:
+        return _const(self.a.e)
+
+    @property
     def dot_type(self) -> str:
         """The type both factors of q . k have: their own if they agree, else float32."""
         q, k = (self.a.tensor(x.tensor).dtype for x in (self.a.q, self.a.k))
@@ -110,6 +122,10 @@ class Plan:
 
 
 _PLAIN = Const(1.0)
+
+
+def _chooses(x: Expr) -> bool:
+    return any(isinstance(n, Op) and n.name == "where" and n.kind == "float" for n in walk(x))
 
 
 def plan(a: Attention, bounds: Bounds, config: TritonConfig) -> Plan:
@@ -234,14 +250,14 @@ class Frame:
         text = self.scope.atom(x)
         return text if isinstance(x, Const) else f"{text}.to(tl.int64)"
 
-    def offset(self, scope: Scope, terms: list[tuple[Expr, Expr]], *, wide: bool = True) -> str:
+    def offset(self, scope: Scope, terms: Sequence[tuple[Expr, Expr]]) -> str:
         """The sum of index * stride as text, or an empty text for no terms."""
         parts: list[str] = []
         for index, step in terms:
             if index is ZERO or step is ZERO:
                 continue
             text = scope.atom(index)
-            if wide and not isinstance(index, Const):
+            if not isinstance(index, Const):
                 text += ".to(tl.int64)"
             parts.append(text if step is ONE_ else f"{text} * {scope.atom(step)}")
         return " + ".join(parts)
@@ -316,9 +332,7 @@ class Frame:
         for n, axis in enumerate(reversed(p.folded)):
             last = n == len(p.folded) - 1
             extent = scope.atom(axis.extent)
-            inside = left if last else f"{left} % {extent}"
-            if n:
-                inside = left if last else f"({left}) % {extent}"
+            inside = left if last else f"{left} % {extent}" if n == 0 else f"({left}) % {extent}"
             scope.define(axis.index, scope.name(axis.name, inside))
             left = f"({left}) // {extent}"
         first, last_row = f"tile * {self.rows}", f"tl.minimum(tile * {self.rows} + {self.rows}, rows) - 1"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from attncc.codegen.triton.forward import Kernel, wrapped
 from attncc.codegen.triton.frame import Plan
 from attncc.ir import Const, Expr, Size, print_expr
@@ -29,7 +31,7 @@ def launcher(p: Plan, kernels: tuple[Kernel, ...]) -> str:
     lines += ["}", "#: What contiguous tensors make of strides: one, or a multiple of 16.", "CONTIGUOUS = {"]
     lines += [*wrapped(known, "    "), "}"]
     if p.split:
-        lines += _SPLITS.splitlines()
+        lines += ["", *_SPLITS.splitlines()]
     lines += ["", "", f"def launch(tensors, sizes, outputs{', splits=None' if p.split else ''}):"]
     lines += [f"    {x}" for x in _body(p, kernels)]
     return "\n".join(lines)
@@ -39,11 +41,11 @@ def _body(p: Plan, kernels: tuple[Kernel, ...]) -> list[str]:
     a = p.a
     lines = ['"""`tensors`, `sizes` and `outputs` in the order of the attention; outputs have logical dimensions."""']
     names = {t.name: f"tensor_{n}" for n, t in enumerate(a.tensors)}
-    lines.append(f"{', '.join(names.values())}, = tensors" if names else "")
+    lines.append(f"{_tuple(names.values())} = tensors")
     sizes: dict[Expr, str] = {s: f"size_{s.name}" for s in a.sizes}
     if sizes:
-        lines.append(f"{', '.join(sizes.values())}, = sizes")
-    lines.append(f"{', '.join(a.outputs)}, = outputs")
+        lines.append(f"{_tuple(sizes.values())} = sizes")
+    lines.append(f"{_tuple(a.outputs)} = outputs")
     points: Expr = Const(1)
     for axis in p.points:
         points = mul(points, axis.extent)
@@ -55,7 +57,7 @@ def _body(p: Plan, kernels: tuple[Kernel, ...]) -> list[str]:
     lines.append("programs = triton.cdiv(rows, BLOCK_M.value) * points")
     lines += ["if programs == 0:", "    return"]
     common = [_argument(x.value, names, sizes) for x in kernels[0].parameters if x.value not in _SPLIT_ARGUMENTS]
-    options = f"num_warps={p.config.warps}, num_stages={p.config.stages}"
+    options = f"num_warps={p.config.warps}, num_stages={p.config.stages}, enable_fp_fusion=True"
     if not p.split:
         return [*lines, "attention[(programs,)](", *wrapped([*common, options], "    "), ")"]
     any_tensor = a.outputs[0]
@@ -72,10 +74,15 @@ def _body(p: Plan, kernels: tuple[Kernel, ...]) -> list[str]:
         ")",
         "if splits > 1:",
         "    join[(rows * points,)](",
-        *wrapped([*common, "part", "stat", "splits", "num_warps=4"], "        "),
+        *wrapped([*common, "part", "stat", "splits", "num_warps=4, enable_fp_fusion=True"], "        "),
         "    )",
     ]
     return [x.replace("'", '"') for x in lines]
+
+
+def _tuple(names: Iterable[str]) -> str:
+    text = ", ".join(names)
+    return text if "," in text else f"{text},"
 
 
 _SPLIT_ARGUMENTS = ("part", "stat", "splits", "splits > 1")

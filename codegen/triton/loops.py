@@ -10,7 +10,7 @@ from attncc.codegen.triton.frame import TL_TYPES, Frame
 from attncc.codegen.triton.segments import Run, total
 from attncc.codegen.triton.terms import only
 from attncc.ir import Const, Expr, S, W
-from attncc.ir.build import TRUE, and_
+from attncc.ir.build import TRUE
 from attncc.ir.expr import free
 
 #: What a pass over the keys is for. online: softmax and sum of values in one; stats: the largest score and the sum of
@@ -29,6 +29,7 @@ class Loops:
 
     def __init__(self, frame: Frame) -> None:
         self.f, self.p = frame, frame.p
+        self.j = frame.names.fresh(self.p.a.j.name)
         self.c2 = number(self.p.scale * LOG2E)  # from units of `raw` to powers of two
 
     @property
@@ -65,9 +66,9 @@ class Loops:
         inner = f.scope.atom(p.q.along(p.a.d))
         for n, part in enumerate(p.d_chunks):
             d, q = self._chunk("d", n, p.d_chunks), self._chunk("q", n, p.d_chunks)
-            mask = self._guard("row_ok", d, part, int_of(p.a.d.extent))
-            f.line(f"{q} = tl.load(q_at + {d} * {inner} + tl.zeros([{f.rows}, 1], tl.int32), {mask}, other=0)"
-                   f"{self._to(p.a.q.tensor, p.dot_type)}")
+            mask = self._guard("row_ok", d, part, p.d_size)
+            at = f"q_at + {d} * {inner}" + ("" if rows else f" + tl.zeros([{f.rows}, 1], tl.int32)")
+            f.line(f"{q} = tl.load({at}, {mask}, other=0){self._to(p.a.q.tensor, p.dot_type)}")
 
     @property
     def _needs_scores(self) -> bool:
@@ -119,8 +120,7 @@ class Loops:
         scope = f.scope.inner()
         lines = scope.lines
         lines.append("j0 = block * BLOCK_N")
-        j = scope.names.fresh(p.a.j.name) if not hasattr(self, "_j") else self._j
-        self._j = j
+        j = self.j
         lines.append(f"{j} = (j0 + tl.arange(0, BLOCK_N))[None, :]")
         scope.define(p.a.j.index, j)
         keys = f.scope.atom(p.a.j.extent)
@@ -163,7 +163,7 @@ class Loops:
         scope.lines.append(f"k_block = k_at + j0.to(tl.int64) * {step}")
         for n, part in enumerate(p.d_chunks):
             k, q = self._chunk("k", n, p.d_chunks), self._chunk("q", n, p.d_chunks)
-            guard = self._guard(ok, self._chunk("d", n, p.d_chunks), part, int_of(p.a.d.extent))
+            guard = self._guard(ok, self._chunk("d", n, p.d_chunks), part, p.d_size)
             guard = f", {guard}, other=0" if guard else ""
             load = f"tl.load(k_block + {self._chunk('k_in', n, p.d_chunks)}{guard})"
             scope.lines.append(f"{k} = {load}{self._to(p.a.k.tensor, p.dot_type)}")
@@ -267,7 +267,7 @@ class Loops:
         weights = "p" if p.value_type == "f32" else f"p.to({kind})"
         for n, part in enumerate(p.e_chunks):
             v, acc = self._chunk("v", n, p.e_chunks), self.accumulators[n]
-            guard = self._guard(ok, self._chunk("e", n, p.e_chunks), part, int_of(p.a.e.extent))
+            guard = self._guard(ok, self._chunk("e", n, p.e_chunks), part, p.e_size)
             guard = f", {guard}, other=0" if guard else ""
             load = f"tl.load(v_block + {self._chunk('v_in', n, p.e_chunks)}{guard})"
             scope.lines.append(f"{v} = {load}{self._to(p.a.v.tensor, p.value_type)}")
@@ -297,16 +297,16 @@ class Loops:
             step = f.scope.atom(p.v.along(p.a.j))
             scope.lines.append(f"v_block = v_at + j0.to(tl.int64) * {step}")
             for n, part in enumerate(p.e_chunks):
-                guard = self._guard(ok, self._chunk("e", n, p.e_chunks), part, int_of(p.a.e.extent))
+                guard = self._guard(ok, self._chunk("e", n, p.e_chunks), part, p.e_size)
                 guard = f", {guard}, other=0" if guard else ""
                 load = f"tl.load(v_block + {self._chunk('v_in', n, p.e_chunks)}{guard}).to(tl.float32)"
                 acc = self.accumulators[n]
                 scope.lines.append(f"{acc} += tl.where(empty_row, tl.sum({load}, 0)[None, :], 0.0)")
         else:
-            scope.lines.append(f"{self._j} = (j0 + tl.arange(0, BLOCK_N))[None, :]")
-            scope.define(p.a.j.index, self._j)
+            scope.lines.append(f"{self.j} = (j0 + tl.arange(0, BLOCK_N))[None, :]")
+            scope.define(p.a.j.index, self.j)
             if p.ragged:
-                scope.lines.append(f"j_ok = {self._j} < {f.scope.atom(p.a.j.extent)}")
+                scope.lines.append(f"j_ok = {self.j} < {f.scope.atom(p.a.j.extent)}")
                 scope.guard = "j_ok"
             assert p.factor is not None
             if S in free(p.factor):
@@ -322,7 +322,3 @@ class Loops:
         f.line(f"    for block in range(0, {blocks}):")
         f.scope.lines += [f"        {x}" for x in scope.lines]
 
-
-def int_of(x: object) -> int:
-    assert isinstance(x, Const)
-    return int(x.value)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attncc.ir import Access, Attention, Axis, Const, Expr, Size
-from attncc.ir.affine import linear_in, poly
 from attncc.ir.affine import expr as from_poly
+from attncc.ir.affine import linear_in, poly
 from attncc.ir.build import ZERO, add, mul
 from attncc.ir.expr import Index, free
 
@@ -61,7 +61,7 @@ def operands(a: Attention) -> tuple[Operand, Operand, Operand] | None:
 
 
 def chunks(extent: int) -> tuple[tuple[int, int], ...]:
-    """A head size as (width, offset) of one or two powers of two from 16 on: 128 is one, 192 is 128 + 64, 80 is 64 + 16.
+    """A head size as (width, offset) of one or two powers of two: 128 is one, 192 is 128 + 64, 80 is 64 + 16.
 
     Two products with little padding cost less than one padded to the next power of two."""
     whole = max(16, 1 << max(extent - 1, 0).bit_length())

@@ -29,7 +29,7 @@ def _floats(handle: interpreter.TensorHandle) -> np.ndarray:
     return handle.data.astype(np.float32)
 
 
-def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # noqa: ANN001, ANN202, ARG001
+def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     """Products in float32 as tensor cores make them. Triton's own multiplies bfloat16 as the integers it keeps."""
     return interpreter.TensorHandle(np.matmul(_floats(a), _floats(b)) + d.data, d.dtype.scalar)
 
