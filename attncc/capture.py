@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
+from torch.utils._pytree import tree_map_only
 
 from attncc import torch_private
 from attncc.patterns.facts import Facts
@@ -28,6 +30,7 @@ class Reading:
     origin: dict[fx.Node, fx.Node]
     owner: dict[fx.Node, fx.Node] = field(default_factory=dict)
     results: dict[fx.Node, Any] = field(default_factory=dict)
+    bodies: list[tuple[fx.GraphModule, list[Any]]] = field(default_factory=list)
 
     def facts(self) -> Facts:
         """Facts of the shadow, with the dtypes that Dynamo saw (a trace does not see autocast)."""
@@ -51,11 +54,13 @@ class _Shadow(fx.Interpreter):
         self.pairs: list[tuple[fx.Node, fx.Node]] = []
         self.spans: list[tuple[fx.Node, int, int]] = []
         self.parts: dict[fx.Node, Any] = {}
+        self.bodies: list[tuple[fx.GraphModule, list[Any]]] = []
 
     def run_node(self, n: fx.Node) -> Any:
         before = self._count()
-        known = torch_private.known_number(n)
-        result = super().run_node(n) if known is None else known
+        result = self._opaque(n) if isinstance(n.target, HigherOrderOperator) else torch_private.known_number(n)
+        if result is None:
+            result = super().run_node(n)
         made = torch_private.traced_node(result)
         if made is not None and n.op != "output":
             self.pairs.append((made, n))
@@ -63,6 +68,18 @@ class _Shadow(fx.Interpreter):
             self.parts[n] = [torch_private.traced_node(x) for x in result]
         self.spans.append((n, before, self._count()))
         return result
+
+    def _opaque(self, n: fx.Node) -> Any:
+        """New tensors for what a higher-order operator gives. Its body, if it has one of its own, is read by itself."""
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        for at, body in enumerate(args):
+            if isinstance(body, fx.GraphModule):
+                inputs = [x for x in args[at + 1 :] if not isinstance(x, str)]
+                expected = [p for p in body.graph.nodes if p.op == "placeholder"]
+                if len(inputs) == len(expected) and not any(isinstance(x, fx.GraphModule) for x in inputs):
+                    self.bodies.append((body, inputs))
+                break
+        return tree_map_only(torch.Tensor, torch_private.like, n.meta["example_value"])
 
     def _count(self) -> int:
         mode = torch_private.get_proxy_mode()
@@ -77,7 +94,7 @@ def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
     with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
         traced = torch_private.trace(lambda *a: shadow.run(*a), mode, fakes)
     names = {n.name: n for n in traced.graph.nodes}
-    reading = Reading(module, traced, {})
+    reading = Reading(module, traced, {}, bodies=shadow.bodies)
     for made, node in shadow.pairs:
         found = names.get(made.name)
         if found is not None:

@@ -67,8 +67,8 @@ def decide(site: Lifted, final: Attention, made: Built, facts: Facts) -> Choice:
         if not floor.failed and floor.us["attncc"] <= floor.us["products"] * (1 + TIE):
             return Choice(True, None, "faster than its two matrix products alone")
         step("compiling the unfused form for comparison")
-        unfused = torch_private.inductor(data.module, data.inputs, {})
-        return _settle(data, measured(("unfused",)), {"attncc": ours, "unfused": lambda: unfused(data.inputs)}, device)
+        unfused = torch_private.inductor_apart(data.module, data.inputs)
+        return _settle(data, measured(("unfused",)), {"attncc": ours, "unfused": lambda: unfused(*data.inputs)}, device)
 
 
 def _settle(data: Trial, where: Any, candidates: dict[str, Callable[[], object]], device: torch.device) -> Choice:

@@ -74,6 +74,8 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, meas
     try:
         step("reading the graph")
         reading = capture.read(gm, inputs)
+        for body, arguments in reading.bodies:
+            rewrite(body, arguments, found, measure=measure)
         facts = reading.facts()
         lifted = lift_all(facts)
         if not lifted:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext, detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
@@ -22,7 +22,11 @@ def fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     def fake(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
             return x
-        return mode.from_tensor(x, symbolic_context=symbolic.get(x))
+        context = symbolic.get(x)
+        if context is None:
+            return mode.from_tensor(x, static_shapes=True)
+        # the source is what ties symbols to those of Dynamo; without it a guard on one has nothing to check
+        return mode.from_tensor(x, symbolic_context=context, source=getattr(context, "tensor_source", None))
 
     return mode, [fake(x) for x in inputs]
 
@@ -46,6 +50,11 @@ def traced_node(value: Any) -> fx.Node | None:
     return getattr(proxy, "node", None)
 
 
+def like(x: torch.Tensor) -> torch.Tensor:
+    """A tensor, made inside the trace in progress, of the shape, strides, dtype and device of a Dynamo fake."""
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+
+
 def known_number(n: fx.Node) -> float | int | bool | None:
     """The number that Dynamo wrapped in a tensor (`dynamic=True` does so with floats), where this node unwraps it.
 
@@ -63,6 +72,14 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) 
     from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 - Inductor takes a second to import
 
     return compile_fx(gm, list(inputs), config_patches=config or None)
+
+
+def inductor_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A graph on real tensors compiled by Inductor from inside another compilation, and without a trace in it.
+
+    Left in the outer context it would put symbols of its own among those that Dynamo makes guards from."""
+    with tracing(None), torch.no_grad():
+        return inductor(gm, inputs, {})
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:

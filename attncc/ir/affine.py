@@ -151,9 +151,18 @@ def scaled(p: Poly, by: int) -> Poly:
 
 
 def is_positive(p: Poly) -> bool:
-    """p >= 1 whenever sizes are >= 1: the coefficients of size monomials are >= 0 and all together sum to >= 1."""
-    sizes_only = all(isinstance(f, Size) for m in p for f in m)
-    return sizes_only and all(c >= 0 for m, c in p.items() if m) and sum(p.values()) >= 1
+    """p >= 1 whenever sizes are >= 1: as a polynomial in sizes - 1, whose coefficients are >= 0, the constant >= 1."""
+    if not all(isinstance(f, Size) for m in p for f in m) or sum(p.values()) < 1:
+        return False
+    if all(c >= 0 for m, c in p.items() if m):
+        return True
+    shifted: Poly = {}
+    for m, c in p.items():
+        term: Poly = {(): c}
+        for f in m:
+            term = _times(term, {(): 1, (f,): 1})
+        shifted = plus(shifted, term)
+    return all(c >= 0 for c in shifted.values())
 
 
 def _never_negative(p: Poly) -> bool:
@@ -189,6 +198,11 @@ def _nonnegative(p: Poly, extents: Extents, splits: int) -> bool:
             if f.name == "floordiv" and is_positive(poly(f.args[1])):
                 whole = _divide_term(tuple(others), c, poly(f.args[1]))  # c * others = whole * divisor
                 if whole is None:
+                    # n // divisor <= n for n >= 0
+                    if c < 0 and all(isinstance(n, Size) for n in others) and nonnegative(f.args[0], extents):
+                        relaxed = plus(rest, _times({tuple(others): c}, poly(f.args[0])))
+                        if _nonnegative(relaxed, extents, splits - 1):
+                            return True
                     continue
                 # divisor * (n // divisor) lies in [n - divisor + 1, n]
                 near = poly(f.args[0])
