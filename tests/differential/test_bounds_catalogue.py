@@ -1,4 +1,4 @@
-"""The catalogue of masks, alone and combined: what tiles visit against the fewest blocks of keys that any tile could."""
+"""The catalogue of masks, alone and combined: what tiles visit against the fewest blocks that any tile could."""
 
 from __future__ import annotations
 
