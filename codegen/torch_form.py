@@ -23,7 +23,9 @@ from attncc.ir.evaluate import DTYPE_OF, Evaluator
 
 #: Elements of one block's scores: 4 MiB in float32 on a CPU, so that a block stays near the caches (measured best of
 #: 2^18 to 2^24), and enough to fill a large device.
-CPU_BUDGET, DEVICE_BUDGET = 1 << 20, 1 << 25
+CPU_BUDGET, DEVICE_BUDGET = 1 << 20, 1 << 24
+#: Blocks are larger where gradients are wanted, because each adds to the gradients of whole tensors.
+GRADIENT_FACTOR = 8
 #: Fewer rows than this make poor matrix products; the batch is split before the rows get fewer.
 LEAST_ROWS = 16
 
@@ -48,11 +50,11 @@ def run_blocked(
     whole = {x: (0, table[x.extent] if isinstance(x.extent, Size) else int(x.extent.value)) for x in a.axes}
     if is_plain(a) and whole[a.j][1] > 0:
         return [_library(a, named, table, whole)]
-    device = named[a.q.tensor].device
-    budget = budget or (CPU_BUDGET if device.type == "cpu" else DEVICE_BUDGET)
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if budget is None:
+        budget = (CPU_BUDGET if device == "cpu" else DEVICE_BUDGET) * (GRADIENT_FACTOR if differentiated else 1)
     split, rows = _split(a, whole, budget)
-    several = split > 0 or rows < whole[a.i][1]
-    recomputed = several and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    recomputed = differentiated and (split > 0 or rows < whole[a.i][1])
 
     def part(ranges: Ranges) -> list[torch.Tensor]:
         """All rows of some batch points. The operands are brought into shape once for all their blocks."""
@@ -138,11 +140,11 @@ class _Blocks(Evaluator):
                 start, span = start + c * first, span + c * (end - first - 1)
             if start < 0 or span <= 0 or start + span > value.shape[0]:
                 return None
-            value = value.narrow(0, start, span)
-            for axis, c in steps.items():  # this index moves a window, inside which the others move
+            value = value if span == value.shape[0] else value.narrow(0, start, span)
+            for axis, c in steps.items():
                 first, end = self.ranges[axis]
                 span -= c * (end - first - 1)
-                value = value.unfold(0, span, c).movedim(0, -2).movedim(-1, 0)
+                value = _windows(value, end - first, c, span)
             value = value.squeeze(0)
             found += steps
         value = value.permute([found.index(x.index) for x in self.axes if x.index in found])
@@ -152,8 +154,18 @@ class _Blocks(Evaluator):
         return value
 
 
+def _windows(value: torch.Tensor, count: int, step: int, span: int) -> torch.Tensor:
+    """(span, ..., count) from (step * (count - 1) + span, ...): windows of `span`, each `step` after the one before.
+    The first two ways are what unfold gives, with cheaper gradients."""
+    if step == span == 1:
+        return value.movedim(0, -1).unsqueeze(0)
+    if step == span:
+        return value.view(count, step, *value.shape[1:]).movedim(0, -1)  # splitting a dimension is always a view
+    return value.unfold(0, span, step).movedim(0, -2).movedim(-1, 0)
+
+
 def _affine(x: Expr) -> tuple[dict[Index, int], int] | None:
-    """`x` as steps of indices, each >= 1, and an offset."""
+    """`x` as steps of indices, each >= 1, the largest first, and an offset."""
     steps: dict[Index, int] = {}
     offset = 0
     for monomial, c in poly(x).items():
@@ -163,7 +175,7 @@ def _affine(x: Expr) -> tuple[dict[Index, int], int] | None:
             steps[monomial[0]] = c
         else:
             return None
-    return steps, offset
+    return dict(sorted(steps.items(), key=lambda item: -item[1])), offset
 
 
 def _as_kind(value: torch.Tensor, kind: Kind, compute: torch.dtype) -> torch.Tensor:
@@ -192,7 +204,7 @@ def _block(
 
     def over_ij(x: Expr) -> torch.Tensor:
         value = ev(x)
-        return (value[..., 0, 0] if value.ndim else value).expand(full)
+        return (value.squeeze((-2, -1)) if value.ndim else value).expand(full)
 
     ev.known[S] = (q @ k.transpose(-1, -2))[..., None, None]
     score = over_ij(a.score)

@@ -90,8 +90,6 @@ class Store:
     `root` is by default the folder that ATTNCC_CACHE_DIR names, else the user's cache folder. Where it cannot be used,
     a folder for this process alone takes its place and `note` says why."""
 
-    key = staticmethod(key)
-
     def __init__(self, root: Path | None = None, *, limit: int = LIMIT_BYTES) -> None:
         wanted = root or Path(os.environ.get(VARIABLE) or platformdirs.user_cache_dir("attncc"))
         self.limit = limit
