@@ -54,15 +54,19 @@ INLINE void full_run(const Tile& t, int64_t j0, int64_t count, int64_t& from, in
 static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stage stage, real* scores, real* spare) {
     const int64_t n = at.count;
     alignas(128) real keep[QUERIES];
-    score_product(c, t, at, scores);
     const Uniform u = uniform(c, b, t);
     int64_t from, to;
     full_run(t, at.j0, n, from, to);
     for (int64_t v = 0; v < t.columns; ++v) {
+        // A few columns at a time, so that their scores stay in the nearest cache until they are used.
+        if (v % STRIP == 0) {
+            if (v > 0 && stage != SUMS && HAS_OUT) value_product(c, t, v - STRIP, STRIP, at, weight_column(scores, spare, 0), keep);
+            score_product(c, t, v, v + STRIP < t.columns ? STRIP : t.columns - v, at, scores);
+        }
         const int64_t lane = v * LANES;
         const RowValues r = t.values[v];
-        real* s = scores + v * KEYS * LANES;
-        real* p = weight_column(scores, spare, v);
+        real* s = scores + v % STRIP * KEYS * LANES;
+        real* p = weight_column(scores, spare, v % STRIP);
         vmask seen = *(const vmask*)(t.seen + lane);
         const vreal m_old = load(t.m + lane);
         if (!IS_SOFTMAX || stage == WEIGHTS || stage == EMPTIES) {
@@ -124,6 +128,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
         *(vmask*)(t.seen + lane) = seen;
     }
     if (stage == SUMS || !HAS_OUT) return;
-    value_product(c, t, at, weight_column(scores, spare, 0), keep);
+    const int64_t last = (t.columns - 1) / STRIP * STRIP;
+    value_product(c, t, last, t.columns - last, at, weight_column(scores, spare, 0), keep);
     t.fresh = false;
 }

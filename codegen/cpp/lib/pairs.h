@@ -111,13 +111,14 @@ INLINE void put_last_weights(real* p, int64_t k, int64_t n, vreal w) {
 
 #if TILES
 #define PRODUCT_KEEPS 0
-static void score_product(const Call& c, const Tile& t, const Block& at, real* s) {
-    tile_product((at.count + 15) / 16, t.columns, at.k, at.k_row * 2, at.k_row * 32, 64, t.q, q_rows(c) * LANES,
+enum { STRIP = 2 };
+static void score_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, real* s) {
+    tile_product((at.count + 15) / 16, columns, at.k, at.k_row * 2, at.k_row * 32, 64, t.q + v * LANES * q_rows(c), q_rows(c) * LANES,
                  padded_d(c) / 32, s, KEYS * LANES, false);
 }
-static void value_product(const Call& c, const Tile& t, const Block& at, const real* p, const real*) {
-    tile_product(o_rows(c) / 16, t.columns, at.v, 64, 1024, o_rows(c) * 64, p, KEYS / 2 * LANES, (at.count + 31) / 32,
-                 t.o, o_rows(c) * LANES, !t.fresh);
+static void value_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, const real* p, const real*) {
+    tile_product(o_rows(c) / 16, columns, at.v, 64, 1024, o_rows(c) * 64, p, KEYS / 2 * LANES, (at.count + 31) / 32,
+                 t.o + v * LANES * o_rows(c), o_rows(c) * LANES, !t.fresh);
 }
 INLINE void rescale(const Call& c, const Tile& t, int64_t column, vreal factor) {
     real* o = t.o + column * o_rows(c) * LANES;
@@ -125,12 +126,13 @@ INLINE void rescale(const Call& c, const Tile& t, int64_t column, vreal factor) 
 }
 #else
 #define PRODUCT_KEEPS 1
-static void score_product(const Call& c, const Tile& t, const Block& at, real* s) {
-    product(at.count, t.columns, at.k, at.k_row, 2, t.q, q_rows(c) * LANES, (c.D + 1) / 2, s, KEYS * LANES, nullptr);
+enum { STRIP = TILE_VECTORS };
+static void score_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, real* s) {
+    product(at.count, columns, at.k, at.k_row, 2, t.q + v * LANES * q_rows(c), q_rows(c) * LANES, (c.D + 1) / 2, s, KEYS * LANES, nullptr);
 }
-static void value_product(const Call& c, const Tile& t, const Block& at, const real* p, const real* keep) {
-    product(c.E, t.columns, at.v, KEYS, 2, p, KEYS / 2 * LANES, (at.count + 1) / 2, t.o, o_rows(c) * LANES,
-            t.fresh ? nullptr : keep);
+static void value_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, const real* p, const real* keep) {
+    product(c.E, columns, at.v, KEYS, 2, p, KEYS / 2 * LANES, (at.count + 1) / 2, t.o + v * LANES * o_rows(c), o_rows(c) * LANES,
+            t.fresh ? nullptr : keep + v * LANES);
 }
 INLINE void rescale(const Call&, const Tile&, int64_t, vreal) {}
 #endif

@@ -35,15 +35,16 @@ static Block part_of(const Call&, const Block& x, int64_t from, int64_t to) {
     return {x.j0 + from, to - from, x.k + from * x.k_row, x.v + from * x.v_row, x.k_row, x.k_col, x.v_row, x.v_col};
 }
 
-static void score_product(const Call& c, const Tile& t, const Block& at, real* s) {
-    product(at.count, t.columns, at.k, at.k_row, at.k_col, t.q, q_rows(c) * LANES, c.D, s, KEYS * LANES, nullptr);
+static void score_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, real* s) {
+    product(at.count, columns, at.k, at.k_row, at.k_col, t.q + v * LANES * q_rows(c), q_rows(c) * LANES, c.D, s, KEYS * LANES, nullptr);
 }
-static void value_product(const Call& c, const Tile& t, const Block& at, const real* p, const real* keep) {
-    product(c.E, t.columns, at.v, at.v_col, at.v_row, p, KEYS * LANES, at.count, t.o, o_rows(c) * LANES,
-            t.fresh ? nullptr : keep);
+static void value_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, const real* p, const real* keep) {
+    product(c.E, columns, at.v, at.v_col, at.v_row, p, KEYS * LANES, at.count, t.o + v * LANES * o_rows(c), o_rows(c) * LANES,
+            t.fresh ? nullptr : keep + v * LANES);
 }
 INLINE real* weight_column(real* scores, real*, int64_t column) { return scores + column * KEYS * LANES; }
 INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) { store(p + k * LANES, w); store(p + (k + 1) * LANES, x); }
 INLINE void put_last_weights(real* p, int64_t k, int64_t n, vreal w) { if (k < n) store(p + k * LANES, w); }
 INLINE void rescale(const Call&, const Tile&, int64_t, vreal) {}
+enum { STRIP = TILE_VECTORS };  // columns that go through scores, weights and values together
 #define PRODUCT_KEEPS 1  // the value product applies `keep`
