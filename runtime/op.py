@@ -174,6 +174,7 @@ _differentiated = cast(Callable[..., tuple[torch.Tensor, ...]], cast(Any, _Diffe
 
 
 def _with_autograd(keys: Any, tensors: list[torch.Tensor], sizes: list[int], spec: str) -> Sequence[torch.Tensor]:
+    """The entry of every call outside inference mode; `keys` are the dispatch keys of the tensors and the thread."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         with _single_level() if _C._are_functorch_transforms_active() else nullcontext():
             return _differentiated(keys & _AFTER_AUTOGRAD, sizes, spec, *tensors)
@@ -193,13 +194,27 @@ def _leads_to_run(keys: int) -> bool:
 def _mapped(
     info: Any, dims: tuple[list[int | None], Any, None], tensors: list[torch.Tensor], sizes: list[int], spec: str
 ) -> tuple[list[torch.Tensor], list[int]]:
+    return _stacked(info.batch_size, [(dims[0], tensors)], lambda of: _attention(of[0], sizes, spec))
+
+
+def _mapped_backward(
+    info: Any, dims: tuple[Any, ...], grads: list[torch.Tensor], tensors: list[torch.Tensor], sizes: list[int],
+    spec: str, wanted: list[bool],
+) -> tuple[list[torch.Tensor], list[int]]:  # fmt: skip
+    lists = [(dims[0], grads), (dims[1], tensors)]
+    return _stacked(info.batch_size, lists, lambda of: _attention_backward(*of, sizes, spec, wanted))
+
+
+def _stacked(
+    count: int, lists: Sequence[tuple[list[int | None], list[torch.Tensor]]],
+    call: Callable[[list[list[torch.Tensor]]], Sequence[torch.Tensor]],
+) -> tuple[list[torch.Tensor], list[int]]:  # fmt: skip
     """`vmap`: one call an index."""
-    slices = [
-        [t if d is None else t.select(d, at) for t, d in zip(tensors, dims[0], strict=True)]
-        for at in range(info.batch_size)
+    results = [
+        call([[t if d is None else t.select(d, at) for d, t in zip(*pair, strict=True)] for pair in lists])
+        for at in range(count)
     ]
-    results = zip(*(_attention(s, sizes, spec) for s in slices), strict=True)
-    stacked = [torch.stack(same) for same in results]
+    stacked = [torch.stack(same) for same in zip(*results, strict=True)]
     return stacked, [0] * len(stacked)
 
 
@@ -223,3 +238,4 @@ _library.impl("attention_backward", _run_backward, "CompositeExplicitAutograd")
 _torch_library.register_fake(_attention, _fake, lib=_library)
 _torch_library.register_fake(_attention_backward, _fake_backward, lib=_library)
 _torch_library.register_vmap(_attention, _mapped, lib=_library)
+_torch_library.register_vmap(_attention_backward, _mapped_backward, lib=_library)

@@ -251,6 +251,50 @@ def test_functional_gradient_under_torch_func() -> None:
     torch.testing.assert_close(got, torch.func.grad(lambda x: loss(reference, x))(q))
 
 
+def test_gradients_of_each_sample_and_jacobians() -> None:
+    q, k, v, bias, length = inputs()
+
+    def loss(f: Callable[..., list[torch.Tensor]], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return f([x[None], y[None], v[:1], bias, length[1:]])[0].square().sum()
+
+    def each(f: Callable[..., list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        return torch.vmap(torch.func.grad(lambda x, y: loss(f, x, y), argnums=(0, 1)))(q, k)
+
+    torch.testing.assert_close(each(attend), each(reference))
+
+    def jacobian(f: Callable[..., list[torch.Tensor]]) -> torch.Tensor:
+        return torch.func.jacrev(lambda x: f([q, k, x, bias, length])[0].sum((0, 1, 3)))(v)
+
+    torch.testing.assert_close(jacobian(attend), jacobian(reference))
+
+
+def test_the_gradient_operator_runs_where_autograd_is_shut_out() -> None:
+    q, k, v, bias, length = inputs()
+    out = torch.ones(2, 4, 5, 6)
+
+    def backward() -> list[torch.Tensor]:
+        return torch.ops.attncc.attention_backward(
+            [out], [q, k, v, bias, length], [2, 5, 7], PLAIN, [True, False, True, False, False]
+        )
+
+    leaves = [q.clone().requires_grad_(), k, v.clone().requires_grad_(), bias, length]
+    want = torch.autograd.grad(reference(leaves)[0].sum(), [leaves[0], leaves[2]])
+    with torch._C._AutoDispatchBelowAutograd():
+        torch.testing.assert_close(backward(), list(want))
+    with torch.inference_mode():
+        torch.testing.assert_close(backward(), list(want))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 7), (2, 0, 7), (2, 5, 0)])
+def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
+    tensors = inputs(*shape)
+    tensors[0].requires_grad_()
+    (out,) = attend(tensors)
+    torch.testing.assert_close(out, reference(tensors)[0])
+    out.sum().backward()
+    assert tensors[0].grad is not None and not tensors[0].grad.any()
+
+
 def test_one_build_for_all_threads() -> None:
     built: list[str] = []
 
