@@ -15,24 +15,26 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 
 from attncc.ir import Attention
 
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 #: The processor flags each instruction set needs, best first; `neon` goes by the machine's name.
 NEEDS: dict[str, frozenset[str]] = {
-    "amx": frozenset({"amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi"}),
-    "avx512bf16": frozenset({"avx512_bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi"}),
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "amx": _AVX512 | {"avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16"},
+    "avx512bf16": _AVX512 | {"avx512_bf16", "avx512vbmi"},
+    "avx512": _AVX512,
     "avx2": frozenset({"avx2", "fma", "f16c"}),
 }
+_WIDE = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 _FLAGS: dict[str, tuple[str, ...]] = {
-    "amx": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"),
-    "avx512bf16": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mavx512vbmi"),
-    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "amx": (*_WIDE, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"),
+    "avx512bf16": (*_WIDE, "-mavx512bf16", "-mavx512vbmi"),
+    "avx512": _WIDE,
     "avx2": ("-march=x86-64-v3",),
     "neon": ("-march=armv8-a",),
 }
@@ -40,7 +42,7 @@ _COMMON = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
     "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-w",
 )  # fmt: skip
-_ERRORS = {1: "out of memory", 2: "a size beyond 2^24"}
+_ERRORS = {1: "out of memory", 2: "a size beyond 2^24", 3: "Linux does not let this process use AMX"}
 
 
 class CompileError(RuntimeError):
@@ -51,32 +53,48 @@ class KernelError(RuntimeError):
     """A kernel gave up; the message says why."""
 
 
-def processor_flags(cpuinfo: str) -> frozenset[str]:
-    """Flags of the first processor in the text of /proc/cpuinfo."""
-    found = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
-    return frozenset(found[1].split()) if found else frozenset()
+def processor(cpuinfo: str) -> tuple[str, frozenset[str]]:
+    """Vendor and flags of the first processor in the text of /proc/cpuinfo."""
+    vendor = re.search(r"^vendor_id\s*:\s*(\S+)", cpuinfo, re.MULTILINE)
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return vendor[1] if vendor else "", frozenset(flags[1].split()) if flags else frozenset()
 
 
-def best_isa(machine: str, flags: frozenset[str]) -> str | None:
-    """The best instruction set of a processor, or None where the skeleton knows none."""
+def usable_isas(machine: str, vendor: str, flags: frozenset[str]) -> list[str]:
+    """The instruction sets of a processor, the fastest first."""
     if machine in ("aarch64", "arm64"):
-        return "neon"
-    return next((isa for isa, needs in NEEDS.items() if needs <= flags), None)
+        return ["neon"]
+    fits = [isa for isa, needs in NEEDS.items() if needs <= flags]
+    if vendor == "GenuineIntel" and "avx512bf16" in fits:
+        fits.remove("avx512bf16")  # Intel's bf16 dot is slower than its float32 multiply-add; the matrix unit is not
+    return fits
 
 
 def detect_isa() -> str:
-    """This machine's instruction set; `ATTNCC_ISA` overrides it. Raises KernelError where none fits."""
+    """The best instruction set that this machine, its kernel and the compiler share; `ATTNCC_ISA` overrides it.
+
+    Raises KernelError where there is none."""
     chosen = os.environ.get("ATTNCC_ISA")
     if chosen:
         if chosen not in _FLAGS:
             raise KernelError(f"ATTNCC_ISA={chosen!r} is none of {', '.join(_FLAGS)}")
         return chosen
+    return _detected(CppToolchain.find())
+
+
+@cache
+def _detected(toolchain: CppToolchain | None) -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    flags = processor_flags(cpuinfo.read_text()) if cpuinfo.exists() else frozenset[str]()
-    isa = best_isa(platform.machine(), flags)
-    if isa is None:
-        raise KernelError(f"no kernels for this {platform.machine()} processor; they need at least AVX2 or NEON")
-    return isa
+    vendor, flags = processor(cpuinfo.read_text()) if cpuinfo.exists() else ("", frozenset[str]())
+    for isa in usable_isas(platform.machine(), vendor, flags):
+        if (isa != "amx" or _matrix_unit_allowed()) and (toolchain is None or toolchain.speaks(isa)):
+            return isa
+    raise KernelError(f"no kernels for this {platform.machine()} processor; they need at least AVX2 or NEON")
+
+
+def _matrix_unit_allowed() -> bool:
+    """Whether Linux lets this process use AMX tiles: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)."""
+    return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +120,11 @@ class CppToolchain:
 
     def flags(self, isa: str) -> tuple[str, ...]:
         return (*_COMMON, *_FLAGS[isa])
+
+    def speaks(self, isa: str) -> bool:
+        """Whether the compiler knows the instruction set."""
+        command = [self.path, *self.flags(isa), "-x", "c++", "-fsyntax-only", "-"]
+        return subprocess.run(command, input="", capture_output=True, text=True, check=False).returncode == 0
 
     def compile(self, source: str, isa: str, out: Path) -> None:
         """Builds the shared library `out` from `source`. Raises CompileError with the compiler's message."""

@@ -181,8 +181,8 @@ class _Emitter:
         if "lse" in a.outputs:
             lines.append(f"    real* lse;\n    int64_t s_lse[{rank + 1}];")
         lines.append("};")
-        for role, operand in (("q", self.q), ("k", self.k), ("v", self.v)):
-            dtype = _ELEMENT[a.tensor(operand.tensor).dtype]
+        for role, x in (("q", self.q), ("k", self.k), ("v", self.v)):
+            dtype = _ELEMENT[a.tensor(x.tensor).dtype]
             lines.append(f"typedef {dtype} {role}_element;")
         lines.append(f"typedef {_ELEMENT[a.dtype]} out_element;")
         return "\n".join(lines) + "\n"
@@ -277,7 +277,8 @@ class _Emitter:
         for call, intervals, tail in (("visit", self.bounds.visit, ", from, to"), ("see_all", self.bounds.full, "")):
             for x in intervals:
                 lines.append(f"{call}(t, {self.p.scalar(x.lo, names)}, {self.p.scalar(x.hi, names)}{tail});")
-        return _function("static void find_spans(const Call& c, const Batch& b, Tile& t, int64_t from, int64_t to)", lines)
+        head = "static void find_spans(const Call& c, const Batch& b, Tile& t, int64_t from, int64_t to)"
+        return _function(head, lines)
 
     def _logit(self) -> str:
         a = self.a

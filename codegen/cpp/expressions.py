@@ -30,9 +30,11 @@ _GATHER: dict[Kind, str] = {"int": "gather_int", "bool": "gather_mask", "float":
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _COMPARE = {"lt": "<", "le": "<=", "eq": "==", "ne": "!="}
-_CALLS = {"floordiv": "floordiv", "mod": "mod", "truncdiv": "truncdiv"}
-_CALLS |= {n: f"{n}_of" for n in ("exp", "log", "log1p", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "floor", "ceil")}
-_CALLS |= {"round": "round_of", "pow": "pow_of", "sin": "sin_of", "cos": "cos_of"}
+_FUNCTIONS = (
+    "exp", "log", "log1p", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "floor", "ceil", "round", "pow", "sin", "cos",
+)  # fmt: skip
+_DIVISIONS = ("floordiv", "mod", "truncdiv")
+_CALLS = {n: n for n in _DIVISIONS} | {n: f"{n}_of" for n in _FUNCTIONS}
 _BY_KIND = {"abs": "absolute", "min": "minimum", "max": "maximum"}
 _PICK: dict[Kind, str] = {"int": "pick_int", "bool": "pick_mask", "float": "pick"}
 
@@ -176,7 +178,8 @@ class _Scope:
                 return f"value(c.t_{tensor}[{self._offset(tensor, index)}])"
             case Op(name, args):
                 return _scalar_op(name, x, [self.scalar(a) for a in args])
-        raise TypeError(f"no scalar for {type(x).__name__}")
+            case _:
+                raise TypeError(f"no scalar for {type(x).__name__}")
 
     def _offset(self, tensor: str, index: tuple[Expr, ...]) -> str:
         parts = [f"{_tight(self.scalar(x))} * c.s_{tensor}[{n}]" for n, x in enumerate(index) if x != Const(0)]
@@ -192,7 +195,8 @@ class _Scope:
                 return self._gather(x, tensor, index)
             case Op(name, args):
                 return _vector_op(name, x, [self.vector(a) for a in args])
-        raise TypeError(f"no vector for {type(x).__name__}")
+            case _:
+                raise TypeError(f"no vector for {type(x).__name__}")
 
     def _gather(self, x: Load, tensor: str, index: tuple[Expr, ...]) -> str:
         """Scalars into the pointer; row terms kept a tile as offsets; the rest a lane."""
@@ -299,4 +303,5 @@ def _magnitude(n: Expr, most: dict[Expr, int], dtypes: dict[str, str]) -> int:
             return max(most[x], most[y])
         case Op("int", (x,)) if x.kind == "bool":
             return 1
-    return 2**63
+        case _:
+            return 2**63

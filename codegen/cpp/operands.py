@@ -43,7 +43,8 @@ def operand(access: Access, row: Axis, col: Axis) -> Operand:
 
 
 def _constant(monomial: tuple[Expr, ...]) -> bool:
-    return not any(isinstance(n, Load) or (isinstance(n, Op) and n.name in ("floordiv", "mod")) for n in walk(*monomial))
+    opaque = ("floordiv", "mod")
+    return not any(isinstance(n, Load) or (isinstance(n, Op) and n.name in opaque) for n in walk(*monomial))
 
 
 def folded_axes(a: Attention, bounds: list[Expr]) -> tuple[Axis, ...]:

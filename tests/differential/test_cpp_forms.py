@@ -61,7 +61,7 @@ FORMS: dict[str, dict[str, str]] = {
     "bfloat16 bias, causal": {"score": "s * 0.125 + half[i, j]", "tensors": "half", "mask": "j <= i"},
     "relative table": {
         "score": f"s * 0.125 + table[{HEAD}, min(max(i - j, 0), 31)]", "tensors": "table",
-    },  # fmt: skip
+    },
     "alibi": {"score": f"s * 0.125 - slope[{HEAD}] * float(i - j)", "tensors": "slope", "mask": "j <= i"},
     "softcap": {"score": "tanh(s * 0.0025) * 50.0", "mask": "j <= i"},
     "sinks": {"sink": f"sink   sinks[{HEAD}]", "tensors": "sinks", "mask": "j <= i and i - j < 9"},

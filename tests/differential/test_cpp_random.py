@@ -9,7 +9,9 @@ from random_ir import Program, programs
 
 from attncc.codegen.cpp import unsupported
 
-some = settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+some = settings(
+    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 ISAS = host_isas()
 
 

@@ -14,7 +14,7 @@ from attncc.codegen.cpp import emit
 from attncc.ir import Attention, Bounds, interpret
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.passes.bounds import loop_bounds
-from attncc.runtime.cpp import NEEDS, CppKernel, CppToolchain, processor_flags
+from attncc.runtime.cpp import NEEDS, CppKernel, CppToolchain, processor
 
 _folder = tempfile.TemporaryDirectory(prefix="attncc-test-")
 _ORDER = ("amx", "avx512bf16", "avx512", "avx2")
@@ -23,7 +23,7 @@ _ORDER = ("amx", "avx512bf16", "avx512", "avx2")
 def host_isas(*, every: bool = False) -> list[str]:
     """The instruction sets this processor runs: the best and AVX2, or all of them."""
     info = Path("/proc/cpuinfo")
-    flags = processor_flags(info.read_text()) if info.exists() else frozenset[str]()
+    flags = processor(info.read_text())[1] if info.exists() else frozenset[str]()
     found = [isa for isa in _ORDER if NEEDS[isa] <= flags]
     return found if every else [isa for n, isa in enumerate(found) if n == 0 or isa == "avx2"]
 
@@ -83,7 +83,8 @@ def check(a: Attention, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int
         if name == "out" and halves:
             # weights round to bfloat16 before their product with V, as SDPA rounds them
             unit = max(unit, torch.finfo(torch.bfloat16).eps)
-            scale = max(scale, max(t.abs().max().item() for t in tensors.values() if t.is_floating_point() and t.numel()))
+            floats = (t for t in tensors.values() if t.is_floating_point() and t.numel())
+            scale = max(scale, *(t.abs().max().item() for t in floats))
         own = (e - w)[finite].abs().max().item()
         error = (g - w)[finite].abs().max().item()
         assert error <= 4 * own + 4 * unit * scale, f"{name}: error {error}, eager {own}, scale {scale}"

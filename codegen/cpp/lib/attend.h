@@ -2,10 +2,26 @@
 // Stages: online softmax (or a pointwise normaliser) in one go; sums alone; weights from known sums; rows without keys.
 enum Stage { ONLINE, SUMS, WEIGHTS, EMPTIES };
 
+// Logits to base 2. A score that is not `s * constant` may hold the lowest finite value: it stays finite, and is rounded
+// before anything is subtracted, so that equal scores differ by nothing (a fused multiply-add would keep the rounding).
+INLINE vreal scaled(vreal x) {
+    if (PLAIN || !IS_SOFTMAX) return x;
+    x = pick(x == splat(-INFINITY), x, high(x, splat(REAL_IS_DOUBLE ? -1.2e308 : -2.3e38f))) * SCALE;
+#if defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#elif defined(WIDE_512)
+    __asm__("" : "+v"(x));
+#else
+    __asm__("" : "+x"(x));
+#endif
+    return x;
+}
+static constexpr real LATE = PLAIN ? SCALE : 1;  // what `scaled` leaves to do
+
 template <bool MASKED>
 INLINE vreal logit_at(const Call& c, const Uniform& u, const RowValues& r, int64_t j, real* s, vmask& seen) {
     vmask visible = splat_mask(true);
-    vreal x = logit<MASKED>(c, u, r, j, load(s), visible);
+    vreal x = scaled(logit<MASKED>(c, u, r, j, load(s), visible));
     if (MASKED) {
         x = pick(visible, x, splat(-INFINITY));
         seen |= visible;
@@ -35,7 +51,7 @@ INLINE void weights(const Call& c, const Uniform& u, const RowValues& r, int64_t
         const vreal raw = load(s + k * LANES);
         vmask visible = splat_mask(true);
         vreal w = logit<MASKED>(c, u, r, j0 + k, raw, visible);
-        if (IS_SOFTMAX) w = exp2_of(w * SCALE - m) * inverse;
+        if (IS_SOFTMAX) w = exp2_of(scaled(w) * LATE - m) * inverse;
         w = weight(c, u, r, j0 + k, raw, w);
         store(s + k * LANES, MASKED ? pick(visible, w, vreal{}) : w);
     }
@@ -95,7 +111,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
         logits<false>(c, u, r, at.j0, from, to, s, top, seen);
         logits<true>(c, u, r, at.j0, to, n, s, top, seen);
         const vreal block_top = high(high(top[0], top[1]), high(top[2], top[3]));
-        vreal m = high(block_top * SCALE, m_old);
+        vreal m = high(block_top * LATE, m_old);
         if (!PRODUCT_KEEPS && none(m > m_old + LAZY)) m = m_old;
         const vreal safe = m == -INFINITY ? vreal{} : m;
         vreal sum[4];
@@ -105,7 +121,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
             vreal w[4];
 #pragma GCC unroll 4
             for (int x = 0; x < 4; ++x) {
-                w[x] = exp2_weight(load(s + (k + x) * LANES) * SCALE - safe);
+                w[x] = exp2_weight(load(s + (k + x) * LANES) * LATE - safe);
                 sum[x] += w[x];
                 w[x] = linear_weight(c, u, r, at.j0 + k + x, w[x]);
             }
@@ -114,7 +130,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
         }
         vreal w[2] = {};
         for (int64_t x = 0; x < n - k; ++x) {
-            w[x & 1] = exp2_weight(load(s + (k + x) * LANES) * SCALE - safe);
+            w[x & 1] = exp2_weight(load(s + (k + x) * LANES) * LATE - safe);
             sum[x] += w[x & 1];
             w[x & 1] = linear_weight(c, u, r, at.j0 + k + x, w[x & 1]);
             if (x == 1) put_weights(p, k, w[0], w[1]);

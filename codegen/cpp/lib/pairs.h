@@ -9,7 +9,7 @@ INLINE int64_t o_rows(const Call& c) { return padded_e(c); }
 static size_t k_scratch(const Call& c) { return (size_t)padded_d(c) * KEYS * 2; }
 static size_t v_scratch(const Call& c) { return (size_t)padded_e(c) * KEYS * 2; }
 static size_t p_scratch() { return (size_t)QUERIES * KEYS * 2; }
-enum { KEY_STEP = 32 };
+constexpr int64_t KEY_STEP = 32;
 
 typedef uint16_t vpairs __attribute__((vector_size(64)));
 typedef uint16_t half_row __attribute__((vector_size(32), aligned(2), may_alias));
@@ -56,7 +56,7 @@ static const uint16_t* pack_keys(const Call& c, const k_element* k, int64_t coun
 INLINE int64_t v_tile(const Call& c, int64_t key, int64_t e) {
     return TILES ? (key / 32 * (padded_e(c) / 16) + e / 16) * 512 : e * KEYS + key;
 }
-enum { V_ROW = TILES ? 32 : KEYS };
+constexpr int64_t V_ROW = TILES ? 32 : KEYS;
 
 static const uint16_t* pack_values(const Call& c, const v_element* v, int64_t count, uint16_t* out) {
     for (int64_t key = 0; key < count; key += 32)
@@ -111,7 +111,7 @@ INLINE void put_last_weights(real* p, int64_t k, int64_t n, vreal w) {
 
 #if TILES
 #define PRODUCT_KEEPS 0
-enum { STRIP = 2 };
+constexpr int64_t STRIP = 2;
 static void score_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, real* s) {
     tile_product((at.count + 15) / 16, columns, at.k, at.k_row * 2, at.k_row * 32, 64, t.q + v * LANES * q_rows(c), q_rows(c) * LANES,
                  padded_d(c) / 32, s, KEYS * LANES, false);
@@ -126,7 +126,7 @@ INLINE void rescale(const Call& c, const Tile& t, int64_t column, vreal factor) 
 }
 #else
 #define PRODUCT_KEEPS 1
-enum { STRIP = TILE_VECTORS };
+constexpr int64_t STRIP = TILE_VECTORS;
 static void score_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, real* s) {
     product(at.count, columns, at.k, at.k_row, 2, t.q + v * LANES * q_rows(c), q_rows(c) * LANES, (c.D + 1) / 2, s, KEYS * LANES, nullptr);
 }

@@ -5,7 +5,7 @@ INLINE int64_t o_rows(const Call& c) { return c.E; }
 static size_t k_scratch(const Call& c) { return (size_t)c.D * KEYS * sizeof(real); }
 static size_t v_scratch(const Call& c) { return (size_t)c.E * KEYS * sizeof(real); }
 static size_t p_scratch() { return 0; }  // weights overwrite their scores
-enum { KEY_STEP = 1 };                   // where a part of a block may begin
+constexpr int64_t KEY_STEP = 1;                   // where a part of a block may begin
 
 static void load_queries(const Call& c, const q_element* const (&rows)[LANES], real* column) {
     to_lanes(rows, c.q_d, c.D, column);
@@ -46,5 +46,5 @@ INLINE real* weight_column(real* scores, real*, int64_t column) { return scores 
 INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) { store(p + k * LANES, w); store(p + (k + 1) * LANES, x); }
 INLINE void put_last_weights(real* p, int64_t k, int64_t n, vreal w) { if (k < n) store(p + k * LANES, w); }
 INLINE void rescale(const Call&, const Tile&, int64_t, vreal) {}
-enum { STRIP = TILE_VECTORS };  // columns that go through scores, weights and values together
+constexpr int64_t STRIP = TILE_VECTORS;  // columns that go through scores, weights and values together
 #define PRODUCT_KEEPS 1  // the value product applies `keep`

@@ -1,0 +1,1270 @@
+// attncc: a C++ kernel for avx2
+//
+// out[i, e] = sum_j weight(softmax_j(score(s)) where mask) * v[j, e],  s = sum_d q[i, d] * k[j, d]
+//
+// attention
+// size   B, N
+// batch  b = B, hk = 2, g = 4
+// axis   i = N, j = N, d = 64, e = 64
+// tensor q: f32[B, N, 8, 64]
+// tensor k: f32[B, N, 2, 64]
+// tensor v: f32[B, N, 2, 64]
+// tensor slope: f32[8]
+// tensor doc: i32[B, N]
+// q      q[b, i, hk * 4 + g, d]
+// k      k[b, j, hk, d]
+// v      v[b, j, hk, e]
+// score  s * 0.125 - slope[hk * 4 + g] * float(i - j)
+// mask   j <= i and doc[b, i] == doc[b, j]
+// norm   softmax
+// empty  zero
+// weight w
+// give   out, lse
+// dtype  f32
+// layout b, i, hk, g, e
+//
+// visit 0 <= j < i1
+
+#include <math.h>
+#include <omp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#define LANES 8
+#define QUERIES 64
+#define KEYS 128
+#define GROUP_TILES 8
+#define TILE_ROWS 6
+#define TILE_VECTORS 2
+#define MAX_SPANS 1
+#define ROW_AXES 2
+#define REAL_IS_DOUBLE 0
+#define BIAS 127
+#define MANTISSA 23
+#define LN2 0.69314718055994530942f
+#define LN2_HIGH 0.693359375f
+#define LN2_LOW -2.12194440e-4f
+#define FN(name) name##f
+#define F16_ROW 256
+#define F16_SCALAR _Float16
+#define ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#define HAS_OUT 1
+#define HAS_LSE 1
+#define HAS_SINK 0
+#define IS_SOFTMAX 1
+#define NORMALIZED_EARLY 0
+#define EMPTY_ZERO 0
+#define EMPTY_MEAN 1
+#define EMPTY_NAN 2
+#define EMPTY EMPTY_ZERO
+#define PLAIN 0
+#define SCALE 1.0f
+#define CAN_SPLIT 1
+#define EVEN_AREA 0
+#define OUT_OF_MEMORY 1
+#define TOO_LARGE 2
+#define NO_MATRIX_UNIT 3
+#define PAIRS 0
+#define TILES 0
+#define LAZY 0
+typedef float real;  // the compute type
+typedef int32_t mask_int;
+typedef int32_t lane_int;  // what every integer of a lane fits
+
+// ---- vectors: LANES numbers of the compute type, with masks and integers of as many lanes ---------------------------
+typedef real vreal __attribute__((vector_size(LANES * sizeof(real))));
+typedef real vreal_any __attribute__((vector_size(LANES * sizeof(real)), aligned(sizeof(real)), may_alias));
+typedef mask_int vmask __attribute__((vector_size(LANES * sizeof(mask_int))));  // 0 or -1 a lane
+typedef lane_int vint __attribute__((vector_size(LANES * sizeof(lane_int))));
+typedef int64_t vlong __attribute__((vector_size(LANES * sizeof(int64_t))));
+typedef uint16_t vhalf __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef uint32_t vword __attribute__((vector_size(LANES * 4)));
+
+#define INLINE static inline __attribute__((always_inline))
+#define EACH_LANE(expression) for (int l = 0; l < LANES; ++l) { expression; }
+
+INLINE vreal splat(real x) { return x - (vreal){}; }
+INLINE vint splat_int(int64_t x) { return (lane_int)x - (vint){}; }
+INLINE vmask splat_mask(bool x) { return (mask_int)-(int)x - (vmask){}; }
+INLINE vreal load(const real* p) { return *(const vreal_any*)p; }
+INLINE void store(real* p, vreal x) { *(vreal_any*)p = x; }
+INLINE vreal pick(vmask m, vreal a, vreal b) { return m ? a : b; }
+INLINE vmask narrow(vint m) { return __builtin_convertvector(m, vmask); }
+INLINE vint widen(vmask m) { return __builtin_convertvector(m, vint); }
+INLINE vint pick_int(vmask m, vint a, vint b) { return widen(m) ? a : b; }
+INLINE vmask pick_mask(vmask m, vmask a, vmask b) { return (m & a) | (~m & b); }
+INLINE vreal to_real(vint x) { return __builtin_convertvector(x, vreal); }
+INLINE vreal mask_to_real(vmask m) { return pick(m, splat(1), splat(0)); }
+INLINE vint to_int(vreal x) { return __builtin_convertvector(x, vint); }
+INLINE vlong to_long(vint x) { return __builtin_convertvector(x, vlong); }
+
+// Both give b where a or b is NaN.
+#ifdef WIDE_512
+INLINE vreal high(vreal a, vreal b) { return __builtin_ia32_maxps512_mask(a, b, a, -1, 4); }
+INLINE vreal low(vreal a, vreal b) { return __builtin_ia32_minps512_mask(a, b, a, -1, 4); }
+#else
+INLINE vreal high(vreal a, vreal b) { return a > b ? a : b; }
+INLINE vreal low(vreal a, vreal b) { return a < b ? a : b; }
+#endif
+// Both give NaN where a or b is NaN, as torch does.
+INLINE vreal maximum(vreal a, vreal b) { return a != a ? a : high(a, b); }
+INLINE vreal minimum(vreal a, vreal b) { return a != a ? a : low(a, b); }
+INLINE real maximum(real a, real b) { return a != a || a > b ? a : b; }
+INLINE real minimum(real a, real b) { return a != a || a < b ? a : b; }
+INLINE vint maximum_int(vint a, vint b) { return a > b ? a : b; }
+INLINE vint minimum_int(vint a, vint b) { return a < b ? a : b; }
+INLINE int64_t maximum_int(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t minimum_int(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Integer division that floors, as Python's does.
+INLINE int64_t floordiv(int64_t a, int64_t b) { int64_t q = a / b; return q - (a % b != 0 && (a < 0) != (b < 0)); }
+INLINE int64_t mod(int64_t a, int64_t b) { int64_t r = a % b; return r + (r != 0 && (r < 0) != (b < 0) ? b : 0); }
+INLINE vint floordiv(vint a, vint b) { vint r; EACH_LANE(r[l] = (lane_int)floordiv((int64_t)a[l], (int64_t)b[l])) return r; }
+INLINE vint mod(vint a, vint b) { vint r; EACH_LANE(r[l] = (lane_int)mod((int64_t)a[l], (int64_t)b[l])) return r; }
+INLINE vint truncdiv(vint a, vint b) { return a / b; }
+INLINE int64_t truncdiv(int64_t a, int64_t b) { return a / b; }
+INLINE vreal absolute(vreal x) { return x < 0 ? -x : x + 0; }
+INLINE real absolute(real x) { return x < 0 ? -x : x + 0; }
+INLINE vint absolute_int(vint x) { return x < 0 ? -x : x; }
+INLINE int64_t absolute_int(int64_t x) { return x < 0 ? -x : x; }
+
+#ifdef WIDE_512
+INLINE vreal floor_of(vreal x) { return __builtin_ia32_rndscaleps_mask(x, 1, x, -1, 4); }
+INLINE vreal ceil_of(vreal x) { return __builtin_ia32_rndscaleps_mask(x, 2, x, -1, 4); }
+INLINE vreal round_of(vreal x) { return __builtin_ia32_rndscaleps_mask(x, 0, x, -1, 4); }
+INLINE vreal sqrt_of(vreal x) { return __builtin_ia32_sqrtps512_mask(x, x, -1, 4); }
+#else
+INLINE vreal floor_of(vreal x) { vreal r; EACH_LANE(r[l] = FN(__builtin_floor)(x[l])) return r; }
+INLINE vreal ceil_of(vreal x) { vreal r; EACH_LANE(r[l] = FN(__builtin_ceil)(x[l])) return r; }
+INLINE vreal round_of(vreal x) { vreal r; EACH_LANE(r[l] = FN(__builtin_rint)(x[l])) return r; }
+INLINE vreal sqrt_of(vreal x) { vreal r; EACH_LANE(r[l] = FN(__builtin_sqrt)(x[l])) return r; }
+#endif
+INLINE real floor_of(real x) { return FN(__builtin_floor)(x); }
+INLINE real ceil_of(real x) { return FN(__builtin_ceil)(x); }
+INLINE real round_of(real x) { return FN(__builtin_rint)(x); }
+INLINE real sqrt_of(real x) { return FN(__builtin_sqrt)(x); }
+INLINE vreal rsqrt_of(vreal x) { return 1 / sqrt_of(x); }
+INLINE real rsqrt_of(real x) { return 1 / sqrt_of(x); }
+
+// p * 2^n for integral n of any size: two steps, so that results in the denormals and beyond the largest come out right.
+INLINE vreal ldexp_of(vreal p, vreal n) {
+#ifdef WIDE_512
+    return __builtin_ia32_scalefps512_mask(p, n, p, -1, 4);
+#else
+    const vreal edge = splat(2 * BIAS);
+    const vmask i = __builtin_convertvector(high(-edge, low(edge, n)), vmask);
+    const vmask a = i >> 1, b = i - a;
+    return p * (vreal)((a + BIAS) << MANTISSA) * (vreal)((b + BIAS) << MANTISSA);
+#endif
+}
+
+// 2^f for f in [-1/2, 1/2]: minimax, relative error 1.9e-9 (float) and 3e-18 (double) before rounding.
+INLINE vreal exp2_small(vreal f) {
+#if REAL_IS_DOUBLE
+    vreal p = splat(4.4352809446103361611e-10);
+    p = p * f + 7.0741056262456593708e-9;
+    p = p * f + 1.0178198033328527662e-7;
+    p = p * f + 1.3215433089594629037e-6;
+    p = p * f + 1.52527334899608046e-5;
+    p = p * f + 1.5403530462514613026e-4;
+    p = p * f + 1.3333558146789950323e-3;
+    p = p * f + 9.6181291075883350833e-3;
+    p = p * f + 5.5504108664819921483e-2;
+    p = p * f + 2.4022650695910156205e-1;
+    p = p * f + 6.9314718055994533046e-1;
+#else
+    vreal p = splat(1.53458121587e-4f);
+    p = p * f + 1.33999312095e-3f;
+    p = p * f + 9.61848895652e-3f;
+    p = p * f + 5.550328777e-2f;
+    p = p * f + 2.40226468906e-1f;
+    p = p * f + 6.93147205737e-1f;
+#endif
+    return p * f + 1;
+}
+
+// 2^x, exactly 0 for x = -inf, NaN for NaN.
+INLINE vreal exp2_of(vreal x) {
+    const vreal c = high(splat(-2 * BIAS), low(splat(2 * BIAS), x));
+    const vreal n = round_of(c);
+    return ldexp_of(exp2_small(c - n), n);
+}
+
+INLINE vreal exp_of(vreal x) {
+    const vreal c = high(splat(-2 * BIAS), low(splat(2 * BIAS), x));
+    const vreal n = round_of(c * (real)1.4426950408889634074);
+    const vreal r = (c - n * LN2_HIGH) - n * LN2_LOW;
+    return ldexp_of(exp2_small(r * (real)1.4426950408889634074), n);
+}
+INLINE real exp_of(real x) { return FN(__builtin_exp)(x); }
+
+// tanh: an odd polynomial where exp would cancel, exp beyond.
+INLINE vreal tanh_of(vreal x) {
+    const vreal a = absolute(x);
+    const vreal far = 1 - 2 / (exp_of(2 * a) + 1);
+#if REAL_IS_DOUBLE
+    vreal near; EACH_LANE(near[l] = __builtin_tanh(x[l]))
+    return near + 0 * far;
+#else
+    const vreal y = x * x;
+    vreal p = splat(-5.70498872745e-3f);
+    p = p * y + 2.06390887954e-2f;
+    p = p * y + -5.37397155531e-2f;
+    p = p * y + 1.33314422036e-1f;
+    p = p * y + -3.33332819422e-1f;
+    const vreal near = p * y * x + x;
+    return a < (real)0.625 ? near : x < 0 ? -far : far;
+#endif
+}
+INLINE real tanh_of(real x) { return FN(__builtin_tanh)(x); }
+INLINE vreal sigmoid_of(vreal x) { return 1 / (1 + exp_of(-x)); }
+INLINE real sigmoid_of(real x) { return 1 / (1 + FN(__builtin_exp)(-x)); }
+
+#define BY_LANE(name, f) \
+    INLINE vreal name(vreal x) { vreal r; EACH_LANE(r[l] = FN(f)(x[l])) return r; } \
+    INLINE real name(real x) { return FN(f)(x); }
+BY_LANE(log_of, __builtin_log)
+BY_LANE(log1p_of, __builtin_log1p)
+BY_LANE(erf_of, __builtin_erf)
+BY_LANE(sin_of, __builtin_sin)
+BY_LANE(cos_of, __builtin_cos)
+INLINE vreal pow_of(vreal x, vreal y) { vreal r; EACH_LANE(r[l] = FN(__builtin_pow)(x[l], y[l])) return r; }
+INLINE real pow_of(real x, real y) { return FN(__builtin_pow)(x, y); }
+
+// 2^x for x not far above 0, as the softmax needs it: exactly 0 where 2^x is below the normal numbers.
+INLINE vreal exp2_weight(vreal x) {
+#if REAL_IS_DOUBLE
+    return exp2_of(x);
+#elif defined(WIDE_512)
+    // Against floor(x), which scalef takes of x by itself: no clamp is needed, since reduce gives 0 for -inf. Degree 5 on
+    // [0, 1), relative error 7.5e-8; degree 3, 7.5e-5, where the result rounds to bfloat16.
+    vreal f;
+    asm("vreduceps $1, %1, %0" : "=v"(f) : "v"(x));
+#if PAIRS
+    vreal p = splat(0.0780245226895f);
+    p = p * f + 0.226067155397f;
+    p = p * f + 0.695833540479f;
+    p = p * f + 0.999925218566f;
+#else
+    vreal p = splat(0.00187757670002f);
+    p = p * f + 0.00898934002358f;
+    p = p * f + 0.0558263181162f;
+    p = p * f + 0.240153617021f;
+    p = p * f + 0.693153073203f;
+    p = p * f + 0.999999925064f;
+#endif
+    return __builtin_ia32_scalefps512_mask(p, x, p, -1, 4);
+#else
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const vreal c = high(splat(-126), x);
+    const vreal n = c + shift;
+    const vreal f = c - (n - shift);
+    const vreal p = exp2_small(f);
+    return x < -126 ? vreal{} : (vreal)((vmask)p + ((vmask)n << 23));
+#endif
+}
+
+INLINE bool none(vmask m) {
+    mask_int any = 0;
+    EACH_LANE(any |= m[l])
+    return !any;
+}
+
+// ---- element types: every load gives the compute type, integers as they are, booleans as masks ----------------------
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+INLINE float from_bf16(uint16_t x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
+INLINE uint16_t to_bf16(float f) {
+    uint32_t u; memcpy(&u, &f, 4);
+    return f != f ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+INLINE float from_f16(uint16_t x) { F16_SCALAR h; memcpy(&h, &x, 2); return (float)h; }
+INLINE uint16_t to_f16(float f) { F16_SCALAR h = (F16_SCALAR)f; uint16_t x; memcpy(&x, &h, 2); return x; }
+
+INLINE real value(float x) { return (real)x; }
+INLINE real value(double x) { return (real)x; }
+INLINE real value(bf16 x) { return (real)from_bf16(x.bits); }
+INLINE real value(f16 x) { return (real)from_f16(x.bits); }
+INLINE int64_t value(int64_t x) { return x; }
+INLINE int64_t value(int32_t x) { return x; }
+INLINE int64_t value(int16_t x) { return x; }
+INLINE int64_t value(int8_t x) { return x; }
+INLINE int64_t value(uint8_t x) { return x; }
+INLINE bool value(bool x) { return x; }
+
+INLINE void put(float* p, real x) { *p = (float)x; }
+INLINE void put(double* p, real x) { *p = (double)x; }
+INLINE void put(bf16* p, real x) { p->bits = to_bf16((float)x); }
+INLINE void put(f16* p, real x) { p->bits = to_f16((float)x); }
+
+// LANES consecutive elements.
+INLINE vreal row(const float* p) {
+    typedef float v __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+    return __builtin_convertvector(*(const v*)p, vreal);
+}
+INLINE vreal row(const double* p) {
+    typedef double v __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
+    return __builtin_convertvector(*(const v*)p, vreal);
+}
+INLINE vreal row(const bf16* p) {
+    typedef float v __attribute__((vector_size(LANES * 4)));
+    return __builtin_convertvector((v)(__builtin_convertvector(*(const vhalf*)p, vword) << 16), vreal);
+}
+#if F16_ROW == 512
+INLINE vreal row(const f16* p) {
+    typedef short v __attribute__((vector_size(32), aligned(2), may_alias));
+    return __builtin_ia32_vcvtph2ps512_mask(*(const v*)p, vreal{}, -1, 4);
+}
+#elif F16_ROW == 256
+INLINE vreal row(const f16* p) {
+    typedef short v __attribute__((vector_size(16), aligned(2), may_alias));
+    return __builtin_ia32_vcvtph2ps256(*(const v*)p);
+}
+#else
+INLINE vreal row(const f16* p) { vreal r; EACH_LANE(r[l] = value(p[l])) return r; }
+#endif
+INLINE void put_row(float* p, vreal x) {
+    typedef float v __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+    *(v*)p = __builtin_convertvector(x, v);
+}
+INLINE void put_row(double* p, vreal x) {
+    typedef double v __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
+    *(v*)p = __builtin_convertvector(x, v);
+}
+INLINE void put_row(bf16* p, vreal x) {
+    typedef float v __attribute__((vector_size(LANES * 4)));
+    const v f = __builtin_convertvector(x, v);
+    const vword u = (vword)f;
+    const vword rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    *(vhalf*)p = __builtin_convertvector(f != f ? vword{} + 0x7fc0 : rounded, vhalf);
+}
+#if F16_ROW == 512
+INLINE void put_row(f16* p, vreal x) {
+    typedef short v __attribute__((vector_size(32)));
+    typedef short v_any __attribute__((vector_size(32), aligned(2), may_alias));
+    *(v_any*)p = __builtin_ia32_vcvtps2ph512_mask(x, 0, v{}, -1);
+}
+#elif F16_ROW == 256
+INLINE void put_row(f16* p, vreal x) {
+    typedef short v_any __attribute__((vector_size(16), aligned(2), may_alias));
+    *(v_any*)p = __builtin_ia32_vcvtps2ph256(x, 0);
+}
+#else
+INLINE void put_row(f16* p, vreal x) { EACH_LANE(put(p + l, x[l])) }
+#endif
+
+// One element a lane, at offsets in elements.
+template <class T> INLINE vreal gather_real(const T* p, vlong at) { vreal r; EACH_LANE(r[l] = value(p[at[l]])) return r; }
+template <class T> INLINE vint gather_int(const T* p, vlong at) {
+    vint r; EACH_LANE(r[l] = (lane_int)value(p[at[l]])) return r;
+}
+template <class T> INLINE vmask gather_mask(const T* p, vlong at) {
+    vmask r; EACH_LANE(r[l] = -(mask_int)(value(p[at[l]]) != 0)) return r;
+}
+
+
+// ---- layout: rows of elements into columns of lanes and back --------------------------------------------------------
+// A LANES x LANES transpose in registers: log2(LANES) rounds of interleaving row n with row n + LANES / 2.
+template <class V> INLINE void transpose(V (&x)[LANES]) {
+#pragma GCC unroll 8
+    for (int step = 1; step < LANES; step *= 2) {
+        V y[LANES];
+#pragma GCC unroll 16
+        for (int n = 0; n < LANES / 2; ++n) {
+            y[2 * n] = __builtin_shufflevector(x[n], x[n + LANES / 2], ZIP_LOW);
+            y[2 * n + 1] = __builtin_shufflevector(x[n], x[n + LANES / 2], ZIP_HIGH);
+        }
+#pragma GCC unroll 16
+        for (int n = 0; n < LANES; ++n) x[n] = y[n];
+    }
+}
+
+// out[column][lane] = rows[lane][column], `columns` elements `stride` apart; a null row gives zeros.
+template <class T>
+static void to_lanes(const T* const (&rows)[LANES], int64_t stride, int64_t columns, real* out) {
+    int64_t n = 0;
+    if (stride == 1)
+        for (; n + LANES <= columns; n += LANES) {
+            vreal x[LANES];
+            for (int l = 0; l < LANES; ++l) x[l] = rows[l] ? row(rows[l] + n) : vreal{};
+            transpose(x);
+            for (int l = 0; l < LANES; ++l) store(out + (n + l) * LANES, x[l]);
+        }
+    for (; n < columns; ++n)
+        for (int l = 0; l < LANES; ++l) out[n * LANES + l] = rows[l] ? value(rows[l][n * stride]) : 0;
+}
+
+// rows[lane][column] = in[column][lane] * scale[lane] for the rows that are not null.
+template <class T>
+static void from_lanes(const real* in, vreal scale, vmask keep, T* const (&rows)[LANES], int64_t stride,
+                       int64_t columns) {
+    int64_t n = 0;
+    if (stride == 1)
+        for (; n + LANES <= columns; n += LANES) {
+            vreal x[LANES];
+            for (int l = 0; l < LANES; ++l) x[l] = pick(keep, load(in + (n + l) * LANES) * scale, vreal{});
+            transpose(x);
+            for (int l = 0; l < LANES; ++l)
+                if (rows[l]) put_row(rows[l] + n, x[l]);
+        }
+    for (; n < columns; ++n) {
+        const vreal x = pick(keep, load(in + n * LANES) * scale, vreal{});
+        for (int l = 0; l < LANES; ++l)
+            if (rows[l]) put(rows[l] + n * stride, x[l]);
+    }
+}
+
+// out[r][column], `columns` apart, as the compute type.
+template <class T>
+static const real* plain(const T* in, int64_t row_stride, int64_t stride, int64_t rows, int64_t columns, real* out) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* p = in + r * row_stride;
+        real* o = out + r * columns;
+        int64_t n = 0;
+        if (stride == 1)
+            for (; n + LANES <= columns; n += LANES) store(o + n, row(p + n));
+        for (; n < columns; ++n) o[n] = value(p[n * stride]);
+    }
+    return out;
+}
+
+// ---- products: out[r][query] = sum_k a[r, k] * b[k][query], queries in lanes, `a` broadcast from where it lies ------
+// b and out are columns of LANES queries, `b_next` and `out_next` apart, each with its rows one after the other.
+// With `keep`, out = out * keep[query] + sum; otherwise out = sum.
+#if PAIRS
+// Pairs of bfloat16 along k: `a` broadcasts two neighbours at once, b holds pairs in the bits of its lanes.
+typedef uint16_t a_element;
+INLINE vreal spread(const a_element* a) { uint32_t x; memcpy(&x, a, 4); return (vreal)(x + vword{}); }
+INLINE vreal multiply_add(vreal sum, vreal x, vreal y) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+    return sum;
+}
+#else
+typedef real a_element;
+INLINE vreal spread(const a_element* a) { return splat(*a); }
+INLINE vreal multiply_add(vreal sum, vreal x, vreal y) { return sum + x * y; }
+#endif
+
+template <int R, int C>
+INLINE void product_tile(const a_element* a, int64_t ar, int64_t ak, const real* b, int64_t b_next, int64_t depth,
+                         real* out, int64_t out_next, const real* keep) {
+    vreal sum[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) sum[r][c] = vreal{};
+    for (int64_t k = 0; k < depth; ++k, a += ak, b += LANES) {
+        vreal column[C];
+        for (int c = 0; c < C; ++c) column[c] = load(b + c * b_next);
+        for (int r = 0; r < R; ++r) {
+            const vreal x = spread(a + r * ar);
+            for (int c = 0; c < C; ++c) sum[r][c] = multiply_add(sum[r][c], x, column[c]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) {
+            real* at = out + r * LANES + c * out_next;
+            store(at, keep ? load(at) * load(keep + c * LANES) + sum[r][c] : sum[r][c]);
+        }
+}
+
+template <int C>
+static void product_columns(int64_t rows, const a_element* a, int64_t ar, int64_t ak, const real* b, int64_t b_next,
+                            int64_t depth, real* out, int64_t out_next, const real* keep) {
+    int64_t r = 0;
+    for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
+        product_tile<TILE_ROWS, C>(a + r * ar, ar, ak, b, b_next, depth, out + r * LANES, out_next, keep);
+    for (; r + 2 <= rows; r += 2)
+        product_tile<2, C>(a + r * ar, ar, ak, b, b_next, depth, out + r * LANES, out_next, keep);
+    if (r < rows) product_tile<1, C>(a + r * ar, ar, ak, b, b_next, depth, out + r * LANES, out_next, keep);
+}
+
+static void product(int64_t rows, int64_t columns, const a_element* a, int64_t ar, int64_t ak, const real* b,
+                    int64_t b_next, int64_t depth, real* out, int64_t out_next, const real* keep) {
+    int64_t c = 0;
+    auto some = [&](auto f, int64_t n) {
+        f(rows, a, ar, ak, b + c * b_next, b_next, depth, out + c * out_next, out_next, keep ? keep + c * LANES : keep);
+        c += n;
+    };
+    while (c + TILE_VECTORS <= columns) some(product_columns<TILE_VECTORS>, TILE_VECTORS);
+    while (c + 2 <= columns) some(product_columns<2>, 2);
+    if (c < columns) some(product_columns<1>, 1);
+}
+
+// ---- this attention ------------------------------------------------------------------------------------------------
+
+// What a call passes: pointers, strides in elements, sizes.
+struct Call {
+    const float* t_q;  // f32[B, N, 8, 64]
+    int64_t s_q[4];
+    const float* t_k;  // f32[B, N, 2, 64]
+    int64_t s_k[4];
+    const float* t_v;  // f32[B, N, 2, 64]
+    int64_t s_v[4];
+    const float* t_slope;  // f32[8]
+    int64_t s_slope[1];
+    const int32_t* t_doc;  // i32[B, N]
+    int64_t s_doc[2];
+    int64_t z_B;
+    int64_t z_N;
+    int64_t N;
+    int64_t M;
+    static constexpr int64_t D = 64;
+    static constexpr int64_t E = 64;
+    int64_t q_d, q_i, k_j, k_d, v_j, v_e, out_e;
+    float* out;
+    int64_t s_out[5];
+    real* lse;
+    int64_t s_lse[4];
+};
+typedef float q_element;
+typedef float k_element;
+typedef float v_element;
+typedef float out_element;
+
+struct Batch { int64_t x_b; int64_t x_hk; };
+static int64_t batch_count(const Call& c) { (void)c; return c.z_B * 2; }
+static Batch batch_at(const Call& c, int64_t n) {
+    Batch at;
+    (void)c; (void)n;
+    at.x_hk = n % 2;
+    n /= 2;
+    at.x_b = n;
+    return at;
+}
+struct Group { int64_t x_g; };
+static int64_t group_count(const Call& c) { (void)c; return 4; }
+static Group group_at(const Call& c, int64_t n) {
+    Group at;
+    (void)c; (void)n;
+    at.x_g = n;
+    return at;
+}
+
+// Scalars of a tile, and vectors of its rows, that no key changes.
+struct Uniform { int64_t u0; int64_t u1; };
+struct RowValues { vreal r0; vint r1; vint r2; };
+struct Tile;
+
+// ---- tiles: up to QUERIES query rows in lanes, which see the same keys ----------------------------------------------
+struct Tile {
+    int64_t rows, columns;  // queries, and vectors of them; lanes past the last query repeat it
+    int64_t i0, i1, g0;  // rows i0 <= i < i1 of the groups from g0 on
+    int64_t lo, hi;      // hull of the visit
+    int64_t spans, span_lo[MAX_SPANS], span_hi[MAX_SPANS];
+    int64_t fulls, full_lo[MAX_SPANS], full_hi[MAX_SPANS];
+    bool fresh;  // no key block has been added yet, so `o` is not set
+    real *q, *o; // [columns][D][LANES] and [columns][E][LANES]
+    RowValues values[QUERIES / LANES];
+    alignas(128) real m[QUERIES], l[QUERIES];     // running maximum and sum, in powers of two
+    alignas(128) mask_int seen[QUERIES];          // whether any key was visible
+    alignas(128) lane_int lane[ROW_AXES][QUERIES];  // i, then the folded batch axes
+};
+
+static void visit(Tile& t, int64_t lo, int64_t hi, int64_t from, int64_t to) {
+    lo = lo < from ? from : lo;
+    hi = hi > to ? to : hi;
+    if (hi <= lo) return;
+    t.lo = lo < t.lo ? lo : t.lo;
+    t.hi = hi > t.hi ? hi : t.hi;
+    t.span_lo[t.spans] = lo;
+    t.span_hi[t.spans++] = hi;
+}
+static void see_all(Tile& t, int64_t lo, int64_t hi) {
+    if (hi <= lo) return;
+    t.full_lo[t.fulls] = lo;
+    t.full_hi[t.fulls++] = hi;
+}
+
+// Axis `n` of the rows (0 is i) at LANES lanes from `at` on.
+INLINE vint lane_values(const Tile& t, int n, int64_t at) { return *(const vint*)&t.lane[n][at]; }
+
+static Uniform uniform(const Call& c, const Batch& b, const Tile& t) {
+    (void)c; (void)b; (void)t;
+    Uniform u;
+    u.u0 = (b.x_hk * 4);
+    u.u1 = b.x_b;
+    return u;
+}
+static RowValues row_values(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at) {
+    (void)c; (void)b; (void)t;
+    (void)u; (void)at;
+    RowValues r;
+    r.r0 = gather_real(c.t_slope, to_long((splat_int(u.u0) + lane_values(t, 1, at))) * c.s_slope[0]);
+    r.r1 = lane_values(t, 0, at);
+    r.r2 = gather_int(c.t_doc + u.u1 * c.s_doc[0], to_long(lane_values(t, 0, at)) * c.s_doc[1]);
+    return r;
+}
+
+static void find_spans(const Call& c, const Batch& b, Tile& t, int64_t from, int64_t to) {
+    (void)c; (void)b;
+    visit(t, 0, t.i1, from, to);
+}
+
+template <bool MASKED>
+INLINE vreal logit(const Call& c, const Uniform& u, const RowValues& r, int64_t j, vreal s, vmask& visible) {
+    (void)c; (void)u; (void)r; (void)j;
+    (void)s; (void)visible;
+    if (MASKED) {
+        const vmask seen = (narrow(splat_int(j) <= r.r1) & narrow(r.r2 == splat_int(value(c.t_doc[u.u1 * c.s_doc[0] + j * c.s_doc[1]]))));
+        visible = seen;
+    }
+    const vreal x = (((s * splat(0.125f)) - (r.r0 * to_real((r.r1 - splat_int(j))))) * splat(1.4426950408889634f));
+    return x;
+}
+
+INLINE vreal linear_weight(const Call& c, const Uniform& u, const RowValues& r, int64_t j, vreal w) {
+    (void)c; (void)u; (void)r; (void)j;
+    return w;
+}
+INLINE vreal weight(const Call& c, const Uniform& u, const RowValues& r, int64_t j, vreal s, vreal w) {
+    (void)c; (void)u; (void)r; (void)j;
+    (void)s; (void)w;
+    const vreal x = w;
+    return x;
+}
+INLINE vreal empty_weight(const Call& c, const Uniform& u, const RowValues& r, int64_t j, vreal s) {
+    (void)c; (void)u; (void)r; (void)j;
+    (void)s;
+    const vreal x = splat(1.0f);
+    return x;
+}
+
+static vreal first_logit(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at) {
+    (void)c; (void)b; (void)u; (void)t; (void)at;
+    return splat(-INFINITY);
+}
+
+INLINE const q_element* query_at(const Call& c, const Batch& b, const Group& g, int64_t i) {
+    (void)b; (void)g;
+    return c.t_q + b.x_b * c.s_q[0] + (g.x_g + (b.x_hk * 4)) * c.s_q[2] + i * c.q_i;
+}
+
+INLINE const k_element* key_at(const Call& c, const Batch& b) {
+    (void)b;
+    return c.t_k + b.x_b * c.s_k[0] + b.x_hk * c.s_k[2];
+}
+
+INLINE const v_element* value_at(const Call& c, const Batch& b) {
+    (void)b;
+    return c.t_v + b.x_b * c.s_v[0] + b.x_hk * c.s_v[2];
+}
+
+INLINE out_element* out_at(const Call& c, const Batch& b, const Group& g, int64_t i) {
+    (void)c; (void)b; (void)g; (void)i;
+    return c.out + b.x_b * c.s_out[0] + b.x_hk * c.s_out[1] + g.x_g * c.s_out[2] + i * c.s_out[3];
+}
+
+INLINE real* lse_at(const Call& c, const Batch& b, const Group& g, int64_t i) {
+    (void)c; (void)b; (void)g; (void)i;
+    return c.lse + b.x_b * c.s_lse[0] + b.x_hk * c.s_lse[1] + g.x_g * c.s_lse[2] + i * c.s_lse[3];
+}
+
+INLINE void set_lane(Tile& t, int64_t lane, const Group& g, int64_t i) {
+    (void)g;
+    t.lane[0][lane] = (lane_int)i;
+    t.lane[1][lane] = (lane_int)g.x_g;
+}
+
+// ---- operands in the compute type: queries in lanes, keys and values where they lie or converted --------------------
+// Working memory holds columns of LANES queries, rows one after the other.
+INLINE int64_t q_rows(const Call& c) { return c.D; }
+INLINE int64_t o_rows(const Call& c) { return c.E; }
+static size_t k_scratch(const Call& c) { return (size_t)c.D * KEYS * sizeof(real); }
+static size_t v_scratch(const Call& c) { return (size_t)c.E * KEYS * sizeof(real); }
+static size_t p_scratch() { return 0; }  // weights overwrite their scores
+constexpr int64_t KEY_STEP = 1;                   // where a part of a block may begin
+
+static void load_queries(const Call& c, const q_element* const (&rows)[LANES], real* column) {
+    to_lanes(rows, c.q_d, c.D, column);
+}
+
+struct Block {
+    int64_t j0, count;  // keys j0 <= j < j0 + count
+    const real *k, *v;
+    int64_t k_row, k_col, v_row, v_col;
+};
+
+INLINE const real* compute_type(const real* p) { return p; }
+template <class T> INLINE const real* compute_type(const T*) { return nullptr; }
+
+// Keys [j0, j0 + count) of a batch point whose first key is at k, first value at v.
+static Block load_block(const Call& c, const k_element* k, const v_element* v, int64_t j0, int64_t count, real* k_at,
+                        real* v_at) {
+    k += j0 * c.k_j;
+    v += j0 * c.v_j;
+    Block x = {j0, count, compute_type(k), compute_type(v), c.k_j, c.k_d, c.v_j, c.v_e};
+    if (!x.k) x.k = plain(k, c.k_j, c.k_d, count, c.D, k_at), x.k_row = c.D, x.k_col = 1;
+    if (!x.v) x.v = plain(v, c.v_j, c.v_e, count, c.E, v_at), x.v_row = c.E, x.v_col = 1;
+    return x;
+}
+// Its keys from `from` to `to`, counted from its first.
+static Block part_of(const Call&, const Block& x, int64_t from, int64_t to) {
+    return {x.j0 + from, to - from, x.k + from * x.k_row, x.v + from * x.v_row, x.k_row, x.k_col, x.v_row, x.v_col};
+}
+
+static void score_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, real* s) {
+    product(at.count, columns, at.k, at.k_row, at.k_col, t.q + v * LANES * q_rows(c), q_rows(c) * LANES, c.D, s, KEYS * LANES, nullptr);
+}
+static void value_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, const real* p, const real* keep) {
+    product(c.E, columns, at.v, at.v_col, at.v_row, p, KEYS * LANES, at.count, t.o + v * LANES * o_rows(c), o_rows(c) * LANES,
+            t.fresh ? nullptr : keep + v * LANES);
+}
+INLINE real* weight_column(real* scores, real*, int64_t column) { return scores + column * KEYS * LANES; }
+INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) { store(p + k * LANES, w); store(p + (k + 1) * LANES, x); }
+INLINE void put_last_weights(real* p, int64_t k, int64_t n, vreal w) { if (k < n) store(p + k * LANES, w); }
+INLINE void rescale(const Call&, const Tile&, int64_t, vreal) {}
+constexpr int64_t STRIP = TILE_VECTORS;  // columns that go through scores, weights and values together
+#define PRODUCT_KEEPS 1  // the value product applies `keep`
+
+// ---- tiles: where their rows lie, what they begin with, what they give ---------------------------------------------
+// The state of a tile, as the parts of a split key range leave it: m, l, seen, then o.
+static size_t part_size(const Call& c) {
+    return QUERIES * (2 * sizeof(real) + sizeof(mask_int) + o_rows(c) * sizeof(real));
+}
+
+// How the rows of one batch point fall into tiles: few rows a group are folded, several groups to a tile.
+struct Tiling {
+    int64_t per_group, folded, count;
+};
+static Tiling tiling(const Call& c) {
+    const int64_t groups = group_count(c);
+    const int64_t fit = c.N > 0 ? QUERIES / c.N : 1;
+    if (groups > 1 && fit > 1) {
+        const int64_t folded = fit < groups ? fit : groups;
+        return {1, folded, (groups + folded - 1) / folded};
+    }
+    const int64_t per_group = (c.N + QUERIES - 1) / QUERIES;
+    return {per_group, 1, per_group * groups};
+}
+
+// Places tile `n` of batch point `b`, with the keys it visits inside [from, to).
+static void place(const Call& c, const Tiling& g, const Batch& b, int64_t n, int64_t from, int64_t to, Tile& t) {
+    const int64_t groups = group_count(c);
+    t.g0 = n / g.per_group * g.folded;
+    t.i0 = n % g.per_group * QUERIES;
+    t.i1 = t.i0 + QUERIES < c.N ? t.i0 + QUERIES : c.N;
+    const int64_t taken = t.g0 + g.folded < groups ? g.folded : groups - t.g0;
+    t.rows = (t.i1 - t.i0) * taken;
+    t.columns = (t.rows + LANES - 1) / LANES;
+    t.spans = t.fulls = 0;
+    t.lo = to;
+    t.hi = from;
+    find_spans(c, b, t, from, to);
+}
+
+// The rows of a tile in the order of its lanes.
+struct Row {
+    Group g;
+    int64_t group, i;
+};
+static Row first_row(const Call& c, const Tile& t) { return {group_at(c, t.g0), t.g0, t.i0}; }
+INLINE void next_row(const Call& c, const Tile& t, Row& r) {
+    if (++r.i < t.i1) return;
+    r.i = t.i0;
+    if (t.rows > t.i1 - t.i0) r.g = group_at(c, ++r.group);
+}
+
+// Loads the queries of a placed tile and everything of its rows that no key changes.
+static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
+    t.fresh = true;
+    Row at = first_row(c, t);
+    for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
+        const q_element* rows[LANES];
+        for (int64_t l = 0; l < LANES; ++l) {
+            const bool real_row = v + l < t.rows;
+            rows[l] = real_row ? query_at(c, b, at.g, at.i) : nullptr;
+            set_lane(t, v + l, at.g, at.i);
+            if (v + l + 1 < t.rows) next_row(c, t, at);
+        }
+        load_queries(c, rows, t.q + v * q_rows(c));
+    }
+    const Uniform u = uniform(c, b, t);
+    for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
+        t.values[v / LANES] = row_values(c, b, u, t, v);
+        const vreal sink = with_sink ? first_logit(c, b, u, t, v) : splat(-INFINITY);
+        const vreal safe = sink == -INFINITY ? vreal{} : sink;
+        store(t.m + v, sink);
+        store(t.l + v, exp2_of(sink - safe));
+        *(vmask*)(t.seen + v) = vmask{};
+    }
+}
+
+INLINE real log_of_sum(real m, real l) {
+    if (!IS_SOFTMAX) return 0;
+    return m == INFINITY ? m : (m + FN(__builtin_log2)(l)) * LN2;
+}
+
+// Writes what a finished tile gives: out and, if asked, the log of the sum.
+static void finish(const Call& c, const Batch& b, Tile& t) {
+    if (t.fresh) memset(t.o, 0, o_rows(c) * t.columns * LANES * sizeof(real));
+    Row at = first_row(c, t);
+    for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
+        const vmask seen = *(const vmask*)(t.seen + v);
+        const vreal l = load(t.l + v), m = load(t.m + v);
+        out_element* rows[LANES];
+        for (int64_t n = 0; n < LANES; ++n) {
+            rows[n] = nullptr;
+            if (v + n >= t.rows) continue;
+            if (HAS_OUT) rows[n] = out_at(c, b, at.g, at.i);
+            if (HAS_LSE) *lse_at(c, b, at.g, at.i) = log_of_sum(m[n], l[n]);
+            next_row(c, t, at);
+        }
+        vmask keep = splat_mask(true);
+        vreal scale = splat(1);
+        if (IS_SOFTMAX) {
+            scale = NORMALIZED_EARLY ? splat(1) : 1 / l;
+            if (EMPTY == EMPTY_ZERO || HAS_SINK) keep = seen;
+            else if (c.M == 0) scale = splat(0);
+            else if (EMPTY == EMPTY_NAN) scale = pick(seen, scale, splat(NAN));
+            else scale = pick(seen, scale, splat(NORMALIZED_EARLY ? 1 : 1 / (real)c.M));
+        }
+        if (HAS_OUT) from_lanes(t.o + v * o_rows(c), scale, keep, rows, c.out_e, c.E);
+    }
+}
+
+// ---- the attention of one tile with one block of keys ---------------------------------------------------------------
+// Stages: online softmax (or a pointwise normaliser) in one go; sums alone; weights from known sums; rows without keys.
+enum Stage { ONLINE, SUMS, WEIGHTS, EMPTIES };
+
+// A finite score stays finite when it is scaled to base 2: rows hidden by the lowest finite value are rows of equals.
+INLINE vreal bounded(vreal x) {
+    if (PLAIN) return x;
+    return pick(x == splat(-INFINITY), x, high(x, splat(REAL_IS_DOUBLE ? -1.2e308 : -2.3e38f)));
+}
+
+template <bool MASKED>
+INLINE vreal logit_at(const Call& c, const Uniform& u, const RowValues& r, int64_t j, real* s, vmask& seen) {
+    vmask visible = splat_mask(true);
+    vreal x = bounded(logit<MASKED>(c, u, r, j, load(s), visible));
+    if (MASKED) {
+        x = pick(visible, x, splat(-INFINITY));
+        seen |= visible;
+    }
+    if (MASKED || !PLAIN) store(s, x);
+    return x;
+}
+
+// Scores in `s` become logits, -inf where masked; `top` collects their maximum.
+template <bool MASKED>
+INLINE void logits(const Call& c, const Uniform& u, const RowValues& r, int64_t j0, int64_t from, int64_t to, real* s,
+                   vreal (&top)[4], vmask& seen) {
+    int64_t k = from;
+    if (!MASKED && to > from) seen = splat_mask(true);
+    for (; k + 4 <= to; k += 4)
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n)
+            top[n] = high(logit_at<MASKED>(c, u, r, j0 + k + n, s + (k + n) * LANES, seen), top[n]);
+    for (; k < to; ++k) top[0] = high(logit_at<MASKED>(c, u, r, j0 + k, s + k * LANES, seen), top[0]);
+}
+
+// Scores in `s` become weights where they need no running maximum: pointwise normalisers and known sums.
+template <bool MASKED>
+INLINE void weights(const Call& c, const Uniform& u, const RowValues& r, int64_t j0, int64_t from, int64_t to, real* s,
+                    vreal m, vreal inverse) {
+    for (int64_t k = from; k < to; ++k) {
+        const vreal raw = load(s + k * LANES);
+        vmask visible = splat_mask(true);
+        vreal w = logit<MASKED>(c, u, r, j0 + k, raw, visible);
+        if (IS_SOFTMAX) w = exp2_of(bounded(w) * SCALE - m) * inverse;
+        w = weight(c, u, r, j0 + k, raw, w);
+        store(s + k * LANES, MASKED ? pick(visible, w, vreal{}) : w);
+    }
+}
+
+// The longest run of keys of the block that every row of the tile sees.
+INLINE void full_run(const Tile& t, int64_t j0, int64_t count, int64_t& from, int64_t& to) {
+    from = to = count;
+    for (int64_t n = 0; n < t.fulls; ++n) {
+        const int64_t lo = t.full_lo[n] > j0 ? t.full_lo[n] - j0 : 0;
+        const int64_t hi = t.full_hi[n] < j0 + count ? t.full_hi[n] - j0 : count;
+        if (hi - lo > to - from) from = lo, to = hi;
+    }
+}
+
+static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stage stage, real* scores, real* spare) {
+    const int64_t n = at.count;
+    alignas(128) real keep[QUERIES];
+    const Uniform u = uniform(c, b, t);
+    int64_t from, to;
+    full_run(t, at.j0, n, from, to);
+    for (int64_t v = 0; v < t.columns; ++v) {
+        // A few columns at a time, so that their scores stay in the nearest cache until they are used.
+        if (v % STRIP == 0) {
+            if (v > 0 && stage != SUMS && HAS_OUT) value_product(c, t, v - STRIP, STRIP, at, weight_column(scores, spare, 0), keep);
+            score_product(c, t, v, v + STRIP < t.columns ? STRIP : t.columns - v, at, scores);
+        }
+        const int64_t lane = v * LANES;
+        const RowValues r = t.values[v];
+        real* s = scores + v % STRIP * KEYS * LANES;
+        real* p = weight_column(scores, spare, v % STRIP);
+        vmask seen = *(const vmask*)(t.seen + lane);
+        const vreal m_old = load(t.m + lane);
+        if (!IS_SOFTMAX || stage == WEIGHTS || stage == EMPTIES) {
+            const vreal safe = m_old == -INFINITY ? vreal{} : m_old;
+            const vreal inverse = 1 / load(t.l + lane);
+            if (stage == EMPTIES) {
+                // Finite additive masks make all keys of such a row equal: weight 1 / M each, here or in `finish`.
+                for (int64_t k = 0; k < n; ++k) {
+                    real* x = s + k * LANES;
+                    store(x, pick(seen, vreal{}, empty_weight(c, u, r, at.j0 + k, load(x))));
+                }
+            } else {
+                weights<true>(c, u, r, at.j0, 0, from, s, safe, inverse);
+                weights<false>(c, u, r, at.j0, from, to, s, safe, inverse);
+                weights<true>(c, u, r, at.j0, to, n, s, safe, inverse);
+            }
+            int64_t k = 0;
+            for (; k + 2 <= n; k += 2) put_weights(p, k, load(s + k * LANES), load(s + (k + 1) * LANES));
+            put_last_weights(p, k, n, k < n ? load(s + k * LANES) : vreal{});
+            store(keep + lane, splat(1));
+            continue;
+        }
+        vreal top[4];
+        for (int x = 0; x < 4; ++x) top[x] = splat(-INFINITY);
+        logits<true>(c, u, r, at.j0, 0, from, s, top, seen);
+        logits<false>(c, u, r, at.j0, from, to, s, top, seen);
+        logits<true>(c, u, r, at.j0, to, n, s, top, seen);
+        const vreal block_top = high(high(top[0], top[1]), high(top[2], top[3]));
+        vreal m = high(block_top * SCALE, m_old);
+        if (!PRODUCT_KEEPS && none(m > m_old + LAZY)) m = m_old;
+        const vreal safe = m == -INFINITY ? vreal{} : m;
+        vreal sum[4];
+        for (int x = 0; x < 4; ++x) sum[x] = vreal{};
+        int64_t k = 0;
+        for (; k + 4 <= n; k += 4) {
+            vreal w[4];
+#pragma GCC unroll 4
+            for (int x = 0; x < 4; ++x) {
+                w[x] = exp2_weight(load(s + (k + x) * LANES) * SCALE - safe);
+                sum[x] += w[x];
+                w[x] = linear_weight(c, u, r, at.j0 + k + x, w[x]);
+            }
+            put_weights(p, k, w[0], w[1]);
+            put_weights(p, k + 2, w[2], w[3]);
+        }
+        vreal w[2] = {};
+        for (int64_t x = 0; x < n - k; ++x) {
+            w[x & 1] = exp2_weight(load(s + (k + x) * LANES) * SCALE - safe);
+            sum[x] += w[x & 1];
+            w[x & 1] = linear_weight(c, u, r, at.j0 + k + x, w[x & 1]);
+            if (x == 1) put_weights(p, k, w[0], w[1]);
+        }
+        put_last_weights(p, n & ~int64_t(1), n, w[0]);
+        const vreal factor = exp2_of(m_old - safe);
+        if (!PRODUCT_KEEPS && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
+        store(t.m + lane, m);
+        store(t.l + lane, load(t.l + lane) * factor + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+        store(keep + lane, factor);
+        *(vmask*)(t.seen + lane) = seen;
+    }
+    if (stage == SUMS || !HAS_OUT) return;
+    const int64_t last = (t.columns - 1) / STRIP * STRIP;
+    value_product(c, t, last, t.columns - last, at, weight_column(scores, spare, 0), keep);
+    t.fresh = false;
+}
+
+// ---- work: items of neighbouring tiles that share their keys, balanced over threads by visible area -----------------
+struct Plan {
+    Tiling tiling;
+    int64_t batches, group, items_each, splits, split_keys;  // `group` tiles an item; `splits` parts of the key range
+    int64_t items() const { return batches * items_each * splits; }
+};
+
+static Plan plan(const Call& c, int64_t threads) {
+    Plan p;
+    p.tiling = tiling(c);
+    p.batches = batch_count(c);
+    const int64_t tiles = p.batches * p.tiling.count;
+    p.group = tiles / (4 * threads);
+    p.group = p.group < 1 ? 1 : p.group > GROUP_TILES ? GROUP_TILES : p.group;
+    if (p.group > p.tiling.count) p.group = p.tiling.count ? p.tiling.count : 1;
+    p.items_each = (p.tiling.count + p.group - 1) / p.group;
+    const int64_t items = p.batches * p.items_each;
+    p.splits = 1;
+    if (CAN_SPLIT && threads > 1 && items > 0 && items < 4 * threads) {
+        p.splits = (4 * threads + items - 1) / items;
+        const int64_t most = c.M / (4 * KEYS);
+        p.splits = p.splits > most ? most : p.splits;
+        if (p.splits < 1) p.splits = 1;
+    }
+    p.split_keys = ((c.M + p.splits - 1) / p.splits + KEYS - 1) / KEYS * KEYS;
+    return p;
+}
+
+struct Item {
+    Batch b;
+    int64_t batch, first, last, from, to, split;
+};
+static Item item_at(const Call& c, const Plan& p, int64_t n) {
+    Item x;
+    x.split = n % p.splits;
+    n /= p.splits;
+    x.batch = n / p.items_each;
+    x.b = batch_at(c, x.batch);
+    x.first = n % p.items_each * p.group;
+    x.last = x.first + p.group < p.tiling.count ? x.first + p.group : p.tiling.count;
+    x.from = x.split * p.split_keys;
+    x.to = x.from + p.split_keys < c.M ? x.from + p.split_keys : c.M;
+    return x;
+}
+
+// Lanes times visited keys, and a little for the item itself.
+static int64_t area(const Call& c, const Plan& p, int64_t n) {
+    const Item x = item_at(c, p, n);
+    int64_t sum = 64 * LANES;
+    Tile t;
+    for (int64_t at = x.first; at < x.last; ++at) {
+        place(c, p.tiling, x.b, at, x.from, x.to, t);
+        for (int64_t s = 0; s < t.spans; ++s) sum += t.columns * LANES * (t.span_hi[s] - t.span_lo[s]);
+    }
+    return sum;
+}
+
+// One thread's working memory, kept between calls.
+struct Scratch {
+    Tile* tiles;
+    real *scores, *weights, *k, *v, *q, *o;
+};
+static size_t round_up(size_t n) { return (n + 127) / 128 * 128; }
+static bool reserve(const Call& c, Scratch& s) {
+    static thread_local char* memory = nullptr;
+    static thread_local size_t held = 0;
+    const size_t column = GROUP_TILES * QUERIES * sizeof(real);
+    const size_t sizes[] = {GROUP_TILES * sizeof(Tile), KEYS * QUERIES * sizeof(real), p_scratch(), k_scratch(c),
+                            v_scratch(c), column * q_rows(c), column * o_rows(c)};
+    size_t total = 0;
+    for (size_t n : sizes) total += round_up(n) + 128;
+    if (total > held) {
+        free(memory);
+        memory = (char*)aligned_alloc(4096, (total + 4095) / 4096 * 4096);
+        held = memory ? total : 0;
+        if (!memory) return false;
+    }
+    char* at = memory;
+    auto take = [&](size_t n) { char* p = at; at += round_up(n) + 128; return p; };
+    s.tiles = (Tile*)take(sizes[0]);
+    s.scores = (real*)take(sizes[1]);
+    s.weights = (real*)take(sizes[2]);
+    s.k = (real*)take(sizes[3]);
+    s.v = (real*)take(sizes[4]);
+    s.q = (real*)take(sizes[5]);
+    s.o = (real*)take(sizes[6]);
+    return true;
+}
+
+// Every tile of [first, last) over the keys it visits, block by block, so that a block of keys serves all of them.
+static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stage stage, Scratch& w) {
+    int64_t lo = x.to, hi = x.from;
+    for (int64_t n = 0; n < count; ++n) {
+        lo = tiles[n].lo < lo ? tiles[n].lo : lo;
+        hi = tiles[n].hi > hi ? tiles[n].hi : hi;
+    }
+    if (stage == EMPTIES) lo = 0, hi = c.M;
+    const auto* k = key_at(c, x.b);
+    const auto* v = value_at(c, x.b);
+    for (int64_t j0 = lo; j0 < hi; j0 += KEYS) {
+        const int64_t j1 = j0 + KEYS < hi ? j0 + KEYS : hi;
+        Block whole;
+        bool ready = false;
+        for (int64_t n = 0; n < count; ++n) {
+            Tile& t = tiles[n];
+            int64_t from = j1, to = j0;
+            if (stage == EMPTIES) from = j0, to = j1;
+            for (int64_t s = 0; s < t.spans; ++s) {
+                const int64_t a = t.span_lo[s] > j0 ? t.span_lo[s] : j0, z = t.span_hi[s] < j1 ? t.span_hi[s] : j1;
+                if (a >= z) continue;
+                from = a < from ? a : from;
+                to = z > to ? z : to;
+            }
+            if (from >= to) continue;
+            if (!ready) whole = load_block(c, k, v, j0, j1 - j0, w.k, w.v);
+            ready = true;
+            attend(c, x.b, t, part_of(c, whole, (from - j0) / KEY_STEP * KEY_STEP, to - j0), stage, w.scores, w.weights);
+        }
+    }
+}
+
+static void run_item(const Call& c, const Plan& p, int64_t number, Scratch& w, char* parts) {
+    const Item x = item_at(c, p, number);
+    const int64_t count = x.last - x.first;
+    for (int64_t n = 0; n < count; ++n) {
+        Tile& t = w.tiles[n];
+        t.q = w.q + n * QUERIES * q_rows(c);
+        t.o = w.o + n * QUERIES * o_rows(c);
+        place(c, p.tiling, x.b, x.first + n, x.from, x.to, t);
+        begin(c, x.b, t, x.split == 0);
+    }
+    if (NORMALIZED_EARLY) sweep(c, x, w.tiles, count, SUMS, w);
+    sweep(c, x, w.tiles, count, NORMALIZED_EARLY ? WEIGHTS : ONLINE, w);
+    if (IS_SOFTMAX && EMPTY == EMPTY_MEAN && !HAS_SINK) {
+        bool any = false;
+        for (int64_t n = 0; n < count; ++n)
+            for (int64_t r = 0; r < w.tiles[n].rows; ++r) any |= !w.tiles[n].seen[r];
+        if (any) sweep(c, x, w.tiles, count, EMPTIES, w);
+    }
+    for (int64_t n = 0; n < count; ++n) {
+        Tile& t = w.tiles[n];
+        if (p.splits == 1) {
+            finish(c, x.b, t);
+            continue;
+        }
+        char* part = parts + ((x.batch * p.tiling.count + x.first + n) * p.splits + x.split) * part_size(c);
+        if (t.fresh) memset(t.o, 0, o_rows(c) * t.columns * LANES * sizeof(real));
+        memcpy(part, t.m, sizeof t.m);
+        memcpy(part += sizeof t.m, t.l, sizeof t.l);
+        memcpy(part += sizeof t.l, t.seen, sizeof t.seen);
+        memcpy(part + sizeof t.seen, t.o, o_rows(c) * t.columns * LANES * sizeof(real));
+    }
+}
+
+// Joins the parts of a split tile: each is weighed by 2^(its maximum - the common maximum).
+static void join(const Call& c, const Plan& p, int64_t number, Scratch& w, const char* parts) {
+    const Batch b = batch_at(c, number / p.tiling.count);
+    Tile& t = w.tiles[0];
+    t.o = w.o;
+    place(c, p.tiling, b, number % p.tiling.count, 0, c.M, t);
+    t.fresh = false;
+    parts += number * p.splits * part_size(c);
+    for (int64_t lane = 0; lane < t.columns * LANES; lane += LANES) {
+        vreal m = splat(-INFINITY), l = vreal{};
+        vmask seen = vmask{};
+        for (int64_t s = 0; s < p.splits; ++s) {
+            const real* part = (const real*)(parts + s * part_size(c));
+            m = high(load(part + lane), m);
+            seen |= *(const vmask*)((const mask_int*)(part + 2 * QUERIES) + lane);
+        }
+        const vreal safe = m == -INFINITY ? vreal{} : m;
+        for (int64_t s = 0; s < p.splits; ++s) {
+            const real* part = (const real*)(parts + s * part_size(c));
+            const vreal factor = exp2_of(load(part + lane) - safe);
+            l += load(part + QUERIES + lane) * factor;
+            const real* o = (const real*)((const mask_int*)(part + 2 * QUERIES) + QUERIES);
+            for (int64_t n = lane * o_rows(c); n < (lane + LANES) * o_rows(c); n += LANES) {
+                const vreal x = load(o + n) * factor;
+                store(t.o + n, s ? load(t.o + n) + x : x);
+            }
+        }
+        store(t.m + lane, m);
+        store(t.l + lane, l);
+        *(vmask*)(t.seen + lane) = seen;
+    }
+    finish(c, b, t);
+}
+
+static int32_t run(const Call& c) {
+#if TILES
+    if (!allow_matrix_unit()) return NO_MATRIX_UNIT;
+#endif
+    const int64_t threads = omp_get_max_threads();
+    const Plan p = plan(c, threads);
+    const int64_t items = p.items(), tiles = p.batches * p.tiling.count;
+    if (items == 0) return 0;
+    const int64_t team = threads < items ? threads : items;
+    char* parts = p.splits > 1 ? (char*)aligned_alloc(128, round_up(tiles * p.splits * part_size(c))) : nullptr;
+    int64_t* ends = team > 1 ? (int64_t*)malloc(items * sizeof(int64_t)) : nullptr;
+    int32_t failed = (p.splits > 1 && !parts) || (team > 1 && !ends) ? OUT_OF_MEMORY : 0;
+    if (!failed)
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+        Scratch w;
+        const bool ready = reserve(c, w);
+        if (!ready) {
+#pragma omp atomic write
+            failed = OUT_OF_MEMORY;
+        }
+        const int64_t me = omp_get_thread_num(), us = omp_get_num_threads();
+        int64_t from = 0, to = items;
+        if (us > 1) {
+            if (EVEN_AREA) {
+                from = items * me / us;
+                to = items * (me + 1) / us;
+            } else {
+#pragma omp for schedule(static)
+                for (int64_t n = 0; n < items; ++n) ends[n] = area(c, p, n);
+                // An item belongs to the thread in whose share of the whole area its middle lies.
+                int64_t whole = 0, before = 0;
+                for (int64_t n = 0; n < items; ++n) whole += ends[n];
+                from = to = 0;
+                for (int64_t n = 0; n < items; ++n) {
+                    const int64_t owner = (int64_t)((double)(2 * before + ends[n]) / (2.0 * (double)whole) * (double)us);
+                    from += owner < me;
+                    to += owner <= me;
+                    before += ends[n];
+                }
+            }
+        }
+#if TILES
+        enter_matrix_unit();
+#endif
+        if (ready)
+            for (int64_t n = from; n < to; ++n) run_item(c, p, n, w, parts);
+#if TILES
+        leave_matrix_unit();
+#endif
+        if (p.splits > 1) {
+#pragma omp barrier
+#pragma omp for schedule(static)
+            for (int64_t n = 0; n < tiles; ++n)
+                if (ready) join(c, p, n, w, parts);
+        }
+    }
+    free(ends);
+    free(parts);
+    return failed;
+}
+
+// ---- entry: 0, OUT_OF_MEMORY or TOO_LARGE
+extern "C" __attribute__((visibility("default"))) int32_t attncc_run(
+    const void* const* tensors, const int64_t* const* strides, const int64_t* sizes,
+    void* const* outputs, const int64_t* const* out_strides) {
+    (void)sizes; (void)outputs; (void)out_strides;
+    Call c;
+    if (sizes[0] > 16777216) return TOO_LARGE;
+    c.z_B = sizes[0];
+    if (sizes[1] > 16777216) return TOO_LARGE;
+    c.z_N = sizes[1];
+    c.t_q = (const float*)tensors[0];
+    c.s_q[0] = strides[0][0];
+    c.s_q[1] = strides[0][1];
+    c.s_q[2] = strides[0][2];
+    c.s_q[3] = strides[0][3];
+    c.t_k = (const float*)tensors[1];
+    c.s_k[0] = strides[1][0];
+    c.s_k[1] = strides[1][1];
+    c.s_k[2] = strides[1][2];
+    c.s_k[3] = strides[1][3];
+    c.t_v = (const float*)tensors[2];
+    c.s_v[0] = strides[2][0];
+    c.s_v[1] = strides[2][1];
+    c.s_v[2] = strides[2][2];
+    c.s_v[3] = strides[2][3];
+    c.t_slope = (const float*)tensors[3];
+    c.s_slope[0] = strides[3][0];
+    c.t_doc = (const int32_t*)tensors[4];
+    c.s_doc[0] = strides[4][0];
+    c.s_doc[1] = strides[4][1];
+    c.N = c.z_N;
+    c.M = c.z_N;
+    c.q_i = 1 * c.s_q[1];
+    c.q_d = 1 * c.s_q[3];
+    c.k_j = 1 * c.s_k[1];
+    c.k_d = 1 * c.s_k[3];
+    c.v_j = 1 * c.s_v[1];
+    c.v_e = 1 * c.s_v[3];
+    c.out_e = 1;
+    c.out = (float*)outputs[0];
+    c.s_out[0] = out_strides[0][0];
+    c.s_out[1] = out_strides[0][1];
+    c.s_out[2] = out_strides[0][2];
+    c.s_out[3] = out_strides[0][3];
+    c.s_out[4] = out_strides[0][4];
+    c.out_e = c.s_out[4];
+    c.lse = (real*)outputs[1];
+    c.s_lse[0] = out_strides[1][0];
+    c.s_lse[1] = out_strides[1][1];
+    c.s_lse[2] = out_strides[1][2];
+    c.s_lse[3] = out_strides[1][3];
+    return run(c);
+}
