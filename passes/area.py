@@ -58,7 +58,7 @@ def area(
     for axis in a.batch:
         total *= extent(axis.extent, table)
     tiles = simulate(a, bounds, sizes, tensors, tile_rows)
-    striped = any(x.stripe is not None for x in tiles.visit)
+    striped = any(x.stripes for x in tiles.visit)
     if striped and _product(tiles.shape) * m <= MOST_PAIRS:
         keys = keys_of(tiles.visit, tiles.shape, m)
         pad = -m % tile_keys

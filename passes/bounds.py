@@ -61,7 +61,7 @@ def analyse(
         if a.i.extent is ONE:
             mask = substitute(mask, {a.i.index: ZERO})
         try:
-            return form.clauses(with_clamps(simplify(mask, extents)), positive=positive)
+            return form.clauses(with_clamps(simplify(mask, extents), extents), positive=positive)
         except TooManyClauses:
             return None
 
@@ -96,7 +96,8 @@ def _visit(covers: list[Cover], m: Expr, extents: Extents) -> tuple[tuple[Interv
         hi = m if c.hi is None else c.hi
         if c.when is not TRUE:
             hi = where(c.when, hi, lo)
-        intervals.append(Interval(simplify(lo, extents), simplify(hi, extents), c.stripe))
+        stripe = c.stripes[0] if c.stripes else None
+        intervals.append(Interval(simplify(lo, extents), simplify(hi, extents), stripe, c.stripes[1:]))
     kept: list[Interval] = []
     for at, x in enumerate(intervals):
         if not any(_inside(x, y, extents) for y in [*kept, *intervals[at + 1 :]]):
@@ -112,7 +113,7 @@ def _visit(covers: list[Cover], m: Expr, extents: Extents) -> tuple[tuple[Interv
 
 
 def _inside(x: Interval, y: Interval, extents: Extents) -> bool:
-    if y.stripe is not None and y.stripe != x.stripe:
+    if y.stripe is not None and y.stripes != x.stripes:
         return False
     return _at_least(x.lo, y.lo, extents) and _at_least(y.hi, x.hi, extents)
 
@@ -170,6 +171,6 @@ def _used(scans: RowScans, *groups: tuple[Interval, ...]) -> tuple[RowBound, ...
     named: set[Expr] = set()
     for x in (x for group in groups for x in group):
         named |= set(walk(x.lo, x.hi))
-        named |= set() if x.stripe is None else set(walk(x.stripe.step, x.stripe.offset, x.stripe.width))
+        named |= {n for s in x.stripes for n in walk(s.step, s.offset, s.width)}
     return tuple(b for b in scans.found if b.index in named)
 

@@ -24,13 +24,13 @@ from attncc.passes.tiles import TileRows, contiguous, trend
 
 @dataclass(frozen=True)
 class Cover:
-    """Keys lo <= j < hi (None: unbounded) in `stripe`, where `when` holds, else none. `exact`: the smallest such
+    """Keys lo <= j < hi (None: unbounded) in all `stripes`, where `when` holds, else none. `exact`: the smallest such
     interval of every tile, without gaps; `rows_exact`: so for tiles of one row."""
 
     lo: Expr | None
     hi: Expr | None
     when: Expr
-    stripe: Stripe | None
+    stripes: tuple[Stripe, ...]
     exact: bool
     rows_exact: bool
 
@@ -65,13 +65,15 @@ def cover(clause: Clause, i: Expr, j: Expr, m: Expr, extents: Extents, scans: Ro
     rows_exact = rows_exact and lo_exact and hi_exact
     exact = rows_exact and not rows.guard and not lo_scanned and not hi_scanned
     exact = exact and contiguous(lows, highs, i, extents)
-    stripe = None if rows.stripe is None else _stripe(rows.stripe, tile, extents, scans)
-    if rows.stripe is not None:
-        exact = exact and not mentions(rows.stripe.low, i) and not mentions(rows.stripe.high, i)
-        rows_exact = rows_exact and stripe is not None
+    stripes = [_stripe(s, tile, extents, scans) for s in rows.stripes]
+    known = tuple(s for s in stripes if s is not None)
+    rows_exact = rows_exact and len(known) == len(stripes)
+    if rows.stripes:
+        fixed = not any(mentions(x, i) for s in rows.stripes for x in (s.low, s.high))
+        exact = exact and fixed and len(rows.stripes) == 1
     if rows.guard and not (lo_scanned or hi_scanned):
         rows_exact = False
-    return Cover(lo, hi, when, stripe, exact, rows_exact)
+    return Cover(lo, hi, when, known, exact, rows_exact)
 
 
 def _rows_of(rows: RowSet, i: Expr, extents: Extents) -> tuple[Expr, Expr, Expr]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 
 from attncc.ir.affine import Extents, expr, less_than, nonnegative, poly
 from attncc.ir.build import ONE, ZERO, add, and_, const, le, maximum, minimum, mul, not_, or_, sub
-from attncc.ir.expr import Const, Expr, Load, Op, rewrite, walk
+from attncc.ir.expr import Const, Expr, Index, Load, Op, rewrite, walk
 
 Clause = frozenset[Expr]
 MAX_CLAUSES = 96
@@ -197,12 +197,19 @@ def map_literals(p: Expr, f: Callable[[Expr], Expr], *, positive: bool = True) -
             return f(p if positive else not_(p))
 
 
-def with_clamps(root: Expr) -> Expr:
-    """`root` with choices that are extremes spelled as such: where(0 <= p, b + t, b) is b + min(t, 0) for t = -p or
-    t = -p - 1, and b + max(t, 0) for t = p or t = p + 1."""
+def with_clamps(root: Expr, extents: Extents) -> Expr:
+    """`root` with choices and sums that are extremes spelled as such, so that their ends over a tile are exact:
+
+    where(0 <= p, b + t, b)   ->  b + min(t, 0) for t = -p or -p - 1, b + max(t, 0) for t = p or p + 1
+    max(x, 0) + min(k - x, 0) ->  min(max(x, 0), k) for k >= 0, which keeps a window of keys inside the sequence
+    """
 
     def rule(x: Expr) -> Expr | None:
-        if not (isinstance(x, Op) and x.name == "where" and x.kind == "int"):
+        if not isinstance(x, Op) or x.kind != "int":
+            return None
+        if x.name in ("add", "sub"):
+            return _clamped_sum(x, extents)
+        if x.name != "where":
             return None
         condition, a, b = x.args
         if not (isinstance(condition, Op) and condition.name in ("lt", "le") and condition.args[0].kind == "int"):
@@ -216,6 +223,32 @@ def with_clamps(root: Expr) -> Expr:
         return None
 
     return rewrite(root, rule)
+
+
+def _clamped_sum(x: Expr, extents: Extents) -> Expr | None:
+    terms = poly(x)
+    tops = [(m[0], c) for m, c in terms.items() if len(m) == 1 and isinstance(m[0], Op) and m[0].name == "max"]
+    bottoms = [(m[0], c) for m, c in terms.items() if len(m) == 1 and isinstance(m[0], Op) and m[0].name == "min"]
+    for top, c in tops:
+        for bottom, d in bottoms:
+            low, high = _varying(top), _varying(bottom)
+            if c != d or low is None or high is None:
+                continue
+            room = expr(poly(add(sub(low[0], low[1]), sub(high[0], high[1]))))
+            if any(isinstance(n, Index) for n in walk(room)) or not nonnegative(room, extents):
+                continue
+            rest = expr({m: k for m, k in terms.items() if m not in ((top,), (bottom,))})
+            clamp = minimum(maximum(expr(poly(sub(*low))), ZERO), room)
+            return add(rest, mul(add(clamp, add(low[1], high[1])), const(c)))
+    return None
+
+
+def _varying(x: Expr) -> tuple[Expr, Expr] | None:
+    """(the argument of a minimum or maximum that depends on an index, the one that does not)."""
+    if not isinstance(x, Op):
+        return None
+    a, b = (any(isinstance(n, Index) for n in walk(n)) for n in x.args)
+    return None if a == b else (x.args[0], x.args[1]) if a else (x.args[1], x.args[0])
 
 
 def inequality(atom: Expr) -> Expr | None:

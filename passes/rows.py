@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attncc.ir.affine import Extents, Poly, expr, is_positive, nonnegative, poly, simplify
+from attncc.ir.affine import Extents, Poly, ends_of, expr, is_positive, nonnegative, plus, poly, scaled, simplify
 from attncc.ir.build import ONE, ZERO, add, floordiv, maximum, minimum, mul, sub
 from attncc.ir.expr import Const, Expr, Op, Size
 from attncc.passes.predicates import Clause, inequality, mentions
@@ -27,7 +27,7 @@ class RowStripe:
 
 @dataclass(frozen=True)
 class RowSet:
-    """Keys max(lo) <= j < min(hi), inside `stripe`, for rows max(first) <= i < min(end) where every `when` (over
+    """Keys max(lo) <= j < min(hi), inside all `stripes`, for rows max(first) <= i < min(end) where every `when` (over
     neither index) and every `guard` (over the row alone) holds. `exact`: no atom was dropped, so these are the keys of
     the clause."""
 
@@ -37,7 +37,7 @@ class RowSet:
     guard: tuple[Expr, ...]
     lo: tuple[Expr, ...]
     hi: tuple[Expr, ...]
-    stripe: RowStripe | None
+    stripes: tuple[RowStripe, ...]
     exact: bool
 
 
@@ -121,20 +121,52 @@ def row_set(clause: Clause, i: Expr, j: Expr, extents: Extents) -> RowSet:
             else:
                 guard.append(atom)
             continue
-        solved = solve(x, j, extents) if x is not None else None
-        if solved is not None:
-            (lo if solved.is_lower else hi).append(solved.bound)
-        elif x is not None and (split := _one_factor(poly(x), j)) is not None and _is_mod(split[0]):
-            wrapped.setdefault(split[0], []).append(x)
-        else:
-            exact = False
+        alone = x is not None and _one_factor(poly(x), j) is not None
+        exact = exact and alone
+        for n in () if x is None else (x,) if alone else relaxations(x, j, extents):
+            solved = solve(n, j, extents)
+            split = _one_factor(poly(n), j)
+            if solved is not None:
+                (lo if solved.is_lower else hi).append(solved.bound)
+            elif split is not None and _is_mod(split[0]):
+                wrapped.setdefault(split[0], []).append(n)
+            else:
+                exact = False
     stripes = [_stripe(m, xs, j, extents) for m, xs in wrapped.items()]
-    # of several the one with the longest period: it is the one that whole blocks of keys can miss
     known = sorted((s for s in stripes if s is not None), key=_period, reverse=True)
-    exact = exact and len(known) == len(stripes) and len(known) <= 1 and all(s.exact for s in known)
-    return RowSet(
-        tuple(first), tuple(end), tuple(when), tuple(guard), tuple(lo), tuple(hi), known[0] if known else None, exact
-    )
+    exact = exact and len(known) == len(stripes) and all(s.exact for s in known)
+    return RowSet(tuple(first), tuple(end), tuple(when), tuple(guard), tuple(lo), tuple(hi), tuple(known), exact)
+
+
+def relaxations(x: Expr, index: Expr, extents: Extents) -> list[Expr]:
+    """What `0 <= x` implies for each factor that depends on the index, the others at the end that allows most: for keys
+    in tile order, j // 64 * 8 + j % 64 // 8 >= n implies j // 64 * 8 + 7 >= n."""
+    terms = poly(x)
+    moving = {f for m in terms for f in m if mentions(f, index)}
+    result: list[Expr] = []
+    for kept in sorted(moving, key=repr):
+        total: Poly = {}
+        for m, c in terms.items():
+            others = [f for f in m if f in moving and f is not kept]
+            if not others:
+                total = plus(total, {m: c})
+                continue
+            low, high = ends_of(others[0], extents)
+            end = high if c > 0 else low
+            sizes = [f for f in m if f is not others[0]]
+            if end is None or not all(isinstance(f, Size) for f in sizes):
+                break
+            total = plus(total, poly(mul(expr(scaled(end, c)), _product(sizes))))
+        else:
+            result.append(expr(total))
+    return result
+
+
+def _product(xs: list[Expr]) -> Expr:
+    result: Expr = ONE
+    for x in xs:
+        result = mul(result, x)
+    return result
 
 
 def _period(stripe: RowStripe) -> int:

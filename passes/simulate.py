@@ -16,12 +16,12 @@ from attncc.ir.terms import free
 
 @dataclass(frozen=True)
 class TileInterval:
-    """Keys lo <= j < hi of every tile, clipped to [0, M), and (step, offset, width) of its stripe, all of the shape
-    (*batch, tiles) or broadcastable to it."""
+    """Keys lo <= j < hi of every tile, clipped to [0, M), and (step, offset, width) of each of its stripes, all of the
+    shape (*batch, tiles)."""
 
     lo: torch.Tensor
     hi: torch.Tensor
-    stripe: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    stripes: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,13 @@ def simulate(
     def value(x: Expr) -> torch.Tensor:
         return ev(x).to(torch.int64).expand(full_shape)[..., 0]
 
-    def stripe(s: Stripe | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        return None if s is None else (value(s.step), value(s.offset), value(s.width))
+    def stripe(s: Stripe) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return value(s.step), value(s.offset), value(s.width)
 
     def all_of(intervals: tuple[Interval, ...]) -> tuple[TileInterval, ...]:
         return tuple(
-            TileInterval(value(x.lo).clamp(0, m), value(x.hi).clamp(0, m), stripe(x.stripe)) for x in intervals
+            TileInterval(value(x.lo).clamp(0, m), value(x.hi).clamp(0, m), tuple(map(stripe, x.stripes)))
+            for x in intervals
         )
 
     return Tiles(all_of(bounds.visit), all_of(bounds.full), end - first, full_shape[:-1], repeat)
@@ -91,8 +92,8 @@ def _expressions(bounds: Bounds) -> list[Expr]:
     found: list[Expr] = [r.expr for r in bounds.rows]
     for x in (*bounds.visit, *bounds.full):
         found += [x.lo, x.hi]
-        if x.stripe is not None:
-            found += [x.stripe.step, x.stripe.offset, x.stripe.width]
+        for s in x.stripes:
+            found += [s.step, s.offset, s.width]
     return found
 
 
@@ -102,8 +103,8 @@ def keys_of(intervals: tuple[TileInterval, ...], shape: tuple[int, ...], m: int)
     inside = torch.zeros(*shape, m, dtype=torch.bool, device=j.device)
     for x in intervals:
         here = (j >= x.lo[..., None]) & (j < x.hi[..., None])
-        if x.stripe is not None:
-            step, offset, width = (n[..., None] for n in x.stripe)
+        for s in x.stripes:
+            step, offset, width = (n[..., None] for n in s)
             here &= torch.remainder(j - offset, step) < width
         inside |= here
     return inside

@@ -100,7 +100,7 @@ def lower(p: Poly, extents: Extents) -> Poly | None:
     for m, c in p.items():
         sizes = tuple(f for f in m if isinstance(f, Size))
         others = [f for f in m if not isinstance(f, Size)]
-        ends = [_ends(f, extents) for f in others]
+        ends = [ends_of(f, extents) for f in others]
         term: Poly | None = {(): 1}
         if len(others) == 1:
             term = ends[0][0] if c > 0 else ends[0][1]
@@ -119,7 +119,7 @@ def lower(p: Poly, extents: Extents) -> Poly | None:
 Ends = tuple[Poly | None, Poly | None]
 
 
-def _ends(factor: Expr, extents: Extents) -> Ends:
+def ends_of(factor: Expr, extents: Extents) -> Ends:
     """The smallest and largest value of a factor that is no size, where known."""
     if factor in extents:
         return {}, plus(poly(extents[factor]), {(): 1}, -1)

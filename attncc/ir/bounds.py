@@ -33,11 +33,16 @@ class Interval:
     """Keys lo <= j < hi. May come out empty (hi <= lo) and is not clipped: kernels clip to [0, M).
 
     Outside `stripe` no key of the interval is visible; a kernel may skip blocks that do not meet it, or ignore it.
-    Intervals of `Bounds.full` have none."""
+    Intervals of `Bounds.full` have none. `finer` are more stripes, of shorter periods, of which the same is true."""
 
     lo: Expr
     hi: Expr
     stripe: Stripe | None = None
+    finer: tuple[Stripe, ...] = ()
+
+    @property
+    def stripes(self) -> tuple[Stripe, ...]:
+        return () if self.stripe is None else (self.stripe, *self.finer)
 
 
 @dataclass(frozen=True)
