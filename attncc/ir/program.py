@@ -49,7 +49,7 @@ _SHARED_SIZE = 6  # a subexpression used twice gets a name from this many nodes 
 
 def print_attention(a: Attention) -> str:
     """The canonical text of `a`: what caches are keyed by and what `attncc inspect --ir` shows."""
-    taken = {x.name for x in (*a.axes, *a.sizes)}
+    taken = {x.name for x in (*a.axes, *a.sizes, *a.tensors)}
     fresh = (name for n in count() if (name := f"t{n}") not in taken)
     names: dict[Expr, str] = {}
     let_lines: list[str] = []

@@ -16,16 +16,18 @@ Made = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 class Case:
     """`make` gives the model, ready to run in eval mode, with its arguments.
 
-    `sites` counts true attentions, found or not; `refused` counts what looks like one and is none. `why` says what this
-    model adds to the zoo. `golden` names the site whose IR text is kept as a golden file. `dynamic` compiles with
-    dynamic shapes. `inductor` has Inductor compile what is outside attention too, which takes longer. `backward`
-    compares gradients of parameters too. `missing` says why not every site is found yet.
+    `sites` counts true attentions, found or not; `kept` of them are understood and left as they are; `refused` counts
+    what looks like one and is none. `missing` says why not every site is found yet. `why` says what this model adds to
+    the zoo. `golden` names the site whose IR text is kept as a golden file. `dynamic` compiles with dynamic shapes.
+    `inductor` has Inductor compile what is outside attention too, which takes longer. `backward` compares gradients of
+    parameters too.
     """
 
     name: str
     make: Callable[[], Made]
     sites: int
     why: str
+    kept: int = 0
     refused: int = 0
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     golden: int | None = None

@@ -247,8 +247,9 @@ def llama_decoding(kind: str) -> Callable[[], Made]:
 
 OTHERS = (
     Case("multihead-attention", of(lambda: SelfAttention(weights=False)), 1, "torch's own module"),
-    Case("multihead-attention-weights", of(lambda: SelfAttention(weights=True)), 1, "and its averaged weights"),
-    Case("transformer-encoder", of(encoder_layer), 2, "torch's encoder"),
+    Case("multihead-attention-weights", of(lambda: SelfAttention(weights=True)), 1, "and its averaged weights", kept=1),
+    Case("transformer-encoder", of(encoder_layer), 2, "torch's encoder",
+         missing="one operation holds the layer"),
     Case("decoding", decoding, 1, "a static cache written in place", golden=0),
     Case("llama-static-cache", llama_decoding("static"), 2, "decode against a static cache", golden=0),
     Case("llama-dynamic-cache", llama_decoding("dynamic"), 2, "decode against a growing cache"),
@@ -261,7 +262,7 @@ OTHERS = (
     Case("branches", of(Branches), 0, "branches", refused=1),
     Case("sampling", of(Sampling), 0, "sampling points", refused=1),
     Case("classifier", of(Classifier), 0, "classes", refused=1),
-    Case("pseudo-inverse", of(PseudoInverse), 0, "the weights are iterated on", refused=1),
-    Case("changed-weights", of(ChangedWeights), 0, "weights changed in place", refused=1),
+    Case("pseudo-inverse", of(PseudoInverse), 1, "the weights are iterated on", kept=1),
+    Case("changed-weights", of(ChangedWeights), 1, "weights changed in place", kept=1),
     Case("slots", of(Slots), 0, "softmax over queries", refused=1),
 )  # fmt: skip

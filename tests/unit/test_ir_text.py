@@ -202,3 +202,11 @@ def test_names_of_shared_subexpressions_avoid_the_declared_ones() -> None:
     printed = print_attention(a)
     assert "let    t1 = " in printed and "let    t0 = " not in printed
     assert parse_attention(printed) == a
+
+
+def test_names_of_shared_subexpressions_avoid_tensors() -> None:
+    text = TEXT.replace("bias", "t0").replace("score  s * 0.125", "score  s * exp(t0[h, j] * 0.5 + 1.0)")
+    text = text.replace("weight w", "weight w * exp(t0[h, j] * 0.5 + 1.0)")
+    a = parse_attention(text)
+    assert "let    t1 = exp(t0[h, j] * 0.5 + 1.0)\n" in print_attention(a)
+    assert parse_attention(print_attention(a)) == a
