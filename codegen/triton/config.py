@@ -37,25 +37,28 @@ class TritonConfig:
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes of shared memory a block may use, 32-bit registers a thread may, threads a warp has."""
+    """Bytes of shared memory a block may use, 32-bit registers a thread may spend on tiles, threads a warp has.
+
+    What a thread has beside the tiles goes to addresses, masks and, before Hopper, to the factors of the products. The
+    bound is where the compiler starts to spill in the loop over keys."""
 
     shared: int
-    registers: int
+    tile_registers: int
     lanes: int
 
 
 def machine(capability: str) -> Machine:
     """Raises ValueError for a capability that is neither "sm_NN" nor "gfxNNN"."""
     if capability.startswith("gfx"):
-        return Machine(160 * 1024 if capability.startswith("gfx95") else 64 * 1024, 512, 64)
+        return Machine(160 * 1024 if capability.startswith("gfx95") else 64 * 1024, 464, 64)
     if not capability.startswith("sm_"):
         raise ValueError(f"capability {capability!r}: give sm_NN or gfxNNN")
     number = int(capability.removeprefix("sm_").rstrip("af"))
     if number in (80, 87):
-        return Machine(163 * 1024, 255, 32)
+        return Machine(163 * 1024, 144, 32)
     if 90 <= number < 120:
-        return Machine(227 * 1024, 255, 32)
-    return Machine(99 * 1024 if number > 75 else 64 * 1024, 255, 32)
+        return Machine(227 * 1024, 167 if number < 100 else 144, 32)
+    return Machine(99 * 1024 if number > 75 else 64 * 1024, 144, 32)
 
 
 def _operand_bytes(a: Attention) -> int:
@@ -79,20 +82,16 @@ def _extent(x: object) -> int:
     return int(x.value) if isinstance(x, Const) else 128
 
 
-#: Room that index arithmetic, loads and masks need beside the tiles.
-_SPARE_REGISTERS = 48
-
-
 def fits(a: Attention, c: TritonConfig, capability: str) -> bool:
     m = machine(capability)
-    return shared_bytes(a, c) <= m.shared and registers(a, c, m) <= m.registers - _SPARE_REGISTERS
+    return shared_bytes(a, c) <= m.shared and registers(a, c, m) <= m.tile_registers
 
 
 _NVIDIA = (
-    (128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2), (128, 32, 4, 3),
-    (64, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1),
+    (128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 2), (128, 32, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2),
+    (64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1),
 )  # fmt: skip
-_HOPPER = ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2), *_NVIDIA)
+_HOPPER = ((128, 128, 8, 2), (128, 128, 8, 3), *_NVIDIA)
 _AMD = (
     (128, 64, 4, 1), (128, 32, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (128, 64, 8, 1), (32, 32, 4, 1),
     (16, 32, 4, 1), (16, 16, 4, 1),

@@ -1,0 +1,110 @@
+"""Triton kernels under Triton's interpreter against the oracle. `test_triton.py` runs this file, in its own process."""
+
+import os
+from dataclasses import replace
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs in a process of its own, from test_triton.py", allow_module_level=True)
+
+import torch
+import triton_interpreter
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from random_ir import Program, programs
+from triton_cases import CASES, make
+
+from attncc.codegen.triton import TritonConfig, unsupported
+from attncc.ir import Attention, interpret, print_attention
+from attncc.ir.evaluate import DTYPE_OF
+from attncc.passes.bounds import loop_bounds
+
+SMALL = TritonConfig(16, 16, 4, 1)
+WIDE = TritonConfig(32, 32, 4, 1)
+SPLIT = TritonConfig(16, 16, 4, 1, split=True)
+EXAMPLES = int(os.environ.get("ATTNCC_TRITON_EXAMPLES", "30"))
+
+
+def tolerance(a: Attention, tensors: dict[str, torch.Tensor], sizes: list[int], name: str) -> float:
+    """How far a kernel may be from the exact result.
+
+    Both the kernel and the eager model round each weight to the values' type and the result to the output's, which
+    moves a result by at most eps * sum |w| |v|; what comes before (scores, exponentials) is as far off as eager is."""
+    exact = interpret(a, tensors, sizes, compute=torch.float64)[name]
+    eager = interpret(a, tensors, sizes, rounding=True)[name].double()
+    finite = torch.isfinite(exact) & torch.isfinite(eager)
+    off = float((eager - exact)[finite].abs().max()) if finite.any() else 0.0
+    if name == "lse":
+        return 4 * off + 2**-20 * (1 + float(exact[finite].abs().max()) if finite.any() else 1)
+    eps = max(torch.finfo(DTYPE_OF[t]).eps for t in (a.dtype, a.tensor(a.v.tensor).dtype))
+    weights = interpret(replace(a, outputs=("weights",)), tensors, sizes, compute=torch.float64)["weights"]
+    weights = torch.nan_to_num(weights, nan=0.0)
+    values = 1.0 if name == "weights" else float(torch.nan_to_num(tensors[a.v.tensor].double(), nan=0.0).abs().max())
+    mass = float(weights.abs().sum(-1).max()) if weights.numel() else 0.0
+    return 2 * off + (eps + 2**-20) * mass * values
+
+
+def check(p: Program, config: TritonConfig, **launch: int) -> None:
+    a, tensors, sizes = p
+    got = triton_interpreter.run(a, loop_bounds(a, rows=True), config, tensors, sizes, **launch)
+    want = interpret(a, tensors, sizes, compute=torch.float64)
+    for name, exact in want.items():
+        value = got[name].double()
+        text = f"{name} of\n{print_attention(a)}{sizes} with {config}"
+        assert torch.equal(torch.isnan(value), torch.isnan(exact)), text
+        assert torch.equal(torch.isinf(value), torch.isinf(exact)), text
+        finite = torch.isfinite(exact)
+        error = float((value - exact)[finite].abs().max()) if finite.any() else 0.0
+        assert error <= tolerance(a, tensors, sizes, name), f"{error} off in {text}"
+
+
+@seed(20)
+@settings(
+    max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],
+)  # fmt: skip
+@given(programs(simple=True, dtypes=("f32", "bf16", "f16")))
+def test_random_programs(program: Program) -> None:
+    if unsupported(program.attention) is not None:
+        return
+    check(program, SMALL)
+    check(program, SPLIT, splits=3) if _splits(program) else check(program, WIDE)
+
+
+def _splits(p: Program) -> bool:
+    from attncc.codegen.triton.frame import plan  # noqa: PLC0415  (what the emitter decides, asked only here)
+
+    return plan(p.attention, loop_bounds(p.attention, rows=True), SPLIT).split
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forms(name: str) -> None:
+    check(make(name), SMALL)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (17, 33), (32, 16), (5, 70)])
+def test_odd_sizes(dtype: str, rows: int, keys: int) -> None:
+    check(make("causal from the end", rows=rows, keys=keys, dtype=dtype), WIDE)
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("name", ["decode", "decode with sink", "decode mean", "decode sigmoid", "two heads of 80"])
+def test_split_keys(name: str, splits: int) -> None:
+    """Also more splits than blocks: some see no key."""
+    check(make(name), SPLIT, splits=splits)
+
+
+def test_masked_values_are_never_read() -> None:
+    """A cache holds anything where nothing was written."""
+    p = make("decode")
+    clean = triton_interpreter.run(p.attention, loop_bounds(p.attention, rows=True), SMALL, p.tensors, p.sizes)["out"]
+    tensors = {n: t.clone() for n, t in p.tensors.items()}
+    for b, length in enumerate(tensors["length"].tolist()):
+        tensors["k"][b, :, length:] = float("nan")
+        tensors["v"][b, :, length:] = float("inf")
+    for config, more in ((SMALL, {}), (SPLIT, {"splits": 3})):
+        bounds = loop_bounds(p.attention, rows=True)
+        dirty = triton_interpreter.run(p.attention, bounds, config, tensors, p.sizes, **more)["out"]
+        assert torch.isfinite(dirty).all()
+        assert torch.allclose(dirty.float(), clean.float(), atol=torch.finfo(torch.bfloat16).eps)
