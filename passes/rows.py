@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from attncc.ir.affine import Extents, Poly, ends_of, expr, is_positive, nonnegative, plus, poly, scaled, simplify
@@ -22,7 +23,6 @@ class RowStripe:
     step: Expr
     low: Expr
     high: Expr
-    exact: bool
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ def row_set(clause: Clause, i: Expr, j: Expr, extents: Extents) -> RowSet:
                 wrapped.setdefault(split[0], []).append(n)
             else:
                 exact = False
-    stripes = [_stripe(m, xs, j, extents) for m, xs in wrapped.items()]
-    known = sorted((s for s in stripes if s is not None), key=_period, reverse=True)
-    exact = exact and len(known) == len(stripes) and all(s.exact for s in known)
+    stripes = [_stripes(m, xs, j, extents) for m, xs in wrapped.items()]
+    known = sorted((s for found in stripes for s in found), key=_period, reverse=True)
+    exact = exact and all(stripes)
     return RowSet(tuple(first), tuple(end), tuple(when), tuple(guard), tuple(lo), tuple(hi), tuple(known), exact)
 
 
@@ -177,24 +177,38 @@ def _is_mod(x: Expr) -> bool:
     return isinstance(x, Op) and x.name == "mod" and is_positive(poly(x.args[1]))
 
 
-def _stripe(m: Expr, atoms: list[Expr], j: Expr, extents: Extents) -> RowStripe | None:
-    """The stripe of the inequalities on m = x % c, where x is j or (j + a) // b, or minus those, plus a rest."""
+def _stripes(m: Expr, atoms: list[Expr], j: Expr, extents: Extents) -> tuple[RowStripe, ...]:
+    """The stripes of the inequalities on m = x % c, where x is j or (j + a) // b, or minus those, plus a rest.
+
+    The first keeps to one period, as m does. Where its ends are cut for that, a second is left uncut: it may wrap, but
+    over the rows of a tile its ends move together."""
     assert isinstance(m, Op)
-    x, period = m.args
-    low: Expr = ZERO
-    high: Expr = sub(period, ONE)
+    last = sub(m.args[1], ONE)
+    lows: list[Expr] = []
+    highs: list[Expr] = []
     for atom in atoms:
         solved = solve(atom, m, extents)
         if solved is None:
-            return None
-        if solved.is_lower:
-            low = solved.bound if low is ZERO else maximum(low, solved.bound)
-        else:
-            top = sub(solved.bound, ONE)
-            high = top if high is sub(period, ONE) else minimum(high, top)
-    # A low under 0 or a high past the period only widens the stripe: no m lies outside [0, period).
-    inside = nonnegative(low, extents) and nonnegative(sub(sub(period, ONE), high), extents)
-    factor = x
+            return ()
+        (lows if solved.is_lower else highs).append(solved.bound if solved.is_lower else sub(solved.bound, ONE))
+    cut = _joined(maximum, [x for x in lows if not nonnegative(sub(ZERO, x), extents)], ZERO, extents)
+    top = _joined(minimum, [x for x in highs if not nonnegative(sub(x, last), extents)], last, extents)
+    kept = _of_keys(m, cut, top, j, extents)
+    if kept is None or not lows or not highs:
+        return () if kept is None else (kept,)
+    free = _of_keys(m, _joined(maximum, lows[1:], lows[0], {}), _joined(minimum, highs[1:], highs[0], {}), j, extents)
+    return (kept,) if free is None or free == kept else (kept, free)
+
+
+def _joined(join: Callable[[Expr, Expr], Expr], xs: list[Expr], end: Expr, extents: Extents) -> Expr:
+    for x in xs:
+        end = join(end, x)
+    return simplify(end, extents) if extents else end
+
+
+def _of_keys(m: Op, low: Expr, high: Expr, j: Expr, extents: Extents) -> RowStripe | None:
+    """Keys with m in [low, high]."""
+    factor, period = m.args
     while True:  # factor in [low, high] up to multiples of period, unwrapped down to the key
         split = _one_factor(poly(factor), j)
         if split is None or split[1] not in ({(): 1}, {(): -1}):
@@ -204,10 +218,9 @@ def _stripe(m: Expr, atoms: list[Expr], j: Expr, extents: Extents) -> RowStripe 
         else:
             low, high = sub(split[2], high), sub(split[2], low)
         if split[0] is j:
-            break
+            return RowStripe(*(simplify(n, extents) for n in (period, low, high)))
         inner = _numerator(split[0], extents)
         if inner is None:
             return None
         factor, by = inner
         period, low, high = mul(period, by), mul(low, by), sub(mul(add(high, ONE), by), ONE)
-    return RowStripe(*(simplify(n, extents) for n in (period, low, high)), exact=inside)

@@ -1,0 +1,111 @@
+"""Tile order: the attention is the same, and its tiles visit the fewest tiles of keys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bounds_cases import blocks, check_sound, visible
+from mask_catalogue import Mask, causal_neighbourhood, neighbourhood
+
+from attncc.ir import Attention, Axis, Bounds, Const, interpret, parse_expr, verify
+from attncc.ir.bounds import Interval
+from attncc.passes.area import area
+from attncc.passes.bounds import loop_bounds
+from attncc.passes.tile_layout import TileOrder, grid_of, tile_layout, tile_of
+from attncc.passes.unroll_stripes import unroll_stripes
+
+Y, X = ("i // 32", "j // 32"), ("i % 32", "j % 32")
+FRAME, LINE, COLUMN = ("i // 256", "j // 256"), ("i // 16 % 16", "j // 16 % 16"), ("i % 16", "j % 16")
+PLANE = ((32, 32), (8, 8))
+VIDEO = ((8, 16, 16), (4, 4, 4))
+MASKS = {
+    "2-D": (neighbourhood(*Y, 32, 7) + " and " + neighbourhood(*X, 32, 7), *PLANE),
+    "2-D, even window": (neighbourhood(*Y, 32, 8) + " and " + neighbourhood(*X, 32, 12), *PLANE),
+    "2-D, strided": (neighbourhood(*Y, 32, 16, 8) + " and " + neighbourhood(*X, 32, 16, 8), *PLANE),
+    "2-D, causal in one": (causal_neighbourhood(*Y, 32, 9) + " and " + neighbourhood(*X, 32, 9), *PLANE),
+    "2-D, window": ("abs(i // 32 - j // 32) <= 4 and abs(i % 32 - j % 32) <= 4", *PLANE),
+    "3-D": (neighbourhood(*FRAME, 8, 3) + " and " + neighbourhood(*LINE, 16, 5) + " and "
+            + neighbourhood(*COLUMN, 16, 5), *VIDEO),
+    "3-D, sliding tiles": (neighbourhood(*FRAME, 8, 4, 4) + " and " + neighbourhood(*LINE, 16, 8, 4) + " and "
+            + neighbourhood(*COLUMN, 16, 8, 4), *VIDEO),
+}  # fmt: skip
+
+
+def grid(mask: str, shape: tuple[int, ...]) -> Attention:
+    n = Const(torch.Size(shape).numel())
+    return replace(Mask(mask).attention("b = 1, h = 1"), i=Axis("i", n), j=Axis("j", n))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_whole_tiles_are_the_fewest(name: str) -> None:
+    mask, shape, tile = MASKS[name]
+    a = tile_layout(grid(mask, shape), TileOrder(shape, tile))
+    bounds = loop_bounds(a)
+    flat = unroll_stripes(a, bounds, tile_rows=64)
+    assert len(flat.visit) <= 8
+    visited, some, _, _ = check_sound(a, bounds, (), {}, 64)
+    assert torch.equal(blocks(visited, 64), blocks(some, 64))
+    unrolled, _, _, _ = check_sound(a, flat, (), {}, 64)
+    assert torch.equal(blocks(unrolled, 64), blocks(some, 64))
+
+
+@pytest.mark.parametrize("name", ["2-D, strided", "3-D, sliding tiles"])
+def test_fewer_than_in_row_major_order(name: str) -> None:
+    mask, shape, tile = MASKS[name]
+    a = grid(mask, shape)
+    before, after = (
+        area(x, loop_bounds(x), tile_rows=64, tile_keys=64) for x in (a, tile_layout(a, TileOrder(shape, tile)))
+    )
+    assert before.visible == after.visible and after.visited < 0.8 * before.visited
+
+
+def test_unrolled_bounds_hold_for_other_tiles() -> None:
+    mask, shape, tile = MASKS["2-D"]
+    a = tile_layout(grid(mask, shape), TileOrder(shape, tile))
+    flat = unroll_stripes(a, loop_bounds(a), tile_rows=64)
+    for rows in (1, 32, 128, 1024):
+        check_sound(a, flat, (), {}, rows)
+
+
+def test_intervals_without_long_stripes_stay() -> None:
+    a = grid("j % 4 == 1", (32, 32))
+    bounds = loop_bounds(a)
+    assert unroll_stripes(a, bounds) is bounds
+    assert isinstance(bounds, Bounds) and isinstance(bounds.visit[0], Interval)
+
+
+@pytest.mark.parametrize(("shape", "tile"), [((4, 6), (2, 3)), ((2, 4, 6), (1, 2, 2)), ((8,), (4,))])
+def test_same_attention(shape: tuple[int, ...], tile: tuple[int, ...]) -> None:
+    n = torch.Size(shape).numel()
+    a = grid("abs(i % 4 - j % 4) <= 1 or j < 2", shape)
+    names = {x.name: x.index for x in a.axes} | {"s": a.score}
+    a = replace(a, score=parse_expr("s + float(i - j) * 0.1", names, {}), outputs=("out", "lse", "weights"))
+    order = TileOrder(shape, tile)
+    after = verify(tile_layout(a, order))
+    g = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(2, 4, n, 4, generator=g, dtype=torch.float64) for name in "qkv"}
+    wanted = interpret(a, tensors, compute=torch.float64)
+    found = interpret(after, {k: order.to_tiles(x, 2) for k, x in tensors.items()}, compute=torch.float64)
+    torch.testing.assert_close(order.from_tiles(found["out"], 2), wanted["out"])
+    torch.testing.assert_close(order.from_tiles(found["lse"], 2), wanted["lse"])
+    torch.testing.assert_close(order.from_tiles(order.from_tiles(found["weights"], 2), 3), wanted["weights"])
+    moved = visible(after, (), {})
+    assert torch.equal(order.from_tiles(order.from_tiles(moved, 2), 3), visible(a, (), {}))
+
+
+def test_the_grid_is_read_off_the_mask() -> None:
+    for mask, shape, tile in MASKS.values():
+        assert grid_of(grid(mask, shape)) == shape
+        assert tile_of(shape, 64) == tile
+    assert grid_of(grid("i // 32 == j // 32 and j <= i", (32, 32))) is None
+    assert grid_of(grid("j <= i", (32, 32))) is None
+    assert tile_of((3, 5), 64) is None
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not divide"):
+        TileOrder((6, 6), (4, 4))
+    with pytest.raises(ValueError, match="not the 64"):
+        tile_layout(grid("j <= i", (6, 6)), TileOrder((8, 8), (4, 4)))
