@@ -160,6 +160,17 @@ def _integers(name: str) -> Rule:
     return rule
 
 
+def _nan_to_num(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+    x = operand(r, n, n.args[0], at)
+    if x is None or x.kind != "float":
+        return x
+    if argument(n, "posinf") is not None or argument(n, "neginf") is not None:
+        return None
+    limits, nan = torch.finfo(r.facts.dtype(n)), argument(n, "nan")
+    finite = maximum(minimum(x, const(limits.max)), const(limits.min))
+    return where(op("isnan", x), const(float(nan or 0.0)), finite)
+
+
 def _relu(x: Expr) -> Expr:
     return maximum(x, const(0 if x.kind == "int" else 0.0))
 
@@ -236,7 +247,7 @@ _RULES: dict[str, Rule] = {
     "bitwise_and": _logical(and_, bitwise=True), "bitwise_or": _logical(or_, bitwise=True),
     "bitwise_xor": _logical(_xor, bitwise=True), "__and__": _logical(and_, bitwise=True),
     "__or__": _logical(or_, bitwise=True), "logical_not": _not, "bitwise_not": _not,
-    "masked_fill": _masked_fill, "dropout": _dropout, "tril": _tri(le), "triu": _tri(ge),
+    "masked_fill": _masked_fill, "nan_to_num": _nan_to_num, "dropout": _dropout, "tril": _tri(le), "triu": _tri(ge),
     "fill": _fill, "zero": lambda r, n, at: const(0), "copy": _copy,
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from attncc.patterns.assemble import Lifted, Parts, assemble
 from attncc.patterns.contractions import DOT, Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
+from attncc.patterns.guards import unguarded
 from attncc.patterns.moves import Point, move
 from attncc.patterns.operands import Source, operand
 from attncc.patterns.sdpa import lift_sdpa
@@ -143,15 +144,17 @@ def _lift(f: Facts, anchor: Anchor, product: Contraction, left: bool, escapes: t
     if len(value_axes) > 1:
         raise _Refused("the values have several axes of their own", product.node)
     e = value_axes[0] if value_axes else None
+    weight = rewrite(weight, lambda x: _w(x, anchor.node))
+    bare = unguarded(f, Reader(f, use, extents), weight, score, c)
     read = f.order[product.node]
     v = operand(f, values, tuple(theirs), extents, read=read, use=use)
     q, k, d, product_dtype = dot
     parts = Parts(
         facts=f, out=out, out_shape=shape, i=None if i is ZERO else i, j=c, d=d[0], e=e,
         extents=extents | {d[0]: d[1]}, q=q, k=k, v=v, score=score, sink=sink,
-        weight=rewrite(weight, lambda x: _w(x, anchor.node)), product_dtype=product_dtype,
+        weight=weight if bare is None else bare, product_dtype=product_dtype,
         dtype=f.dtype(product.node), half=f.dtype(anchor.scores) == torch.float16,
-        empty=anchor.empty or "nan", normalizer=anchor.normalizer,
+        empty="zero" if bare is not None else anchor.empty or "nan", normalizer=anchor.normalizer,
     )  # fmt: skip
     return assemble(parts, product.node, anchor.node, escapes)
 

@@ -1,0 +1,57 @@
+"""Guards against rows that see nothing: what models write around a softmax so that its NaN becomes zero.
+
+    nan_to_num(softmax(x), 0)            where(any(mask), softmax(x), 0)            softmax(x) * any(mask)
+
+Each says `empty: zero`; the guard itself then has nothing left to do. The second is one only if what it asks about is
+the very mask of the scores, which is looked up in the graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from attncc.ir.attention import W
+from attncc.ir.expr import Const, Expr, Load, Op
+from attncc.patterns.facts import Facts, argument
+from attncc.patterns.masks import split_mask
+from attncc.patterns.moves import Point
+from attncc.patterns.value import Reader
+
+aten = torch.ops.aten
+
+
+def unguarded(f: Facts, reader: Reader, weight: Expr, score: Expr, key: Expr) -> Expr | None:
+    """`weight` without its guard, or None if it has none. `key` is the index of the keys in `score`."""
+    match weight:
+        case Op("where", (Op("isnan", (inner,)), Const(0.0), rest)) if _in_unit_range(rest) is inner is W:
+            return W
+        case Op("where", (Load() as any_, inner, Const(0.0))) if _asks_for_mask(f, reader, any_, score, key):
+            return inner
+        case _:
+            return None
+
+
+def _in_unit_range(x: Expr) -> Expr:
+    """`x` without clamps that a weight between 0 and 1 never meets."""
+    while isinstance(x, Op) and x.name in ("min", "max"):
+        limit = x.args[1]
+        if not isinstance(limit, Const) or (limit.value < 1 if x.name == "min" else limit.value > 0):
+            break
+        x = x.args[0]
+    return x
+
+
+def _asks_for_mask(f: Facts, reader: Reader, load: Load, score: Expr, key: Expr) -> bool:
+    """Whether `load` reads any(mask, over the keys) for the mask that `score` has."""
+    n = f.by_name.get(load.tensor)
+    if n is None or n.target is not aten.any.dim:
+        return False
+    source, dim = n.args[0], argument(n, "dim")
+    if not isinstance(source, fx.Node) or not isinstance(dim, int):
+        return False
+    dim %= f.rank(source)
+    kept = bool(argument(n, "keepdim"))
+    point: Point = (*load.index[:dim], key, *load.index[dim + kept :])
+    mask = split_mask(score, half=f.dtype(n) == torch.float16, infinite_empty="nan").mask
+    return reader.value_at(source, point, f.order[n]) is mask
