@@ -109,3 +109,24 @@ def test_what_does_not_fit_is_refused() -> None:
         TileOrder((6, 6), (4, 4))
     with pytest.raises(ValueError, match="not the 64"):
         tile_layout(grid("j <= i", (6, 6)), TileOrder((8, 8), (4, 4)))
+
+
+# Windows and strides that tiles fit perfectly, as used on image and video generators: a tile visits as many keys as its
+# rows see, so the analytical bound total / visited is that of the arithmetic, tokens / window.
+PERFECT = [
+    ((256, 256), (80, 80), (16, 16), (16, 16), 10.24),
+    ((16, 44, 80), (16, 32, 48), (1, 8, 16), (4, 4, 16), 2.2917),
+]
+
+
+@pytest.mark.parametrize(("shape", "window", "stride", "tile", "bound"), PERFECT)
+def test_analytical_bound_of_neighbourhoods(
+    shape: tuple[int, ...], window: tuple[int, ...], stride: tuple[int, ...], tile: tuple[int, ...], bound: float
+) -> None:
+    after = [torch.Size(shape[n + 1 :]).numel() for n in range(len(shape))]
+    parts = [(f"i // {s} % {n}", f"j // {s} % {n}") for s, n in zip(after, shape, strict=True)]
+    terms = [neighbourhood(*p, n, w, s) for p, n, w, s in zip(parts, shape, window, stride, strict=True)]
+    a = tile_layout(grid(" and ".join(terms), shape), TileOrder(shape, tile))
+    tokens = torch.Size(tile).numel()
+    found = area(a, unroll_stripes(a, loop_bounds(a), tile_rows=tokens), tile_rows=tokens, tile_keys=tokens)
+    assert found.total / found.visited == pytest.approx(bound, rel=1e-4)
