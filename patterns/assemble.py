@@ -9,9 +9,9 @@ from torch import fx
 
 from attncc.ir.affine import simplify
 from attncc.ir.attention import Access, Attention, Axis, Empty, Normalizer, Tensor, W
-from attncc.ir.build import ONE, ZERO
+from attncc.ir.build import NEG_INF, ONE, TRUE, ZERO, and_, lt
 from attncc.ir.evaluate import NAME_OF
-from attncc.ir.expr import Const, Expr, Index, Load, Size, free, rewrite, substitute
+from attncc.ir.expr import Const, Expr, Index, Load, Size, free, loads, rewrite, substitute
 from attncc.ir.verify import verify
 from attncc.patterns.facts import Facts
 from attncc.patterns.masks import split_mask
@@ -42,7 +42,7 @@ class Parts:
     dtype: torch.dtype
     half: bool
     empty: Empty
-    mask: Expr | None = None
+    mask: Expr = TRUE
     sink: Expr | None = None
     weight: Expr = W
     normalizer: Normalizer = "softmax"
@@ -74,7 +74,9 @@ def assemble(p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, .
     names |= {p.j: Index("j"), p.d: Index("d")}
     names |= {x: Index(n) for x, n in ((p.i, "i"), (p.e, "e")) if x is not None}
     masked = split_mask(p.score, half=p.half, infinite_empty=p.empty)
-    mask = masked.mask if p.mask is None else p.mask
+    mask = and_(masked.mask, p.mask)
+    if p.empty == "zero":  # a row of -inf gives zero, where a plain softmax gives NaN: hide what data makes -inf
+        mask = and_(mask, *(lt(NEG_INF, x) for x in loads(masked.score) if x.kind == "float" and not _learned(p, x)))
     renamer = _Renamer(p, names)
     operands = [
         renamer.operand(name, source, dtype)
@@ -93,7 +95,7 @@ def assemble(p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, .
         tensors=renamer.declared(), q=operands[0], k=operands[1], v=operands[2],
         score=score, mask=mask, sink=sink, weight=weight, normalizer=p.normalizer,
         # a sink outweighs every finite fill, so a row that sees nothing else gives zero
-        empty="zero" if p.mask is not None or p.sink is not None else masked.empty, dtype=NAME_OF[p.dtype],
+        empty="zero" if p.sink is not None else masked.empty, dtype=NAME_OF[p.dtype],
         layout=_layout(p, [*batch, p.i], names),
     )  # fmt: skip
     attention, sizes, factors = renamer.close(attention)
@@ -104,6 +106,10 @@ def assemble(p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, .
     return Lifted(
         verify(attention), node, anchor, tuple(renamer.nodes), tuple(renamer.dtypes), sizes, factors, tuple(order), escapes
     )
+
+
+def _learned(p: Parts, x: Load) -> bool:
+    return isinstance(p.facts.value(p.facts.by_name[x.tensor]), torch.nn.Parameter)
 
 
 class _Renamer:

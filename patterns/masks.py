@@ -1,7 +1,8 @@
 """Scores with masks in them, taken apart: `score + where(c, 0, -inf)` is the score, visible where c.
 
-Only fills that no real score can outweigh count as masks: -inf, and finite values of -1e30 and below (the lowest finite
-value of the scores' own type included). Anything milder (-100, -1e4) is a bias and stays one, so it keeps its meaning.
+Only fills that no real score can outweigh count as masks: -inf, finite values of -1e9 and below put in a score's place,
+and of -1e30 and below added to it (smaller ones leave something of the score in a row that is all hidden; the lowest
+finite value of the scores' own type counts too). Anything milder (-100, -1e4) is a bias and keeps its meaning.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from attncc.ir.attention import Empty
 from attncc.ir.build import add, and_, not_, op
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Op
 
-_FILL = -1e30
+_PUT, _ADDED = -1e9, -1e30
 _FILL_F16 = -65504.0
 
 
@@ -36,7 +37,7 @@ def split_mask(score: Expr, *, half: bool, infinite_empty: Empty) -> Masked:
     """The score without its masks, the predicate they make, and what a row without visible keys then gives.
 
     `half`: the scores are float16, whose lowest value is a fill too. `infinite_empty`: what a row of -inf gives."""
-    limit = _FILL_F16 if half else _FILL
+    limit = _FILL_F16 if half else _PUT
     bare, found = _strip(score, limit)
     infinite = [h for h in found if h.fill == float("-inf")]
     finite = [h for h in found if h.fill != float("-inf")]
@@ -76,6 +77,7 @@ def _strip(x: Expr, limit: float) -> tuple[Expr, list[_Hidden]]:
             bare, found = _strip(b, limit)
             return bare, [_Hidden(not_(c), _number(a), added=False), *found]
         case Op("add", (a, b)):
+            limit = limit if limit == _FILL_F16 else min(limit, _ADDED)
             left, hidden = _strip(a, limit)
             right, more = _strip(b, limit)
             both = [*hidden, *more]
@@ -83,6 +85,7 @@ def _strip(x: Expr, limit: float) -> tuple[Expr, list[_Hidden]]:
                 return x, []
             return add(left, right), [_Hidden(h.visible, h.fill, added=True) for h in both]
         case Op("sub", (a, b)):
+            limit = limit if limit == _FILL_F16 else min(limit, _ADDED)
             bare, found = _strip(a, limit)
             return (op("sub", bare, b) if found else x), [_Hidden(h.visible, h.fill, added=True) for h in found]
         case _:

@@ -47,12 +47,11 @@ def lift_sdpa(f: Facts, n: fx.Node) -> Lifted:
             predicate = and_(predicate, value)
         else:
             score = add(score, cast(value, "float"))
-    boolean = mask is None or f.dtype(mask) == torch.bool
     parts = Parts(
         facts=f, out=out, out_shape=shape, i=None if i is ZERO else i, j=j, d=d, e=None if e is ZERO else e,
         extents=extents, q=source(q, i, d), k=source(k, j, d), v=source(v, j, e), score=score,
         product_dtype=f.dtype(n), dtype=f.dtype(n), half=f.dtype(n) == torch.float16, empty="zero",
-        mask=predicate if boolean else None,
+        mask=predicate,
     )  # fmt: skip
     return assemble(parts, n, n)
 

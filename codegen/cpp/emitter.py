@@ -102,7 +102,7 @@ class _Emitter:
         parts = [self._header(), self._config(), *map(_library, ("vector", "convert", "layout"))]
         parts += [_library("matrix_unit" if self.tiles else "product")]
         parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), self._slots()]
-        parts += [_library("tile"), self._fills(), *hooks, self._rows(), _library("pairs" if self.pairs else "plain")]
+        parts += [_library("tile"), self._fills(), *hooks, self._rows(), _library("pairs" if self.pairs else "plain"), _library("few")]
         return "\n".join([*parts, *map(_library, ("begin", "attend", "run")), self._entry()])
 
     # ---- text ------------------------------------------------------------------------------------------------------
@@ -155,7 +155,15 @@ class _Emitter:
     def _log2e(self, scale: float | None) -> float:
         if self.a.normalizer != "softmax":
             return 1.0
-        return 1.0 if scale is None else scale * math.log2(math.e)
+        if scale is not None:
+            return scale * math.log2(math.e)
+        return 1.0 if self._base_two_folds else math.log2(math.e)
+
+    @property
+    def _base_two_folds(self) -> bool:
+        """Whether the score ends with a constant factor that takes base 2 in for nothing."""
+        x = self.a.score
+        return self.scale is None and isinstance(x, Op) and x.name == "mul" and any(isinstance(k, Const) for k in x.args)
 
     def _real(self, x: float) -> str:
         return literal(Const(float(x)), double=self.p.double)
@@ -283,7 +291,7 @@ class _Emitter:
     def _logit(self) -> str:
         a = self.a
         x = S if self.scale is not None else a.score
-        if a.normalizer == "softmax" and self.scale is None:
+        if a.normalizer == "softmax" and self._base_two_folds:
             x = _times(x, math.log2(math.e))
         unmasked = self.p.statements({"x": x})
         masked = self.p.statements({"seen": a.mask})

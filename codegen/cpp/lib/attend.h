@@ -5,7 +5,7 @@ enum Stage { ONLINE, SUMS, WEIGHTS, EMPTIES };
 // Logits to base 2. A score that is not `s * constant` may hold the lowest finite value: it stays finite, and is rounded
 // before anything is subtracted, so that equal scores differ by nothing (a fused multiply-add would keep the rounding).
 INLINE vreal scaled(vreal x) {
-    if (PLAIN || !IS_SOFTMAX) return x;
+    if (PLAIN || SCALE == 1) return x;
     x = pick(x == splat(-INFINITY), x, high(x, splat(REAL_IS_DOUBLE ? -1.2e308 : -2.3e38f))) * SCALE;
 #if defined(__aarch64__)
     __asm__("" : "+w"(x));
@@ -76,8 +76,10 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
     for (int64_t v = 0; v < t.columns; ++v) {
         // A few columns at a time, so that their scores stay in the nearest cache until they are used.
         if (v % STRIP == 0) {
-            if (v > 0 && stage != SUMS && HAS_OUT) value_product(c, t, v - STRIP, STRIP, at, weight_column(scores, spare, 0), keep);
-            score_product(c, t, v, v + STRIP < t.columns ? STRIP : t.columns - v, at, scores);
+            if (v > 0 && stage != SUMS && HAS_OUT)
+                value_product(c, t, v - STRIP, STRIP, at, weight_column(scores, spare, 0), keep);
+            if (t.few) few_score_product(c, b, t, at, scores);
+            else score_product(c, t, v, v + STRIP < t.columns ? STRIP : t.columns - v, at, scores);
         }
         const int64_t lane = v * LANES;
         const RowValues r = t.values[v];
@@ -145,6 +147,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
     }
     if (stage == SUMS || !HAS_OUT) return;
     const int64_t last = (t.columns - 1) / STRIP * STRIP;
-    value_product(c, t, last, t.columns - last, at, weight_column(scores, spare, 0), keep);
+    if (t.few) few_value_product(c, b, t, at, weight_column(scores, spare, 0), keep);
+    else value_product(c, t, last, t.columns - last, at, weight_column(scores, spare, 0), keep);
     t.fresh = false;
 }

@@ -49,6 +49,7 @@ INLINE void next_row(const Call& c, const Tile& t, Row& r) {
 // Loads the queries of a placed tile and everything of its rows that no key changes.
 static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
     t.fresh = true;
+    t.few = is_few(c, t.rows);
     Row at = first_row(c, t);
     for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
         const q_element* rows[LANES];
@@ -58,7 +59,8 @@ static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
             set_lane(t, v + l, at.g, at.i);
             if (v + l + 1 < t.rows) next_row(c, t, at);
         }
-        load_queries(c, rows, t.q + v * q_rows(c));
+        if (t.few) load_few(c, rows, t.q);
+        else load_queries(c, rows, t.q + v * q_rows(c));
     }
     const Uniform u = uniform(c, b, t);
     for (int64_t v = 0; v < t.columns * LANES; v += LANES) {

@@ -35,10 +35,18 @@ INLINE vreal row(const double* p) {
     typedef double v __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
     return __builtin_convertvector(*(const v*)p, vreal);
 }
+#ifdef WIDE_512
+INLINE vreal row(const bf16* p) {
+    vword x;
+    asm("vpmovzxwd %1, %0" : "=v"(x) : "m"(*(const vhalf*)p));
+    return (vreal)(x << 16);
+}
+#else
 INLINE vreal row(const bf16* p) {
     typedef float v __attribute__((vector_size(LANES * 4)));
     return __builtin_convertvector((v)(__builtin_convertvector(*(const vhalf*)p, vword) << 16), vreal);
 }
+#endif
 #if F16_ROW == 512
 INLINE vreal row(const f16* p) {
     typedef short v __attribute__((vector_size(32), aligned(2), may_alias));

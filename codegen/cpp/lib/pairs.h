@@ -98,6 +98,9 @@ static Block part_of(const Call& c, const Block& x, int64_t from, int64_t to) {
 }
 
 INLINE real* weight_column(real*, real* spare, int64_t column) { return spare + column * (KEYS / 2) * LANES; }
+INLINE real weight_at(const real* p, int64_t k, int64_t lane) {
+    return from_bf16(((const uint16_t*)(p + k / 2 * LANES + lane))[k & 1]);
+}
 INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) {
     vpairs both;
     asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(x), "v"(w));

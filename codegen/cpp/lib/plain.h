@@ -43,6 +43,7 @@ static void value_product(const Call& c, const Tile& t, int64_t v, int64_t colum
             t.fresh ? nullptr : keep + v * LANES);
 }
 INLINE real* weight_column(real* scores, real*, int64_t column) { return scores + column * KEYS * LANES; }
+INLINE real weight_at(const real* p, int64_t k, int64_t lane) { return p[k * LANES + lane]; }
 INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) { store(p + k * LANES, w); store(p + (k + 1) * LANES, x); }
 INLINE void put_last_weights(real* p, int64_t k, int64_t n, vreal w) { if (k < n) store(p + k * LANES, w); }
 INLINE void rescale(const Call&, const Tile&, int64_t, vreal) {}

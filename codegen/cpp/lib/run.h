@@ -112,6 +112,13 @@ static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stag
                 to = z > to ? z : to;
             }
             if (from >= to) continue;
+            if (t.few) {
+                Block raw = {};
+                raw.j0 = from;
+                raw.count = to - from;
+                attend(c, x.b, t, raw, stage, w.scores, w.weights);
+                continue;
+            }
             if (!ready) whole = load_block(c, k, v, j0, j1 - j0, w.k, w.v);
             ready = true;
             attend(c, x.b, t, part_of(c, whole, (from - j0) / KEY_STEP * KEY_STEP, to - j0), stage, w.scores, w.weights);

@@ -5,6 +5,7 @@ struct Tile {
     int64_t lo, hi;      // hull of the visit
     int64_t spans, span_lo[MAX_SPANS], span_hi[MAX_SPANS];
     int64_t fulls, full_lo[MAX_SPANS], full_hi[MAX_SPANS];
+    bool few;    // its queries lie in rows: see few.h
     bool fresh;  // no key block has been added yet, so `o` is not set
     real *q, *o; // [columns][D][LANES] and [columns][E][LANES]
     RowValues values[QUERIES / LANES];
