@@ -132,7 +132,7 @@ def op(name: str, *args: Expr) -> Expr:
 
 
 def _over_selection(name: str, args: tuple[Expr, ...]) -> Expr | None:
-    """f(where(c, 1.0, 0.0), 2.0) is where(c, f(1.0, 2.0), f(0.0, 2.0)): masks spelled in arithmetic become predicates."""
+    """f(where(c, 1.0, 0.0), 2.0) is where(c, f(1.0, 2.0), f(0.0, 2.0)): masks in arithmetic become predicates."""
     selections = [a for a in args if isinstance(a, Op) and a.name == "where"]
     if len(selections) != 1 or name not in _FOLD or not all(isinstance(a, Const | Op) for a in args):
         return None
@@ -249,7 +249,19 @@ def _where(c: Expr, a: Expr, b: Expr) -> Expr | None:
         return or_(and_(c, a), and_(not_(c), b)) if isinstance(a, Const) or isinstance(b, Const) else None
     if isinstance(c, Op) and c.name == "not":
         return op("where", c.args[0], b, a)
-    return None
+    there, elsewhere = _branch(a, c, taken=True), _branch(b, c, taken=False)
+    return None if there is a and elsewhere is b else op("where", c, there, elsewhere)
+
+
+def _branch(x: Expr, condition: Expr, *, taken: bool) -> Expr:
+    """What a selection under `condition`, or its negation, comes to where `condition` is known."""
+    if not (isinstance(x, Op) and x.name == "where"):
+        return x
+    if x.args[0] is condition:
+        return x.args[1] if taken else x.args[2]
+    if x.args[0] is not_(condition):
+        return x.args[2] if taken else x.args[1]
+    return x
 
 
 def _float(a: Expr) -> Expr | None:

@@ -129,6 +129,15 @@ def test_where_identities() -> None:
     assert where(not_(p), S, const(0.0)) is where(p, const(0.0), S)
 
 
+def test_where_under_a_condition_that_is_known() -> None:
+    p, q = Load("seen", (J,), "bool"), eq(I, J)
+    x, y, z = S, const(0.0), const(-100.0)
+    assert where(p, where(p, x, y), z) is where(p, x, z)
+    assert where(p, z, where(p, x, y)) is where(p, z, y)
+    assert where(q, z, where(not_(q), x, y)) is where(q, z, x)
+    assert where(q, where(not_(q), x, y), z) is where(q, y, z)
+
+
 def test_casts_there_and_back() -> None:
     p = lt(I, J)
     assert cast(cast(p, "float"), "bool") is p
