@@ -182,6 +182,9 @@ class CppKernel:
                 f"the kernel takes {len(a.tensors)} tensors, {len(a.sizes)} sizes and {len(a.outputs)} outputs, got "
                 f"{len(tensors)}, {len(sizes)} and {len(outputs)}"
             )
+        ranks = [len(t.shape) for t in a.tensors], [len(a.batch) + (2 if o == "out" else 1) for o in a.outputs]
+        if ranks != ([t.ndim for t in tensors], [t.ndim for t in outputs]):
+            raise KernelError(f"the kernel takes tensors and outputs of {ranks[0]} and {ranks[1]} dimensions")
         held: list[object] = []
         pointers: list[ctypes.Array[ctypes.c_void_p]] = []
         for group in (tensors, outputs):

@@ -62,7 +62,7 @@
 #define EMPTY_NAN 2
 #define EMPTY EMPTY_ZERO
 #define PLAIN 0
-#define SCALE 1.0f
+#define SCALE 1.4426950408889634f
 #define CAN_SPLIT 1
 #define EVEN_AREA 0
 #define OUT_OF_MEMORY 1
@@ -313,10 +313,18 @@ INLINE vreal row(const double* p) {
     typedef double v __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
     return __builtin_convertvector(*(const v*)p, vreal);
 }
+#ifdef WIDE_512
+INLINE vreal row(const bf16* p) {
+    vword x;
+    asm("vpmovzxwd %1, %0" : "=v"(x) : "m"(*(const vhalf*)p));
+    return (vreal)(x << 16);
+}
+#else
 INLINE vreal row(const bf16* p) {
     typedef float v __attribute__((vector_size(LANES * 4)));
     return __builtin_convertvector((v)(__builtin_convertvector(*(const vhalf*)p, vword) << 16), vreal);
 }
+#endif
 #if F16_ROW == 512
 INLINE vreal row(const f16* p) {
     typedef short v __attribute__((vector_size(32), aligned(2), may_alias));
@@ -575,6 +583,7 @@ struct Tile {
     int64_t lo, hi;      // hull of the visit
     int64_t spans, span_lo[MAX_SPANS], span_hi[MAX_SPANS];
     int64_t fulls, full_lo[MAX_SPANS], full_hi[MAX_SPANS];
+    bool few;    // its queries lie in rows: see few.h
     bool fresh;  // no key block has been added yet, so `o` is not set
     real *q, *o; // [columns][D][LANES] and [columns][E][LANES]
     RowValues values[QUERIES / LANES];
@@ -631,7 +640,7 @@ INLINE vreal logit(const Call& c, const Uniform& u, const RowValues& r, int64_t 
         const vmask seen = (narrow(splat_int(j) <= r.r1) & narrow(r.r2 == splat_int(value(c.t_doc[u.u1 * c.s_doc[0] + j * c.s_doc[1]]))));
         visible = seen;
     }
-    const vreal x = (((s * splat(0.125f)) - (r.r0 * to_real((r.r1 - splat_int(j))))) * splat(1.4426950408889634f));
+    const vreal x = ((s * splat(0.125f)) - (r.r0 * to_real((r.r1 - splat_int(j)))));
     return x;
 }
 
@@ -788,6 +797,9 @@ static Block part_of(const Call& c, const Block& x, int64_t from, int64_t to) {
 }
 
 INLINE real* weight_column(real*, real* spare, int64_t column) { return spare + column * (KEYS / 2) * LANES; }
+INLINE real weight_at(const real* p, int64_t k, int64_t lane) {
+    return from_bf16(((const uint16_t*)(p + k / 2 * LANES + lane))[k & 1]);
+}
 INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) {
     vpairs both;
     asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(x), "v"(w));
@@ -826,6 +838,112 @@ static void value_product(const Call& c, const Tile& t, int64_t v, int64_t colum
 }
 INLINE void rescale(const Call&, const Tile&, int64_t, vreal) {}
 #endif
+
+// ---- few queries: lanes run along a key's or a value's row, which is read once, in order, as it lies ----------------
+// Queries lie as [FEW][D up to LANES], scores and weights as ever, a row a key and a lane a query.
+constexpr int64_t FEW = 8;
+INLINE int64_t few_d(const Call& c) { return (c.D + LANES - 1) / LANES * LANES; }
+INLINE bool is_few(const Call& c, int64_t rows) {
+    return rows <= FEW && rows <= LANES && c.N <= FEW && c.D >= 16 && c.k_d == 1 && c.v_e == 1;
+}
+
+static void load_few(const Call& c, const q_element* const (&rows)[LANES], real* q) {
+    for (int64_t r = 0; r < FEW && r < LANES; ++r)
+        for (int64_t d = 0; d < few_d(c); ++d)
+            q[r * few_d(c) + d] = rows[r] && d < c.D ? value(rows[r][d * c.q_d]) : 0;
+}
+
+// LANES elements of a row, zeros from `count` on.
+template <class T> INLINE vreal row_up_to(const T* p, int64_t count) {
+    if (count >= LANES) return row(p);
+    vreal x = {};
+    for (int64_t l = 0; l < count; ++l) x[l] = value(p[l]);
+    return x;
+}
+
+// Lane n of the result is the sum over the lanes of x[n].
+INLINE vreal sums_of(vreal (&x)[LANES]) {
+#pragma GCC unroll 8
+    for (int n = LANES / 2; n >= 1; n /= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i)
+            x[i] = __builtin_shufflevector(x[i], x[i + n], ZIP_LOW) + __builtin_shufflevector(x[i], x[i + n], ZIP_HIGH);
+    return x[0];
+}
+
+template <int R>
+static void few_scores(const Call& c, const real* q, const k_element* k, int64_t count, real* s) {
+    constexpr int KEYS_AT_ONCE = LANES / R > 0 ? LANES / R : 1;
+    for (int64_t j = 0; j < count; j += KEYS_AT_ONCE) {
+        vreal sum[KEYS_AT_ONCE * R];
+#pragma GCC unroll 16
+        for (int g = 0; g < KEYS_AT_ONCE; ++g) {
+            const k_element* at = k + (j + g < count ? j + g : count - 1) * c.k_j;
+            vreal x[R];
+            for (int r = 0; r < R; ++r) x[r] = vreal{};
+            for (int64_t d = 0; d < c.D; d += LANES) {
+                const vreal y = row_up_to(at + d, c.D - d);
+                for (int r = 0; r < R; ++r) x[r] += y * load(q + r * few_d(c) + d);
+            }
+            for (int r = 0; r < R; ++r) sum[g * R + r] = x[r];
+        }
+        const vreal every = sums_of(*(vreal(*)[LANES])sum);
+        alignas(64) real flat[LANES];
+        store(flat, every);
+        for (int g = 0; g < KEYS_AT_ONCE && j + g < count; ++g)
+            for (int r = 0; r < R; ++r) s[(j + g) * LANES + r] = flat[g * R + r];
+    }
+}
+
+template <int R>
+static void few_values(const Call& c, const v_element* v, const real* p, int64_t count, real* o, const real* keep) {
+    constexpr int WIDE = R > 4 ? 2 : R > 2 ? 4 : 8;
+    real weights[KEYS * R];
+    for (int64_t j = 0; j < count; ++j)
+        for (int r = 0; r < R; ++r) weights[j * R + r] = weight_at(p, j, r);
+    for (int64_t e = 0; e < c.E; e += WIDE * LANES) {
+        vreal sum[R][WIDE];
+        for (int r = 0; r < R; ++r)
+            for (int w = 0; w < WIDE; ++w) sum[r][w] = vreal{};
+        if (e + WIDE * LANES <= c.E) {
+            for (int64_t j = 0; j < count; ++j) {
+                for (int w = 0; w < WIDE; ++w) {
+                    const vreal y = row(v + j * c.v_j + e + w * LANES);
+                    for (int r = 0; r < R; ++r) sum[r][w] += splat(weights[j * R + r]) * y;
+                }
+            }
+        } else {
+            for (int64_t j = 0; j < count; ++j)
+                for (int w = 0; w < WIDE && e + w * LANES < c.E; ++w) {
+                    const vreal y = row_up_to(v + j * c.v_j + e + w * LANES, c.E - e - w * LANES);
+                    for (int r = 0; r < R; ++r) sum[r][w] += splat(weights[j * R + r]) * y;
+                }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int64_t n = 0; n < WIDE * LANES && e + n < c.E; ++n) {
+                real* at = o + (e + n) * LANES + r;
+                const real before = keep ? *at * (PRODUCT_KEEPS ? keep[r] : 1) : 0;
+                *at = before + sum[r][n / LANES][n % LANES];
+            }
+    }
+}
+
+static void few_score_product(const Call& c, const Batch& b, const Tile& t, const Block& at, real* s) {
+    const k_element* k = key_at(c, b) + at.j0 * c.k_j;
+    if (t.rows == 1) few_scores<1>(c, t.q, k, at.count, s);
+    else if (t.rows == 2) few_scores<2>(c, t.q, k, at.count, s);
+    else if (t.rows <= 4) few_scores<4>(c, t.q, k, at.count, s);
+    else few_scores<LANES < 8 ? 4 : 8>(c, t.q, k, at.count, s);
+}
+static void few_value_product(const Call& c, const Batch& b, const Tile& t, const Block& at, const real* p,
+                              const real* keep) {
+    const v_element* v = value_at(c, b) + at.j0 * c.v_j;
+    const real* before = t.fresh ? nullptr : keep;
+    if (t.rows == 1) few_values<1>(c, v, p, at.count, t.o, before);
+    else if (t.rows == 2) few_values<2>(c, v, p, at.count, t.o, before);
+    else if (t.rows <= 4) few_values<4>(c, v, p, at.count, t.o, before);
+    else few_values<LANES < 8 ? 4 : 8>(c, v, p, at.count, t.o, before);
+}
 
 // ---- tiles: where their rows lie, what they begin with, what they give ---------------------------------------------
 // The state of a tile, as the parts of a split key range leave it: m, l, seen, then o.
@@ -878,6 +996,7 @@ INLINE void next_row(const Call& c, const Tile& t, Row& r) {
 // Loads the queries of a placed tile and everything of its rows that no key changes.
 static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
     t.fresh = true;
+    t.few = is_few(c, t.rows);
     Row at = first_row(c, t);
     for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
         const q_element* rows[LANES];
@@ -887,7 +1006,8 @@ static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
             set_lane(t, v + l, at.g, at.i);
             if (v + l + 1 < t.rows) next_row(c, t, at);
         }
-        load_queries(c, rows, t.q + v * q_rows(c));
+        if (t.few) load_few(c, rows, t.q);
+        else load_queries(c, rows, t.q + v * q_rows(c));
     }
     const Uniform u = uniform(c, b, t);
     for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
@@ -937,16 +1057,26 @@ static void finish(const Call& c, const Batch& b, Tile& t) {
 // Stages: online softmax (or a pointwise normaliser) in one go; sums alone; weights from known sums; rows without keys.
 enum Stage { ONLINE, SUMS, WEIGHTS, EMPTIES };
 
-// A finite score stays finite when it is scaled to base 2: rows hidden by the lowest finite value are rows of equals.
-INLINE vreal bounded(vreal x) {
-    if (PLAIN) return x;
-    return pick(x == splat(-INFINITY), x, high(x, splat(REAL_IS_DOUBLE ? -1.2e308 : -2.3e38f)));
+// Logits to base 2. A score that is not `s * constant` may hold the lowest finite value: it stays finite, and is rounded
+// before anything is subtracted, so that equal scores differ by nothing (a fused multiply-add would keep the rounding).
+INLINE vreal scaled(vreal x) {
+    if (PLAIN || SCALE == 1) return x;
+    x = pick(x == splat(-INFINITY), x, high(x, splat(REAL_IS_DOUBLE ? -1.2e308 : -2.3e38f))) * SCALE;
+#if defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#elif defined(WIDE_512)
+    __asm__("" : "+v"(x));
+#else
+    __asm__("" : "+x"(x));
+#endif
+    return x;
 }
+static constexpr real LATE = PLAIN ? SCALE : 1;  // what `scaled` leaves to do
 
 template <bool MASKED>
 INLINE vreal logit_at(const Call& c, const Uniform& u, const RowValues& r, int64_t j, real* s, vmask& seen) {
     vmask visible = splat_mask(true);
-    vreal x = bounded(logit<MASKED>(c, u, r, j, load(s), visible));
+    vreal x = scaled(logit<MASKED>(c, u, r, j, load(s), visible));
     if (MASKED) {
         x = pick(visible, x, splat(-INFINITY));
         seen |= visible;
@@ -976,7 +1106,7 @@ INLINE void weights(const Call& c, const Uniform& u, const RowValues& r, int64_t
         const vreal raw = load(s + k * LANES);
         vmask visible = splat_mask(true);
         vreal w = logit<MASKED>(c, u, r, j0 + k, raw, visible);
-        if (IS_SOFTMAX) w = exp2_of(bounded(w) * SCALE - m) * inverse;
+        if (IS_SOFTMAX) w = exp2_of(scaled(w) * LATE - m) * inverse;
         w = weight(c, u, r, j0 + k, raw, w);
         store(s + k * LANES, MASKED ? pick(visible, w, vreal{}) : w);
     }
@@ -1001,8 +1131,10 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
     for (int64_t v = 0; v < t.columns; ++v) {
         // A few columns at a time, so that their scores stay in the nearest cache until they are used.
         if (v % STRIP == 0) {
-            if (v > 0 && stage != SUMS && HAS_OUT) value_product(c, t, v - STRIP, STRIP, at, weight_column(scores, spare, 0), keep);
-            score_product(c, t, v, v + STRIP < t.columns ? STRIP : t.columns - v, at, scores);
+            if (v > 0 && stage != SUMS && HAS_OUT)
+                value_product(c, t, v - STRIP, STRIP, at, weight_column(scores, spare, 0), keep);
+            if (t.few) few_score_product(c, b, t, at, scores);
+            else score_product(c, t, v, v + STRIP < t.columns ? STRIP : t.columns - v, at, scores);
         }
         const int64_t lane = v * LANES;
         const RowValues r = t.values[v];
@@ -1036,7 +1168,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
         logits<false>(c, u, r, at.j0, from, to, s, top, seen);
         logits<true>(c, u, r, at.j0, to, n, s, top, seen);
         const vreal block_top = high(high(top[0], top[1]), high(top[2], top[3]));
-        vreal m = high(block_top * SCALE, m_old);
+        vreal m = high(block_top * LATE, m_old);
         if (!PRODUCT_KEEPS && none(m > m_old + LAZY)) m = m_old;
         const vreal safe = m == -INFINITY ? vreal{} : m;
         vreal sum[4];
@@ -1046,7 +1178,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
             vreal w[4];
 #pragma GCC unroll 4
             for (int x = 0; x < 4; ++x) {
-                w[x] = exp2_weight(load(s + (k + x) * LANES) * SCALE - safe);
+                w[x] = exp2_weight(load(s + (k + x) * LANES) * LATE - safe);
                 sum[x] += w[x];
                 w[x] = linear_weight(c, u, r, at.j0 + k + x, w[x]);
             }
@@ -1055,7 +1187,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
         }
         vreal w[2] = {};
         for (int64_t x = 0; x < n - k; ++x) {
-            w[x & 1] = exp2_weight(load(s + (k + x) * LANES) * SCALE - safe);
+            w[x & 1] = exp2_weight(load(s + (k + x) * LANES) * LATE - safe);
             sum[x] += w[x & 1];
             w[x & 1] = linear_weight(c, u, r, at.j0 + k + x, w[x & 1]);
             if (x == 1) put_weights(p, k, w[0], w[1]);
@@ -1070,7 +1202,8 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
     }
     if (stage == SUMS || !HAS_OUT) return;
     const int64_t last = (t.columns - 1) / STRIP * STRIP;
-    value_product(c, t, last, t.columns - last, at, weight_column(scores, spare, 0), keep);
+    if (t.few) few_value_product(c, b, t, at, weight_column(scores, spare, 0), keep);
+    else value_product(c, t, last, t.columns - last, at, weight_column(scores, spare, 0), keep);
     t.fresh = false;
 }
 
@@ -1188,6 +1321,13 @@ static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stag
                 to = z > to ? z : to;
             }
             if (from >= to) continue;
+            if (t.few) {
+                Block raw = {};
+                raw.j0 = from;
+                raw.count = to - from;
+                attend(c, x.b, t, raw, stage, w.scores, w.weights);
+                continue;
+            }
             if (!ready) whole = load_block(c, k, v, j0, j1 - j0, w.k, w.v);
             ready = true;
             attend(c, x.b, t, part_of(c, whole, (from - j0) / KEY_STEP * KEY_STEP, to - j0), stage, w.scores, w.weights);
