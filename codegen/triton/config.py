@@ -73,9 +73,11 @@ def shared_bytes(a: Attention, c: TritonConfig) -> int:
 
 
 def registers(a: Attention, c: TritonConfig, m: Machine) -> int:
-    """What the accumulator, the scores and the weights take of each thread, in 32-bit registers."""
-    e = sum(n for n, _ in chunks(int(_extent(a.e.extent))))
-    return (c.block_m * (e + c.block_n) + c.block_m * c.block_n // 2) // (c.warps * m.lanes)
+    """What the accumulator, the scores and the weights take of each thread, in 32-bit registers; and the addresses of a
+    head's second chunk."""
+    d, e = chunks(int(_extent(a.d.extent))), chunks(int(_extent(a.e.extent)))
+    tiles = (c.block_m * (sum(n for n, _ in e) + c.block_n) + c.block_m * c.block_n // 2) // (c.warps * m.lanes)
+    return tiles + 16 * (len(d) + len(e) - 2)
 
 
 def _extent(x: object) -> int:
@@ -96,6 +98,8 @@ _AMD = (
     (128, 64, 4, 1), (128, 32, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (128, 64, 8, 1), (32, 32, 4, 1),
     (16, 32, 4, 1), (16, 16, 4, 1),
 )  # fmt: skip
+#: Exact float32 products are made by the ordinary units, whose operands all pass through registers.
+_FLOAT32 = ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 2), (16, 16, 4, 1))
 #: For a handful of rows against many keys: all speed is in reading them.
 _DECODE = ((16, 64, 4, 3), (16, 128, 4, 2), (16, 32, 4, 4), (16, 64, 2, 3), (16, 32, 4, 2), (16, 16, 4, 1))
 
@@ -125,6 +129,8 @@ def configs(a: Attention, capability: str, *, tf32: bool = False) -> tuple[Trito
     if few is not None:
         rows = max(16, 1 << (few - 1).bit_length())
         shapes = tuple((rows, n, w, 1 if amd else s) for _, n, w, s in _DECODE)
+    elif float32 and not amd and not tf32:
+        shapes = _FLOAT32
     elif float32:
         shapes = tuple(x for x in shapes if x[0] * x[1] <= 64 * 64)
     split = few is not None or not isinstance(a.i.extent, Const)

@@ -47,7 +47,7 @@ class Scope:
     """Lines of code, the names that they define, and the scope around them.
 
     `guard` is the name of what says, in the loop over keys, that a key is in range, where that is in doubt. A leaf that
-    `define` gave a name to belongs to the scope that defined it, and an expression to the innermost scope of its leaves."""
+    `define` gave a name to belongs to the scope that defined it, an expression to the innermost scope of its leaves."""
 
     def __init__(
         self,

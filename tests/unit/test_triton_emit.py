@@ -1,0 +1,120 @@
+"""The text the Triton emitter writes: whole files, what is refused and why, and what a machine has room for."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from triton_cases import CASES, Case, text
+from triton_matrix import Job, attention
+
+from attncc.codegen.triton import TritonConfig, configs, emit, unsupported
+from attncc.codegen.triton.config import fits
+from attncc.codegen.triton.operands import chunks
+from attncc.codegen.triton.terms import keeps_zero, scaled, weight_factor
+from attncc.ir import Attention, Bounds, Const, S, W, parse_attention
+from attncc.ir.build import add, const, mul, op
+from attncc.passes.bounds import loop_bounds
+
+
+def of(case: Case, dtype: str = "bf16") -> Attention:
+    return parse_attention(text(case, dtype))
+
+
+@pytest.mark.parametrize("name", ["causal", "documents", "decode", "t5 table"])
+def test_golden(name: str, golden: Callable[[str, str], None]) -> None:
+    a = of(CASES[name])
+    split = name == "decode"
+    source = emit(a, loop_bounds(a, rows=True), TritonConfig(64, 64, 4, 3, split=split))
+    golden(f"triton_{name.replace(' ', '_')}.py", source)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_python(name: str) -> None:
+    a = of(CASES[name])
+    for config in (TritonConfig(64, 64), TritonConfig(16, 32, split=True)):
+        source = emit(a, loop_bounds(a, rows=True), config)
+        tree = ast.parse(source)
+        functions = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
+        assert "attention" in functions and "launch" in functions
+        assert all(line in source for line in a_text(a))
+
+
+def a_text(a: Attention) -> list[str]:
+    return [f"    norm   {a.normalizer}", f"    dtype  {a.dtype}"]
+
+
+def test_a_group_reads_its_key_head_once() -> None:
+    """Rows of all heads of a group are one tile: the grid counts key heads, and keys are addressed without the group."""
+    grouped = of(CASES["one key head"])
+    source = emit(grouped, loop_bounds(grouped), TritonConfig(64, 64))
+    assert "rows = 5 * N" in source and "g = row % 5" in source
+    (keys,) = [x for x in source.splitlines() if x.strip().startswith("k_at =")]
+    assert "g" not in keys.split("=")[1].replace("k_ptr", "")
+
+
+def test_causal_visits_no_block_past_the_diagonal_and_masks_none_before_it() -> None:
+    a = of(Case("j <= i", groups=1, heads=1))
+    source = emit(a, loop_bounds(a), TritonConfig(64, 64))
+    assert source.count("for block in range(") == 2
+    assert source.count("visible = ") == 1
+    everywhere = emit(a, Bounds(loop_bounds(a).visit), TritonConfig(64, 64))
+    assert everywhere.count("for block in range(") == 1
+
+
+def test_dense_whole_blocks_have_no_mask() -> None:
+    a = parse_attention(text(Case(groups=1), "bf16").replace("j = N", "j = 256").replace("HK, N", "HK, 256"))
+    source = emit(a, loop_bounds(a), TritonConfig(64, 64))
+    assert "visible" not in source and "jv_ok" not in source and "range(0, 4)" in source
+
+
+def test_precision_of_float32_is_exact_unless_asked() -> None:
+    a = of(CASES["causal"], "f32")
+    assert 'input_precision="tf32"' not in emit(a, loop_bounds(a), configs(a, "sm_90")[0])
+    assert 'input_precision="tf32"' in emit(a, loop_bounds(a), configs(a, "sm_90", tf32=True)[0])
+
+
+def test_what_is_refused() -> None:
+    plain = of(CASES["dense"])
+    assert unsupported(plain) is None
+    wide = replace(plain, tensors=tuple(replace(t, dtype="f64") for t in plain.tensors))
+    assert "float64" in (unsupported(wide) or "")
+    assert "head size 1024" in (unsupported(replace(plain, d=replace(plain.d, extent=Const(1024)))) or "")
+    crooked = replace(plain, k=replace(plain.k, index=tuple(op("floordiv", x, const(2)) for x in plain.k.index)))
+    assert "affine" in (unsupported(crooked) or "")
+    shifted = replace(plain, empty="nan", weight=add(W, const(1.0)))
+    assert "unseen key" in (unsupported(shifted) or "")
+    with pytest.raises(ValueError, match="float64"):
+        emit(wide, loop_bounds(wide), TritonConfig())
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
+@pytest.mark.parametrize("d", [4, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_configurations_fit_their_machine(target: str, d: int, dtype: str) -> None:
+    for case in ("causal", "decode"):
+        a = attention(Job(case, d, dtype, target))
+        found = configs(a, target)
+        assert 1 <= len(found) <= 6 and len(set(found)) == len(found)
+        assert all(fits(a, c, target) for c in found)
+    with pytest.raises(ValueError, match="capability"):
+        configs(attention(Job("causal", d, dtype, target)), "tpu")
+
+
+def test_chunks_cover_a_head_with_little_padding() -> None:
+    for size in range(1, 513):
+        parts = chunks(size)
+        assert sum(w for w, _ in parts) >= size
+        assert all(w >= 16 and w & (w - 1) == 0 for w, _ in parts)
+        assert parts[0][1] == 0 and all(start == parts[0][0] for _, start in parts[1:])
+    assert chunks(192) == ((128, 0), (64, 128)) and chunks(80) == ((64, 0), (16, 64)) and chunks(128) == ((128, 0),)
+
+
+def test_what_is_read_from_expressions() -> None:
+    assert scaled(mul(mul(S, const(0.5)), const(0.25))) == (S, 0.125)
+    assert scaled(mul(S, const(-0.5)))[1] == 1.0  # a negative scale turns the largest into the smallest
+    assert weight_factor(op("bf16", mul(W, const(2.0)))) is const(2.0)
+    assert weight_factor(mul(W, W)) is None and weight_factor(add(W, const(1.0))) is None
+    assert keeps_zero(mul(W, W)) and not keeps_zero(add(W, const(1.0)))

@@ -1,0 +1,110 @@
+"""Which source a kernel runs: measured once a bucket of shapes, remembered, and never measured where it may not be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from attncc.runtime import triton_launch
+from attncc.runtime.triton_launch import TritonKernel, tuning_allowed
+
+SOURCE = """
+calls = []
+
+
+def launch(tensors, sizes, outputs):
+    calls.append(tuple(sizes))
+    if {fails}:
+        raise RuntimeError("out of shared memory")
+    outputs[0].fill_({value})
+"""
+
+
+def kernel(*values: int, remember: dict[str, str] | None = None, fails: int = -1) -> TritonKernel:
+    """Sources that write their number; the timer finds the one with the smallest number the fastest."""
+    sources = [SOURCE.format(value=v, fails=v == fails) for v in values]
+    made = TritonKernel(sources, remember=remember)
+    out = torch.zeros(1)
+
+    def timer(call: Callable[[], object]) -> float:
+        call()
+        return float(LAST[0][0])
+
+    made.timer = timer
+    LAST[0] = out
+    return made
+
+
+LAST = [torch.zeros(1)]
+
+
+def run(k: TritonKernel, *sizes: int) -> float:
+    k([], list(sizes), [LAST[0]])
+    return float(LAST[0][0])
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuning is allowed, as on a GPU."""
+    monkeypatch.setattr(triton_launch, "tuning_allowed", lambda device: True)
+
+
+def test_no_gpu_no_tuning() -> None:
+    assert not tuning_allowed(torch.device("cpu"))
+    k = kernel(3, 1, 2)
+    assert run(k, 100) == 3
+
+
+def test_the_switch_turns_tuning_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert tuning_allowed(torch.device("cuda"))
+    monkeypatch.setenv("ATTNCC_TUNE", "off")
+    assert not tuning_allowed(torch.device("cuda"))
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not tuning_allowed(torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_fastest_is_found_once_for_a_bucket() -> None:
+    remember: dict[str, str] = {}
+    k = kernel(30, 10, 20, remember=remember)
+    assert run(k, 100) == 10
+    assert run(k, 120) == 10
+    assert len(remember) == 1
+    assert k.module(0).calls == [(100,)]  # 120 is in the same bucket
+    run(k, 1000)
+    assert len(remember) == 2 and k.module(0).calls == [(100,), (1000,)]
+
+
+def test_what_was_remembered_is_used_without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember: dict[str, str] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_launch, "tuning_allowed", lambda device: True)
+        assert run(kernel(31, 11, 21, remember=remember), 100) == 11
+    again = kernel(31, 11, 21, remember=remember)
+    assert run(again, 100) == 11
+    assert run(kernel(31, 11, 22, remember=remember), 100) == 31  # other sources, nothing known
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_source_that_fails_is_passed_over() -> None:
+    assert run(kernel(32, 12, 22, fails=12), 100) == 22
+    with pytest.raises(RuntimeError, match="out of shared memory"):
+        run(kernel(13, 13, fails=13), 100)
+
+
+def test_a_choice_not_made_is_made_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    k = kernel(33, 14)
+    assert run(k, 100) == 33
+    monkeypatch.setattr(triton_launch, "tuning_allowed", lambda device: True)
+    assert run(k, 100) == 14
+
+
+def test_no_source_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        TritonKernel([])
