@@ -19,7 +19,7 @@ import torch
 
 from attncc.ir import Attention, Bounds, Expr, Load, Op, Tensor
 from attncc.ir.affine import expr, poly
-from attncc.ir.build import ZERO, and_, const, le, lt, sub
+from attncc.ir.build import FALSE, TRUE, ZERO, and_, const, le, lt, sub
 from attncc.ir.evaluate import Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.terms import free
@@ -54,11 +54,14 @@ class Spanned:
     rows_exact: bool = False
 
 
-def spanned(a: Attention, group: int = 16) -> Spanned:
+def spanned(a: Attention, group: int = 16, *, dense: bool = True) -> Spanned:
     """`a` with tables for the literals of its mask that read data by key, and its bounds. Rows may be scanned.
 
     A literal whose row and key sides part gets a `Span`, any other a `BlockMap` over groups of `group` rows, best as
-    many as the kernel's tiles have; where the literal has blocks of rows that do not divide `group`, over those."""
+    many as the kernel's tiles have; where the literal has blocks of rows that do not divide `group`, over those.
+
+    A map of a literal without blocks looks at every pair. Without `dense` such literals are left alone: they neither
+    bound the visit nor give full keys, and what the rest of the mask says stands."""
     j = a.j.index
     if not reads(a.mask, j):
         plain = analyse(a, rows=True)
@@ -67,31 +70,39 @@ def spanned(a: Attention, group: int = 16) -> Spanned:
     maps: dict[Expr, BlockMap] = {}
     taken = {t.name for t in a.tensors} | {x.name for x in a.axes} | {s.name for s in a.sizes}
 
+    literals: list[Expr] = []
+
     def find(literal: Expr) -> Expr:
+        literals.append(literal)
         if reads(literal, j) and literal not in spans and literal not in maps:
             span = _span(literal, a, _fresh(f"span{len(spans)}", taken))
             if span is not None:
                 spans[literal] = span
-            else:
+            elif dense or blocks_of(literal, j) is not None:
                 maps[literal] = block_map(literal, a, _fresh(f"map{len(maps)}", taken), group)
         return literal
 
     def wide(literal: Expr) -> Expr:
         if literal in spans:
             return _between(spans[literal], _FIRST, _END, j)
-        return some_rows_see(maps[literal], j) if literal in maps else literal
+        if literal in maps:
+            return some_rows_see(maps[literal], j)
+        return TRUE if reads(literal, j) else literal
 
     def narrow(literal: Expr, part: int) -> Expr:
         if literal in spans:
             return _between(spans[literal], _SOLID_FIRST, _SOLID_END, j)
-        return all_rows_see(maps[literal], part, j) if literal in maps else literal
+        if literal in maps:
+            return all_rows_see(maps[literal], part, j)
+        return FALSE if reads(literal, j) else literal
 
     mask = map_literals(a.mask, find)
     inner = [map_literals(mask, lambda x, n=n: narrow(x, n)) for n in range(PARTS if maps else 1)]
     found = analyse(a, rows=True, outer=map_literals(mask, wide), inner=inner)
     tables = (*spans.values(), *maps.values())
     declared = replace(a, tensors=(*a.tensors, *(t.tensor for t in tables)))
-    exact = found.rows_exact and not maps
+    read = {x for x in literals if reads(x, j)}
+    exact = found.rows_exact and not maps and read <= set(spans)
     return Spanned(declared, found.bounds, tuple(spans.values()), tuple(maps.values()), exact)
 
 
