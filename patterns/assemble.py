@@ -52,9 +52,10 @@ class Parts:
 class Lifted:
     """An attention found in a graph: `node` computes it and can be replaced.
 
-    `tensors` are the graph's nodes for the IR's tensors, in order, to be cast to `dtypes`; `sizes` the expressions, over
-    the graph's symbols, of its sizes; `factors` says which sizes are products of others. The IR's output (*batch, i, e), permuted by `order` and viewed in the shape of
-    `node`, is its value. `escapes` are users of the weights other than the product with the values."""
+    `tensors` are the graph's nodes for the IR's tensors, in order, to be cast to `dtypes`; `sizes` the expressions,
+    over the graph's symbols, of its sizes; `factors` says which sizes are products of others. The IR's output
+    (*batch, i, e), permuted by `order` and viewed in the shape of `node`, is its value. `escapes` are users of the
+    weights other than the product with the values."""
 
     attention: Attention
     node: fx.Node
@@ -104,8 +105,9 @@ def assemble(p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, .
     order = [positions[x] if x is not ZERO else absent.pop(0) for x in p.out if x is not ZERO or absent]
     order += absent
     return Lifted(
-        verify(attention), node, anchor, tuple(renamer.nodes), tuple(renamer.dtypes), sizes, factors, tuple(order), escapes
-    )
+        verify(attention), node, anchor, tuple(renamer.nodes), tuple(renamer.dtypes), sizes, factors, tuple(order),
+        escapes,
+    )  # fmt: skip
 
 
 def _learned(p: Parts, x: Load) -> bool:

@@ -35,7 +35,7 @@ def operand(r: Reader, n: fx.Node, x: Any, at: Point) -> Expr | None:
 def _together(*xs: Expr) -> tuple[Expr, ...]:
     """Operands promoted to one kind, as torch promotes."""
     rank: dict[Kind, int] = {"bool": 0, "int": 1, "float": 2}
-    top = max((x.kind for x in xs), key=lambda k: rank[k])
+    top: Kind = max((x.kind for x in xs), key=rank.__getitem__)
     return tuple(cast(x, top) for x in xs)
 
 

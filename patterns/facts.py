@@ -1,4 +1,4 @@
-"""What is known of the nodes of a normal-form graph: shapes as expressions, dtypes, aliasing, writes and their times."""
+"""What is known of a normal-form graph's nodes: shapes as expressions, dtypes, aliasing, writes and their times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attncc.ir.expr import Expr, Size
 
 
 class Facts:
-    """Facts of one graph. `dtypes` overrides what a node's fake value says (autocast regions are not seen by a trace)."""
+    """Facts of one graph. `dtypes` overrides what a node's fake value says (a trace does not see autocast regions)."""
 
     def __init__(self, graph: fx.Graph, dtypes: Mapping[fx.Node, torch.dtype] | None = None) -> None:
         self.graph = graph
@@ -56,7 +56,7 @@ class Facts:
         return self.value(n).dim()
 
     def dtype(self, n: fx.Node) -> torch.dtype:
-        return self.dtypes.get(n, self.value(n).dtype)
+        return self.dtypes[n] if n in self.dtypes else self.value(n).dtype
 
     def dtype_name(self, n: fx.Node) -> str | None:
         """The IR's name of the node's dtype, None where the IR has none (complex, quantised)."""

@@ -35,7 +35,9 @@ class Refusal:
 
 
 #: Operations that hold an attention and do not show it.
-_LIBRARY = {"aten._transformer_encoder_layer_fwd.default", "aten._native_multi_head_attention.default", "flex_attention"}
+_LIBRARY = {
+    "aten._transformer_encoder_layer_fwd.default", "aten._native_multi_head_attention.default", "flex_attention",
+}  # fmt: skip
 
 
 class _Refused(Exception):
@@ -100,15 +102,19 @@ def _consumers(f: Facts, anchor: fx.Node) -> tuple[list[tuple[Contraction, bool]
             if product is not None and n in (product.lhs, product.rhs):
                 products.append((product, n is product.lhs))
                 seen.add(user)
-            elif user.op == "call_function" and f.is_tensor(user) and (_moves(f, user, n) or user.target in ELEMENTS):
-                seen.add(user)
-                stack.append(user)
-            elif getattr(user.target, "__name__", "") in ("split", "split_with_sizes", "chunk", "unbind"):
+            elif _carries(f, user, n):
                 seen.add(user)
                 stack.append(user)
             elif user not in escapes and not _is_size(user):
                 escapes.append(user)
     return sorted(products, key=lambda p: f.order[p[0].node]), escapes
+
+
+def _carries(f: Facts, user: fx.Node, n: fx.Node) -> bool:
+    """Whether `user` holds the values of `n`, moved or changed element by element."""
+    if getattr(user.target, "__name__", "") in ("split", "split_with_sizes", "chunk", "unbind"):
+        return True
+    return user.op == "call_function" and f.is_tensor(user) and (_moves(f, user, n) or user.target in ELEMENTS)
 
 
 def _moves(f: Facts, user: fx.Node, n: fx.Node) -> bool:
@@ -128,7 +134,8 @@ def _lift(f: Facts, anchor: Anchor, product: Contraction, left: bool, escapes: t
     shape = f.shape(product.node)
     out = tuple(ZERO if s is ONE else Index(f"o{d}") for d, s in enumerate(shape))
     c = Index("c")
-    extents: dict[Expr, Expr] = {x: s for x, s in zip(out, shape, strict=True) if x is not ZERO} | {c: product.extent}
+    extents: dict[Expr, Expr] = {x: s for x, s in zip(out, shape, strict=True) if x is not ZERO}
+    extents[c] = product.extent
     ours, theirs = product.maps(out, c) if left else reversed(product.maps(out, c))
     weights, values = (product.lhs, product.rhs) if left else (product.rhs, product.lhs)
     weight = Reader(f, use, extents, frozenset({anchor.node})).value_at(weights, tuple(ours), use)

@@ -44,7 +44,8 @@ def _transpose_order(f: Facts, n: fx.Node) -> Sequence[int]:
     order = list(range(f.rank(n)))
     if not order:
         return order
-    a, b = (d % len(order) for d in n.args[1:3])  # type: ignore[operator]
+    dims: Any = n.args[1:3]
+    a, b = (d % len(order) for d in dims)
     order[a], order[b] = order[b], order[a]
     return order
 

@@ -74,12 +74,11 @@ def _cat(r: Reader, n: fx.Node, at: Point) -> Expr | None:
         if _outside(r, at[dim], start, end):
             continue
         value = clamped(r, part, (*at[:dim], local, *at[dim + 1 :]), dim, when)
-        if result is None:
-            result = value
-        elif less_than(at[dim], end, r.extents):
+        if result is None or less_than(at[dim], end, r.extents):
             result = value
         else:
-            kind = "float" if "float" in (value.kind, result.kind) else "int" if value.kind != result.kind else value.kind
+            kinds = {value.kind, result.kind}
+            kind = "float" if "float" in kinds else "int" if len(kinds) > 1 else value.kind
             result = where(lt(at[dim], end), cast(value, kind), cast(result, kind))
     return result
 

@@ -13,9 +13,9 @@ import torch
 from torch import fx
 
 from attncc.ir.attention import DTYPES
-from attncc.ir.build import cast, op
+from attncc.ir.build import ONE, cast, op
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, walk
-from attncc.patterns.contractions import contraction
+from attncc.patterns.contractions import DOT, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts, written_args
 from attncc.patterns.moves import Point, move
@@ -23,6 +23,8 @@ from attncc.patterns.sources import SOURCES
 
 #: Deeper than this an expression is a computation of its own, not a score: it is loaded instead.
 _MAX_NODES = 400
+#: A formula of more nodes than this is a computation of its own; a table of more elements than this is no small one.
+_LONG, _TABLE = 24, 1 << 22
 _ROUNDED = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _COSTLY = frozenset({"exp", "log", "log1p", "tanh", "sigmoid", "pow", "erf", "sqrt", "rsqrt", "sin", "cos"})
 
@@ -65,7 +67,7 @@ class Reader:
             value = self._compute(n, at, when)
         except Unreadable:
             value = None  # an input is gone by then, but this result may still be there
-        if value is None or self._better_loaded(value):
+        if value is None or self._better_loaded(value) or self._worth_a_table(n, value):
             return self._load_later(n, at, when)
         return value
 
@@ -76,7 +78,7 @@ class Reader:
         return self.load(n, at)
 
     def _after_write(self, write: fx.Node, n: fx.Node, at: Point) -> Expr:
-        """The value of a tensor that `write` changed in place: the write's own formula if it covers the whole tensor."""
+        """The value of a tensor that `write` changed in place: the write's own formula if it covers all of it."""
         target = written_args(write)[0]
         same = target is n or (
             self.facts.value(target).shape == self.facts.value(n).shape
@@ -98,8 +100,11 @@ class Reader:
         if moved is not None:
             source, index = moved
             # A view is read when its own reader runs; a copy was read when it was made.
-            return self.value_at(source, index, when if f.aliases(n, source) else f.order[n])
-        if f.dtype(n) == torch.float64 and any(f.dtype(a) != torch.float64 for a in n.all_input_nodes if f.is_tensor(a)):
+            view = f.aliases(n, source)
+            value = self.value_at(source, index, when if view else f.order[n])
+            return None if not view and _lies_better(f, value, at) else value
+        inputs = [f.dtype(a) for a in n.all_input_nodes if f.is_tensor(a)]
+        if f.dtype(n) == torch.float64 and any(dtype != torch.float64 for dtype in inputs):
             return None
         product = contraction(f, n)
         if product is not None:
@@ -141,6 +146,46 @@ class Reader:
         if count > _MAX_NODES:
             return True
         return value.kind == "float" and (costly or floats) and not self.pair <= indices
+
+
+    def _worth_a_table(self, n: fx.Node, value: Expr) -> bool:
+        """Whether to stop at a small tensor that several heads or batches share, because each element is a lookup
+        through another tensor or a long formula: the model computes it once, a kernel would for every head and batch."""
+        if value.kind != "float" or isinstance(value, Const) or _is_mask(value):
+            return False
+        nodes = list(walk(value))
+        held = [x for x in nodes if isinstance(x, Load)]
+        if any(x.tensor.startswith(DOT) or x.tensor in self._leaf_names for x in held):
+            return False
+        indirect = any(isinstance(y, Load) for x in held for y in walk(*x.index))
+        shared = any(x not in nodes and size is not ONE for x, size in self.extents.items())
+        return shared and (indirect or len(nodes) > _LONG) and self._is_small(n)
+
+    @property
+    def _leaf_names(self) -> set[str]:
+        return {n.name for n in self.leaves}
+
+    def _is_small(self, n: fx.Node) -> bool:
+        count = 1
+        for s in self.facts.value(n).shape:
+            if isinstance(s, torch.SymInt):
+                if not s.node.has_hint():
+                    return False
+                s = s.node.hint
+            count *= int(s)
+        return count <= _TABLE
+
+
+def _is_mask(x: Expr) -> bool:
+    return isinstance(x, Op) and x.name == "where" and all(isinstance(y, Const) for y in x.args[1:])
+
+
+def _lies_better(f: Facts, value: Expr, at: Point) -> bool:
+    """Whether a copy is the better one to read: its last dimension is the last index, and its computed source's is not."""
+    if not isinstance(value, Load) or value.tensor.startswith(DOT) or not value.index or not at:
+        return False
+    computed = f.by_name[value.tensor].op == "call_function"
+    return computed and isinstance(at[-1], Index) and value.index[-1] is not at[-1]
 
 
 class Unreadable(Exception):
