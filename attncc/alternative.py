@@ -1,7 +1,7 @@
 """The unfused alternative of a site: the model's own operations from the operands to the output, ready to be timed.
 
-What does not depend on queries, keys or values (masks, buckets) is computed beforehand: a model computes it once for all
-layers. Operands are random, integer and boolean loads neutral, in the shapes and strides that the graph has.
+What does not depend on queries, keys or values (masks, buckets) is computed beforehand: a model computes it once for
+all layers. Operands are random, integer and boolean loads neutral, in the shapes and strides that the graph has.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def trial(site: Lifted, facts: Facts, *, seed: int = 0) -> Trial:
             raise Untimeable("autocast")
         known[n] = made_up(facts.value(n), generator)
     module, inputs = _unfused(site, facts, known)
-    return Trial([known[n] for n in site.tensors], [_hint(x, facts) for x in site.sizes], module, inputs)
+    return Trial([known[n] for n in site.tensors], [hint(x, facts) for x in site.sizes], module, inputs)
 
 
 def made_up(fake: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -55,18 +55,18 @@ def made_up(fake: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def _number(x: Any) -> int:
     if isinstance(x, torch.SymInt):
-        if not x.node.has_hint():
+        if not x.node.hashint():
             raise Untimeable("a size that only the data decides")
         return int(x.node.hint)
     return int(x)
 
 
-def _hint(x: Expr, facts: Facts) -> int:
+def hint(x: Expr, facts: Facts) -> int:
     """The value that a size had when the graph was captured."""
     if isinstance(x, Const):
         return int(x.value)
     if isinstance(x, Op):
-        a, *rest = (_hint(y, facts) for y in x.args)
+        a, *rest = (hint(y, facts) for y in x.args)
         table: dict[str, Callable[..., int]] = {
             "add": int.__add__, "sub": int.__sub__, "mul": int.__mul__, "floordiv": int.__floordiv__,
             "mod": int.__mod__, "neg": int.__neg__, "min": min, "max": max,
@@ -77,7 +77,7 @@ def _hint(x: Expr, facts: Facts) -> int:
         value = facts.value(n)
         sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
         for s in sizes:
-            if isinstance(s, torch.SymInt) and s.node.has_hint() and facts.size(s) is x:
+            if isinstance(s, torch.SymInt) and s.node.hashint() and facts.size(s) is x:
                 return int(s.node.hint)
     raise Untimeable(f"no example value for {x!r}")
 
@@ -137,7 +137,7 @@ def _slice(node: fx.Node, stops: set[fx.Node]) -> list[fx.Node]:
 def _evaluate(n: fx.Node, facts: Facts, value: Callable[[fx.Node], Any]) -> Any:
     fake = facts.value(n)
     if isinstance(fake, torch.SymInt | torch.SymFloat | torch.SymBool):
-        if not fake.node.has_hint():
+        if not fake.node.hashint():
             raise Untimeable("a number that only the data decides")
         return fake.node.hint
     if n.op == "placeholder":

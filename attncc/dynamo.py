@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from attncc import capture, sites, torch_private
@@ -17,7 +16,7 @@ from attncc.choice import Choice, decide
 from attncc.codegen import torch_form
 from attncc.edit import EditError, Editor, source_text
 from attncc.ir import Attention, print_attention
-from attncc.kernels import Built, build, built, optimise
+from attncc.kernels import build, build_all, built, optimise
 from attncc.passes.split_axes import split_axes
 from attncc.patterns.assemble import Lifted
 from attncc.patterns.facts import Facts
@@ -25,6 +24,7 @@ from attncc.patterns.lift import Refusal, lift_all
 from attncc.progress import step
 from attncc.report import Site
 from attncc.runtime import op
+
 
 @dataclass
 class Collected:
@@ -51,8 +51,8 @@ def attncc_backend(
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph: attention by attncc, everything else by Inductor.
 
-    `mode` is a `torch.compile` mode of Inductor. `options` are Inductor's configuration entries, `inductor=False` to run
-    the edited graph as it is, and `measure=False` to fuse every site without measuring it against the model's own
+    `mode` is a `torch.compile` mode of Inductor. `options` are Inductor's configuration entries, `inductor=False` to
+    run the edited graph as it is, and `measure=False` to fuse every site without measuring it against the model's own
     operations. Raises RuntimeError for an unknown mode or option."""
     own = dict(options or {})
     use_inductor, measure = own.pop("inductor", True), own.pop("measure", True)
@@ -83,7 +83,7 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, meas
     except Exception as error:
         found.notes.append(f"a graph could not be read, Inductor compiles it as it is: {_line(error)}")
         return gm
-    untouched = copy.copy(gm.graph)  # node by node: the edit is in place
+    untouched = copy.deepcopy(gm.graph)  # new nodes, the same metadata: the edit is in place
     settled: list[Site] = []
     try:
         result = _edited(reading, facts, lifted, settled, len(found.sites), measure)
@@ -100,12 +100,15 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, meas
 
 
 def _edited(
-    reading: capture.Reading, facts: Facts, lifted: list[Lifted | Refusal], settled: list[Site], first: int, measure: bool
+    reading: capture.Reading, facts: Facts, lifted: list[Lifted | Refusal], settled: list[Site], first: int,
+    measure: bool,
 ) -> fx.GraphModule:
     """Every site decided, in order, and the graph edited. `settled` grows as it goes."""
+    plans = [_plan(site, facts) if isinstance(site, Lifted) else None for site in lifted]
+    build_all((p.spec, p.device) for p in plans if p is not None)
     editor = Editor(reading, facts)
     taken: set[fx.Node] = set()
-    for index, site in enumerate(lifted, first):
+    for index, (site, plan) in enumerate(zip(lifted, plans, strict=True), first):
         place = reading.origin.get(site.anchor) or reading.owner[site.anchor]
         where, path = sites.user_line(place), sites.module_path(place)
         if isinstance(site, Lifted) and site.node in taken:
@@ -115,41 +118,63 @@ def _edited(
             settled.append(Site(index, "refused", site.reason, path, (sites.user_line(at) if at else "") or where))
             continue
         taken.add(site.node)
-        settled.append(_settle(site, editor, facts, index, path, where, measure))
+        verdict = _verdict(site, plan, facts, measure)
+        if verdict.fused and plan is not None:
+            try:
+                editor.fuse(site, plan.final)
+            except EditError as error:
+                verdict = replace(verdict, fused=False, reason=str(error))
+        settled.append(_record(site, plan, verdict, Place(index, path, where), facts))
     return editor.finish()
 
 
-def _settle(
-    site: Lifted, editor: Editor, facts: Facts, index: int, path: str, where: str, measure: bool
-) -> Site:
-    """Fuse a site or keep it, and say which and why."""
-    a = site.attention
+@dataclass(frozen=True)
+class Plan:
+    """What a site would become: the attention after the passes, its text, and the device it runs on."""
 
-    def record(
-        status: Any, reason: str, made: Built | None = None, final: Attention | None = None, ratio: float | None = None
-    ) -> Site:
-        return Site(
-            index, status, reason, path, where, sites.equation(optimise(a)), sites.mask(optimise(a)), sites.shapes(site),
-            became=made.name if made is not None and status == "fused" else "original graph",
-            speedup=ratio, ir=print_attention(a if final is None else final),
-            kernel=None if made is None else made.source, language=None if made is None else made.language,
-        )  # fmt: skip
+    final: Attention
+    spec: str
+    device: str
 
+
+@dataclass(frozen=True)
+class Place:
+    index: int
+    path: str
+    where: str
+
+
+def _plan(site: Lifted, facts: Facts) -> Plan | None:
+    """None where the weights are needed outside: then the scores exist anyway and nothing is to be gained."""
     if site.escapes:
-        return record("kept", f"its weights are used elsewhere too, by {site.escapes[0].name}, and so must exist")
-    final = optimise(split_axes(a, site.factors))
-    device = facts.value(site.node).device.type
-    made = built(print_attention(final), device)
+        return None
+    final = optimise(split_axes(site.attention, site.factors))
+    return Plan(final, print_attention(final), facts.value(site.node).device.type)
+
+
+def _verdict(site: Lifted, plan: Plan | None, facts: Facts, measure: bool) -> Choice:
+    if plan is None:
+        return Choice(False, None, f"its weights are used elsewhere too, by {site.escapes[0].name}, and so must exist")
+    made = built(plan.spec, plan.device)
     if made.language == "torch":
-        return record("kept", made.reason, made, final)
-    choice = decide(site, final, made, facts) if measure else Choice(True, None, "not measured")
-    if not choice.fused:
-        return record("kept", choice.reason, made, final, choice.speedup)
-    try:
-        editor.fuse(site, final)
-    except EditError as error:
-        return record("kept", str(error), made, final)
-    return record("fused", choice.reason, made, final, choice.speedup)
+        return Choice(False, None, made.reason)
+    return decide(site, plan.final, made, facts) if measure else Choice(True, None, "not measured")
+
+
+def _record(site: Lifted, plan: Plan | None, verdict: Choice, place: Place, facts: Facts) -> Site:
+    shown = optimise(site.attention)
+    made = None if plan is None else built(plan.spec, plan.device)
+    area, picture = (None, None) if collecting.get() is None else sites.extent_of(site, shown, facts)
+    return Site(
+        place.index, "fused" if verdict.fused else "kept", verdict.reason, place.path, place.where,
+        sites.equation(shown), sites.mask(shown), sites.shapes(site),
+        visible=None if area is None else area.visible, visited=None if area is None else area.visited,
+        total=None if area is None else area.total,
+        became=made.name if made is not None and verdict.fused else "original graph", speedup=verdict.speedup,
+        ir=print_attention(shown if plan is None else plan.final),
+        kernel=None if made is None else made.source, language=None if made is None else made.language,
+        picture=picture,
+    )  # fmt: skip
 
 
 def _line(error: BaseException) -> str:
@@ -161,7 +186,3 @@ def _say_once(note: str) -> None:
     if note not in _said:
         _said.add(note)
         warnings.warn(f"attncc: {note}", stacklevel=3)
-
-
-def versions() -> dict[str, str]:
-    return {"torch": torch.__version__}

@@ -161,7 +161,8 @@ class Editor:
 
     def _remove(self, start: fx.Node) -> None:
         """Erase `start` and what only it used, stopping at anything that writes or draws random numbers."""
-        effects = {self.reading.owner[s] for s in self.reading.shadow.graph.nodes if s in self.reading.owner and _acts(s)}
+        owner = self.reading.owner
+        effects = {owner[s] for s in self.reading.shadow.graph.nodes if s in owner and _acts(s)}
         stack = [start]
         while stack:
             n = stack.pop()

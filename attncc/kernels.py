@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from attncc.codegen import cpp, torch_form
+from attncc.codegen import cpp, torch_form, triton
 from attncc.ir import Attention, Bounds, parse_attention, print_attention
 from attncc.passes.bounds import loop_bounds
 from attncc.passes.drop_rounding import drop_rounding
 from attncc.passes.fold_predicates import fold_predicates
-from attncc.passes.split_axes import split_axes
+from attncc.passes.spans import spanned
 from attncc.progress import step
 from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, KernelError, detect_isa
 from attncc.runtime.op import Kernel
 from attncc.runtime.store import Store, StoreError, key
+from attncc.runtime.triton_launch import TritonKernel, capability_of
+from attncc.tables import Tabled
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,14 @@ def optimise(a: Attention) -> Attention:
     return fold_predicates(drop_rounding(a))
 
 
+def build_all(wanted: Iterable[tuple[str, str]]) -> None:
+    """Build the kernels of (spec, device) pairs side by side: compilers run in processes of their own."""
+    todo = list(dict.fromkeys(wanted))
+    if len(todo) > 1:
+        with ThreadPoolExecutor(max_workers=min(len(todo), os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda pair: built(*pair), todo))
+
+
 def build(a: Attention, spec: str, device: torch.device) -> Kernel:
     """The kernel of an attention on a device, for `attncc.runtime.op`."""
     return built(spec, device.type).kernel
@@ -57,12 +70,23 @@ def build(a: Attention, spec: str, device: torch.device) -> Kernel:
 
 @lru_cache(maxsize=1024)
 def built(spec: str, device: str) -> Built:
-    """The kernel of a spec, compiled and kept in the store; the plain-torch form, with the reason, where it cannot be."""
+    """The kernel of a spec, compiled and kept in the store; where it cannot be, the plain-torch form and the reason."""
     a = optimise(parse_attention(spec))
-    bounds = loop_bounds(a)
+    bounds = loop_bounds(a, rows=True)
     if device == "cpu":
-        return _cpp(a, bounds)
+        return _skipping(a, _cpp(a, bounds), _cpp)
+    if device == "cuda":
+        return _skipping(a, _triton(a, bounds), _triton)
     return _torch(a, f"no emitter for device {device}")
+
+
+def _skipping(a: Attention, plain: Built, make: Callable[[Attention, Bounds], Built]) -> Built:
+    """`plain`; where the mask reads data by key, with a second kernel for large calls, whose bounds read tables."""
+    found = spanned(a, dense=False)
+    if plain.language == "torch" or not (found.spans or found.maps):
+        return plain
+    kernel = Tabled(plain.kernel, found, lambda: make(found.attention, found.bounds).kernel)
+    return replace(plain, kernel=kernel)
 
 
 def _torch(a: Attention, reason: str) -> Built:
@@ -86,6 +110,32 @@ def _cpp(a: Attention, bounds: Bounds) -> Built:
     except (KernelError, StoreError, OSError) as error:
         return _torch(a, str(error))
     return Built(kernel, source, "cpp", f"C++ {isa} kernel")
+
+
+def _triton(a: Attention, bounds: Bounds) -> Built:
+    reason = triton.unsupported(a)
+    if reason is not None:
+        return _torch(a, reason)
+    capability = capability_of(torch.device("cuda"))
+    space = triton.configs(a, capability, tf32=torch.backends.cuda.matmul.allow_tf32)
+    sources = [triton.emit(a, bounds, config) for config in space]
+    kernel = TritonKernel(sources, remember=Remembered(default_store()))
+    return Built(kernel, sources[0], "triton", f"Triton {capability} kernel")
+
+
+class Remembered(dict[str, str]):
+    """The store's records as the mapping of strings that a tuner keeps its choices in."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.store = store
+
+    def get(self, name: str, default: Any = None) -> Any:
+        record = self.store.recall(key({"kind": "tuning", "name": name}))
+        return default if record is None else record.get("choice", default)
+
+    def __setitem__(self, name: str, choice: str) -> None:
+        self.store.remember(key({"kind": "tuning", "name": name}), {"choice": choice})
 
 
 def _compiled(source: str, isa: str, toolchain: CppToolchain, name: str) -> Path:
@@ -115,6 +165,3 @@ def find_toolchain() -> CppToolchain | None:
 def default_store() -> Store:
     """The store of this process; see `Store` for where it lies."""
     return Store()
-
-
-__all__ = ["Built", "build", "built", "optimise", "split_axes"]

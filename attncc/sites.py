@@ -8,10 +8,15 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from attncc.alternative import Untimeable, hint
 from attncc.ir import Attention, print_expr
 from attncc.ir.build import TRUE
-from attncc.ir.expr import Const, Expr, Size
+from attncc.ir.expr import Const, Expr, Size, loads
+from attncc.passes.area import Area, area
+from attncc.passes.area import picture as draw
+from attncc.passes.bounds import loop_bounds
 from attncc.patterns.assemble import Lifted
+from attncc.patterns.facts import Facts
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _MODULE_PREFIX = re.compile(r"^L\['[^']*'\]\.?|^self\.?")
@@ -55,6 +60,20 @@ def equation(a: Attention) -> str:
 
 def mask(a: Attention) -> str:
     return "all" if a.mask is TRUE else print_expr(a.mask)
+
+
+def extent_of(site: Lifted, a: Attention, facts: Facts) -> tuple[Area | None, str | None]:
+    """How much of the scores the mask leaves, at the sizes the graph was captured with, and a picture of it.
+
+    Nothing where the sizes are known only from data; no area where the bounds read data."""
+    try:
+        sizes = [hint(x, facts) for x in site.sizes]
+    except Untimeable:
+        return None, None
+    bounds = loop_bounds(a)
+    read = any(loads(*(n for x in bounds.visit for n in (x.lo, x.hi))))
+    found = None if read else area(a, bounds, sizes)
+    return found, None if a.mask is TRUE else draw(a, sizes)
 
 
 def shapes(site: Lifted) -> dict[str, tuple[int | str, ...]]:

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 
 def fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
@@ -71,7 +71,8 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) 
     """Inductor's compiled form of a Dynamo graph."""
     from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 - Inductor takes a second to import
 
-    return compile_fx(gm, list(inputs), config_patches=config or None)
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=config or None)
+    return compiled
 
 
 def inductor_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -111,7 +111,22 @@ def assemble(p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, .
 
 
 def _learned(p: Parts, x: Load) -> bool:
-    return isinstance(p.facts.value(p.facts.by_name[x.tensor]), torch.nn.Parameter)
+    """Whether a tensor holds parameters, or values computed from them alone: then nothing in it is -inf by intent."""
+    seen: set[fx.Node] = set()
+    stack = [p.facts.by_name[x.tensor]]
+    while stack:
+        n = stack.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        value = p.facts.value(n)
+        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if n.op == "placeholder" and floats and not isinstance(value, torch.nn.Parameter):
+            return False
+        if any(a == float("-inf") for a in n.args if isinstance(a, float)):
+            return False
+        stack += n.all_input_nodes
+    return True
 
 
 class _Renamer:

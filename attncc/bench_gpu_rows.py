@@ -1,0 +1,176 @@
+"""What `attncc bench --suite gpu` measures: attentions as IR text and as their rivals spell them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Mod = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attention. Tensors are q (B, HK * G, N, D), k and v (B, HK, M, D) and `extra` by name.
+
+    `mask_mod` and `score_mod` are FlexAttention's spelling, given the extra tensors; the plain spelling uses them too."""
+
+    name: str
+    batch: int
+    heads: int
+    group: int
+    rows: int
+    keys: int
+    d: int
+    mask: str = "True"
+    score: str = ""
+    declared: tuple[str, ...] = ()
+    extra: Callable[[torch.device], dict[str, torch.Tensor]] = lambda device: {}
+    mask_mod: Callable[[dict[str, torch.Tensor]], Mod] | None = None
+    score_mod: Callable[[dict[str, torch.Tensor]], Mod] | None = None
+    causal: bool = False
+
+    @property
+    def text(self) -> str:
+        hq, scale, head = self.heads * self.group, repr(self.d**-0.5), f"hk * {self.group} + g"
+        lines = [
+            "attention",
+            f"batch  b = {self.batch}, hk = {self.heads}, g = {self.group}",
+            f"axis   i = {self.rows}, j = {self.keys}, d = {self.d}, e = {self.d}",
+            f"tensor q: bf16[{self.batch}, {hq}, {self.rows}, {self.d}]",
+            f"tensor k: bf16[{self.batch}, {self.heads}, {self.keys}, {self.d}]",
+            f"tensor v: bf16[{self.batch}, {self.heads}, {self.keys}, {self.d}]",
+            *(f"tensor {t}" for t in self.declared),
+            f"q      q[b, hk * {self.group} + g, i, d]",
+            "k      k[b, hk, j, d]",
+            "v      v[b, hk, j, e]",
+            f"score  {(self.score or 's * SCALE').replace('HEAD', head).replace('SCALE', scale)}",
+            f"mask   {self.mask}",
+            "norm   softmax",
+            "empty  zero",
+            "weight w",
+            "give   out",
+            "dtype  bf16",
+        ]  # fmt: skip
+        return "\n".join(lines)
+
+    def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
+        random = torch.Generator(device).manual_seed(0)
+
+        def normal(heads: int, length: int) -> torch.Tensor:
+            shape = (self.batch, heads, length, self.d)
+            return torch.randn(shape, generator=random, device=device, dtype=torch.bfloat16)
+
+        q = normal(self.heads * self.group, self.rows)
+        return {"q": q, "k": normal(self.heads, self.keys), "v": normal(self.heads, self.keys), **self.extra(device)}
+
+
+def _causal_mod(extra: dict[str, torch.Tensor]) -> Mod:
+    return lambda b, h, i, j: j <= i
+
+
+def causal(n: int, d: int, group: int = 1) -> Row:
+    heads = 8 if group > 1 else 2048 // d
+    name = f"causal {n} D{d}" + (f" GQA {heads * group}/{heads}" if group > 1 else "")
+    return Row(name, max(1, 16384 // n), heads, group, n, n, d, "j <= i", mask_mod=_causal_mod, causal=True)
+
+
+def window(n: int, width: int) -> Row:
+    def mod(extra: dict[str, torch.Tensor]) -> Mod:
+        return lambda b, h, i, j: (j <= i) & (i - j < width)
+
+    return Row(f"window {width} of {n}", 1, 16, 1, n, n, 128, f"j <= i and i - j < {width}", mask_mod=mod)
+
+
+def documents(n: int, count: int) -> Row:
+    """Packed sequences of unequal lengths, each causal."""
+
+    def extra(device: torch.device) -> dict[str, torch.Tensor]:
+        ends = torch.rand(count - 1, generator=torch.Generator().manual_seed(1)).mul(n).long().sort().values
+        return {"doc": torch.bucketize(torch.arange(n), ends, right=True).int().to(device)}
+
+    def mod(extra: dict[str, torch.Tensor]) -> Mod:
+        doc = extra["doc"]
+        return lambda b, h, i, j: (j <= i) & (doc[i] == doc[j])
+
+    mask = "j <= i and doc[i] == doc[j]"
+    return Row(f"{count} documents in {n}", 1, 16, 1, n, n, 128, mask, declared=(f"doc: i32[{n}]",), extra=extra,
+               mask_mod=mod)  # fmt: skip
+
+
+def prefix_lm(n: int, prefix: int) -> Row:
+    def mod(extra: dict[str, torch.Tensor]) -> Mod:
+        return lambda b, h, i, j: (j <= i) | (j < prefix)
+
+    return Row(f"prefix {prefix} of {n}", 1, 16, 1, n, n, 128, f"j <= i or j < {prefix}", mask_mod=mod)
+
+
+def t5_bias(n: int) -> Row:
+    def extra(device: torch.device) -> dict[str, torch.Tensor]:
+        return {"table": torch.randn(257, 16, device=device, dtype=torch.bfloat16)}
+
+    def mod(extra: dict[str, torch.Tensor]) -> Mod:
+        table = extra["table"]
+        return lambda s, b, h, i, j: s + table[torch.clamp(j - i, -128, 128) + 128, h]
+
+    score = "s * SCALE + table[min(max(j - i, -128), 128) + 128, HEAD]"
+    return Row(f"T5 bias {n}", 4, 16, 1, n, n, 64, score=score, declared=("table: bf16[257, 16]",), extra=extra,
+               score_mod=mod)  # fmt: skip
+
+
+def soft_cap(n: int) -> Row:
+    def mod(extra: dict[str, torch.Tensor]) -> Mod:
+        return lambda s, b, h, i, j: torch.tanh(s / 50.0) * 50.0
+
+    return Row(f"soft cap {n}", 1, 16, 1, n, n, 128, "j <= i", score="tanh(s * SCALE / 50.0) * 50.0",
+               mask_mod=_causal_mod, score_mod=mod)  # fmt: skip
+
+
+def neighbourhood(shape: tuple[int, ...], reach: int) -> Row:
+    """Keys at most `reach` away in every direction; tokens in raster order."""
+    n, steps = 1, list[tuple[int, int]]()
+    for size in reversed(shape):
+        steps.append((n, size))
+        n *= size
+    terms = [f"abs(i // {s} % {size} - j // {s} % {size}) <= {reach}" for s, size in steps]
+
+    def mod(extra: dict[str, torch.Tensor]) -> Mod:
+        def near(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+            seen = [(i // s % size - j // s % size).abs() <= reach for s, size in steps]
+            result = seen[0]
+            for x in seen[1:]:
+                result = result & x
+            return result
+
+        return near
+
+    name = f"neighbourhood {'x'.join(map(str, shape))} within {reach}"
+    return Row(name, 1, 16, 1, n, n, 64, " and ".join(terms), mask_mod=mod)
+
+
+def decode(keys: int, batch: int) -> Row:
+    """One new token a sequence, caches filled to unequal lengths."""
+
+    def extra(device: torch.device) -> dict[str, torch.Tensor]:
+        return {"length": (keys - torch.arange(batch) * (keys // (2 * batch))).int().to(device)}
+
+    def mod(extra: dict[str, torch.Tensor]) -> Mod:
+        length = extra["length"]
+        return lambda b, h, i, j: j < length[b]
+
+    return Row(f"decode {keys} batch {batch} GQA 32/8", batch, 8, 4, 1, keys, 128, "j < length[b]",
+               declared=(f"length: i32[{batch}]",), extra=extra, mask_mod=mod)  # fmt: skip
+
+
+def rows(*, quick: bool) -> list[Row]:
+    if quick:
+        return [causal(4096, 64), causal(4096, 128), causal(4096, 128, 4), window(8192, 1024), documents(8192, 8),
+                t5_bias(2048), soft_cap(4096), neighbourhood((64, 64), 6), decode(16384, 1), decode(16384, 16)]
+    return [
+        *(causal(n, d) for d in (64, 128) for n in (1024, 4096, 16384, 65536)),
+        *(causal(n, 128, 4) for n in (4096, 16384)),
+        window(16384, 1024), window(65536, 1024), documents(16384, 8), documents(65536, 64), prefix_lm(16384, 4096),
+        t5_bias(4096), soft_cap(4096), soft_cap(16384), neighbourhood((64, 64), 6), neighbourhood((16, 16, 16), 3),
+        *(decode(m, b) for m in (16384, 65536, 131072) for b in (1, 8, 64)),
+    ]  # fmt: skip
