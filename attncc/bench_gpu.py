@@ -40,7 +40,7 @@ def kernel(text: str, device: torch.device) -> TritonKernel:
     """The Triton kernel of an attention, with the configurations that fit the device."""
     a = optimise(verify(parse_attention(text)))
     bounds = loop_bounds(a, rows=True)
-    tf32 = torch.backends.cuda.matmul.allow_tf32
+    tf32 = bool(torch.backends.cuda.matmul.allow_tf32)
     return TritonKernel([emit(a, bounds, c) for c in configs(a, capability_of(device), tf32=tf32)], remember={})
 
 

@@ -14,7 +14,7 @@ Mod = Callable[..., torch.Tensor]
 class Row:
     """One attention. Tensors are q (B, HK * G, N, D), k and v (B, HK, M, D) and `extra` by name.
 
-    `mask_mod` and `score_mod` are FlexAttention's spelling, given the extra tensors; the plain spelling uses them too."""
+    `mask_mod` and `score_mod` are FlexAttention's spelling, given the extra tensors; the plain spelling uses them."""
 
     name: str
     batch: int

@@ -36,6 +36,17 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 interpreter.InterpreterBuilder.create_dot = _dot
 
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patched(tensor, *scope):
+    """Scalars are arrays of one element there, which numpy no longer turns into a loop bound."""
+    _patch_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = _patched
+
 
 def outputs_of(a: Attention, like: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Outputs full of a number that no kernel may leave there, in the memory order the attention asks for."""

@@ -60,7 +60,7 @@ def check(job: Job, built: Built) -> None:
 
 
 def products(job: Job, built: Built) -> tuple[str, ...]:
-    """The instructions the products must have become. Exact float32 has none on tensor cores before rounding to tf32."""
+    """The instructions the products must have become. Exact float32 has none on tensor cores."""
     if job.target.startswith("gfx"):
         return ("v_mfma_f32",)
     if job.dtype == "f32":

@@ -47,7 +47,7 @@ def a_text(a: Attention) -> list[str]:
 
 
 def test_a_group_reads_its_key_head_once() -> None:
-    """Rows of all heads of a group are one tile: the grid counts key heads, and keys are addressed without the group."""
+    """Rows of all heads of a group are one tile: the grid counts key heads, and no group is in the address of keys."""
     grouped = of(CASES["one key head"])
     source = emit(grouped, loop_bounds(grouped), TritonConfig(64, 64))
     assert "rows = 5 * N" in source and "g = row % 5" in source
