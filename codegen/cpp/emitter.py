@@ -123,7 +123,7 @@ class _Emitter:
             "LANES": lanes, "QUERIES": QUERIES, "KEYS": KEYS, "GROUP_TILES": GROUP_TILES,
             "TILE_ROWS": isa.tile_rows, "TILE_VECTORS": isa.tile_vectors,
             "MAX_SPANS": max(len(self.bounds.visit), len(self.bounds.full), 1), "ROW_AXES": 1 + len(self.folded),
-            "REAL_IS_DOUBLE": int(double), "BIAS": 1023 if double else 127, "MANTISSA": 52 if double else 23,
+            "REAL_IS_DOUBLE": int(double), "WIDE_INTS": int(not narrow), "BIAS": 1023 if double else 127, "MANTISSA": 52 if double else 23,
             "LN2": "0.69314718055994530942" if double else "0.69314718055994530942f",
             "LN2_HIGH": "6.93147180369123816490e-01" if double else "0.693359375f",
             "LN2_LOW": "1.90821492927058770002e-10" if double else "-2.12194440e-4f",

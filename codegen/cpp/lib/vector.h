@@ -16,8 +16,23 @@ INLINE vmask splat_mask(bool x) { return (mask_int)-(int)x - (vmask){}; }
 INLINE vreal load(const real* p) { return *(const vreal_any*)p; }
 INLINE void store(real* p, vreal x) { *(vreal_any*)p = x; }
 INLINE vreal pick(vmask m, vreal a, vreal b) { return m ? a : b; }
-INLINE vmask narrow(vint m) { return __builtin_convertvector(m, vmask); }
 INLINE vint widen(vmask m) { return __builtin_convertvector(m, vint); }
+#if defined(WIDE_512) && WIDE_INTS
+typedef int64_t eight_longs __attribute__((vector_size(64)));
+typedef int32_t eight_ints __attribute__((vector_size(32)));
+INLINE vmask narrow(vint m) {
+    eight_longs half[2];
+    memcpy(half, &m, sizeof m);
+    eight_ints low[2];
+    asm("vpmovqd %1, %0" : "=v"(low[0]) : "v"(half[0]));
+    asm("vpmovqd %1, %0" : "=v"(low[1]) : "v"(half[1]));
+    vmask r;
+    memcpy(&r, low, sizeof r);
+    return r;
+}
+#else
+INLINE vmask narrow(vint m) { return __builtin_convertvector(m, vmask); }
+#endif
 INLINE vint pick_int(vmask m, vint a, vint b) { return widen(m) ? a : b; }
 INLINE vmask pick_mask(vmask m, vmask a, vmask b) { return (m & a) | (~m & b); }
 INLINE vreal to_real(vint x) { return __builtin_convertvector(x, vreal); }
@@ -180,7 +195,8 @@ INLINE vreal exp2_weight(vreal x) {
     p = p * f + 0.693153073203f;
     p = p * f + 0.999999925064f;
 #endif
-    return __builtin_ia32_scalefps512_mask(p, x, p, -1, 4);
+    // Not less than -126: the denormals below it would cost an assist each.
+    return __builtin_ia32_scalefps512_mask(p, x, vreal{}, __builtin_ia32_cmpps512_mask(x, splat(-126), 5, -1, 4), 4);
 #else
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     const vreal c = high(splat(-126), x);
