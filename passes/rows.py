@@ -10,7 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attncc.ir.affine import Extents, Poly, ends_of, expr, is_positive, nonnegative, plus, poly, scaled, simplify
+from attncc.ir.affine import (
+    Extents,
+    Poly,
+    at_least_one,
+    ends_of,
+    expr,
+    is_positive,
+    never_negative,
+    nonnegative,
+    plus,
+    poly,
+    scaled,
+    simplify,
+)  # fmt: skip
 from attncc.ir.build import ONE, ZERO, add, floordiv, maximum, minimum, mul, sub
 from attncc.ir.expr import Const, Expr, Op, Size
 from attncc.passes.predicates import Clause, inequality, mentions
@@ -55,14 +68,15 @@ def solve(x: Expr, index: Expr, extents: Extents) -> Solved | None:
     if split is None:
         return None
     factor, a, rest = split
-    if is_positive(a):
+    ones = at_least_one(extents, x)
+    if never_negative(plus(a, {(): -1}), ones):
         bound = sub(ZERO, floordiv(rest, expr(a)))  # factor >= bound
         if factor is index:
             return Solved(True, simplify(bound, extents))
         inner = _numerator(factor, extents)
         return None if inner is None else solve(sub(inner[0], mul(bound, inner[1])), index, extents)
     down = {m: -c for m, c in a.items()}
-    if is_positive(down):
+    if never_negative(plus(down, {(): -1}), ones):
         above = add(floordiv(rest, expr(down)), ONE)  # factor < above
         if factor is index:
             return Solved(False, simplify(above, extents))

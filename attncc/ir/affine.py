@@ -1,6 +1,7 @@
 """Index algebra: integer expressions as polynomials over indices and sizes, and what their ranges prove.
 
-Everything here is conservative: `None` and `False` mean "not proven".
+Everything here is conservative: `None` and `False` mean "not proven". Sizes are >= 0; those that are the extent of an
+index, or that something is divided by, are >= 1 (without, there is nothing to prove anything about).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from attncc.ir.build import ONE, ZERO, add, const, floordiv, mod, mul, sub
-from attncc.ir.expr import Const, Expr, Op, Size, rewrite
+from attncc.ir.expr import Const, Expr, Op, Size, rewrite, walk
 
 Monomial = tuple[Expr, ...]  # factors, ordered by their text; () is the constant term
 Poly = dict[Monomial, int]
@@ -89,7 +90,7 @@ def _mentions(x: Expr, index: Expr) -> bool:
 
 
 def upper(p: Poly, extents: Extents) -> Poly | None:
-    """A polynomial over sizes alone that is >= p for all index values (sizes are >= 1), or None."""
+    """A polynomial over sizes alone that is >= p for all index values, or None."""
     low = lower(scaled(p, -1), extents)
     return None if low is None else scaled(low, -1)
 
@@ -105,7 +106,7 @@ def lower(p: Poly, extents: Extents) -> Poly | None:
         if len(others) == 1:
             term = ends[0][0] if c > 0 else ends[0][1]
         elif others:
-            if not all(low is not None and _never_negative(low) for low, _ in ends):
+            if not all(low is not None and never_negative(low, at_least_one(extents)) for low, _ in ends):
                 return None
             for low, high in ends:
                 end = low if c > 0 else high
@@ -128,7 +129,7 @@ def ends_of(factor: Expr, extents: Extents) -> Ends:
             return {}, plus(poly(c), {(): 1}, -1)
         case Op("floordiv" | "truncdiv", (x, Const(c))) if int(c) > 0:
             low, high = lower(poly(x), extents), upper(poly(x), extents)
-            whole = low is not None and _never_negative(low)
+            whole = low is not None and never_negative(low, at_least_one(extents))
             if factor.name == "truncdiv" and not whole:
                 return None, None
             return (_over(low, int(c)) or ({} if whole else None)), _over(high, int(c))
@@ -151,22 +152,34 @@ def scaled(p: Poly, by: int) -> Poly:
 
 
 def is_positive(p: Poly) -> bool:
-    """p >= 1 whenever sizes are >= 1: as a polynomial in sizes - 1, whose coefficients are >= 0, the constant >= 1."""
-    if not all(isinstance(f, Size) for m in p for f in m) or sum(p.values()) < 1:
+    """p >= 1 for a divisor, whose sizes are >= 1."""
+    return never_negative(plus(p, {(): -1}), frozenset(f for m in p for f in m))
+
+
+def never_negative(p: Poly, ones: frozenset[Expr]) -> bool:
+    """p >= 0 over sizes of which `ones` are >= 1: as a polynomial in those less one, all coefficients are >= 0."""
+    if not all(isinstance(f, Size) for m in p for f in m):
         return False
-    if all(c >= 0 for m, c in p.items() if m):
+    if all(c >= 0 for c in p.values()):
         return True
+    if p.get((), 0) + sum(c for m, c in p.items() if ones.issuperset(m) and m) < 0:
+        return False
     shifted: Poly = {}
     for m, c in p.items():
         term: Poly = {(): c}
         for f in m:
-            term = _times(term, {(): 1, (f,): 1})
+            term = _times(term, {(): 1, (f,): 1} if f in ones else {(f,): 1})
         shifted = plus(shifted, term)
     return all(c >= 0 for c in shifted.values())
 
 
-def _never_negative(p: Poly) -> bool:
-    return is_positive(plus(p, {(): 1}, 1))
+def at_least_one(extents: Extents, *xs: Expr) -> frozenset[Expr]:
+    """The sizes that are an extent, or a divisor in `xs`."""
+    found = {n for n in extents.values() if isinstance(n, Size)}
+    for x in walk(*xs):
+        if isinstance(x, Op) and x.name in ("floordiv", "truncdiv", "mod") and isinstance(x.args[1], Size):
+            found.add(x.args[1])
+    return frozenset(found)
 
 
 _MOST_SPLITS = 6
@@ -174,12 +187,12 @@ _MOST_SPLITS = 6
 
 def nonnegative(x: Expr, extents: Extents) -> bool:
     """Whether x >= 0 is proven for all index values."""
-    return _nonnegative(poly(x), extents, _MOST_SPLITS)
+    return _nonnegative(poly(x), extents, at_least_one(extents, x), _MOST_SPLITS)
 
 
-def _nonnegative(p: Poly, extents: Extents, splits: int) -> bool:
+def _nonnegative(p: Poly, extents: Extents, ones: frozenset[Expr], splits: int) -> bool:
     low = lower(p, extents)
-    if low is not None and _never_negative(low):
+    if low is not None and never_negative(low, ones):
         return True
     if splits == 0:
         return False
@@ -192,7 +205,8 @@ def _nonnegative(p: Poly, extents: Extents, splits: int) -> bool:
             others.remove(f)
             if f.name in ("min", "max", "where") and all(isinstance(n, Size) for n in others):
                 scale: Poly = {tuple(others): c}
-                cases = (_nonnegative(plus(rest, _times(scale, poly(a)), 1), extents, splits - 1) for a in f.args[-2:])
+                whole_terms = (plus(rest, _times(scale, poly(a))) for a in f.args[-2:])
+                cases = (_nonnegative(n, extents, ones, splits - 1) for n in whole_terms)
                 both = f.name == "where" or (f.name == "min") == (c > 0)
                 return all(cases) if both else any(cases)
             if f.name == "floordiv" and is_positive(poly(f.args[1])):
@@ -201,7 +215,7 @@ def _nonnegative(p: Poly, extents: Extents, splits: int) -> bool:
                     # n // divisor <= n for n >= 0
                     if c < 0 and all(isinstance(n, Size) for n in others) and nonnegative(f.args[0], extents):
                         relaxed = plus(rest, _times({tuple(others): c}, poly(f.args[0])))
-                        if _nonnegative(relaxed, extents, splits - 1):
+                        if _nonnegative(relaxed, extents, ones, splits - 1):
                             return True
                     continue
                 # divisor * (n // divisor) lies in [n - divisor + 1, n]
@@ -209,7 +223,7 @@ def _nonnegative(p: Poly, extents: Extents, splits: int) -> bool:
                 if c > 0:
                     near = plus(plus(near, poly(f.args[1]), -1), {(): 1}, 1)
                 relaxed = plus(rest, _times({whole[0]: whole[1]}, near), 1)
-                if all(isinstance(n, Size) for n in whole[0]) and _nonnegative(relaxed, extents, splits - 1):
+                if all(isinstance(n, Size) for n in whole[0]) and _nonnegative(relaxed, extents, ones, splits - 1):
                     return True
     return False
 

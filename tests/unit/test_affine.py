@@ -13,8 +13,8 @@ from attncc.ir.affine import divide, expr, less_than, linear_in, lower, nonnegat
 from attncc.ir.build import ZERO, add, floordiv, maximum, minimum, mod, mul, sub, where
 from attncc.ir.terms import walk
 
-ROW, KEY, N, C = Index("i"), Index("j"), Size("N"), Size("C")
-NAMES = {"i": ROW, "j": KEY, "N": N, "C": C}
+ROW, KEY, N, C, P = Index("i"), Index("j"), Size("N"), Size("C"), Size("P")
+NAMES = {"i": ROW, "j": KEY, "N": N, "C": C, "P": P}
 EXTENTS: dict[Expr, Expr] = {ROW: N, KEY: Const(7)}
 
 
@@ -45,14 +45,14 @@ _PYTHON = {
 
 def points() -> list[dict[Expr, int]]:
     found: list[dict[Expr, int]] = []
-    for n, c in itertools.product((1, 2, 9), (1, 3)):
-        found += [{N: n, C: c, ROW: i, KEY: j} for i in range(n) for j in range(7)]
+    for n, c, p in itertools.product((1, 2, 9), (1, 3), (0, 5)):
+        found += [{N: n, C: c, P: p, ROW: i, KEY: j} for i in range(n) for j in range(7)]
     return found
 
 
 POINTS = points()
 
-LEAVES = st.sampled_from([ROW, KEY, N, C, ROW, KEY, *(Const(n) for n in (-7, -2, -1, 0, 1, 2, 3, 8))])
+LEAVES = st.sampled_from([ROW, KEY, N, C, P, ROW, KEY, *(Const(n) for n in (-7, -2, -1, 0, 1, 2, 3, 8))])
 DIVISORS = st.sampled_from([Const(1), Const(2), Const(3), Const(8), N, C])
 
 
@@ -61,7 +61,7 @@ def deeper(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
     return st.one_of(
         st.builds(lambda f, p: f(*p), st.sampled_from([add, sub, minimum, maximum]), pair),
         st.builds(lambda x, n: mul(x, Const(n)), inner, st.integers(-3, 3)),
-        st.builds(mul, inner, st.sampled_from([N, C])),
+        st.builds(mul, inner, st.sampled_from([N, C, P])),
         st.builds(lambda f, x, n: f(x, n), st.sampled_from([floordiv, mod]), inner, DIVISORS),
         st.builds(lambda p, q: where(Op("le", p), *q), pair, pair),
     )
@@ -123,7 +123,12 @@ def test_proves_never_negative(text: str) -> None:
     assert nonnegative(e(text), EXTENTS)
 
 
-@pytest.mark.parametrize("text", ["i - 1", "N - 2", "j - i", "-i", "i * -1 + 3", "N - C", "min(i, -1)", "i // 4 - 1"])
+UNPROVEN = [
+    "i - 1", "N - 2", "j - i", "-i", "i * -1 + 3", "N - C", "min(i, -1)", "i // 4 - 1", "P - 1", "N + P - 2", "C - 1",
+]
+
+
+@pytest.mark.parametrize("text", UNPROVEN)
 def test_proves_nothing_false(text: str) -> None:
     assert not nonnegative(e(text), EXTENTS)
 
