@@ -14,7 +14,7 @@ FILE = Path(__file__).with_name("test_triton_interpreted.py")
 
 
 def run(**more: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(FILE)]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(FILE)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run(
         command, cwd=FILE.parents[2], env=environment, capture_output=True, text=True, check=False, timeout=1800
