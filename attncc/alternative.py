@@ -55,7 +55,7 @@ def made_up(fake: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def _number(x: Any) -> int:
     if isinstance(x, torch.SymInt):
-        if not x.node.hashint():
+        if not x.node.has_hint():
             raise Untimeable("a size that only the data decides")
         return int(x.node.hint)
     return int(x)
@@ -77,7 +77,7 @@ def hint(x: Expr, facts: Facts) -> int:
         value = facts.value(n)
         sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
         for s in sizes:
-            if isinstance(s, torch.SymInt) and s.node.hashint() and facts.size(s) is x:
+            if isinstance(s, torch.SymInt) and s.node.has_hint() and facts.size(s) is x:
                 return int(s.node.hint)
     raise Untimeable(f"no example value for {x!r}")
 
@@ -137,7 +137,7 @@ def _slice(node: fx.Node, stops: set[fx.Node]) -> list[fx.Node]:
 def _evaluate(n: fx.Node, facts: Facts, value: Callable[[fx.Node], Any]) -> Any:
     fake = facts.value(n)
     if isinstance(fake, torch.SymInt | torch.SymFloat | torch.SymBool):
-        if not fake.node.hashint():
+        if not fake.node.has_hint():
             raise Untimeable("a number that only the data decides")
         return fake.node.hint
     if n.op == "placeholder":
