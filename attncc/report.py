@@ -15,7 +15,7 @@ from rich.text import Text
 Status = Literal["fused", "kept", "refused"]
 
 #: Where there is no terminal to ask. Narrower ones fold the cells.
-WIDTH = 140
+WIDTH = 160
 COLOURS: dict[Status, str] = {"fused": "green", "kept": "yellow", "refused": "red"}
 
 
@@ -109,8 +109,8 @@ class Report:
         if not self.sites:
             return Group(Text(self.summary), *self._notes())
         table = Table(show_lines=True)
-        for heading in ("site", "module and source", "attention", "result"):
-            table.add_column(heading, overflow="fold")
+        for heading, limit in (("site", None), ("module and source", None), ("attention", 56), ("result", 48)):
+            table.add_column(heading, overflow="fold", max_width=limit)
         for sites in [(site,) for site in self.sites] if every else alike(self.sites):
             table.add_row(*_row(sites))
         return Group(table, Text(self.summary, style="bold"), *self._notes())
@@ -188,13 +188,14 @@ def _result(sites: Sequence[Site]) -> Text:
     if site.became:
         text.append(f": {site.became}", style="default")
     gains = sorted(s.speedup for s in sites if s.speedup is not None)
-    if gains:
+    if gains and not site.reason:  # a reason says what was measured
         low, high = f"{gains[0]:.2f}", f"{gains[-1]:.2f}"
-        text.append(f"\n{low if low == high else f'{low} to {high}'}x the best alternative", style="default")
-    if site.visited is not None and site.total:
-        text.append(f"\ncomputes {site.visited / site.total:.1%} of the scores", style="default")
+        gain = low if low == high else f"{low} to {high}"
+        text.append(f"\n{gain} times as fast as the best alternative", style="default")
+    if site.visited is not None and site.total and site.visited < site.total:
+        text.append(f"\ncomputes {site.visited / site.total:.0%} of the scores", style="default")
         if site.visible is not None:
-            text.append(f", {site.visible / site.total:.1%} visible", style="default")
+            text.append(f", {site.visible / site.total:.0%} visible", style="default")
     if site.reason:
         text.append(f"\n{site.reason}", style="default")
     return text

@@ -54,7 +54,8 @@ def test_table_says_everything_about_each_site() -> None:
     text = str(REPORT)
     for part in (
         "encoder.layer.0.attention.self", "modeling_bert.py:141", "softmax_j(s / 8)", "mask: load(m, [b, 0, i, j])",
-        "q, v (2, 12, n, 64) k (2, 12, m, 64)", "C++ avx512 kernel", "1.50x", "50.0% of the scores", "25.0% visible",
+        "q, v (2, 12, n, 64) k (2, 12, m, 64)", "C++ avx512 kernel", "1.50 times as fast",
+        "50% of the scores", "25% visible",
         "SDPA is 1.3x faster", "router", "not contracted", "3 sites: 1 fused, 1 kept, 1 refused",
         "note: no C++ compiler found",
     ):  # fmt: skip
@@ -73,7 +74,7 @@ def test_layers_share_a_row() -> None:
     assert alike((*layers, other)) == [layers, (other,)]
     text = str(Report(sites=(*layers, other)))
     assert "layer.{0-2}.attn" in text
-    assert "1.00 to 1.50x" in text
+    assert "1.00 to 1.50 times" in text
     assert "layer.3.attn" in text
 
 
