@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 import attncc
 from attncc.cli import app
 from attncc.report import Report, Site
+from attncc.runtime.store import Store, key
 
 SOURCE = "void attention(const float* q) {  // [b, h]\n}\n"
 REPORT = Report(
@@ -180,3 +181,36 @@ def test_no_site_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attncc, "explain", lambda *_, **__: Report())
     assert run("inspect", "attncc_cli_target:factory").stdout == "no attention found\n"
     assert "no attention was found" in run("inspect", "attncc_cli_target:factory", "--kernel", "0").stderr
+
+
+def test_cache_shows_and_clears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNCC_CACHE_DIR", str(tmp_path / "kernels"))
+    assert "0 kernels" in run("cache").stdout
+
+    def build(folder: Path) -> None:
+        (folder / "kernel.so").write_bytes(b"12345")
+
+    Store().get_or_build(key({"source": "x"}), "dense-f32", build)
+    shown = run("cache").stdout
+    assert "dense-f32" in shown
+    assert "1 kernel," in shown
+    assert run("cache", "--clear").stdout.startswith("removed 1 kernel ")
+    assert "0 kernels" in run("cache").stdout
+
+
+def test_cache_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ATTNCC_CACHE_DIR", str(tmp_path / "file"))
+    result = run("cache")
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("attncc: cache: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_suite_for_another_machine() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    result = run("bench", "--suite", "gpu")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("attncc: ")
+    assert result.stderr.count("\n") == 1
