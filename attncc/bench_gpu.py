@@ -23,12 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from attncc.bench_gpu_rows import Row, rows
-from attncc.codegen.triton import configs, emit
-from attncc.ir import parse_attention, verify
-from attncc.kernels import optimise
-from attncc.passes.bounds import loop_bounds
+from attncc.ir import parse_attention, print_attention
+from attncc.kernels import built
 from attncc.runtime.measure import on_cuda
-from attncc.runtime.triton_launch import TritonKernel, capability_of
 from attncc.targets import TargetError
 
 Call = Callable[[], torch.Tensor]
@@ -36,19 +33,12 @@ Call = Callable[[], torch.Tensor]
 _LARGEST_SCORES = 8 << 30  # bytes of a float32 score matrix the unfused graph may make
 
 
-def kernel(text: str, device: torch.device) -> TritonKernel:
-    """The Triton kernel of an attention, with the configurations that fit the device."""
-    a = optimise(verify(parse_attention(text)))
-    bounds = loop_bounds(a, rows=True)
-    tf32 = bool(torch.backends.cuda.matmul.allow_tf32)
-    return TritonKernel([emit(a, bounds, c) for c in configs(a, capability_of(device), tf32=tf32)], remember={})
-
-
 def ours(row: Row, t: dict[str, torch.Tensor]) -> Call:
-    run = kernel(row.text, t["q"].device)
+    a = parse_attention(row.text)
+    run = built(print_attention(a), t["q"].device.type).kernel
     shape = (row.batch, row.heads, row.group, row.rows, row.d)
     out = torch.empty(shape, device=t["q"].device, dtype=torch.bfloat16)
-    tensors = [t[x.name] for x in parse_attention(row.text).tensors]
+    tensors = [t[x.name] for x in a.tensors]
 
     def call() -> torch.Tensor:
         run(tensors, [], [out])

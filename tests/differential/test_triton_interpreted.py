@@ -15,9 +15,10 @@ from random_ir import Program, programs
 from triton_cases import CASES, make
 
 from attncc.codegen.triton import TritonConfig, unsupported
-from attncc.ir import Attention, interpret, print_attention
+from attncc.ir import Attention, Bounds, interpret, print_attention
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.passes.bounds import loop_bounds
+from attncc.passes.spans import spanned, tables
 
 SMALL = TritonConfig(16, 16, 4, 1)
 WIDE = TritonConfig(32, 32, 4, 1)
@@ -44,9 +45,9 @@ def tolerance(a: Attention, tensors: dict[str, torch.Tensor], sizes: list[int], 
     return 2 * off + (eps + 2**-20) * mass * values
 
 
-def check(p: Program, config: TritonConfig, **launch: int) -> None:
+def check(p: Program, config: TritonConfig, bounds: Bounds | None = None, **launch: int) -> None:
     a, tensors, sizes = p
-    got = triton_interpreter.run(a, loop_bounds(a, rows=True), config, tensors, sizes, **launch)
+    got = triton_interpreter.run(a, bounds or loop_bounds(a, rows=True), config, tensors, sizes, **launch)
     want = interpret(a, tensors, sizes, compute=torch.float64)
     for name, exact in want.items():
         value = got[name].double()
@@ -93,6 +94,32 @@ def test_odd_sizes(dtype: str, rows: int, keys: int) -> None:
 def test_split_keys(name: str, splits: int) -> None:
     """Also more splits than blocks: some see no key."""
     check(make(name), SPLIT, splits=splits)
+
+
+@pytest.mark.parametrize("config", [SMALL, WIDE])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("name", ["documents", "document starts", "padding", "prefix", "dense mask", "decode"])
+def test_bounds_from_tables(name: str, dense: bool, config: TritonConfig) -> None:
+    """Masks that read data by key bound the loop through tables made for the call."""
+    a, tensors, sizes = make(name, rows=90) if name != "decode" else make(name)
+    found = spanned(a, dense=dense)
+    more = {**tensors, **tables(found, tensors, sizes)}
+    check(Program(found.attention, more, sizes), config, bounds=found.bounds)
+
+
+@seed(21)
+@settings(
+    max_examples=EXAMPLES // 3, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],
+)  # fmt: skip
+@given(programs(simple=True, dtypes=("f32", "bf16"), longest=70))
+def test_random_programs_with_tables(program: Program) -> None:
+    a, tensors, sizes = program
+    found = spanned(a)
+    if unsupported(a) is not None or not (found.spans or found.maps):
+        return
+    more = {**tensors, **tables(found, tensors, sizes)}
+    check(Program(found.attention, more, sizes), SMALL, bounds=found.bounds)
 
 
 def test_masked_values_are_never_read() -> None:

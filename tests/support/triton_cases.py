@@ -48,6 +48,7 @@ CASES: dict[str, Case] = {
     "documents": Case("j <= i and doc[b, i] == doc[b, j]", tensors=("doc: i32[B, N]",)),
     "document starts": Case("j <= i and start[i] <= j", tensors=("start: i64[N]",)),
     "padding": Case("pad[b, j]", tensors=("pad: bool[B, M]",), empty="mean"),
+    "dense mask": Case("seen[b, i, j]", tensors=("seen: bool[B, N, M]",)),
     "soft cap": Case("j <= i", score="tanh(s * SCALE / 5.0) * 5.0"),
     "alibi": Case("j <= i", score="s * SCALE + slope[hk * G + g] * float(j - i)", tensors=("slope: f32[HQ]",)),
     "t5 table": Case(
