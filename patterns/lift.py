@@ -151,7 +151,7 @@ def _lift(f: Facts, anchor: Anchor, product: Contraction, left: bool, escapes: t
     if len(value_axes) > 1:
         raise _Refused("the values have several axes of their own", product.node)
     e = value_axes[0] if value_axes else None
-    weight = rewrite(weight, lambda x: _w(x, anchor.node))
+    weight = rewrite(weight, lambda x: _w(x, anchor.node) or _stored(f, x))
     bare = unguarded(f, Reader(f, use, extents), weight, score, c)
     read = f.order[product.node]
     v = operand(f, values, tuple(theirs), extents, read=read, use=use)
@@ -170,6 +170,17 @@ def _w(x: Expr, anchor: fx.Node) -> Expr | None:
     return W if isinstance(x, Load) and x.tensor == anchor.name else None
 
 
+def _stored(f: Facts, x: Expr) -> Expr | None:
+    """A product that is not the site's own, as a load of what the model computes anyway."""
+    if not isinstance(x, Load) or not x.tensor.startswith(DOT):
+        return None
+    n = f.by_name[x.tensor.removeprefix(DOT)]
+    product = contraction(f, n)
+    if product is None or product.bias is not None or product.alpha != 1.0:
+        raise _Refused("a second product cannot be kept apart from the rest", n)
+    return Load(n.name, x.index, "float")
+
+
 def _mentioned(at: Point) -> frozenset[Expr]:
     return frozenset().union(*(free(x) for x in at))
 
@@ -177,7 +188,8 @@ def _mentioned(at: Point) -> frozenset[Expr]:
 def _anchor_point(f: Facts, anchor: Anchor, weight: Expr) -> Point:
     """The index of the softmax that the weights are read at."""
     points = {x.index for x in loads(weight) if x.tensor == anchor.node.name}
-    if any(f.by_name[x.tensor].target is torch.ops.aten.dropout.default for x in loads(weight)):
+    read = [f.by_name[x.tensor.removeprefix(DOT)] for x in loads(weight)]
+    if any(n.target is torch.ops.aten.dropout.default for n in read):
         raise _Refused("dropout is on", anchor.node)
     if len(points) != 1:
         reason = "the weights combine several softmax rows" if points else "the weights do not come from the softmax"
@@ -213,18 +225,7 @@ def _score(
     i = max(rows, key=lambda x: x.name) if rows else ZERO
     score = Reader(f, use, extents, pair=frozenset({c, i})).value_at(anchor.scores, at, when) if rows else rough
     score = _without(score, anchor.invariant)
-    def rule(x: Expr) -> Expr | None:
-        if x is chosen:
-            return S
-        if isinstance(x, Load) and x.tensor.startswith(DOT):
-            n = f.by_name[x.tensor.removeprefix(DOT)]
-            other = contraction(f, n)
-            if other is None or other.bias is not None or other.alpha != 1.0:
-                raise _Refused("a second product in the score cannot be kept apart", n)
-            return Load(n.name, x.index, "float")
-        return None
-
-    score = rewrite(score, rule)
+    score = rewrite(score, lambda x: S if x is chosen else _stored(f, x))
     read = f.order[product_node]
     q = operand(f, q_node, q_at, extents | {d[0]: d[1]}, read=read, use=use)
     k = operand(f, k_node, k_at, extents | {d[0]: d[1]}, read=read, use=use)
