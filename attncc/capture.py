@@ -39,7 +39,8 @@ class Reading:
             value = node.meta.get("example_value")
             if isinstance(value, torch.Tensor):
                 dtypes[shadow] = value.dtype
-        return Facts(self.shadow.graph, dtypes)
+        learned = {s for s, n in self.origin.items() if isinstance(n.meta.get("example_value"), torch.nn.Parameter)}
+        return Facts(self.shadow.graph, dtypes, frozenset(learned))
 
     @property
     def uses_autocast(self) -> bool:

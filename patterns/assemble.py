@@ -121,7 +121,7 @@ def _learned(p: Parts, x: Load) -> bool:
         seen.add(n)
         value = p.facts.value(n)
         floats = isinstance(value, torch.Tensor) and value.is_floating_point()
-        if n.op == "placeholder" and floats and not isinstance(value, torch.nn.Parameter):
+        if n.op == "placeholder" and floats and n not in p.facts.parameters:
             return False
         if any(a == float("-inf") for a in n.args if isinstance(a, float)):
             return False

@@ -18,8 +18,13 @@ from attncc.ir.expr import Expr, Size
 class Facts:
     """Facts of one graph. `dtypes` overrides what a node's fake value says (a trace does not see autocast regions)."""
 
-    def __init__(self, graph: fx.Graph, dtypes: Mapping[fx.Node, torch.dtype] | None = None) -> None:
-        self.graph = graph
+    def __init__(
+        self,
+        graph: fx.Graph,
+        dtypes: Mapping[fx.Node, torch.dtype] | None = None,
+        parameters: frozenset[fx.Node] = frozenset(),
+    ) -> None:
+        self.graph, self.parameters = graph, parameters
         self.dtypes = dict(dtypes or {})
         self.order = {n: at for at, n in enumerate(graph.nodes)}
         self.by_name = {n.name: n for n in graph.nodes}
