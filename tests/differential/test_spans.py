@@ -112,3 +112,16 @@ def test_the_attention_computes_what_it_did() -> None:
     more = tensors | tables(found, tensors, sizes)
     assert torch.equal(interpret(a, tensors, sizes)["out"], interpret(found.attention, more, sizes)["out"])
     assert torch.equal(visible(a, sizes, tensors), visible(found.attention, sizes, more))
+
+
+def test_long_sequences_make_nothing_square() -> None:
+    """131072 tokens of documents: a square of booleans alone would take 16 GiB, the tables take 2 MiB."""
+    n = 1 << 17
+    a = attention("doc[b, i] == doc[b, j] and j <= i and pad[b, j]", "N", "N")
+    found = spanned(a)
+    doc = torch.arange(n)[None] // 1000
+    made = tables(found, {"doc": doc, "pad": torch.arange(n)[None] >= 5}, (1, n, n, 0))
+    assert sum(t.numel() for t in made.values()) == 4 * n + 4
+    span = made["span0"][0, ::1000, :2]
+    assert torch.equal(span[:, 0], torch.arange(0, n, 1000, dtype=torch.int32))
+    assert torch.equal(span[:, 1], (torch.arange(0, n, 1000, dtype=torch.int32) + 1000).clamp(max=n))
