@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from attncc.codegen.triton.operands import chunks
 from attncc.codegen.triton.rows import folded_axes
@@ -20,7 +20,9 @@ class TritonConfig:
 
     `split` adds the form in which several programs share the keys of one tile of rows and a second kernel joins them,
     used where there are too few tiles to fill the device. `together` batch points are walked at a time, so that their
-    keys stay in the L2 cache. `precision` is how float32 products are made: "ieee" or "tf32"."""
+    keys stay in the L2 cache. `precision` is how float32 products are made: "ieee" or "tf32".
+    `descriptors` reads keys and values through tensor descriptors (the tensor memory accelerator) wherever a call's
+    strides allow it, and `specialize` gives loads and products warps of their own."""
 
     block_m: int = 64
     block_n: int = 64
@@ -29,6 +31,7 @@ class TritonConfig:
     split: bool = False
     together: int = 8
     precision: str = "ieee"
+    descriptors: bool = False
     specialize: bool = False
 
     def __str__(self) -> str:
@@ -140,8 +143,13 @@ def configs(a: Attention, capability: str, *, tf32: bool = False) -> tuple[Trito
         for bm, bn, warps, stages in shapes
         if bn <= max(16, 2 * _keys(a))
     )
-    fitting = [c for c in found if fits(a, c, capability)]
-    return tuple(fitting[:_MOST]) or (TritonConfig(16, 16, 4, 1, split=split, precision=precision),)
+    fitting = [c for c in found if fits(a, c, capability)][:_MOST]
+    if hopper and few is None and fitting and not float32:
+        # behind the plain ones: these win or lose by the shape, which only a measurement can tell
+        described = [replace(c, descriptors=True) for c in fitting[:2]]
+        special = [replace(described[0], specialize=True)] if capability.startswith("sm_10") else []
+        fitting = [*fitting[: _MOST - len(described) - len(special)], *described, *special]
+    return tuple(fitting) or (TritonConfig(16, 16, 4, 1, split=split, precision=precision),)
 
 
 def _keys(a: Attention) -> int:

@@ -31,7 +31,7 @@ def emit(a: Attention, bounds: Bounds, config: TritonConfig) -> str:
     helpers = sorted(set[str]().union(*(k.helpers for k in kernels)))
     blocks = [
         _header(a, bounds),
-        "import torch\nimport triton\nimport triton.language as tl" if p.split else
+        "import torch\nimport triton\nimport triton.language as tl" if p.split or p.descriptors else
         "import triton\nimport triton.language as tl",
         f'CONFIG = "{config}"\nBLOCK_M = tl.constexpr({config.block_m})\nBLOCK_N = tl.constexpr({config.block_n})',
         *("\n" + HELPERS[h].strip("\n") for h in helpers),

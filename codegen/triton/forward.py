@@ -56,12 +56,12 @@ def forward(p: Plan) -> Kernel:
         wide = "weights" in p.a.outputs or p.empty != "zero"
         _passes(f, loops, "apply", p.every if wide else p.runs)
         _store(f, loops, divided=True)
-        return Kernel(f, "attention")
+        return Kernel(f, "attention", _boxes(p))
     blocks = p.runs if p.softmax or "weights" not in p.a.outputs else p.every
     _passes(f, loops, "online" if p.softmax else "plain", blocks)
     if not p.split:
         _epilogue(f, loops)
-        return Kernel(f, "attention")
+        return Kernel(f, "attention", _boxes(p))
     outer = f.scope.lines
     f.scope.lines = []
     _store_parts(f, loops)
@@ -70,7 +70,11 @@ def forward(p: Plan) -> Kernel:
     _epilogue(f, loops)
     whole = f.scope.lines
     f.scope.lines = [*outer, "if PARTIAL:", *_indent(parts), "else:", *_indent(whole)]
-    return Kernel(f, "attention", (*PARTS, Parameter("PARTIAL", "constexpr", "splits > 1")))
+    return Kernel(f, "attention", (*PARTS, Parameter("PARTIAL", "constexpr", "splits > 1"), *_boxes(p)))
+
+
+def _boxes(p: Plan) -> tuple[Parameter, ...]:
+    return (Parameter("TMA", "constexpr", "boxed"),) if p.descriptors else ()
 
 
 def _indent(lines: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ RESERVED = (
     "tl", "triton", "torch", "range", "float", "pid", "tile", "tiles", "points", "point", "row", "rows", "row_ok",
     "BLOCK_M", "BLOCK_N", "acc", "acc0", "acc1", "m", "l", "m_new", "block", "t", "j0", "j_ok", "jv", "jv_ok", "s", "x",
     "p", "w", "visible", "split", "splits", "part_ptr", "stat_ptr", "PARTIAL", "attention", "join", "launch",
-    "SIGNATURES", "CONTIGUOUS", "together", "first", "width", "sizes", "tensors", "outputs",
+    "SIGNATURES", "CONTIGUOUS", "TMA", "aligned", "boxed", "together", "first", "width", "sizes", "tensors", "outputs",
 )  # fmt: skip
 
 TYPES = {
@@ -78,6 +78,11 @@ class Plan:
         """Whether partial results over some of the keys can be joined later."""
         awkward = self.empty == "mean" and self.factor is not _PLAIN
         return self.config.split and not self.two_pass and "weights" not in self.a.outputs and not awkward
+
+    @property
+    def descriptors(self) -> bool:
+        """Whether keys and values may come through descriptors, which step along them."""
+        return self.config.descriptors and self.a.j.name in self.k.strides and self.a.j.name in self.v.strides
 
     @property
     def group(self) -> Expr:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from attncc.codegen.triton.forward import Kernel, wrapped
 from attncc.codegen.triton.frame import Plan
+from attncc.codegen.triton.operands import stride
 from attncc.ir import Const, Expr, Size, print_expr
 from attncc.ir.build import mul
 from attncc.ir.expr import free
@@ -17,6 +18,14 @@ def choose_splits(programs, keys, device):
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(2 * processors // programs, keys // (4 * BLOCK_N.value), 128))
+'''
+
+
+_BOXES = '''
+def aligned(tensor, along, inside, *steps):
+    """Whether a descriptor can step `along` keys and `inside` a head: 16-byte boundaries everywhere, no gaps inside."""
+    whole = all(step * tensor.element_size() % 16 == 0 for step in (along, *steps))
+    return whole and tensor.data_ptr() % 16 == 0 and along > 0 and inside == 1
 '''
 
 
@@ -32,6 +41,8 @@ def launcher(p: Plan, kernels: tuple[Kernel, ...]) -> str:
     lines += [*wrapped(known, "    "), "}"]
     if p.split:
         lines += ["", *_SPLITS.splitlines()]
+    if p.descriptors:
+        lines += ["", *_BOXES.splitlines()]
     lines += ["", "", f"def launch(tensors, sizes, outputs{', splits=None' if p.split else ''}):"]
     lines += [f"    {x}" for x in _body(p, kernels)]
     return "\n".join(lines)
@@ -56,36 +67,59 @@ def _body(p: Plan, kernels: tuple[Kernel, ...]) -> list[str]:
     lines.append(f"rows, points = {show(p.row_count)}, {show(points)}")
     lines.append("programs = triton.cdiv(rows, BLOCK_M.value) * points")
     lines += ["if programs == 0:", "    return"]
-    common = [_argument(x.value, names, sizes) for x in kernels[0].parameters if x.value not in _SPLIT_ARGUMENTS]
     options = f"num_warps={p.config.warps}, num_stages={p.config.stages}, enable_fp_fusion=True"
+    first = a.outputs[0]
+    if p.descriptors:
+        lines += _boxed(p, names, sizes, show)
     if not p.split:
-        return [*lines, "attention[(programs,)](", *wrapped([*common, options], "    "), ")"]
-    any_tensor = a.outputs[0]
-    lines += [
+        arguments = wrapped([*_arguments(kernels[0], names, sizes), options], "    ")
+        return [*lines, "attention[(programs,)](", *arguments, ")"]
+    return [
+        *lines,
         "if splits is None:",
-        f"    splits = choose_splits(programs, {show(a.j.extent)}, {any_tensor}.device)",
+        f"    splits = choose_splits(programs, {show(a.j.extent)}, {first}.device)",
         "part = stat = None",
         "if splits > 1:",
-        f"    new = {{'dtype': torch.float32, 'device': {any_tensor}.device}}",
+        f'    new = {{"dtype": torch.float32, "device": {first}.device}}',
         f"    part = torch.empty((splits, points, rows, {sum(w for w, _ in p.e_chunks)}), **new)",
         "    stat = torch.empty((2, splits, points, rows), **new)",
         "attention[(programs, splits)](",
-        *wrapped([*common, "part", "stat", "splits > 1", options], "    "),
+        *wrapped([*_arguments(kernels[0], names, sizes), options], "    "),
         ")",
         "if splits > 1:",
         "    join[(rows * points,)](",
-        *wrapped([*common, "part", "stat", "splits", "num_warps=4, enable_fp_fusion=True"], "        "),
+        *wrapped([*_arguments(kernels[1], names, sizes), "num_warps=4, enable_fp_fusion=True"], "        "),
         "    )",
     ]
-    return [x.replace("'", '"') for x in lines]
+
+
+def _boxed(p: Plan, names: dict[str, str], sizes: dict[Expr, str], show: Callable[[Expr], str]) -> list[str]:
+    """Whether this call's keys and values can be read through descriptors, and where those are kept."""
+    tests: list[str] = []
+    for o, inner in ((p.k, p.a.d), (p.v, p.a.e)):
+        name = names[o.tensor]
+        strides: dict[Expr, str] = {
+            stride(o.tensor, dim): f"{name}.stride({dim})" for dim in range(len(p.a.tensor(o.tensor).shape))
+        }
+        steps = [o.along(p.a.j), o.along(inner), *(o.along(x) for x in p.points), o.base]
+        texts = [print_expr(x, {**strides, **sizes}) for x in steps]
+        tests.append(f"aligned({', '.join([name, *texts])})")
+    return [
+        f"boxed = {show(p.a.j.extent)} > 0 and {tests[0]}",
+        f"boxed = boxed and {tests[1]}",
+        "if boxed:  # descriptors are written to memory that Triton asks for",
+        f"    device = {p.a.outputs[0]}.device",
+        "    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))",
+    ]
+
+
+def _arguments(kernel: Kernel, names: dict[str, str], sizes: dict[Expr, str]) -> list[str]:
+    return [_argument(x.value, names, sizes) for x in kernel.parameters]
 
 
 def _tuple(names: Iterable[str]) -> str:
     text = ", ".join(names)
     return text if "," in text else f"{text},"
-
-
-_SPLIT_ARGUMENTS = ("part", "stat", "splits", "splits > 1")
 
 
 def _argument(value: str, names: dict[str, str], sizes: dict[Expr, str]) -> str:

@@ -52,6 +52,27 @@ class Loops:
                 name = self._chunk(letter, n, parts)
                 f.line(f"{name} = {f'{start} + ' if start else ''}tl.arange(0, {width})[None, :]")
                 f.line(f"{self._chunk(f'{who}_in', n, parts)} = keys * {step} + {name} * {inner}")
+            if p.descriptors and "k" in operands:
+                self._describe(who, step, p.d_size if who == "k" else p.e_size, parts)
+
+    def _describe(self, who: str, step: str, extent: int, parts: tuple[tuple[int, int], ...]) -> None:
+        """Descriptors of this batch point's keys or values: a box that reaches past the end reads zeros there."""
+        self.f.line("if TMA:")
+        for n, (width, _) in enumerate(parts):
+            shape = f"[{self.f.scope.text(self.p.a.j.extent)}, {extent}], [{step}, 1], [BLOCK_N, {width}]"
+            self.f.line(f"    {self._chunk(f'{who}_desc', n, parts)} = tl.make_tensor_descriptor({who}_at, {shape})")
+
+    def _load(self, scope: Scope, who: str, n: int, guard: str, cast: str, *, whole: bool) -> None:
+        """One chunk of the block's keys or values. `whole` says that no key is left out but those past the end."""
+        p = self.p
+        parts = p.d_chunks if who == "k" else p.e_chunks
+        name = self._chunk(who, n, parts)
+        load = f"{name} = tl.load({who}_block + {self._chunk(f'{who}_in', n, parts)}{guard}){cast}"
+        if not (p.descriptors and whole):
+            scope.lines.append(load)
+            return
+        box = f"{name} = {self._chunk(f'{who}_desc', n, parts)}.load([j0, {parts[n][1]}]){cast}"
+        scope.lines += ["if TMA:", f"    {box}", "else:", f"    {load}"]
 
     @staticmethod
     def _chunk(name: str, n: int, parts: tuple[tuple[int, int], ...]) -> str:
@@ -165,8 +186,7 @@ class Loops:
             k, q = self._chunk("k", n, p.d_chunks), self._chunk("q", n, p.d_chunks)
             guard = self._guard(ok, self._chunk("d", n, p.d_chunks), part, p.d_size)
             guard = f", {guard}, other=0" if guard else ""
-            load = f"tl.load(k_block + {self._chunk('k_in', n, p.d_chunks)}{guard})"
-            scope.lines.append(f"{k} = {load}{self._to(p.a.k.tensor, p.dot_type)}")
+            self._load(scope, "k", n, guard, self._to(p.a.k.tensor, p.dot_type), whole=ok in ("", "jv_ok"))
             plus = "" if n == 0 else "s, "
             scope.lines.append(f"s = tl.dot({q}, tl.trans({k}), {plus}{self._precision(p.dot_type)})")
         scope.define(S, "s")
@@ -269,8 +289,7 @@ class Loops:
             v, acc = self._chunk("v", n, p.e_chunks), self.accumulators[n]
             guard = self._guard(ok, self._chunk("e", n, p.e_chunks), part, p.e_size)
             guard = f", {guard}, other=0" if guard else ""
-            load = f"tl.load(v_block + {self._chunk('v_in', n, p.e_chunks)}{guard})"
-            scope.lines.append(f"{v} = {load}{self._to(p.a.v.tensor, p.value_type)}")
+            self._load(scope, "v", n, guard, self._to(p.a.v.tensor, p.value_type), whole=ok in ("", "jv_ok"))
             scope.lines.append(f"{acc} = tl.dot({weights}, {v}, {acc}, {self._precision(p.value_type)})")
 
     def start(self) -> None:

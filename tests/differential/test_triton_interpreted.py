@@ -22,6 +22,7 @@ from attncc.passes.spans import spanned, tables
 
 SMALL = TritonConfig(16, 16, 4, 1)
 WIDE = TritonConfig(32, 32, 4, 1)
+BOXES = TritonConfig(16, 16, 4, 1, split=True, descriptors=True)
 SPLIT = TritonConfig(16, 16, 4, 1, split=True)
 EXAMPLES = int(os.environ.get("ATTNCC_TRITON_EXAMPLES", "30"))
 
@@ -81,6 +82,16 @@ def _splits(p: Program) -> bool:
 @pytest.mark.parametrize("name", CASES)
 def test_forms(name: str) -> None:
     check(make(name), SMALL)
+
+
+@pytest.mark.parametrize("name", ["causal", "decode", "d 80", "d 24, e 40", "padding", "window and sink tokens"])
+def test_descriptors(name: str) -> None:
+    """Keys and values through tensor descriptors; the second call's strides do not allow them."""
+    p = make(name)
+    check(p, BOXES)
+    apart = {n: torch.cat([t, t[..., :1]], -1)[..., :-1] if n in ("k", "v") else t for n, t in p.tensors.items()}
+    assert apart["k"].stride(-2) % 8 == 1
+    check(p._replace(tensors=apart), BOXES)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])

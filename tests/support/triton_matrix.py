@@ -32,6 +32,7 @@ class Job(NamedTuple):
     kernel: str = "attention"
     at: int = 0
     tf32: bool = False
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,11 @@ def build(job: Job) -> Built:
     """Compile one kernel. Raises what Triton raises."""
     warnings.simplefilter("ignore")
     a = attention(job)
-    config = configs(a, job.target, tf32=job.tf32)[job.at]
+    config = [c for c in configs(a, job.target, tf32=job.tf32) if c.descriptors == job.descriptors][job.at]
     source = emit(a, loop_bounds(a, rows=True), config)
     partial = {"PARTIAL": job.case.startswith("decode")} if "PARTIAL" in source and job.kernel == "attention" else {}
-    compiled = compile_for(source, config, job.target, job.kernel, **partial)
+    boxes = {"TMA": True} if job.descriptors else {}
+    compiled = compile_for(source, config, job.target, job.kernel, **partial, **boxes)
     return Built(compiled, config, loops(compiled.machine_code))
 
 
