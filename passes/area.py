@@ -15,7 +15,7 @@ import torch
 
 from attncc.ir import Attention, Axis, Bounds, Expr, Load
 from attncc.ir.build import TRUE
-from attncc.ir.evaluate import Evaluator
+from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.terms import free, loads, walk
 from attncc.passes.bounds import analyse
@@ -118,7 +118,7 @@ def _mask_at(
         view[at] = -1
         leaves[axis.index] = torch.arange(counts[at], device=device).view(view)
     leaves[a.i.index], leaves[a.j.index] = rows.to(device)[:, None], keys.to(device)
-    value = Evaluator(leaves, tensors, torch.float32)(a.mask)
+    value = Evaluator(leaves, tensors, DTYPE_OF[a.compute_dtype])(a.mask)
     return value.expand(*counts, len(rows), len(keys))
 
 

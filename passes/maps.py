@@ -20,7 +20,7 @@ import torch
 
 from attncc.ir import Attention, Const, Expr, Load, Op, Tensor
 from attncc.ir.build import ZERO, add, and_, const, floordiv, le, lt, or_
-from attncc.ir.evaluate import Evaluator
+from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.rewrite import rewrite
 from attncc.ir.terms import free
@@ -125,7 +125,7 @@ def _table(m: BlockMap, a: Attention, tensors: Mapping[str, torch.Tensor], sizes
     found: list[torch.Tensor] = []
     for first in range(0, rows, step):
         here = torch.arange(first, min(first + step, rows), device=device)
-        ev = Evaluator({**leaves, a.i.index: here[:, None]}, tensors, torch.float32)
+        ev = Evaluator({**leaves, a.i.index: here[:, None]}, tensors, DTYPE_OF[a.compute_dtype])
         seen = ev(literal).expand(*counts, len(here), columns)
         short = -len(here) % group  # the last group repeats its last row
         seen = torch.cat([seen, seen[..., -1:, :].expand(*counts, short, columns)], -2)

@@ -9,7 +9,7 @@ import torch
 
 from attncc.ir import Attention, Bounds, Expr, Interval
 from attncc.ir.bounds import TILE_HI, TILE_LO, Stripe
-from attncc.ir.evaluate import Evaluator
+from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.terms import free
 
@@ -66,11 +66,11 @@ def simulate(
     leaves[TILE_LO], leaves[TILE_HI] = first[:, None], end[:, None]
     if bounds.rows:
         rows = torch.minimum(first[:, None] + torch.arange(tile_rows, device=device), end[:, None] - 1)
-        scan = Evaluator({**leaves, a.i.index: rows}, tensors or {}, torch.float32)
+        scan = Evaluator({**leaves, a.i.index: rows}, tensors or {}, DTYPE_OF[a.compute_dtype])
         for r in bounds.rows:
             each = scan(r.expr).to(torch.int64) + torch.zeros_like(rows)
             leaves[r.index] = each.amin(-1, keepdim=True) if r.op == "min" else each.amax(-1, keepdim=True)
-    ev = Evaluator(leaves, tensors or {}, torch.float32)
+    ev = Evaluator(leaves, tensors or {}, DTYPE_OF[a.compute_dtype])
     full_shape = (*shape, len(first), 1)
 
     def value(x: Expr) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 from attncc.ir import Attention, Bounds, Expr, Load, Op, Tensor
 from attncc.ir.affine import expr, poly
 from attncc.ir.build import FALSE, TRUE, ZERO, and_, const, le, lt, sub
-from attncc.ir.evaluate import Evaluator
+from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.terms import free
 from attncc.passes.bounds import analyse
@@ -177,7 +177,7 @@ def span_tables(
             leaves[axis.index] = torch.arange(counts[at], device=device).view(view)
         leaves[a.i.index] = torch.arange(n, device=device)
         leaves[a.j.index] = torch.arange(m, device=device)
-        ev = Evaluator(leaves, tensors, torch.float32)
+        ev = Evaluator(leaves, tensors, DTYPE_OF[a.compute_dtype])
         key = ev(span.key).expand(*counts, m)
         if span.relation is None:
             found = _where_true(key)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bounds_cases import attention, check_sound, data, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attncc.ir import Load, interpret, verify
+from attncc.ir import Const, Load, Tensor, interpret, parse_expr, verify
 from attncc.passes.spans import spanned, tables
 
 ROW = "min(i, M - 1)"
@@ -125,3 +127,17 @@ def test_long_sequences_make_nothing_square() -> None:
     span = made["span0"][0, ::1000, :2]
     assert torch.equal(span[:, 0], torch.arange(0, n, 1000, dtype=torch.int32))
     assert torch.equal(span[:, 1], (torch.arange(0, n, 1000, dtype=torch.int32) + 1000).clamp(max=n))
+
+
+def test_float_literals_are_compared_as_the_attention_computes() -> None:
+    """Differences that single precision cannot see decide in a float64 attention."""
+    a = attention("j <= i", "8", "8")
+    wide = replace(a, tensors=(*(replace(t, dtype="f64") if t.name in "qkv" else t for t in a.tensors),
+                               Tensor("relevance", "f64", (Const(8),))))  # fmt: skip
+    mask = parse_expr("1.0 < relevance[j]", {"j": a.j.index}, {"relevance": "float"})
+    wide = verify(replace(wide, mask=mask))
+    tensors = {n: x.double() for n, x in data(1, 8, 8).items() if n in "qkv"}
+    tensors["relevance"] = 1.0 + torch.tensor([0, 0, 1, 1, 1, 0, 0, 0], dtype=torch.float64) * 1e-12
+    found = spanned(wide)
+    made = tables(found, tensors, (1, 8, 8, 0))
+    assert made["span0"].tolist() == [2, 5, 2, 5]
