@@ -108,7 +108,18 @@ def examine(target: Target) -> Report:
                 return attncc.explain_program(target.model)
             return attncc.explain(target.model, *target.args, **target.kwargs)
     except Exception as error:
-        raise TargetError(f"{target.name}: running the model raised {one_line(error)}") from error
+        raise TargetError(f"{target.name}: {_why(target, error)}") from error
+
+
+def _why(target: Target, error: Exception) -> str:
+    """The model's own exception where it raises in eager too: Dynamo's words for the same say less."""
+    if not target.exported:
+        try:
+            with torch.no_grad():
+                target.model(*target.args, **target.kwargs)
+        except Exception as own:
+            return f"running the model raised {one_line(own)}"
+    return f"compiling the model raised {one_line(error)}"
 
 
 def pick(report: Report, number: int, target: str) -> Site:

@@ -47,10 +47,9 @@ class Target:
 
 
 def one_line(error: BaseException) -> str:
-    """`ValueError: first line of the message`, shortened where that is long."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    name = type(error).__name__
-    return textwrap.shorten(f"{name}: {lines[0]}", 200, placeholder=" ...") if lines else name
+    """`ValueError: its message`, in one line and shortened where that is long."""
+    name, message = type(error).__name__, str(error)
+    return textwrap.shorten(f"{name}: {message}" if message.strip() else name, 200, placeholder=" ...")
 
 
 def load(text: str) -> Target:

@@ -43,7 +43,7 @@ def explained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
         calls.append((model, args, kwargs))
         print("noise of the model")
-        if isinstance(model, type(len)):
+        if isinstance(model, type(len)) or type(model).__name__ == "Raising":
             raise ValueError("bad shape\nmore")
         return REPORT
 
@@ -60,7 +60,10 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "attncc_cli_target.py").write_text(
         "import torch\n"
         "def factory(): return torch.nn.Identity(), (torch.zeros(1),), {'extra': 1}\n"
-        "def raising(): return len, (torch.zeros(1),)\n"
+        "class Raising(torch.nn.Module):\n"
+        "    def forward(self, x): raise ValueError('bad shape\\nof this model')\n"
+        "def raising(): return Raising(), (torch.zeros(1),)\n"
+        "def uncompiled(): return len, (torch.zeros(1),)\n"
     )
 
 
@@ -125,7 +128,8 @@ def test_parts_are_printed_without_the_table(options: list[str], says: str) -> N
         (["nosuch_module_of_anyone:thing"], "no module named"),
         (["attncc_cli_target:absent"], "has no 'absent'"),
         (["absent.pt2"], "no such file"),
-        (["attncc_cli_target:raising"], "running the model raised ValueError: bad shape"),
+        (["attncc_cli_target:raising"], "running the model raised ValueError: bad shape of this model"),
+        (["attncc_cli_target:uncompiled"], "compiling the model raised ValueError: bad shape more"),
         (["attncc_cli_target:factory", "--kernel", "7"], "there is no site 7; sites are 0 to 1"),
         (["attncc_cli_target:factory", "--kernel", "1"], "site 1 has no kernel (refused: softmax over"),
         (["attncc_cli_target:factory", "--mask", "1"], "site 1 has no picture"),
