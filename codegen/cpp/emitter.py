@@ -99,10 +99,10 @@ class _Emitter:
 
     def source(self) -> str:
         hooks = [self._bounds(), self._logit(), self._weights(), self._sink()]  # they fill the slots printed below
-        parts = [self._header(), self._config(), *map(_library, ("vector", "convert", "layout"))]
+        parts = [self._header(), self._config(), *map(_library, ("vector", "integers", "convert", "layout"))]
         parts += [_library("matrix_unit" if self.tiles else "product")]
         parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), self._slots()]
-        parts += [_library("tile"), self._fills(), *hooks, self._rows(), _library("pairs" if self.pairs else "plain"), _library("few")]
+        parts += [_library("tile"), self._fills(), *hooks, self._stage(), self._rows(), _library("pairs" if self.pairs else "plain"), _library("few")]
         return "\n".join([*parts, *map(_library, ("begin", "attend", "run")), self._entry()])
 
     # ---- text ------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class _Emitter:
             "LANES": lanes, "QUERIES": QUERIES, "KEYS": KEYS, "GROUP_TILES": GROUP_TILES,
             "TILE_ROWS": isa.tile_rows, "TILE_VECTORS": isa.tile_vectors,
             "MAX_SPANS": max(len(self.bounds.visit), len(self.bounds.full), 1), "ROW_AXES": 1 + len(self.folded),
-            "REAL_IS_DOUBLE": int(double), "WIDE_INTS": int(not narrow), "BIAS": 1023 if double else 127, "MANTISSA": 52 if double else 23,
+            "REAL_IS_DOUBLE": int(double), "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged), "BIAS": 1023 if double else 127, "MANTISSA": 52 if double else 23,
             "LN2": "0.69314718055994530942" if double else "0.69314718055994530942f",
             "LN2_HIGH": "6.93147180369123816490e-01" if double else "0.693359375f",
             "LN2_LOW": "1.90821492927058770002e-10" if double else "-2.12194440e-4f",
@@ -131,7 +131,7 @@ class _Emitter:
             "F16_ROW": isa.f16_row if not double else 0,
             "F16_SCALAR": "__fp16" if self.name == "neon" else "_Float16",
             "ZIP_LOW": ", ".join(map(str, low)), "ZIP_HIGH": ", ".join(map(str, high)),
-            "HAS_OUT": int("out" in a.outputs), "HAS_LSE": int("lse" in a.outputs), "HAS_SINK": int(a.sink is not None),
+            "EVERY_LANE": ", ".join(map(str, range(lanes))), "HAS_OUT": int("out" in a.outputs), "HAS_LSE": int("lse" in a.outputs), "HAS_SINK": int(a.sink is not None),
             "IS_SOFTMAX": int(a.normalizer == "softmax"), "NORMALIZED_EARLY": int(self.early),
             "EMPTY_ZERO": 0, "EMPTY_MEAN": 1, "EMPTY_NAN": 2, "EMPTY": f"EMPTY_{a.empty.upper()}",
             "PLAIN": int(self.scale is not None), "SCALE": self._real(self._log2e(self.scale)),
@@ -252,7 +252,8 @@ class _Emitter:
         u, r = self.p.uniforms.fields, self.p.vectors.fields
         return (
             "// Scalars of a tile, and vectors of its rows, that no key changes.\n"
-            f"struct Uniform {{ {' '.join(f'{t} {n};' for t, n, _ in u)} }};\n"
+            "// `near` holds what is loaded by row and key for a block of keys from j0 on, transposed.\n"
+            f"struct Uniform {{ {' '.join(f'{t} {n};' for t, n, _ in u)} const real* near; int64_t j0; }};\n"
             f"struct RowValues {{ {' '.join(f'{t} {n};' for t, n, _ in r)} }};\n"
             "struct Tile;\n"
         )
@@ -267,6 +268,24 @@ class _Emitter:
             "static RowValues row_values(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at)",
             [unused, "(void)u; (void)at;", "RowValues r;", *(f"r.{n} = {code};" for _, n, code in r), "return r;"],
         )
+
+    def _stage(self) -> str:
+        lines = ["(void)c; (void)u; (void)r; (void)count; (void)near;"]
+        for n, x in enumerate(self.p.staged.values()):
+            lines += [
+                "{",
+                f"    const auto* first = {x.pointer};",
+                "    decltype(first) rows[LANES];",
+                f"    for (int l = 0; l < LANES; ++l) rows[l] = first + r.{x.rows}[l];",
+                f"    const int64_t stride = {x.stride};",
+                f"    to_lanes(rows, stride, count, near + {n} * KEYS * LANES);",
+                "    // Rows lie far apart, so the processor does not foresee what the next block needs.",
+                "    if (stride == 1)",
+                "        for (int l = 0; l < LANES; ++l) foresee(rows[l] + count, rows[l] + 2 * count);",
+                "}",
+            ]
+        head = "static void bring_near(const Call& c, const Uniform& u, const RowValues& r, int64_t count, real* near)"
+        return _function(head, lines)
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
     def _bounds(self) -> str:

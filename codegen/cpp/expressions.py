@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from attncc.ir import Attention, Const, Expr, Index, Load, Op, Size, Var
+from attncc.ir.affine import expr, linear_in
 from attncc.ir.bounds import TILE_HI, TILE_LO
 from attncc.ir.expr import Kind, walk
 
@@ -68,6 +69,16 @@ class Slots:
         return self.names[key]
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A load over rows and keys, transposed a block at a time: `pointer` at the block's first key, `rows` the field
+    that holds each lane's offset, `stride` from key to key."""
+
+    pointer: str
+    rows: str
+    stride: str
+
+
 class Printer:
     """Prints the expressions of one attention. `folded` are the batch axes whose members share their keys: they vary
     over lanes, as `i` does."""
@@ -77,6 +88,7 @@ class Printer:
         self.rows: tuple[Expr, ...] = (a.i.index, *folded)
         self.double = a.compute_dtype == "f64"
         self.uniforms, self.vectors = Slots("u"), Slots("r")
+        self.staged: dict[Load, Staged] = {}
         self._levels: dict[Expr, Level] = {}
 
     def level(self, x: Expr) -> Level:
@@ -215,9 +227,38 @@ class _Scope:
             else:
                 both.append(f"to_long({self.vector(at)}) * {stride}")
         if rows:
-            both.insert(0, f"r.{self.p.vectors.take(tuple(key), 'vlong', ' + '.join(rows))}")
+            offsets = self.p.vectors.take(tuple(key), "vlong", " + ".join(rows))
+            stride = None if both or x.kind == "int" else self._key_stride(tensor, index)
+            if stride is not None:
+                return self._stage(x, offsets, stride)
+            both.insert(0, f"r.{offsets}")
         pointer = " + ".join([f"c.t_{tensor}", *scalars])
         return f"{_GATHER[x.kind]}({pointer}, {' + '.join(both)})"
+
+
+    def _key_stride(self, tensor: str, index: tuple[Expr, ...]) -> str | None:
+        """Elements from one key to the next, where that is the same everywhere."""
+        terms: list[str] = []
+        for n, at in enumerate(index):
+            if self.p.level(at) != Level.KEY:
+                continue
+            split = linear_in(at, self.p.a.j.index)
+            if split is None or any(not isinstance(f, Size) for m in split[0] for f in m):
+                return None
+            terms.append(f"{_tight(self.scalar(expr(split[0])))} * c.s_{tensor}[{n}]")
+        return " + ".join(terms) or None
+
+    def _stage(self, x: Load, offsets: str, stride: str) -> str:
+        first = _Scope(self.p, Level.BOTH, names={self.p.a.j.index: "u.j0"})
+        terms = [
+            f"{_tight(first.scalar(at))} * c.s_{x.tensor}[{n}]"
+            for n, at in enumerate(x.index)
+            if self.p.level(at) in (Level.UNIFORM, Level.KEY) and at != Const(0)
+        ]
+        self.p.staged.setdefault(x, Staged(" + ".join([f"c.t_{x.tensor}", *terms]), offsets, stride))
+        at = list(self.p.staged).index(x)
+        value = f"load(u.near + ({at} * KEYS + j - u.j0) * LANES)"
+        return value if x.kind == "float" else f"({value} != 0)"
 
 
 def _tight(code: str) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from cpp_build import check, host_isas
+from cpp_build import check, compare, host_isas, toolchain
 
+from attncc.codegen.cpp import emit
 from attncc.ir import Attention, parse_attention, verify
 from attncc.ir.bounds import unskipped
 from attncc.ir.evaluate import DTYPE_OF
+from attncc.passes.bounds import loop_bounds
+from attncc.runtime.cpp import CppKernel
 
 TEXT = """attention
 size   N, M
@@ -210,3 +214,16 @@ def test_longer_lanes_where_integers_are_wide() -> None:
     t = tensors_of(a, 50, 50)
     t["doc"] = t["doc"] * 2**32 + 5
     check(a, t, [50, 50], ISAS[0])
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
+@pytest.mark.parametrize("form", ["causal", "documents", "bias"])
+def test_the_narrow_skeleton_of_neon_by_the_hosts_compiler(form: str, dtype: str, tmp_path: Path) -> None:
+    """NEON's source has no instruction of its own but the half type: the host runs it in 16-byte vectors."""
+    a = case(form, dtype)
+    source = emit(a, loop_bounds(a), "neon").replace("__fp16", "_Float16")
+    toolchain().compile(source, "avx2", tmp_path / "narrow.so")
+    t = tensors_of(a, 70, 70)
+    out = torch.empty(2, 2, 2, 70, 32, dtype=DTYPE_OF[dtype])
+    CppKernel(tmp_path / "narrow.so", a)([t[x.name] for x in a.tensors], [70, 70], [out])
+    compare(a, t, [70, 70], {"out": out})

@@ -40,6 +40,8 @@
 #define MAX_SPANS 1
 #define ROW_AXES 2
 #define REAL_IS_DOUBLE 0
+#define WIDE_INTS 0
+#define STAGED 0
 #define BIAS 127
 #define MANTISSA 23
 #define LN2 0.69314718055994530942f
@@ -50,6 +52,7 @@
 #define F16_SCALAR _Float16
 #define ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
 #define ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#define EVERY_LANE 0, 1, 2, 3, 4, 5, 6, 7
 #define HAS_OUT 1
 #define HAS_LSE 1
 #define HAS_SINK 0
@@ -77,8 +80,6 @@ typedef int32_t lane_int;  // what every integer of a lane fits
 typedef real vreal __attribute__((vector_size(LANES * sizeof(real))));
 typedef real vreal_any __attribute__((vector_size(LANES * sizeof(real)), aligned(sizeof(real)), may_alias));
 typedef mask_int vmask __attribute__((vector_size(LANES * sizeof(mask_int))));  // 0 or -1 a lane
-typedef lane_int vint __attribute__((vector_size(LANES * sizeof(lane_int))));
-typedef int64_t vlong __attribute__((vector_size(LANES * sizeof(int64_t))));
 typedef uint16_t vhalf __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef uint32_t vword __attribute__((vector_size(LANES * 4)));
 
@@ -86,19 +87,12 @@ typedef uint32_t vword __attribute__((vector_size(LANES * 4)));
 #define EACH_LANE(expression) for (int l = 0; l < LANES; ++l) { expression; }
 
 INLINE vreal splat(real x) { return x - (vreal){}; }
-INLINE vint splat_int(int64_t x) { return (lane_int)x - (vint){}; }
 INLINE vmask splat_mask(bool x) { return (mask_int)-(int)x - (vmask){}; }
 INLINE vreal load(const real* p) { return *(const vreal_any*)p; }
 INLINE void store(real* p, vreal x) { *(vreal_any*)p = x; }
 INLINE vreal pick(vmask m, vreal a, vreal b) { return m ? a : b; }
-INLINE vmask narrow(vint m) { return __builtin_convertvector(m, vmask); }
-INLINE vint widen(vmask m) { return __builtin_convertvector(m, vint); }
-INLINE vint pick_int(vmask m, vint a, vint b) { return widen(m) ? a : b; }
 INLINE vmask pick_mask(vmask m, vmask a, vmask b) { return (m & a) | (~m & b); }
-INLINE vreal to_real(vint x) { return __builtin_convertvector(x, vreal); }
 INLINE vreal mask_to_real(vmask m) { return pick(m, splat(1), splat(0)); }
-INLINE vint to_int(vreal x) { return __builtin_convertvector(x, vint); }
-INLINE vlong to_long(vint x) { return __builtin_convertvector(x, vlong); }
 
 // Both give b where a or b is NaN.
 #ifdef WIDE_512
@@ -113,21 +107,15 @@ INLINE vreal maximum(vreal a, vreal b) { return a != a ? a : high(a, b); }
 INLINE vreal minimum(vreal a, vreal b) { return a != a ? a : low(a, b); }
 INLINE real maximum(real a, real b) { return a != a || a > b ? a : b; }
 INLINE real minimum(real a, real b) { return a != a || a < b ? a : b; }
-INLINE vint maximum_int(vint a, vint b) { return a > b ? a : b; }
-INLINE vint minimum_int(vint a, vint b) { return a < b ? a : b; }
 INLINE int64_t maximum_int(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t minimum_int(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Integer division that floors, as Python's does.
 INLINE int64_t floordiv(int64_t a, int64_t b) { int64_t q = a / b; return q - (a % b != 0 && (a < 0) != (b < 0)); }
 INLINE int64_t mod(int64_t a, int64_t b) { int64_t r = a % b; return r + (r != 0 && (r < 0) != (b < 0) ? b : 0); }
-INLINE vint floordiv(vint a, vint b) { vint r; EACH_LANE(r[l] = (lane_int)floordiv((int64_t)a[l], (int64_t)b[l])) return r; }
-INLINE vint mod(vint a, vint b) { vint r; EACH_LANE(r[l] = (lane_int)mod((int64_t)a[l], (int64_t)b[l])) return r; }
-INLINE vint truncdiv(vint a, vint b) { return a / b; }
 INLINE int64_t truncdiv(int64_t a, int64_t b) { return a / b; }
 INLINE vreal absolute(vreal x) { return x < 0 ? -x : x + 0; }
 INLINE real absolute(real x) { return x < 0 ? -x : x + 0; }
-INLINE vint absolute_int(vint x) { return x < 0 ? -x : x; }
 INLINE int64_t absolute_int(int64_t x) { return x < 0 ? -x : x; }
 
 #ifdef WIDE_512
@@ -255,7 +243,8 @@ INLINE vreal exp2_weight(vreal x) {
     p = p * f + 0.693153073203f;
     p = p * f + 0.999999925064f;
 #endif
-    return __builtin_ia32_scalefps512_mask(p, x, p, -1, 4);
+    // Not less than -126: the denormals below it would cost an assist each.
+    return __builtin_ia32_scalefps512_mask(p, x, vreal{}, __builtin_ia32_cmpps512_mask(x, splat(-126), 5, -1, 4), 4);
 #else
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     const vreal c = high(splat(-126), x);
@@ -271,6 +260,101 @@ INLINE bool none(vmask m) {
     EACH_LANE(any |= m[l])
     return !any;
 }
+
+// ---- integers of a lane --------------------------------------------------------------------------------------------
+// `vlong` has 64 bits a lane: beside a 32-bit compute type that takes two registers. `vint` is as narrow as the integers
+// of this attention allow.
+#if REAL_IS_DOUBLE
+typedef int64_t vlong __attribute__((vector_size(LANES * 8)));
+INLINE vlong splat_long(int64_t x) { return x - vlong{}; }
+INLINE vmask narrow(vlong m) { return m; }
+INLINE vlong widen_long(vmask m) { return m; }
+INLINE vlong pick_long(vlong m, vlong a, vlong b) { return m ? a : b; }
+INLINE vreal to_real(vlong x) { return __builtin_convertvector(x, vreal); }
+INLINE vlong long_of(vreal x) { return __builtin_convertvector(x, vlong); }
+#else
+typedef int64_t half_long __attribute__((vector_size(LANES * 4)));
+typedef mask_int half_mask __attribute__((vector_size(LANES * 2)));
+typedef real half_real __attribute__((vector_size(LANES * 2)));
+struct vlong {
+    half_long low, high;
+    int64_t operator[](int l) const { return l < LANES / 2 ? low[l] : high[l - LANES / 2]; }
+};
+#define BY_HALVES(op) \
+    INLINE vlong operator op(vlong a, vlong b) { return {(half_long)(a.low op b.low), (half_long)(a.high op b.high)}; }
+BY_HALVES(+)
+BY_HALVES(-)
+BY_HALVES(*)
+BY_HALVES(&)
+BY_HALVES(<)
+BY_HALVES(<=)
+BY_HALVES(>)
+BY_HALVES(==)
+BY_HALVES(!=)
+INLINE vlong splat_long(int64_t x) { return {x - half_long{}, x - half_long{}}; }
+INLINE vlong operator*(vlong a, int64_t b) { return a * splat_long(b); }
+INLINE vlong operator&(vlong a, int b) { return a & splat_long(b); }
+INLINE vlong operator<(vlong a, int b) { return a < splat_long(b); }
+INLINE vlong operator-(vlong a) { return splat_long(0) - a; }
+INLINE vlong pick_long(vlong m, vlong a, vlong b) { return {m.low ? a.low : b.low, m.high ? a.high : b.high}; }
+template <class V, class H> INLINE V joined(H low, H high) { return (V)__builtin_shufflevector(low, high, EVERY_LANE); }
+template <class H, class V> INLINE H half_of(V x, int n) { H r; memcpy(&r, (const char*)&x + n * sizeof r, sizeof r); return r; }
+#ifdef WIDE_512
+INLINE half_mask narrowed(half_long x) {
+    half_mask r;
+    asm("vpmovqd %1, %0" : "=v"(r) : "v"(x));
+    return r;
+}
+#else
+INLINE half_mask narrowed(half_long x) { return __builtin_convertvector(x, half_mask); }
+#endif
+INLINE vmask narrow(vlong m) { return joined<vmask>(narrowed(m.low), narrowed(m.high)); }
+INLINE vlong widen_long(vmask m) {
+    return {__builtin_convertvector(half_of<half_mask>(m, 0), half_long),
+            __builtin_convertvector(half_of<half_mask>(m, 1), half_long)};
+}
+INLINE vreal to_real(vlong x) {
+    return joined<vreal>(__builtin_convertvector(x.low, half_real), __builtin_convertvector(x.high, half_real));
+}
+INLINE vlong long_of(vreal x) {
+    return {__builtin_convertvector(half_of<half_real>(x, 0), half_long),
+            __builtin_convertvector(half_of<half_real>(x, 1), half_long)};
+}
+#endif
+
+#if WIDE_INTS
+typedef vlong vint;
+INLINE vint splat_int(int64_t x) { return splat_long(x); }
+INLINE vint widen(vmask m) { return widen_long(m); }
+INLINE vint to_int(vreal x) { return long_of(x); }
+INLINE vlong to_long(vint x) { return x; }
+INLINE vint pick_wide(vint m, vint a, vint b) { return pick_long(m, a, b); }
+#else
+typedef vmask vint;
+INLINE vint splat_int(int64_t x) { return (lane_int)x - vint{}; }
+INLINE vint widen(vmask m) { return m; }
+INLINE vmask narrow(vint m) { return m; }
+INLINE vint to_int(vreal x) { return __builtin_convertvector(x, vint); }
+INLINE vlong to_long(vint x) { return widen_long(x); }
+INLINE vreal to_real(vint x) { return __builtin_convertvector(x, vreal); }
+INLINE vint pick_wide(vint m, vint a, vint b) { return m ? a : b; }
+#endif
+INLINE vint pick_int(vmask m, vint a, vint b) { return pick_wide(widen(m), a, b); }
+INLINE vint maximum_int(vint a, vint b) { return pick_wide(a > b, a, b); }
+INLINE vint minimum_int(vint a, vint b) { return pick_wide(a < b, a, b); }
+INLINE vint absolute_int(vint x) { return pick_wide(x < splat_int(0), -x, x); }
+
+template <class F> INLINE vint lane_by_lane(vint a, vint b, F f) {
+    alignas(64) lane_int x[LANES], y[LANES];
+    memcpy(x, &a, sizeof x);
+    memcpy(y, &b, sizeof y);
+    EACH_LANE(x[l] = (lane_int)f((int64_t)x[l], (int64_t)y[l]))
+    memcpy(&a, x, sizeof x);
+    return a;
+}
+INLINE vint floordiv(vint a, vint b) { return lane_by_lane(a, b, [](int64_t x, int64_t y) { return floordiv(x, y); }); }
+INLINE vint mod(vint a, vint b) { return lane_by_lane(a, b, [](int64_t x, int64_t y) { return mod(x, y); }); }
+INLINE vint truncdiv(vint a, vint b) { return lane_by_lane(a, b, [](int64_t x, int64_t y) { return x / y; }); }
 
 // ---- element types: every load gives the compute type, integers as they are, booleans as masks ----------------------
 struct bf16 { uint16_t bits; };
@@ -300,7 +384,11 @@ INLINE void put(double* p, real x) { *p = (double)x; }
 INLINE void put(bf16* p, real x) { p->bits = to_bf16((float)x); }
 INLINE void put(f16* p, real x) { p->bits = to_f16((float)x); }
 
-// LANES consecutive elements.
+// LANES consecutive elements; booleans as 0 and 1.
+INLINE vreal row(const bool* p) {
+    typedef uint8_t v __attribute__((vector_size(LANES), aligned(1), may_alias));
+    return __builtin_convertvector(__builtin_convertvector(*(const v*)p, vmask), vreal);
+}
 INLINE vreal row(const float* p) {
     typedef float v __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
     return __builtin_convertvector(*(const v*)p, vreal);
@@ -364,10 +452,18 @@ INLINE void put_row(f16* p, vreal x) {
 INLINE void put_row(f16* p, vreal x) { EACH_LANE(put(p + l, x[l])) }
 #endif
 
+template <class T> INLINE void foresee(const T* from, const T* to) {
+    for (const char* at = (const char*)from; at < (const char*)to; at += 64) __builtin_prefetch(at, 0, 2);
+}
+
 // One element a lane, at offsets in elements.
 template <class T> INLINE vreal gather_real(const T* p, vlong at) { vreal r; EACH_LANE(r[l] = value(p[at[l]])) return r; }
 template <class T> INLINE vint gather_int(const T* p, vlong at) {
-    vint r; EACH_LANE(r[l] = (lane_int)value(p[at[l]])) return r;
+    alignas(64) lane_int x[LANES];
+    EACH_LANE(x[l] = (lane_int)value(p[at[l]]))
+    vint r;
+    memcpy(&r, x, sizeof r);
+    return r;
 }
 template <class T> INLINE vmask gather_mask(const T* p, vlong at) {
     vmask r; EACH_LANE(r[l] = -(mask_int)(value(p[at[l]]) != 0)) return r;
@@ -551,7 +647,8 @@ static Group group_at(const Call& c, int64_t n) {
 }
 
 // Scalars of a tile, and vectors of its rows, that no key changes.
-struct Uniform { int64_t u0; int64_t u1; };
+// `near` holds what is loaded by row and key for a block of keys from j0 on, transposed.
+struct Uniform { int64_t u0; int64_t u1; const real* near; int64_t j0; };
 struct RowValues { vreal r0; vint r1; vint r2; };
 struct Tile;
 
@@ -643,6 +740,10 @@ INLINE vreal empty_weight(const Call& c, const Uniform& u, const RowValues& r, i
 static vreal first_logit(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at) {
     (void)c; (void)b; (void)u; (void)t; (void)at;
     return splat(-INFINITY);
+}
+
+static void bring_near(const Call& c, const Uniform& u, const RowValues& r, int64_t count, real* near) {
+    (void)c; (void)u; (void)r; (void)count; (void)near;
 }
 
 INLINE const q_element* query_at(const Call& c, const Batch& b, const Group& g, int64_t i) {
@@ -1014,7 +1115,10 @@ INLINE void full_run(const Tile& t, int64_t j0, int64_t count, int64_t& from, in
 static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stage stage, real* scores, real* spare) {
     const int64_t n = at.count;
     alignas(128) real keep[QUERIES];
-    const Uniform u = uniform(c, b, t);
+    Uniform u = uniform(c, b, t);
+    alignas(128) real near[STAGED * KEYS * LANES + 1];
+    u.near = near;
+    u.j0 = at.j0;
     int64_t from, to;
     full_run(t, at.j0, n, from, to);
     for (int64_t v = 0; v < t.columns; ++v) {
@@ -1027,6 +1131,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
         }
         const int64_t lane = v * LANES;
         const RowValues r = t.values[v];
+        if (STAGED) bring_near(c, u, r, n, near);
         real* s = scores + v % STRIP * KEYS * LANES;
         real* p = weight_column(scores, spare, v % STRIP);
         vmask seen = *(const vmask*)(t.seen + lane);

@@ -63,9 +63,14 @@ def check(a: Attention, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int
           bounds: Bounds | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
     """Runs the kernel and holds it against the interpreter in float64: at most a few roundings of the output type, and
     of the weights where products run in bfloat16, beyond the interpreter's own error in the attention's types."""
+    return compare(a, tensors, sizes, run(a, tensors, sizes, isa, bounds))
+
+
+def compare(a: Attention, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int],
+            got: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # fmt: skip
+    """`got`, held against the interpreter; see `check`."""
     want = interpret(a, tensors, sizes, compute=torch.float64)
     eager = interpret(a, tensors, sizes)
-    got = run(a, tensors, sizes, isa, bounds)
     for name in a.outputs:
         g, w, e = got[name].double(), want[name].double(), eager[name].double()
         assert torch.equal(g.isnan(), e.isnan()), f"{name}: NaN at {(g.isnan() != e.isnan()).nonzero()[:4].tolist()}"

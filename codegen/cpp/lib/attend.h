@@ -70,7 +70,10 @@ INLINE void full_run(const Tile& t, int64_t j0, int64_t count, int64_t& from, in
 static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stage stage, real* scores, real* spare) {
     const int64_t n = at.count;
     alignas(128) real keep[QUERIES];
-    const Uniform u = uniform(c, b, t);
+    Uniform u = uniform(c, b, t);
+    alignas(128) real near[STAGED * KEYS * LANES + 1];
+    u.near = near;
+    u.j0 = at.j0;
     int64_t from, to;
     full_run(t, at.j0, n, from, to);
     for (int64_t v = 0; v < t.columns; ++v) {
@@ -83,6 +86,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
         }
         const int64_t lane = v * LANES;
         const RowValues r = t.values[v];
+        if (STAGED) bring_near(c, u, r, n, near);
         real* s = scores + v % STRIP * KEYS * LANES;
         real* p = weight_column(scores, spare, v % STRIP);
         vmask seen = *(const vmask*)(t.seen + lane);

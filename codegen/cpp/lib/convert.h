@@ -26,7 +26,11 @@ INLINE void put(double* p, real x) { *p = (double)x; }
 INLINE void put(bf16* p, real x) { p->bits = to_bf16((float)x); }
 INLINE void put(f16* p, real x) { p->bits = to_f16((float)x); }
 
-// LANES consecutive elements.
+// LANES consecutive elements; booleans as 0 and 1.
+INLINE vreal row(const bool* p) {
+    typedef uint8_t v __attribute__((vector_size(LANES), aligned(1), may_alias));
+    return __builtin_convertvector(__builtin_convertvector(*(const v*)p, vmask), vreal);
+}
 INLINE vreal row(const float* p) {
     typedef float v __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
     return __builtin_convertvector(*(const v*)p, vreal);
@@ -90,10 +94,18 @@ INLINE void put_row(f16* p, vreal x) {
 INLINE void put_row(f16* p, vreal x) { EACH_LANE(put(p + l, x[l])) }
 #endif
 
+template <class T> INLINE void foresee(const T* from, const T* to) {
+    for (const char* at = (const char*)from; at < (const char*)to; at += 64) __builtin_prefetch(at, 0, 2);
+}
+
 // One element a lane, at offsets in elements.
 template <class T> INLINE vreal gather_real(const T* p, vlong at) { vreal r; EACH_LANE(r[l] = value(p[at[l]])) return r; }
 template <class T> INLINE vint gather_int(const T* p, vlong at) {
-    vint r; EACH_LANE(r[l] = (lane_int)value(p[at[l]])) return r;
+    alignas(64) lane_int x[LANES];
+    EACH_LANE(x[l] = (lane_int)value(p[at[l]]))
+    vint r;
+    memcpy(&r, x, sizeof r);
+    return r;
 }
 template <class T> INLINE vmask gather_mask(const T* p, vlong at) {
     vmask r; EACH_LANE(r[l] = -(mask_int)(value(p[at[l]]) != 0)) return r;

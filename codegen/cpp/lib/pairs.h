@@ -13,6 +13,11 @@ constexpr int64_t KEY_STEP = 32;
 
 typedef uint16_t vpairs __attribute__((vector_size(64)));
 typedef uint16_t half_row __attribute__((vector_size(32), aligned(2), may_alias));
+INLINE vword zero_extended(half_row x) {
+    vword r;
+    asm("vpmovzxwd %1, %0" : "=v"(r) : "v"(x));
+    return r;
+}
 typedef uint32_t word_row __attribute__((vector_size(64), aligned(2), may_alias));
 
 static void load_queries(const Call& c, const q_element* const (&rows)[LANES], real* column) {
@@ -74,7 +79,7 @@ static const uint16_t* pack_values(const Call& c, const v_element* v, int64_t co
                         if (j + 1 < count) z[l] = v[(j + 1) * c.v_j + (e + l) * c.v_e].bits;
                     }
                 }
-                x[n] = __builtin_convertvector(a, vword) | __builtin_convertvector(z, vword) << 16;
+                x[n] = zero_extended(a) | zero_extended(z) << 16;
             }
             transpose(x);
             uint16_t* to = out + v_tile(c, key, e);

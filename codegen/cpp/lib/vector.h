@@ -2,8 +2,6 @@
 typedef real vreal __attribute__((vector_size(LANES * sizeof(real))));
 typedef real vreal_any __attribute__((vector_size(LANES * sizeof(real)), aligned(sizeof(real)), may_alias));
 typedef mask_int vmask __attribute__((vector_size(LANES * sizeof(mask_int))));  // 0 or -1 a lane
-typedef lane_int vint __attribute__((vector_size(LANES * sizeof(lane_int))));
-typedef int64_t vlong __attribute__((vector_size(LANES * sizeof(int64_t))));
 typedef uint16_t vhalf __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef uint32_t vword __attribute__((vector_size(LANES * 4)));
 
@@ -11,34 +9,12 @@ typedef uint32_t vword __attribute__((vector_size(LANES * 4)));
 #define EACH_LANE(expression) for (int l = 0; l < LANES; ++l) { expression; }
 
 INLINE vreal splat(real x) { return x - (vreal){}; }
-INLINE vint splat_int(int64_t x) { return (lane_int)x - (vint){}; }
 INLINE vmask splat_mask(bool x) { return (mask_int)-(int)x - (vmask){}; }
 INLINE vreal load(const real* p) { return *(const vreal_any*)p; }
 INLINE void store(real* p, vreal x) { *(vreal_any*)p = x; }
 INLINE vreal pick(vmask m, vreal a, vreal b) { return m ? a : b; }
-INLINE vint widen(vmask m) { return __builtin_convertvector(m, vint); }
-#if defined(WIDE_512) && WIDE_INTS
-typedef int64_t eight_longs __attribute__((vector_size(64)));
-typedef int32_t eight_ints __attribute__((vector_size(32)));
-INLINE vmask narrow(vint m) {
-    eight_longs half[2];
-    memcpy(half, &m, sizeof m);
-    eight_ints low[2];
-    asm("vpmovqd %1, %0" : "=v"(low[0]) : "v"(half[0]));
-    asm("vpmovqd %1, %0" : "=v"(low[1]) : "v"(half[1]));
-    vmask r;
-    memcpy(&r, low, sizeof r);
-    return r;
-}
-#else
-INLINE vmask narrow(vint m) { return __builtin_convertvector(m, vmask); }
-#endif
-INLINE vint pick_int(vmask m, vint a, vint b) { return widen(m) ? a : b; }
 INLINE vmask pick_mask(vmask m, vmask a, vmask b) { return (m & a) | (~m & b); }
-INLINE vreal to_real(vint x) { return __builtin_convertvector(x, vreal); }
 INLINE vreal mask_to_real(vmask m) { return pick(m, splat(1), splat(0)); }
-INLINE vint to_int(vreal x) { return __builtin_convertvector(x, vint); }
-INLINE vlong to_long(vint x) { return __builtin_convertvector(x, vlong); }
 
 // Both give b where a or b is NaN.
 #ifdef WIDE_512
@@ -53,21 +29,15 @@ INLINE vreal maximum(vreal a, vreal b) { return a != a ? a : high(a, b); }
 INLINE vreal minimum(vreal a, vreal b) { return a != a ? a : low(a, b); }
 INLINE real maximum(real a, real b) { return a != a || a > b ? a : b; }
 INLINE real minimum(real a, real b) { return a != a || a < b ? a : b; }
-INLINE vint maximum_int(vint a, vint b) { return a > b ? a : b; }
-INLINE vint minimum_int(vint a, vint b) { return a < b ? a : b; }
 INLINE int64_t maximum_int(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t minimum_int(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Integer division that floors, as Python's does.
 INLINE int64_t floordiv(int64_t a, int64_t b) { int64_t q = a / b; return q - (a % b != 0 && (a < 0) != (b < 0)); }
 INLINE int64_t mod(int64_t a, int64_t b) { int64_t r = a % b; return r + (r != 0 && (r < 0) != (b < 0) ? b : 0); }
-INLINE vint floordiv(vint a, vint b) { vint r; EACH_LANE(r[l] = (lane_int)floordiv((int64_t)a[l], (int64_t)b[l])) return r; }
-INLINE vint mod(vint a, vint b) { vint r; EACH_LANE(r[l] = (lane_int)mod((int64_t)a[l], (int64_t)b[l])) return r; }
-INLINE vint truncdiv(vint a, vint b) { return a / b; }
 INLINE int64_t truncdiv(int64_t a, int64_t b) { return a / b; }
 INLINE vreal absolute(vreal x) { return x < 0 ? -x : x + 0; }
 INLINE real absolute(real x) { return x < 0 ? -x : x + 0; }
-INLINE vint absolute_int(vint x) { return x < 0 ? -x : x; }
 INLINE int64_t absolute_int(int64_t x) { return x < 0 ? -x : x; }
 
 #ifdef WIDE_512
