@@ -98,7 +98,7 @@ _NVIDIA = (
 )  # fmt: skip
 _HOPPER = ((128, 128, 8, 2), (128, 128, 8, 3), *_NVIDIA)
 _AMD = (
-    (128, 64, 4, 1), (128, 32, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (128, 64, 8, 1), (32, 32, 4, 1),
+    (128, 64, 4, 1), (128, 64, 4, 2), (128, 32, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1), (128, 64, 8, 1), (32, 32, 4, 1),
     (16, 32, 4, 1), (16, 16, 4, 1),
 )  # fmt: skip
 #: Exact float32 products are made by the ordinary units, whose operands all pass through registers.
@@ -106,7 +106,7 @@ _FLOAT32 = ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 2), (16,
 #: For a handful of rows against many keys: all speed is in reading them.
 _DECODE = ((16, 64, 4, 3), (16, 128, 4, 2), (16, 32, 4, 4), (16, 64, 2, 3), (16, 32, 4, 2), (16, 16, 4, 1))
 
-_MOST = 6
+_MOST = 7
 
 
 def _few_rows(a: Attention) -> int | None:
@@ -143,12 +143,16 @@ def configs(a: Attention, capability: str, *, tf32: bool = False) -> tuple[Trito
         for bm, bn, warps, stages in shapes
         if bn <= max(16, 2 * _keys(a))
     )
-    fitting = [c for c in found if fits(a, c, capability)][:_MOST]
+    fitting = [c for c in found if fits(a, c, capability)]
+    more: list[TritonConfig] = []
     if hopper and few is None and fitting and not float32:
         # behind the plain ones: these win or lose by the shape, which only a measurement can tell
-        described = [replace(c, descriptors=True) for c in fitting[:2]]
-        special = [replace(described[0], specialize=True)] if capability.startswith("sm_10") else []
-        fitting = [*fitting[: _MOST - len(described) - len(special)], *described, *special]
+        more = [replace(c, descriptors=True) for c in fitting[:2]]
+        more += [replace(more[0], specialize=True)] if capability.startswith("sm_10") else []
+    if few is None and split:  # the rows may turn out to be a handful
+        small = TritonConfig(16, 32 if float32 else 64, 4, 1 if amd else 3, split=True, precision=precision)
+        more += [small] if fits(a, small, capability) and small not in fitting else []
+    fitting = [*fitting[: _MOST - len(more)], *more]
     return tuple(fitting) or (TritonConfig(16, 16, 4, 1, split=split, precision=precision),)
 
 
