@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from attncc import capture, sites, torch_private
+from attncc.alternative import needed_elsewhere
 from attncc.choice import Choice, decide
 from attncc.codegen import torch_form
 from attncc.edit import EditError, Editor, source_text
@@ -64,7 +65,13 @@ def attncc_backend(
     if not use_inductor:
         return gm.forward
     step("compiling the rest with Inductor")
-    return torch_private.inductor(gm, example_inputs, config)
+    try:
+        return torch_private.inductor(gm, example_inputs, config)
+    except Exception as error:
+        if not torch_private.lacks_compiler(error):
+            raise
+        _say_once("no C++ compiler found (set CXX, or install g++ or clang++); the model runs uncompiled")
+        return gm.forward
 
 
 def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, measure: bool = True) -> fx.GraphModule:
@@ -146,7 +153,7 @@ class Place:
 
 def _plan(site: Lifted, facts: Facts) -> Plan | None:
     """None where the weights are needed outside: then the scores exist anyway and nothing is to be gained."""
-    if site.escapes:
+    if site.escapes or needed_elsewhere(site, facts) is not None:
         return None
     final = optimise(split_axes(site.attention, site.factors))
     return Plan(final, print_attention(final), facts.value(site.node).device.type)
@@ -154,7 +161,9 @@ def _plan(site: Lifted, facts: Facts) -> Plan | None:
 
 def _verdict(site: Lifted, plan: Plan | None, facts: Facts, measure: bool) -> Choice:
     if plan is None:
-        return Choice(False, None, f"its weights are used elsewhere too, by {site.escapes[0].name}, and so must exist")
+        user = site.escapes[0] if site.escapes else needed_elsewhere(site, facts)
+        name = "the output" if user is None or user.op == "output" else user.name
+        return Choice(False, None, f"its scores or weights are used elsewhere too, by {name}, and so must exist")
     made = built(plan.spec, plan.device)
     if made.language == "torch":
         return Choice(False, None, made.reason)

@@ -192,7 +192,7 @@ def _result(sites: Sequence[Site]) -> Text:
         low, high = f"{gains[0]:.2f}", f"{gains[-1]:.2f}"
         gain = low if low == high else f"{low} to {high}"
         text.append(f"\n{gain} times as fast as the best alternative", style="default")
-    if site.visited is not None and site.total and site.visited < site.total:
+    if site.status == "fused" and site.visited is not None and site.total and site.visited < site.total:
         text.append(f"\ncomputes {site.visited / site.total:.0%} of the scores", style="default")
         if site.visible is not None:
             text.append(f", {site.visible / site.total:.0%} visible", style="default")

@@ -75,6 +75,15 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) 
     return compiled
 
 
+def lacks_compiler(error: BaseException | None) -> bool:
+    """Whether Inductor gave up because the machine has no C++ compiler."""
+    from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415 - as above
+
+    while error is not None and not isinstance(error, InvalidCxxCompiler):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def inductor_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """A graph on real tensors compiled by Inductor from inside another compilation, and without a trace in it.
 

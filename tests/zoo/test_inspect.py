@@ -1,6 +1,7 @@
 """`attncc inspect` on real models, through the driver and the compiler."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,23 @@ def test_the_backend_is_found_without_importing_attncc() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_machine_without_a_compiler_runs_and_says_so_once(tmp_path: Path) -> None:
+    code = (
+        "import torch, attncc\n"
+        "def f(q): return torch.nn.functional.scaled_dot_product_attention(q, q, q).relu()\n"
+        "def g(q): return f(q) + 1\n"
+        "q = torch.randn(1, 2, 32, 16)\n"
+        "for model in (f, g):\n"
+        "    torch.testing.assert_close(torch.compile(model, backend='attncc')(q), model(q))\n"
+        "(site,) = attncc.explain(f, q).sites\n"
+        "print(site.status, site.reason)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "ATTNCC_CXX")}
+    environment |= {"PATH": str(tmp_path), "ATTNCC_CACHE_DIR": str(tmp_path / "kernels")}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("kept no C++ compiler found")
+    assert done.stderr.count("attncc: no C++ compiler found") == 1
