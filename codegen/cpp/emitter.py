@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from attncc.codegen.cpp.expressions import Printer, fits_32_bits, literal
-from attncc.codegen.cpp.isa import GROUP_TILES, KEYS, QUERIES, TABLE
+from attncc.codegen.cpp.isa import TABLE, machine
 from attncc.codegen.cpp.operands import NotAffine, Operand, folded_axes, operand
 from attncc.codegen.cpp.weights import linear_factor, selects, vanishes
 from attncc.ir import Attention, Axis, Bounds, Const, Expr, Op, S, print_attention
@@ -102,7 +102,8 @@ class _Emitter:
         parts = [self._header(), self._config(), *map(_library, ("vector", "integers", "convert", "layout"))]
         parts += [_library("matrix_unit" if self.tiles else "product")]
         parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), self._slots()]
-        parts += [_library("tile"), self._fills(), *hooks, self._stage(), self._rows(), _library("pairs" if self.pairs else "plain"), _library("few")]
+        parts += [_library("tile"), self._fills(), *hooks, self._stage(), self._rows()]
+        parts += [_library("pairs" if self.pairs else "plain"), _library("few")]
         return "\n".join([*parts, *map(_library, ("begin", "attend", "run")), self._entry()])
 
     # ---- text ------------------------------------------------------------------------------------------------------
@@ -114,36 +115,19 @@ class _Emitter:
         return "\n".join(f"// {line}".rstrip() for line in lines) + "\n"
 
     def _config(self) -> str:
-        a, isa, double = self.a, self.isa, self.p.double
-        lanes = isa.vector_bytes // (8 if double else 4)
+        a, double = self.a, self.p.double
         narrow = not double and fits_32_bits(a, a.score, a.mask, a.weight, *([a.sink] if a.sink else []))
-        low = [x for n in range(lanes // 2) for x in (n, n + lanes)]
-        high = [x + lanes // 2 for x in low]
-        defines = {
-            "LANES": lanes, "QUERIES": QUERIES, "KEYS": KEYS, "GROUP_TILES": GROUP_TILES,
-            "TILE_ROWS": isa.tile_rows, "TILE_VECTORS": isa.tile_vectors,
+        defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles) | {
+            "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged),
             "MAX_SPANS": max(len(self.bounds.visit), len(self.bounds.full), 1), "ROW_AXES": 1 + len(self.folded),
-            "REAL_IS_DOUBLE": int(double), "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged), "BIAS": 1023 if double else 127, "MANTISSA": 52 if double else 23,
-            "LN2": "0.69314718055994530942" if double else "0.69314718055994530942f",
-            "LN2_HIGH": "6.93147180369123816490e-01" if double else "0.693359375f",
-            "LN2_LOW": "1.90821492927058770002e-10" if double else "-2.12194440e-4f",
-            "FN(name)": "name" if double else "name##f",
-            "F16_ROW": isa.f16_row if not double else 0,
-            "F16_SCALAR": "__fp16" if self.name == "neon" else "_Float16",
-            "ZIP_LOW": ", ".join(map(str, low)), "ZIP_HIGH": ", ".join(map(str, high)),
-            "EVERY_LANE": ", ".join(map(str, range(lanes))), "HAS_OUT": int("out" in a.outputs), "HAS_LSE": int("lse" in a.outputs), "HAS_SINK": int(a.sink is not None),
+            "HAS_OUT": int("out" in a.outputs), "HAS_LSE": int("lse" in a.outputs), "HAS_SINK": int(a.sink is not None),
             "IS_SOFTMAX": int(a.normalizer == "softmax"), "NORMALIZED_EARLY": int(self.early),
             "EMPTY_ZERO": 0, "EMPTY_MEAN": 1, "EMPTY_NAN": 2, "EMPTY": f"EMPTY_{a.empty.upper()}",
             "PLAIN": int(self.scale is not None), "SCALE": self._real(self._log2e(self.scale)),
             "CAN_SPLIT": int(a.normalizer == "softmax" and not self.early and a.empty != "mean"),
             "EVEN_AREA": int(not any(free(x) - {*a.sizes} or loads(x) for x in self.spans)),
             "OUT_OF_MEMORY": 1, "TOO_LARGE": 2, "NO_MATRIX_UNIT": 3,
-            "PAIRS": int(self.pairs), "TILES": int(self.tiles), "LAZY": 8 if self.tiles else 0,
         }  # fmt: skip
-        if isa.vector_bytes == 64 and not double:
-            defines["WIDE_512"] = 1
-        if self.pairs:
-            defines["ZIP_PAIRS"] = ", ".join(str(x) for n in range(lanes) for x in (n, n + lanes))
         headers = ["math.h", "omp.h", "stddef.h", "stdint.h", "stdlib.h", "string.h"]
         lines = [f"#include <{h}>" for h in [*headers, *(["sys/syscall.h", "unistd.h"] if self.tiles else [])]]
         lines += [f"#define {name} {value}" for name, value in defines.items()]
@@ -163,7 +147,8 @@ class _Emitter:
     def _base_two_folds(self) -> bool:
         """Whether the score ends with a constant factor that takes base 2 in for nothing."""
         x = self.a.score
-        return self.scale is None and isinstance(x, Op) and x.name == "mul" and any(isinstance(k, Const) for k in x.args)
+        product = isinstance(x, Op) and x.name == "mul" and any(isinstance(k, Const) for k in x.args)
+        return self.scale is None and product
 
     def _real(self, x: float) -> str:
         return literal(Const(float(x)), double=self.p.double)

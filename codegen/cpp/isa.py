@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "neon")
@@ -31,3 +32,30 @@ assert tuple(TABLE) == ISAS
 QUERIES = 64  # lanes of a tile at most
 KEYS = 128  # keys a block
 GROUP_TILES = 8  # tiles that share one pass over the keys
+
+
+def machine(isa: Isa, name: str, *, double: bool, pairs: bool, tiles: bool) -> dict[str, int | str]:
+    """What the skeleton is told by `#define`: the machine, the compute type, and which products run in bfloat16."""
+    lanes = isa.vector_bytes // (8 if double else 4)
+    low = [x for n in range(lanes // 2) for x in (n, n + lanes)]
+    defines: dict[str, int | str] = {
+        "LANES": lanes, "QUERIES": QUERIES, "KEYS": KEYS, "GROUP_TILES": GROUP_TILES,
+        "TILE_ROWS": isa.tile_rows, "TILE_VECTORS": isa.tile_vectors,
+        "PAIRS": int(pairs), "TILES": int(tiles), "LAZY": 8 if tiles else 0,
+        "REAL_IS_DOUBLE": int(double), "BIAS": 1023 if double else 127, "MANTISSA": 52 if double else 23,
+        "LN2": "0.69314718055994530942" if double else "0.69314718055994530942f",
+        "LN2_HIGH": "6.93147180369123816490e-01" if double else "0.693359375f",
+        "LN2_LOW": "1.90821492927058770002e-10" if double else "-2.12194440e-4f",
+        "FN(name)": "name" if double else "name##f",
+        "F16_ROW": 0 if double else isa.f16_row, "F16_SCALAR": "__fp16" if name == "neon" else "_Float16",
+        "ZIP_LOW": _listed(low), "ZIP_HIGH": _listed(x + lanes // 2 for x in low), "EVERY_LANE": _listed(range(lanes)),
+    }  # fmt: skip
+    if isa.vector_bytes == 64 and not double:
+        defines["WIDE_512"] = 1
+    if pairs:
+        defines["ZIP_PAIRS"] = _listed(x for n in range(lanes) for x in (n, n + lanes))
+    return defines
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -39,11 +39,10 @@
 #define GROUP_TILES 8
 #define TILE_ROWS 6
 #define TILE_VECTORS 4
-#define MAX_SPANS 1
-#define ROW_AXES 2
+#define PAIRS 1
+#define TILES 1
+#define LAZY 8
 #define REAL_IS_DOUBLE 0
-#define WIDE_INTS 0
-#define STAGED 0
 #define BIAS 127
 #define MANTISSA 23
 #define LN2 0.69314718055994530942f
@@ -55,6 +54,12 @@
 #define ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #define EVERY_LANE 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#define WIDE_512 1
+#define ZIP_PAIRS 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define WIDE_INTS 0
+#define STAGED 0
+#define MAX_SPANS 1
+#define ROW_AXES 2
 #define HAS_OUT 1
 #define HAS_LSE 1
 #define HAS_SINK 0
@@ -71,11 +76,6 @@
 #define OUT_OF_MEMORY 1
 #define TOO_LARGE 2
 #define NO_MATRIX_UNIT 3
-#define PAIRS 1
-#define TILES 1
-#define LAZY 8
-#define WIDE_512 1
-#define ZIP_PAIRS 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 typedef float real;  // the compute type
 typedef int32_t mask_int;
 typedef int32_t lane_int;  // what every integer of a lane fits

@@ -37,11 +37,10 @@
 #define GROUP_TILES 8
 #define TILE_ROWS 6
 #define TILE_VECTORS 2
-#define MAX_SPANS 1
-#define ROW_AXES 2
+#define PAIRS 0
+#define TILES 0
+#define LAZY 0
 #define REAL_IS_DOUBLE 0
-#define WIDE_INTS 0
-#define STAGED 0
 #define BIAS 127
 #define MANTISSA 23
 #define LN2 0.69314718055994530942f
@@ -53,6 +52,10 @@
 #define ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
 #define ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #define EVERY_LANE 0, 1, 2, 3, 4, 5, 6, 7
+#define WIDE_INTS 0
+#define STAGED 0
+#define MAX_SPANS 1
+#define ROW_AXES 2
 #define HAS_OUT 1
 #define HAS_LSE 1
 #define HAS_SINK 0
@@ -69,9 +72,6 @@
 #define OUT_OF_MEMORY 1
 #define TOO_LARGE 2
 #define NO_MATRIX_UNIT 3
-#define PAIRS 0
-#define TILES 0
-#define LAZY 0
 typedef float real;  // the compute type
 typedef int32_t mask_int;
 typedef int32_t lane_int;  // what every integer of a lane fits
