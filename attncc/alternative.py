@@ -116,6 +116,25 @@ def _unfused(site: Lifted, facts: Facts, known: dict[fx.Node, Any]) -> tuple[fx.
     return fx.GraphModule(torch.nn.Module(), graph), inputs
 
 
+def needed_elsewhere(site: Lifted, facts: Facts) -> fx.Node | None:
+    """A user, outside the site, of scores or weights that the site computes on its way: they must exist then, and a
+    fused kernel would compute them once more."""
+    stops = set(site.tensors)
+    inside = _slice(site.node, stops)
+    names = _operand_names(site)
+    moving = {n for n, t in zip(site.tensors, site.attention.tensors, strict=True) if t.name in names}
+    for n in inside:
+        if n in stops or not any(a in moving for a in n.all_input_nodes):
+            continue
+        moving.add(n)
+        if n is site.node:
+            continue
+        for user in n.users:
+            if user in facts.live and (user not in inside or user in stops):
+                return user
+    return None
+
+
 def _operand_names(site: Lifted) -> set[str]:
     a = site.attention
     return {a.q.tensor, a.k.tensor, a.v.tensor}

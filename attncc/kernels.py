@@ -106,10 +106,15 @@ def _cpp(a: Attention, bounds: Bounds) -> Built:
         folder = _compiled(source, isa, toolchain, kernel_name(a))
         kernel = CppKernel(folder / "kernel.so", a)
     except CompileError as error:
-        return _torch(a, f"the C++ compiler failed: {str(error).strip().splitlines()[-1]}")
+        return _torch(a, f"the C++ compiler failed: {_first_error(str(error))}")
     except (KernelError, StoreError, OSError) as error:
         return _torch(a, str(error))
     return Built(kernel, source, "cpp", f"C++ {isa} kernel")
+
+
+def _first_error(message: str) -> str:
+    lines = message.strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[-1])
 
 
 def _triton(a: Attention, bounds: Bounds) -> Built:
@@ -117,7 +122,7 @@ def _triton(a: Attention, bounds: Bounds) -> Built:
     if reason is not None:
         return _torch(a, reason)
     capability = capability_of(torch.device("cuda"))
-    space = triton.configs(a, capability, tf32=torch.backends.cuda.matmul.allow_tf32)
+    space = triton.configs(a, capability, tf32=bool(torch.backends.cuda.matmul.allow_tf32))
     sources = [triton.emit(a, bounds, config) for config in space]
     kernel = TritonKernel(sources, remember=Remembered(default_store()))
     return Built(kernel, sources[0], "triton", f"Triton {capability} kernel")

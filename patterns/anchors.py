@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +18,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Anchor:
-    """`node` holds the normalised weights of `scores` along `dim`. `invariant` are nodes that are constant along `dim`
-    and cancel in the quotient (a row maximum). `empty` overrides what a row of all -inf gives."""
+    """`node` holds the normalised weights of `scores` along `dim`, as `reader` (if not `node` itself) sees them.
+    `invariant` are nodes that are constant along `dim` and cancel in the quotient (a row maximum). `empty` overrides
+    what a row of all -inf gives."""
 
     node: fx.Node
     scores: fx.Node
@@ -26,6 +28,11 @@ class Anchor:
     normalizer: Normalizer = "softmax"
     empty: Empty | None = None
     invariant: frozenset[fx.Node] = frozenset()
+    reader: fx.Node | None = None
+
+    def read_at(self, f: Facts) -> int:
+        """The position at which the scores are read: a later write to them changes nothing."""
+        return f.order[self.reader or self.node]
 
 
 def anchors(f: Facts) -> list[Anchor]:
@@ -72,75 +79,112 @@ def _softmax(f: Facts, n: fx.Node) -> Anchor | None:
 
 
 def _skip_casts(n: fx.Node | None) -> fx.Node | None:
-    while n is not None and n.target in (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.detach.default):
+    while n is not None and n.target in _CASTS:
         n = _tensor(n.args[0])
     return n
 
 
-def _reduction(f: Facts, n: fx.Node | None, targets: tuple[object, ...], of: fx.Node | None) -> int | None:
-    """The dimension along which `n` reduces `of` with one of the ops, keeping or later restoring the dimension."""
-    n = _skip_casts(n)
-    if n is not None and n.target is aten.unsqueeze.default:
-        n = _skip_casts(_tensor(n.args[0]))
-    if n is not None and getattr(n.target, "__name__", "") == "getitem" and n.args[1] == 0:
-        n = _tensor(n.args[0])
-    if n is None or n.target not in targets or (of is not None and _tensor(n.args[0]) is not of):
-        return None
-    return _dim(f, _tensor(n.args[0]) or n, n.args[1] if len(n.args) > 1 else None)
-
-
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.detach.default)
 _SUMS = (aten.sum.dim_IntList,)
 _MAXES = (aten.amax.default, aten.max.dim)
 _LSES = (aten.logsumexp.default,)
+_SUBS = (aten.sub.Tensor, aten.sub_.Tensor)
+_EXPS = (aten.exp.default, aten.exp_.default)
+
+
+def _reduction(f: Facts, n: fx.Node | None, targets: tuple[object, ...]) -> tuple[fx.Node, fx.Node, int] | None:
+    """(reduction, what it reduces, dimension) where `n` is a reduction with one of the ops that keeps its dimension, or
+    has it put back: without, it would broadcast along another one."""
+    n = _skip_casts(n)
+    restored: Any = None
+    if n is not None and n.target is aten.unsqueeze.default:
+        restored = argument(n, "dim") % f.rank(n)
+        n = _skip_casts(_tensor(n.args[0]))
+    if n is not None and getattr(n.target, "__name__", "") == "getitem" and n.args[1] == 0:
+        n = _tensor(n.args[0])
+    of = _tensor(n.args[0]) if n is not None and n.target in targets else None
+    if n is None or of is None:
+        return None
+    dim = _dim(f, of, argument(n, "dim"))
+    kept = restored is None if argument(n, "keepdim") else restored == dim
+    return (n, of, dim) if dim is not None and kept else None
+
+
+def _alike(f: Facts, a: fx.Node, seen_a: fx.Node, b: fx.Node, seen_b: fx.Node, depth: int = 8) -> bool:
+    """Whether `a` as `seen_a` reads it and `b` as `seen_b` reads it are the same values: one node, or one operation on
+    the same inputs, with no write to it in between."""
+    if a is b:
+        return not _written(f, a, seen_a, seen_b)
+    if a.target is not b.target or a.target not in _REPEATABLE or a.kwargs != b.kwargs or len(a.args) != len(b.args):
+        return False
+    if depth == 0 or _written(f, a, a, seen_a) or _written(f, b, b, seen_b):
+        return False
+    return all(
+        _alike(f, x, a, y, b, depth - 1) if isinstance(x, fx.Node) and isinstance(y, fx.Node) else x == y
+        for x, y in zip(a.args, b.args, strict=True)
+    )
+
+
+_REPEATABLE = {operator.getitem, aten.exp.default, aten.sub.Tensor, *_CASTS, *_MAXES}
+
+
+def _written(f: Facts, n: fx.Node, *between: fx.Node) -> bool:
+    """Whether something writes to `n` after the first and before the last of some nodes."""
+    at = sorted(f.order[x] for x in between)
+    return bool(f.writes(n, at[0], at[-1]))
 
 
 def _quotient(f: Facts, n: fx.Node) -> Anchor | None:
-    """exp(x) / sum(exp(x)), with or without the row maximum subtracted and a clamp or epsilon on the sum left out."""
+    """exp(x) / sum(exp(x)), with or without the row maximum subtracted."""
     top, bottom = _tensor(n.args[0]), _tensor(n.args[1])
-    if top is None or bottom is None or n.kwargs.get("rounding_mode"):
-        return None
     source = _skip_casts(top)
-    if source is None or source.target is not aten.exp.default:
+    if top is None or bottom is None or source is None or n.kwargs.get("rounding_mode") or source.target not in _EXPS:
         return None
-    dim = _reduction(f, bottom, _SUMS, top)
-    if dim is None:
-        dim = _reduction(f, bottom, _SUMS, source)
+    reduced = _reduction(f, bottom, _SUMS)
     x = _tensor(source.args[0])
-    if dim is None or x is None or not f.is_tensor(x):
+    if reduced is None or x is None or not f.is_tensor(x) or _written(f, bottom, bottom, n):
         return None
-    return Anchor(n, x, dim)
+    total, of, dim = reduced
+    if any(_written(f, y, y, n) for y in (total, source, top)):
+        return None
+    if not (_alike(f, of, total, top, n) or _alike(f, of, total, source, n)):
+        return None
+    return Anchor(n, x, dim, reader=source)
 
 
 def _without_maximum(f: Facts, a: Anchor) -> Anchor:
+    """Whatever is constant along a row cancels, up to what -inf less -inf is: a NaN, as the softmax of such a row."""
     x = _skip_casts(a.scores)
-    if x is not None and x.target is aten.sub.Tensor:
+    if x is not None and x.target in _SUBS and a.empty is None:
         scores, highest = _tensor(x.args[0]), _tensor(x.args[1])
-        if scores is not None and highest is not None and _reduction(f, highest, _MAXES, scores) == a.dim:
+        reduced = _reduction(f, highest, _MAXES)
+        if scores is not None and highest is not None and reduced is not None and reduced[2] == a.dim \
+                and _alike(f, reduced[1], reduced[0], scores, x):
             return replace(a, invariant=frozenset({highest}))
     return a
 
 
 def _exp(f: Facts, n: fx.Node) -> Anchor | None:
     """exp(x - logsumexp(x)) and exp(log_softmax(x))."""
-    x = _skip_casts(_tensor(n.args[0]))
-    if x is None:
+    given = _tensor(n.args[0])
+    x = _skip_casts(given)
+    if given is None or x is None or _written(f, x, x, n) or _written(f, given, given, n):
         return None
     if x.target in (aten.log_softmax.int, aten._log_softmax.default):
         scores: Any = x.args[0]
         dim = _dim(f, scores, argument(x, "dim"))
-        return None if dim is None else Anchor(n, scores, dim)
-    if x.target is aten.sub.Tensor:
-        scores = _tensor(x.args[0])
-        dim = None if scores is None else _reduction(f, _tensor(x.args[1]), _LSES, scores)
-        if scores is not None and dim is not None:
-            return Anchor(n, scores, dim)
+        return None if dim is None else Anchor(n, scores, dim, reader=x)
+    if x.target in _SUBS and x.kwargs.get("alpha", 1) == 1:
+        scores, reduced = _tensor(x.args[0]), _reduction(f, _tensor(x.args[1]), _LSES)
+        if scores is not None and reduced is not None and _alike(f, reduced[1], reduced[0], scores, x):
+            return Anchor(n, scores, reduced[2], reader=x)
     return None
 
 
 _RULES: dict[object, Callable[[Facts, fx.Node], Anchor | None]] = {
     **dict.fromkeys(
         [aten.softmax.int, aten._softmax.default, aten._safe_softmax.default], _softmax),
-    aten.div.Tensor: _quotient,
-    aten.exp.default: _exp,
+    **dict.fromkeys([aten.div.Tensor, aten.div_.Tensor], _quotient),
+    **dict.fromkeys(_EXPS, _exp),
 }  # fmt: skip
 SDPA = aten.scaled_dot_product_attention.default

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,9 @@ from attncc.patterns.facts import Facts
 from attncc.patterns.guards import unguarded
 from attncc.patterns.moves import Point, move
 from attncc.patterns.operands import Source, operand
+from attncc.patterns.products import mentioned, products, stored
 from attncc.patterns.sdpa import lift_sdpa
+from attncc.patterns.unnormalised import lift_unnormalised, weighted_by_scores
 from attncc.patterns.value import Reader, Unreadable
 
 
@@ -61,7 +62,20 @@ def lift_all(f: Facts) -> list[Lifted | Refusal]:
                 found.append(Refusal(f"the IR cannot say it: {error}", n, n))
         elif n.op == "call_function" and str(n.target) in _LIBRARY:
             found.append(Refusal("one library operation holds the whole attention", n, n))
+    taken = {site.node for site in found}
+    for n in f.graph.nodes:
+        weighted = weighted_by_scores(f, n) if n not in taken and n in f.live else None
+        if weighted is not None:
+            found += _without_softmax(f, n, *weighted)
     return sorted(found, key=lambda site: f.order[site.anchor])
+
+
+def _without_softmax(f: Facts, n: fx.Node, product: Contraction, left: bool) -> list[Lifted | Refusal]:
+    try:
+        site = lift_unnormalised(f, product, left)
+    except (Unreadable, VerifyError) as error:
+        return [Refusal(f"attention without a softmax: {error}", n, n)]
+    return [] if site is None else [site]
 
 
 def _guarded(f: Facts, anchor: Anchor) -> list[Lifted | Refusal]:
@@ -131,6 +145,8 @@ def _lift(f: Facts, anchor: Anchor, product: Contraction, left: bool, escapes: t
     use = f.order[product.node]
     if product.bias is not None or product.alpha != 1.0:
         raise _Refused("the product with the values also scales or adds", product.node)
+    if f.shape(anchor.scores)[anchor.dim] is ONE:
+        raise _Refused("a softmax over a single key is always 1", anchor.node)
     shape = f.shape(product.node)
     out = tuple(ZERO if s is ONE else Index(f"o{d}") for d, s in enumerate(shape))
     c = Index("c")
@@ -146,12 +162,12 @@ def _lift(f: Facts, anchor: Anchor, product: Contraction, left: bool, escapes: t
     sink = None
     if poly(scores[anchor.dim]) != poly(product.extent):
         sink = _sink(f, anchor, at, offset, c, extents, use, product.extent)
-    rows = _mentioned(at)
+    rows = mentioned(at)
     value_axes = [x for x in out if x is not ZERO and x not in rows]
     if len(value_axes) > 1:
         raise _Refused("the values have several axes of their own", product.node)
     e = value_axes[0] if value_axes else None
-    weight = rewrite(weight, lambda x: _w(x, anchor.node) or _stored(f, x))
+    weight = rewrite(weight, lambda x: _w(x, anchor.node) or stored(f, x, use))
     bare = unguarded(f, Reader(f, use, extents), weight, score, c)
     read = f.order[product.node]
     v = operand(f, values, tuple(theirs), extents, read=read, use=use)
@@ -168,21 +184,6 @@ def _lift(f: Facts, anchor: Anchor, product: Contraction, left: bool, escapes: t
 
 def _w(x: Expr, anchor: fx.Node) -> Expr | None:
     return W if isinstance(x, Load) and x.tensor == anchor.name else None
-
-
-def _stored(f: Facts, x: Expr) -> Expr | None:
-    """A product that is not the site's own, as a load of what the model computes anyway."""
-    if not isinstance(x, Load) or not x.tensor.startswith(DOT):
-        return None
-    n = f.by_name[x.tensor.removeprefix(DOT)]
-    product = contraction(f, n)
-    if product is None or product.bias is not None or product.alpha != 1.0:
-        raise _Refused("a second product cannot be kept apart from the rest", n)
-    return Load(n.name, x.index, "float")
-
-
-def _mentioned(at: Point) -> frozenset[Expr]:
-    return frozenset().union(*(free(x) for x in at))
 
 
 def _anchor_point(f: Facts, anchor: Anchor, weight: Expr) -> Point:
@@ -215,42 +216,19 @@ def _score(
     f: Facts, anchor: Anchor, at: Point, c: Index, extents: dict[Expr, Expr], use: int
 ) -> tuple[Expr, Dot, Expr]:
     """The score with the product of queries and keys as `s`, its operands, and the query index."""
-    when = f.order[anchor.node]
+    when = anchor.read_at(f)
     rough = Reader(f, use, extents, pair=frozenset({c})).value_at(anchor.scores, at, when)
-    candidates = list(_products(f, rough, c, _mentioned(at), extents))
-    if not candidates:
+    found = next(iter(products(f, rough, c, mentioned(at))), None)
+    if found is None:
         raise _Refused("the softmax's input is no product of queries and keys", anchor.scores)
-    chosen, q_at, k_at, q_node, k_node, rows, d = candidates[0]
-    product_node = f.by_name[chosen.tensor.removeprefix(DOT)]
-    i = max(rows, key=lambda x: x.name) if rows else ZERO
-    score = Reader(f, use, extents, pair=frozenset({c, i})).value_at(anchor.scores, at, when) if rows else rough
+    i = max(found.rows, key=lambda x: x.name) if found.rows else ZERO
+    score = Reader(f, use, extents, pair=frozenset({c, i})).value_at(anchor.scores, at, when) if found.rows else rough
     score = _without(score, anchor.invariant)
-    score = rewrite(score, lambda x: S if x is chosen else _stored(f, x))
-    read = f.order[product_node]
-    q = operand(f, q_node, q_at, extents | {d[0]: d[1]}, read=read, use=use)
-    k = operand(f, k_node, k_at, extents | {d[0]: d[1]}, read=read, use=use)
-    return score, (q, k, d, f.dtype(product_node)), i
-
-
-def _products(
-    f: Facts, score: Expr, c: Index, rows: frozenset[Expr], extents: dict[Expr, Expr]
-) -> Iterator[tuple[Load, Point, Point, fx.Node, fx.Node, list[Index], tuple[Index, Expr]]]:
-    """Products in the score that separate into queries and keys, the first one first."""
-    d = Index("d")
-    for x in loads(score):
-        if not x.tensor.startswith(DOT) or c not in _mentioned(x.index):
-            continue
-        node = f.by_name[x.tensor.removeprefix(DOT)]
-        product = contraction(f, node)
-        assert product is not None
-        left, right = product.maps(x.index, d)
-        sides = [(left, product.lhs), (right, product.rhs)]
-        with_c = [c in _mentioned(point) for point, _ in sides]
-        if sum(with_c) != 1:
-            continue
-        (k_at, k_node), (q_at, q_node) = sides if with_c[0] else reversed(sides)
-        own = (_mentioned(q_at) - _mentioned(k_at) - {d}) & rows
-        yield x, q_at, k_at, q_node, k_node, [i for i in own if isinstance(i, Index)], (d, product.extent)
+    score = rewrite(score, lambda x: S if x is found.load else stored(f, x, use))
+    read, inner = f.order[found.node], extents | {found.contracted[0]: found.contracted[1]}
+    q = operand(f, found.q, found.q_at, inner, read=read, use=use)
+    k = operand(f, found.k, found.k_at, inner, read=read, use=use)
+    return score, (q, k, found.contracted, f.dtype(found.node)), i
 
 
 def _without(score: Expr, invariant: frozenset[fx.Node]) -> Expr:
@@ -274,7 +252,7 @@ def _sink(
         raise _Refused("the softmax covers other keys than the product sums over", anchor.node)
     column = keys if offset.value == 0 else ZERO
     point = tuple(column if d == anchor.dim else x for d, x in enumerate(at))
-    value = Reader(f, use, extents).value_at(anchor.scores, point, f.order[anchor.node])
+    value = Reader(f, use, extents).value_at(anchor.scores, point, anchor.read_at(f))
     value = _without(value, anchor.invariant)
     if c in free(value) or any(x.tensor.startswith(DOT) for x in loads(value)):
         raise _Refused("the softmax covers other keys than the product sums over", anchor.node)

@@ -87,6 +87,8 @@ class Reader:
         )
         if same and self.facts.is_tensor(write):
             return self.value_at(write, at, self.facts.order[write] + 1)
+        if any(self.facts.aliases(n, leaf) for leaf in self.leaves):
+            raise Unreadable(write, "a part of the weights is written to before they meet the values")
         return self._load_later(n, at, self.facts.order[write] + 1)
 
     def _compute(self, n: fx.Node, at: Point, when: int) -> Expr | None:
@@ -150,7 +152,7 @@ class Reader:
 
     def _worth_a_table(self, n: fx.Node, value: Expr) -> bool:
         """Whether to stop at a small tensor that several heads or batches share, because each element is a lookup
-        through another tensor or a long formula: the model computes it once, a kernel would for every head and batch."""
+        through another tensor or a long formula: the model computes it once, a kernel would for each of them."""
         if value.kind != "float" or isinstance(value, Const) or _is_mask(value):
             return False
         nodes = list(walk(value))
@@ -181,7 +183,7 @@ def _is_mask(x: Expr) -> bool:
 
 
 def _lies_better(f: Facts, value: Expr, at: Point) -> bool:
-    """Whether a copy is the better one to read: its last dimension is the last index, and its computed source's is not."""
+    """Whether a copy is the better one to read: its last dimension is the last index, its computed source's is not."""
     if not isinstance(value, Load) or value.tensor.startswith(DOT) or not value.index or not at:
         return False
     computed = f.by_name[value.tensor].op == "call_function"

@@ -1,0 +1,64 @@
+"""The product of queries and keys inside a score: found by which of its factors the keys' index reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from attncc.ir.expr import Expr, Index, Load, free, loads
+from attncc.patterns.contractions import DOT, contraction
+from attncc.patterns.facts import Facts
+from attncc.patterns.moves import Point
+from attncc.patterns.value import Unreadable
+
+
+@dataclass(frozen=True)
+class Product:
+    """`load` is sum_d q[q_at] * k[k_at], computed by `node`; `rows` are the indices that only queries have."""
+
+    load: Load
+    node: fx.Node
+    q: fx.Node
+    q_at: Point
+    k: fx.Node
+    k_at: Point
+    rows: tuple[Index, ...]
+    contracted: tuple[Index, Expr]
+
+
+def mentioned(at: Point) -> frozenset[Expr]:
+    return frozenset[Expr]().union(*(free(x) for x in at))
+
+
+def products(f: Facts, score: Expr, c: Index, rows: frozenset[Expr]) -> Iterator[Product]:
+    """Products in the score that separate into queries and keys (index `c`), the first one first."""
+    d = Index("d")
+    for x in loads(score):
+        if not x.tensor.startswith(DOT) or c not in mentioned(x.index):
+            continue
+        node = f.by_name[x.tensor.removeprefix(DOT)]
+        product = contraction(f, node)
+        assert product is not None
+        left, right = product.maps(x.index, d)
+        sides = [(left, product.lhs), (right, product.rhs)]
+        with_c = [c in mentioned(point) for point, _ in sides]
+        if sum(with_c) != 1:
+            continue
+        (k_at, k), (q_at, q) = sides if with_c[0] else reversed(sides)
+        own = (mentioned(q_at) - mentioned(k_at) - {d}) & rows
+        yield Product(x, node, q, q_at, k, k_at, tuple(i for i in own if isinstance(i, Index)), (d, product.extent))
+
+
+def stored(f: Facts, x: Expr, use: int) -> Expr | None:
+    """A product that is not the site's own, as a load of what the model computes anyway."""
+    if not isinstance(x, Load) or not x.tensor.startswith(DOT):
+        return None
+    n = f.by_name[x.tensor.removeprefix(DOT)]
+    product = contraction(f, n)
+    if product is None or product.bias is not None or product.alpha != 1.0:
+        raise Unreadable(n, "a second product cannot be kept apart from the rest")
+    if f.writes(n, f.order[n], use):
+        raise Unreadable(n, "a product that the model writes to between computing it and the attention")
+    return Load(n.name, x.index, "float")

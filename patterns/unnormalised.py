@@ -1,0 +1,130 @@
+"""Attention without a softmax: the weights are a function of one score alone (sigmoid, relu, its square, exp).
+
+There is no normaliser to start from, so the search starts at each product and looks back, through what is moved or
+computed element by element, for another product of two activations. A plain product of products (linear attention,
+low-rank layers) is left alone: nothing makes weights of its scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from attncc.ir.attention import Normalizer, S
+from attncc.ir.build import ONE, TRUE, ZERO, and_, not_
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Op, loads, rewrite, walk
+from attncc.patterns.assemble import Lifted, Parts, assemble
+from attncc.patterns.contractions import DOT, Contraction, contraction
+from attncc.patterns.elements import ELEMENTS
+from attncc.patterns.facts import Facts
+from attncc.patterns.moves import MOVES
+from attncc.patterns.operands import operand
+from attncc.patterns.products import mentioned, products, stored
+from attncc.patterns.value import Reader
+
+_SEARCH = 40  # nodes looked at behind a product
+_NONLINEAR = {"sigmoid", "exp", "tanh", "max", "min", "abs", "pow"}
+
+
+def weighted_by_scores(f: Facts, n: fx.Node) -> tuple[Contraction, bool] | None:
+    """The product that `n` is and whether weights are its left factor, where it may weigh values by scores."""
+    product = contraction(f, n)
+    if product is None or product.bias is not None or product.alpha != 1.0:
+        return None
+    for side, other, left in ((product.lhs, product.rhs, True), (product.rhs, product.lhs, False)):
+        found = _scores_behind(f, side)
+        if found is not None and not _parameter(f, other):
+            return product, left
+    return None
+
+
+def _scores_behind(f: Facts, n: fx.Node) -> fx.Node | None:
+    """A product of two activations that `n` is computed from, with something between that is not linear."""
+    stack: list[tuple[fx.Node, bool]] = [(n, False)]
+    for _ in range(_SEARCH):
+        if not stack:
+            return None
+        node, bent = stack.pop()
+        product = contraction(f, node)
+        if product is not None:
+            if bent and not _parameter(f, product.lhs) and not _parameter(f, product.rhs):
+                return node
+            continue
+        if node.op != "call_function" or not (node.target in MOVES or node.target in ELEMENTS):
+            continue
+        name = getattr(node.target, "_opname", "").rstrip("_")
+        bent = bent or name in {"sigmoid", "exp", "relu", "tanh", "clamp_min", "clamp", "pow", "square", "maximum"}
+        stack += [(a, bent) for a in node.all_input_nodes if f.is_tensor(a)]
+    return None
+
+
+def _parameter(f: Facts, n: fx.Node) -> bool:
+    """Whether a tensor is a parameter seen through views and casts: the product is then a layer, not a comparison."""
+    while n.op == "call_function" and n.all_input_nodes and (n.target in MOVES or n.target in ELEMENTS):
+        n = n.all_input_nodes[0]
+    return n in f.parameters or n.op == "get_attr"
+
+
+def lift_unnormalised(f: Facts, product: Contraction, left: bool) -> Lifted | None:
+    """The attention whose weights `product` sums with, None if they are no function of one product of two tensors.
+
+    Raises Unreadable and VerifyError."""
+    use = f.order[product.node]
+    shape = f.shape(product.node)
+    out = tuple(ZERO if s is ONE else Index(f"o{d}") for d, s in enumerate(shape))
+    c = Index("c")
+    extents: dict[Expr, Expr] = {x: s for x, s in zip(out, shape, strict=True) if x is not ZERO}
+    extents[c] = product.extent
+    ours, theirs = product.maps(out, c) if left else reversed(product.maps(out, c))
+    weights, values = (product.lhs, product.rhs) if left else (product.rhs, product.lhs)
+    rows = mentioned(tuple(ours)) - {c}
+    value = Reader(f, use, extents, pair=frozenset({c})).value_at(weights, tuple(ours), use)
+    found = next(iter(products(f, value, c, rows)), None)
+    if found is None:
+        return None
+    i = max(found.rows, key=lambda x: x.name) if found.rows else ZERO
+    if found.rows:
+        value = Reader(f, use, extents, pair=frozenset({c, i})).value_at(weights, tuple(ours), use)
+    value = rewrite(value, lambda x: S if x is found.load else stored(f, x, use))
+    if S not in set(walk(value)) or not any(isinstance(x, Op) and x.name in _NONLINEAR for x in walk(value)):
+        return None
+    value_axes = [x for x in out if x is not ZERO and x not in rows]
+    if len(value_axes) > 1 or any(x.tensor.startswith(DOT) for x in loads(value)):
+        return None
+    normalizer, score, visible = _taken_apart(value)
+    d, depth = found.contracted
+    read = f.order[found.node]
+    inner = extents | {d: depth}
+    parts = Parts(
+        facts=f, out=out, out_shape=shape, i=None if i is ZERO else i, j=c, d=d,
+        e=value_axes[0] if value_axes else None, extents=inner,
+        q=operand(f, found.q, found.q_at, inner, read=read, use=use),
+        k=operand(f, found.k, found.k_at, inner, read=read, use=use),
+        v=operand(f, values, tuple(theirs), extents, read=use, use=use), score=score, mask=visible,
+        product_dtype=f.dtype(found.node), dtype=f.dtype(product.node), half=f.dtype(weights) == torch.float16,
+        empty="nan", normalizer=normalizer,
+    )  # fmt: skip
+    return assemble(parts, product.node, product.node)
+
+
+def _taken_apart(x: Expr) -> tuple[Normalizer, Expr, Expr]:
+    """(normaliser, score, visible) of a weight: hidden ones are zero, and a known outermost function has a name."""
+    visible: Expr = TRUE
+    while isinstance(x, Op):
+        if x.name in ROUNDINGS:
+            x = x.args[0]
+        elif x.name == "where" and _zero(x.args[2]):
+            visible, x = and_(visible, x.args[0]), x.args[1]
+        elif x.name == "where" and _zero(x.args[1]):
+            visible, x = and_(visible, not_(x.args[0])), x.args[2]
+        else:
+            break
+    if isinstance(x, Op) and x.name == "sigmoid":
+        return "sigmoid", x.args[0], visible
+    if isinstance(x, Op) and x.name == "max" and _zero(x.args[1]):
+        return "relu", x.args[0], visible
+    return "none", x, visible
+
+
+def _zero(x: Expr) -> bool:
+    return isinstance(x, Const) and x.value == 0.0
