@@ -76,11 +76,11 @@ def shared_bytes(a: Attention, c: TritonConfig) -> int:
 
 
 def registers(a: Attention, c: TritonConfig, m: Machine) -> int:
-    """What the accumulator, the scores and the weights take of each thread, in 32-bit registers; and the addresses of a
-    head's second chunk."""
+    """What the accumulator, the scores and the weights take of each thread, in 32-bit registers; and the addresses of
+    blocks in flight and of a head's second chunk."""
     d, e = chunks(int(_extent(a.d.extent))), chunks(int(_extent(a.e.extent)))
     tiles = (c.block_m * (sum(n for n, _ in e) + c.block_n) + c.block_m * c.block_n // 2) // (c.warps * m.lanes)
-    return tiles + 16 * (len(d) + len(e) - 2)
+    return tiles + 16 * (len(d) + len(e) - 2) + 4 * (c.stages - 1)
 
 
 def _extent(x: object) -> int:
@@ -102,7 +102,7 @@ _AMD = (
     (16, 32, 4, 1), (16, 16, 4, 1),
 )  # fmt: skip
 #: Exact float32 products are made by the ordinary units, whose operands all pass through registers.
-_FLOAT32 = ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 2), (16, 16, 4, 1))
+_FLOAT32 = ((64, 32, 8, 2), (32, 32, 4, 2), (64, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 2), (16, 16, 4, 1))
 #: For a handful of rows against many keys: all speed is in reading them.
 _DECODE = ((16, 64, 4, 3), (16, 128, 4, 2), (16, 32, 4, 4), (16, 64, 2, 3), (16, 32, 4, 2), (16, 16, 4, 1))
 
@@ -129,11 +129,14 @@ def configs(a: Attention, capability: str, *, tf32: bool = False) -> tuple[Trito
     amd = capability.startswith("gfx")
     hopper = not amd and m.shared > 200 * 1024
     shapes = _AMD if amd else _HOPPER if hopper and not float32 else _NVIDIA
-    if few is not None:
+    if float32 and not amd and not tf32:
+        # two products a thread and step where a head is wide: more of them, and the factors do not fit the registers
+        wide = max(int(_extent(a.d.extent)), int(_extent(a.e.extent))) > 64
+        shapes = tuple(x for x in _FLOAT32 if not wide or x[0] * x[1] <= 64 * x[2])
+        shapes = tuple(x for x in shapes if few is None or x[0] <= max(16, few))
+    elif few is not None:
         rows = max(16, 1 << (few - 1).bit_length())
         shapes = tuple((rows, n, w, 1 if amd else s) for _, n, w, s in _DECODE)
-    elif float32 and not amd and not tf32:
-        shapes = _FLOAT32
     elif float32:
         shapes = tuple(x for x in shapes if x[0] * x[1] <= 64 * 64)
     split = few is not None or not isinstance(a.i.extent, Const)
@@ -150,8 +153,8 @@ def configs(a: Attention, capability: str, *, tf32: bool = False) -> tuple[Trito
         more = [replace(c, descriptors=True) for c in fitting[:2]]
         more += [replace(more[0], specialize=True)] if capability.startswith("sm_10") else []
     if few is None and split:  # the rows may turn out to be a handful
-        small = TritonConfig(16, 32 if float32 else 64, 4, 1 if amd else 3, split=True, precision=precision)
-        more += [small] if fits(a, small, capability) and small not in fitting else []
+        small = TritonConfig(16, 64, 4, 1 if amd else 3, split=True, precision=precision)
+        more += [small] if not float32 and fits(a, small, capability) and small not in fitting else []
     fitting = [*fitting[: _MOST - len(more)], *more]
     return tuple(fitting) or (TritonConfig(16, 16, 4, 1, split=split, precision=precision),)
 
