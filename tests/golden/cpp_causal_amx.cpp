@@ -192,22 +192,31 @@ INLINE vreal exp_of(vreal x) {
 }
 INLINE real exp_of(real x) { return FN(__builtin_exp)(x); }
 
-// tanh: an odd polynomial where exp would cancel, exp beyond.
+// tanh in float: the rational minimax that Eigen uses, x P(x^2) / Q(x^2) up to where it rounds to 1, within 3 ulp.
 INLINE vreal tanh_of(vreal x) {
-    const vreal a = absolute(x);
-    const vreal far = 1 - 2 / (exp_of(2 * a) + 1);
 #if REAL_IS_DOUBLE
-    vreal near; EACH_LANE(near[l] = __builtin_tanh(x[l]))
-    return near + 0 * far;
+    vreal r; EACH_LANE(r[l] = __builtin_tanh(x[l])) return r;
 #else
-    const vreal y = x * x;
-    vreal p = splat(-5.70498872745e-3f);
-    p = p * y + 2.06390887954e-2f;
-    p = p * y + -5.37397155531e-2f;
-    p = p * y + 1.33314422036e-1f;
-    p = p * y + -3.33332819422e-1f;
-    const vreal near = p * y * x + x;
-    return a < (real)0.625 ? near : x < 0 ? -far : far;
+    const vreal c = high(splat(-7.90531110763549805f), low(splat(7.90531110763549805f), x));
+    const vreal y = c * c;
+    vreal p = splat(-2.76076847742355e-16f);
+    p = p * y + 2.00018790482477e-13f;
+    p = p * y + -8.60467152213735e-11f;
+    p = p * y + 5.12229709037114e-08f;
+    p = p * y + 1.48572235717979e-05f;
+    p = p * y + 6.37261928875436e-04f;
+    p = p * y + 4.89352455891786e-03f;
+    vreal q = splat(1.19825839466702e-06f);
+    q = q * y + 1.18534705686654e-04f;
+    q = q * y + 2.26843463243900e-03f;
+    q = q * y + 4.89352518554385e-03f;
+#ifdef WIDE_512
+    vreal r;
+    asm("vrcp14ps %1, %0" : "=v"(r) : "v"(q));
+    return c * p * (r * (2 - q * r));  // one Newton step: division would take longer than all the rest
+#else
+    return c * p / q;
+#endif
 #endif
 }
 INLINE real tanh_of(real x) { return FN(__builtin_tanh)(x); }
