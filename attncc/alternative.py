@@ -15,6 +15,7 @@ from torch import fx
 
 from attncc.ir.expr import Const, Expr, Op, Size
 from attncc.patterns.assemble import Lifted
+from attncc.patterns.contractions import contraction
 from attncc.patterns.facts import Facts
 
 
@@ -123,12 +124,16 @@ def needed_elsewhere(site: Lifted, facts: Facts) -> fx.Node | None:
     inside = _slice(site.node, stops)
     names = _operand_names(site)
     moving = {n for n, t in zip(site.tensors, site.attention.tensors, strict=True) if t.name in names}
+    scores: set[fx.Node] = set()
     for n in inside:
         if n in stops or not any(a in moving for a in n.all_input_nodes):
             continue
         moving.add(n)
-        if n is site.node:
+        product = contraction(facts, n)
+        made = product is not None and product.lhs in moving and product.rhs in moving
+        if n is site.node or not (made or any(a in scores for a in n.all_input_nodes)):
             continue
+        scores.add(n)
         for user in n.users:
             if user in facts.live and (user not in inside or user in stops):
                 return user
