@@ -23,7 +23,10 @@ from attncc.patterns.products import mentioned, products, stored
 from attncc.patterns.value import Reader
 
 _SEARCH = 40  # nodes looked at behind a product
-_NONLINEAR = {"sigmoid", "exp", "tanh", "max", "min", "abs", "pow"}
+_BENDING = {
+    "sigmoid", "exp", "relu", "tanh", "clamp_min", "clamp", "pow", "square", "maximum", "tril", "triu", "masked_fill",
+    "where", "mul",
+}  # fmt: skip
 
 
 def weighted_by_scores(f: Facts, n: fx.Node) -> tuple[Contraction, bool] | None:
@@ -53,7 +56,7 @@ def _scores_behind(f: Facts, n: fx.Node) -> fx.Node | None:
         if node.op != "call_function" or not (node.target in MOVES or node.target in ELEMENTS):
             continue
         name = getattr(node.target, "_opname", "").rstrip("_")
-        bent = bent or name in {"sigmoid", "exp", "relu", "tanh", "clamp_min", "clamp", "pow", "square", "maximum"}
+        bent = bent or name in _BENDING
         stack += [(a, bent) for a in node.all_input_nodes if f.is_tensor(a)]
     return None
 
@@ -86,7 +89,7 @@ def lift_unnormalised(f: Facts, product: Contraction, left: bool) -> Lifted | No
     if found.rows:
         value = Reader(f, use, extents, pair=frozenset({c, i})).value_at(weights, tuple(ours), use)
     value = rewrite(value, lambda x: S if x is found.load else stored(f, x, use))
-    if S not in set(walk(value)) or not any(isinstance(x, Op) and x.name in _NONLINEAR for x in walk(value)):
+    if S not in set(walk(value)) or _is_scaled(value):
         return None
     value_axes = [x for x in out if x is not ZERO and x not in rows]
     if len(value_axes) > 1 or any(x.tensor.startswith(DOT) for x in loads(value)):
@@ -124,6 +127,17 @@ def _taken_apart(x: Expr) -> tuple[Normalizer, Expr, Expr]:
     if isinstance(x, Op) and x.name == "max" and _zero(x.args[1]):
         return "relu", x.args[0], visible
     return "none", x, visible
+
+
+def _is_scaled(x: Expr) -> bool:
+    """Whether a weight is its score times a constant: then the two products are one linear map after another."""
+    while isinstance(x, Op) and (x.name in (*ROUNDINGS, "neg") or (x.name in ("mul", "div") and _has_constant(x))):
+        x = next(a for a in x.args if not isinstance(a, Const))
+    return x is S
+
+
+def _has_constant(x: Op) -> bool:
+    return any(isinstance(a, Const) for a in x.args)
 
 
 def _zero(x: Expr) -> bool:

@@ -1,4 +1,4 @@
-"""The backend end to end on small modules: forms without a softmax, empty rows, gradients, opaque regions, fallbacks."""
+"""The backend end to end on small modules: forms without a softmax, empty rows, gradients, opaque regions."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
 
-def both(f: Callable[..., Tensor], *args: Tensor, options: dict[str, Any] | None = None) -> tuple[Report, Tensor, Tensor]:
+def both(f: Callable[..., Tensor], *args: Tensor) -> tuple[Report, Tensor, Tensor]:
     report = attncc.explain(f, *args)
-    compiled = torch.compile(f, backend="attncc", options=options or FAST)
+    compiled = torch.compile(f, backend="attncc", options=FAST)
     return report, f(*args), compiled(*args)
 
 
@@ -75,7 +75,8 @@ def test_scores_that_are_needed_elsewhere_keep_the_graph() -> None:
         return (e @ v) / e.sum(-1, keepdim=True)
 
     report, eager, ours = both(divided_after, *operands())
-    assert [s.status for s in report.sites] == ["kept"] and "elsewhere" in report.sites[0].reason
+    assert "kept" in [s.status for s in report.sites] and not report.fused
+    assert any("elsewhere" in s.reason for s in report.sites)
     torch.testing.assert_close(ours, eager)
 
 
