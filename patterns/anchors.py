@@ -48,6 +48,20 @@ def anchors(f: Facts) -> list[Anchor]:
     return [a for a in found if a.node not in inner]
 
 
+def near_misses(f: Facts) -> list[fx.Node]:
+    """Divisions by a sum of exponentials, the mark of a softmax, whether they are one or not."""
+    found: list[fx.Node] = []
+    for n in f.graph.nodes:
+        below = _tensor(n.args[1]) if n.target in _DIVISIONS and n in f.live else None
+        while below is not None and below.target in _BOUNDED:
+            below = _tensor(below.args[0])
+        reduced = None if below is None else _reduction(f, below, _SUMS)
+        of = None if reduced is None else _skip_casts(reduced[1])
+        if of is not None and of.target in _EXPS:
+            found.append(n)
+    return found
+
+
 def _between(a: Anchor) -> set[fx.Node]:
     """Nodes from the scores to the anchor: parts of its spelling."""
     seen: set[fx.Node] = set()
@@ -89,6 +103,9 @@ _SUMS = (aten.sum.dim_IntList,)
 _MAXES = (aten.amax.default, aten.max.dim)
 _LSES = (aten.logsumexp.default,)
 _SUBS = (aten.sub.Tensor, aten.sub_.Tensor)
+_DIVISIONS = (aten.div.Tensor, aten.div_.Tensor)
+#: What keeps a denominator away from zero.
+_BOUNDED = (aten.add.Tensor, aten.add_.Tensor, aten.clamp.default, aten.clamp_min.default, aten.clamp_.default)
 _EXPS = (aten.exp.default, aten.exp_.default)
 
 
@@ -160,8 +177,17 @@ def _without_maximum(f: Facts, a: Anchor) -> Anchor:
         reduced = _reduction(f, highest, _MAXES)
         if scores is not None and highest is not None and reduced is not None and reduced[2] == a.dim \
                 and _alike(f, reduced[1], reduced[0], scores, x):
-            return replace(a, invariant=frozenset({highest}))
+            return replace(a, invariant=frozenset(_down_to(highest, reduced[0])))
     return a
+
+
+def _down_to(n: fx.Node, reduction: fx.Node) -> list[fx.Node]:
+    """The nodes from `n` down to the reduction that it moves the result of."""
+    found = [n]
+    while n is not reduction:
+        n = n.all_input_nodes[0]
+        found.append(n)
+    return found
 
 
 def _exp(f: Facts, n: fx.Node) -> Anchor | None:
@@ -184,7 +210,7 @@ def _exp(f: Facts, n: fx.Node) -> Anchor | None:
 _RULES: dict[object, Callable[[Facts, fx.Node], Anchor | None]] = {
     **dict.fromkeys(
         [aten.softmax.int, aten._softmax.default, aten._safe_softmax.default], _softmax),
-    **dict.fromkeys([aten.div.Tensor, aten.div_.Tensor], _quotient),
+    **dict.fromkeys(_DIVISIONS, _quotient),
     **dict.fromkeys(_EXPS, _exp),
 }  # fmt: skip
 SDPA = aten.scaled_dot_product_attention.default

@@ -55,3 +55,18 @@ def _asks_for_mask(f: Facts, reader: Reader, load: Load, score: Expr, key: Expr)
     point: Point = (*load.index[:dim], key, *load.index[dim + kept :])
     mask = split_mask(score, half=f.dtype(n) == torch.float16, infinite_empty="nan").mask
     return reader.value_at(source, point, f.order[n]) is mask
+
+
+def vanishes(weight: Expr) -> bool:
+    """Whether a weight is surely zero where the normalised one is: hidden keys then contribute nothing."""
+    match weight:
+        case Const(value):
+            return value == 0
+        case Op("mul", (a, b)):
+            return vanishes(a) or vanishes(b)
+        case Op("where", (_, a, b)) | Op("add" | "sub" | "max" | "min", (a, b)):
+            return vanishes(a) and vanishes(b)
+        case Op("div" | "pow", (a, _)) | Op("neg" | "abs" | "sqrt" | "tanh" | "erf" | "sin" | "bf16" | "f16" | "f32", (a,)):
+            return vanishes(a)
+        case _:
+            return weight is W

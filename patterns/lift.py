@@ -9,15 +9,15 @@ from torch import fx
 
 from attncc.ir.affine import linear_in, poly
 from attncc.ir.attention import S, W
-from attncc.ir.build import ONE, ZERO, const, sub
+from attncc.ir.build import ONE, TRUE, ZERO, const, sub
 from attncc.ir.expr import Const, Expr, Index, Load, Op, free, loads, rewrite
 from attncc.ir.verify import VerifyError
-from attncc.patterns.anchors import SDPA, Anchor, anchors
+from attncc.patterns.anchors import SDPA, Anchor, anchors, near_misses
 from attncc.patterns.assemble import Lifted, Parts, assemble
 from attncc.patterns.contractions import DOT, Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
-from attncc.patterns.guards import unguarded
+from attncc.patterns.guards import unguarded, vanishes
 from attncc.patterns.moves import Point, move
 from attncc.patterns.operands import Source, operand
 from attncc.patterns.products import mentioned, products, stored
@@ -67,6 +67,10 @@ def lift_all(f: Facts) -> list[Lifted | Refusal]:
         weighted = weighted_by_scores(f, n) if n not in taken and n in f.live else None
         if weighted is not None:
             found += _without_softmax(f, n, *weighted)
+    for n in near_misses(f):
+        used = {product.node for product, _ in _consumers(f, n)[0]} | {n}
+        if used.isdisjoint({site.node for site in found} | {site.anchor for site in found}):
+            found.append(Refusal("a quotient by a sum that is not that of the same exponentials over the keys", n, n))
     return sorted(found, key=lambda site: f.order[site.anchor])
 
 
@@ -179,7 +183,10 @@ def _lift(f: Facts, anchor: Anchor, product: Contraction, left: bool, escapes: t
         dtype=f.dtype(product.node), half=f.dtype(anchor.scores) == torch.float16,
         empty="zero" if bare is not None else anchor.empty or "nan", normalizer=anchor.normalizer,
     )  # fmt: skip
-    return assemble(parts, product.node, anchor.node, escapes)
+    site = assemble(parts, product.node, anchor.node, escapes)
+    if site.attention.mask is not TRUE and not vanishes(parts.weight):
+        raise _Refused("keys that the mask hides are given weight after the softmax", product.node)
+    return site
 
 
 def _w(x: Expr, anchor: fx.Node) -> Expr | None:
