@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields, replace
 
 from attncc.codegen.triton.operands import chunks
 from attncc.codegen.triton.rows import folded_axes
-from attncc.ir import Attention, Const
+from attncc.ir import Attention, Const, Load
 from attncc.ir.attention import DTYPES
 from attncc.ir.bounds import Bounds
+from attncc.ir.expr import free, loads
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,16 @@ def shared_bytes(a: Attention, c: TritonConfig) -> int:
     """What the key and value tiles in flight and the query tile take at most."""
     width = _operand_bytes(a)
     d, e = sum(n for n, _ in chunks(int(_extent(a.d.extent)))), sum(n for n, _ in chunks(int(_extent(a.e.extent))))
-    return width * (max(c.stages, 1) * c.block_n * (d + e) + c.block_m * d)
+    pairs = sum(DTYPES[a.tensor(x.tensor).dtype][1] for x in _pair_loads(a)) * c.block_m
+    return max(c.stages, 1) * c.block_n * (width * (d + e) + pairs) + width * c.block_m * d
+
+
+def _pair_loads(a: Attention) -> list[Load]:
+    """Loads of a value for each row and key: each takes a register or two an element of the tile, and a place in
+    shared memory for each stage."""
+    rows = {a.i.index, *(x.index for x in folded_axes(a, Bounds(())))}
+    found = loads(a.score, a.mask, a.weight)
+    return [x for x in found if a.j.index in free(x) and free(x) & rows]
 
 
 def registers(a: Attention, c: TritonConfig, m: Machine) -> int:
@@ -80,6 +90,8 @@ def registers(a: Attention, c: TritonConfig, m: Machine) -> int:
     blocks in flight and of a head's second chunk."""
     d, e = chunks(int(_extent(a.d.extent))), chunks(int(_extent(a.e.extent)))
     tiles = (c.block_m * (sum(n for n, _ in e) + c.block_n) + c.block_m * c.block_n // 2) // (c.warps * m.lanes)
+    elements = c.block_m * c.block_n // (c.warps * m.lanes)
+    tiles += elements * 7 // 4 * (len(_pair_loads(a)) + ("weights" in a.outputs))
     return tiles + 16 * (len(d) + len(e) - 2) + 4 * (c.stages - 1)
 
 
