@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, MutableMapping, Sequence
 from threading import Lock
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -145,7 +145,7 @@ def _bucket(n: int) -> int:
 
 def capability_of(device: torch.device) -> str:
     """"sm_90" or "gfx942", as configurations are asked for."""
-    properties: Any = torch.cuda.get_device_properties(device)  # pyright: ignore[reportUnknownMemberType]
+    properties: Any = cast(Any, torch.cuda).get_device_properties(device)
     if torch.version.hip is not None:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
