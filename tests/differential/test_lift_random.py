@@ -1,0 +1,77 @@
+"""Random attention programs, compiled and not: what is lifted gives what the program gives, and nothing is left unsaid.
+
+Most programs run with the interpreter as their kernel, so that what differs is the lifter's fault; some run with real
+kernels, and some through Dynamo, with a second call of other sizes where sizes are symbols.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from random_check import check, through_dynamo, through_trace
+from random_models import Program, Writer
+
+
+def _settings(count: int) -> settings:
+    slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    return settings(
+        max_examples=count, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=slow,
+    )  # fmt: skip
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Program:
+    return Writer(lambda *options: draw(st.sampled_from(options))).write()
+
+
+def _seeded(seed: int) -> Program:
+    return Writer(_chooser(seed)).write()
+
+
+def _chooser(seed: int):
+    choose = random.Random(seed)
+    return lambda *options: choose.choice(options)
+
+
+@_settings(60)
+@given(programs(), st.integers(0, 2**16))
+def test_a_lifted_program_gives_what_the_program_gives(p: Program, seed: int) -> None:
+    check(p, seed, door=through_trace)
+
+
+@_settings(12)
+@given(programs(), st.integers(0, 2**16))
+def test_through_dynamo_too(p: Program, seed: int) -> None:
+    check(p, seed, door=through_dynamo)
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_with_real_kernels_too(first: int) -> None:
+    for seed in range(first, first + 5):
+        check(_seeded(seed), seed, "real", door=through_trace)
+
+
+def test_what_is_plain_attention_is_fused() -> None:
+    """The programs that nothing stands in the way of are the greater part of those drawn, and nearly all are fused."""
+    plain = [(seed, p) for seed in range(60) if (p := _seeded(seed)).plain and p.sizes.m > 1]
+    status = Counter(s.status for seed, p in plain for s in check(p, seed, door=through_trace))
+    assert status["fused"] >= 0.9 * sum(status.values()), status
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("first", range(1000, 5000, 500))
+def test_thousands(first: int) -> None:
+    for seed in range(first, first + 500):
+        check(_seeded(seed), seed, door=through_trace)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("first", range(6000, 6400, 100))
+def test_hundreds_through_dynamo_with_real_kernels(first: int) -> None:
+    for seed in range(first, first + 100):
+        check(_seeded(seed), seed, "real", door=through_dynamo)
