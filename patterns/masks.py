@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from attncc.ir.attention import Empty
 from attncc.ir.build import add, and_, not_, op
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Op
@@ -44,8 +46,9 @@ def split_mask(score: Expr, *, half: bool, infinite_empty: Empty) -> Masked:
     if not finite:
         return Masked(bare, _all(infinite), infinite_empty if found else "zero")
     if not infinite and _agree(finite):
-        twice = len({h.visible for h in finite}) < len(finite) and any(h.added for h in finite)
-        return Masked(bare, _all(finite), infinite_empty if twice else "mean")
+        total = sum(h.fill for h in finite) if finite[0].added else finite[0].fill  # what is put last hides the rest
+        lowest = torch.finfo(torch.float16 if half else torch.float32).min
+        return Masked(bare, _all(finite), infinite_empty if total < lowest else "mean")
     # Rows hidden by several different finite masks weigh keys by how often they are hidden: keep them as they are.
     bare, found = _strip(score, float("-inf"))
     return Masked(bare, _all(found), infinite_empty if found else "zero")
@@ -69,7 +72,8 @@ def _strip(x: Expr, limit: float) -> tuple[Expr, list[_Hidden]]:
             return (op(name, bare) if found else x), found
         case Op("max", (a, Const(low))) if low <= limit:
             bare, found = _strip(a, limit)
-            return bare, [_Hidden(h.visible, max(h.fill, float(low)), h.added) for h in found]
+            # a fill that is not above the limit ends on it, however often it was added
+            return bare, [_Hidden(h.visible, max(h.fill, float(low)), h.added and h.fill > low) for h in found]
         case Op("where", (c, a, b)) if _is_fill(b, limit):
             bare, found = _strip(a, limit)
             return bare, [_Hidden(c, _number(b), added=False), *found]

@@ -82,12 +82,12 @@ def masked(w: Writer) -> None:
         f"s = s + torch.where({keep}, torch.zeros((), dtype=s.dtype), {fill})",
         f"s[{out}.expand(s.shape)] = {fill}",
     ]  # fmt: skip
-    if "inf" not in fill:
+    if fill != FILLS[0]:
         texts += [
             f"s = s + (1.0 - {keep}.to(s.dtype)) * {fill}", f"s += {out} * {fill}", f"s.add_({out}.to(s.dtype) * {fill})",
             f"s = torch.max(s + {out} * {fill}, torch.full((), torch.finfo(s.dtype).min, dtype=s.dtype))",
             f"a = {out} * {fill}; s = s + a; s = s + a",
-            f"s = s * {keep} + {out} * {fill}",
+            *([f"s = s * {keep} + {out} * {fill}"] if f"fill {FILLS[0]}" not in w.p.labels else []),  # no inf * 0
         ]  # fmt: skip
     else:
         texts += [f"s = s + {keep}.to(s.dtype).log()"]
