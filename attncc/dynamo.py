@@ -112,7 +112,7 @@ def _edited(
 ) -> fx.GraphModule:
     """Every site decided, in order, and the graph edited. `settled` grows as it goes."""
     plans = [_plan(site, facts) if isinstance(site, Lifted) else None for site in lifted]
-    build_all((p.spec, p.device) for p in plans if p is not None)
+    build_all((p.spec, p.device) for p in plans if isinstance(p, Plan))
     editor = Editor(reading, facts)
     taken: set[fx.Node] = set()
     for index, (site, plan) in enumerate(zip(lifted, plans, strict=True), first):
@@ -124,9 +124,10 @@ def _edited(
             at = reading.origin.get(site.node) or reading.owner.get(site.node)
             settled.append(Site(index, "refused", site.reason, path, (sites.user_line(at) if at else "") or where))
             continue
+        assert plan is not None  # every lifted site has one
         taken.add(site.node)
         verdict = _verdict(site, plan, facts, measure)
-        if verdict.fused and plan is not None:
+        if verdict.fused and isinstance(plan, Plan):
             try:
                 editor.fuse(site, plan.final)
             except EditError as error:
@@ -151,18 +152,18 @@ class Place:
     where: str
 
 
-def _plan(site: Lifted, facts: Facts) -> Plan | None:
-    """None where the weights are needed outside: then the scores exist anyway and nothing is to be gained."""
-    if site.escapes or needed_elsewhere(site, facts) is not None:
-        return None
+def _plan(site: Lifted, facts: Facts) -> Plan | fx.Node:
+    """The plan, or who needs the weights outside: then the scores exist anyway and nothing is to be gained."""
+    user = site.escapes[0] if site.escapes else needed_elsewhere(site, facts)
+    if user is not None:
+        return user
     final = optimise(split_axes(site.attention, site.factors))
     return Plan(final, print_attention(final), facts.value(site.node).device.type)
 
 
-def _verdict(site: Lifted, plan: Plan | None, facts: Facts, measure: bool) -> Choice:
-    if plan is None:
-        user = site.escapes[0] if site.escapes else needed_elsewhere(site, facts)
-        name = "the output" if user is None or user.op == "output" else user.name
+def _verdict(site: Lifted, plan: Plan | fx.Node, facts: Facts, measure: bool) -> Choice:
+    if isinstance(plan, fx.Node):
+        name = "the output" if plan.op == "output" else plan.name
         return Choice(False, None, f"its scores or weights are used elsewhere too, by {name}, and so must exist")
     made = built(plan.spec, plan.device)
     if made.language == "torch":
@@ -170,9 +171,9 @@ def _verdict(site: Lifted, plan: Plan | None, facts: Facts, measure: bool) -> Ch
     return decide(site, plan.final, made, facts) if measure else Choice(True, None, "not measured")
 
 
-def _record(site: Lifted, plan: Plan | None, verdict: Choice, place: Place, facts: Facts) -> Site:
+def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, facts: Facts) -> Site:
     shown = optimise(site.attention)
-    made = None if plan is None else built(plan.spec, plan.device)
+    made = built(plan.spec, plan.device) if isinstance(plan, Plan) else None
     area, picture = (None, None) if collecting.get() is None else sites.extent_of(site, shown, facts)
     return Site(
         place.index, "fused" if verdict.fused else "kept", verdict.reason, place.path, place.where,
@@ -180,7 +181,7 @@ def _record(site: Lifted, plan: Plan | None, verdict: Choice, place: Place, fact
         visible=None if area is None else area.visible, visited=None if area is None else area.visited,
         total=None if area is None else area.total,
         became=made.name if made is not None and verdict.fused else "original graph", speedup=verdict.speedup,
-        ir=print_attention(shown if plan is None else plan.final),
+        ir=print_attention(plan.final if isinstance(plan, Plan) else shown),
         kernel=None if made is None else made.source, language=None if made is None else made.language,
         picture=picture,
     )  # fmt: skip

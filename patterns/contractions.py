@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from attncc.ir.build import ONE, ZERO, add, cast, const, mul, op
+from attncc.ir.build import add, cast, const, mul, op
 from attncc.ir.expr import Expr, Load
 from attncc.patterns.elements import operand
 from attncc.patterns.facts import Facts, argument
-from attncc.patterns.moves import Point, broadcast
+from attncc.patterns.moves import Point, broadcast, fitted
 
 if TYPE_CHECKING:
     from attncc.patterns.value import Reader
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 Maps = Callable[[Point, Expr], tuple[Point, Point]]
 DOT = "dot:"
-_ROUNDED = {torch.bfloat16: "bf16", torch.float16: "f16"}
+ROUNDED = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Contraction:
     def value(self, r: Reader, at: Point) -> Expr:
         """The expression at a point, with the bare product as a load named `dot:<node>`."""
         x: Expr = Load(DOT + self.node.name, at, "float")
-        rounding = _ROUNDED.get(r.facts.dtype(self.node))
+        rounding = ROUNDED.get(r.facts.dtype(self.node))
         if self.alpha != 1.0:
             x = mul(x, const(float(self.alpha)))
         if self.bias is not None and self.beta != 0:
@@ -68,18 +68,11 @@ def _matmul(f: Facts, n: fx.Node) -> Contraction | None:
         batch, own = at[: len(at) - tail], at[len(at) - tail :]
         row = own[:1] if ra > 1 else ()
         column = own[-1:] if rb > 1 else ()
-        left = (*_fit(f, a, batch, 2), *row, c) if ra > 1 else (c,)
-        right = (*_fit(f, b, batch, 2), c, *column) if rb > 1 else (c,)
+        left = (*fitted(f.shape(a)[:-2], batch), *row, c) if ra > 1 else (c,)
+        right = (*fitted(f.shape(b)[:-2], batch), c, *column) if rb > 1 else (c,)
         return left, right
 
     return Contraction(n, a, b, f.shape(a)[-1], maps)
-
-
-def _fit(f: Facts, x: fx.Node, batch: Point, own: int) -> Point:
-    """Batch indices of a factor: the last ones of the result's, zero where the factor has extent 1."""
-    shape = f.shape(x)[: f.rank(x) - own]
-    tail = batch[len(batch) - len(shape) :] if shape else ()
-    return tuple(ZERO if s is ONE else i for i, s in zip(tail, shape, strict=True))
 
 
 def _baddbmm(f: Facts, n: fx.Node) -> Contraction | None:

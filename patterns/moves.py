@@ -67,12 +67,16 @@ def _movedim_order(f: Facts, n: fx.Node) -> Sequence[int]:
 
 def _expand(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
     source: Any = n.args[0]
-    return source, _broadcast(f, source, at)
+    return source, broadcast(f, source, at)
 
 
-def _broadcast(f: Facts, source: fx.Node, at: Point) -> Point:
+def broadcast(f: Facts, source: fx.Node, at: Point) -> Point:
     """The index into `source` of a point of something it broadcasts to."""
-    shape = f.shape(source)
+    return fitted(f.shape(source), at)
+
+
+def fitted(shape: Sequence[Expr], at: Point) -> Point:
+    """The last indices of a point for a shape that broadcasts to it: zero where the extent is 1."""
     tail = at[len(at) - len(shape) :]
     return tuple(ZERO if s is ONE else x for x, s in zip(tail, shape, strict=True))
 
@@ -275,6 +279,3 @@ def move(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
     rule = _getitem if getattr(n.target, "__name__", "") == "getitem" else MOVES.get(n.target)
     found = None if rule is None else rule(f, n, at, ext)
     return found if found is not None and f.is_tensor(found[0]) else None
-
-
-broadcast = _broadcast

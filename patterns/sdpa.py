@@ -13,7 +13,7 @@ from attncc.ir.build import ONE, TRUE, ZERO, add, and_, cast, const, le, mul, op
 from attncc.ir.expr import Const, Expr, Index
 from attncc.patterns.assemble import Lifted, Parts, assemble
 from attncc.patterns.facts import Facts, argument
-from attncc.patterns.moves import Point, broadcast
+from attncc.patterns.moves import Point, broadcast, fitted
 from attncc.patterns.operands import Source, operand
 from attncc.patterns.value import Reader, Unreadable
 
@@ -69,14 +69,9 @@ def _scale(f: Facts, n: fx.Node, q: fx.Node) -> Expr:
 def _heads(f: Facts, n: fx.Node, x: fx.Node, batch: Point, extents: dict[Expr, Expr]) -> Point:
     """Batch indices of a factor: broadcast ones are zero, grouped heads share."""
     shape = f.shape(x)[:-2]
-    at = list(broadcast_batch(batch, shape))
+    at = list(fitted(shape, batch))
     if argument(n, "enable_gqa") and at and batch[-1] is not ZERO:
         heads, own = extents[batch[-1]], shape[-1]
         if isinstance(heads, Const) and isinstance(own, Const) and heads is not own:
             at[-1] = divide(batch[-1], const(int(heads.value) // int(own.value)), extents)[0]
     return tuple(at)
-
-
-def broadcast_batch(batch: Point, shape: tuple[Expr, ...]) -> Point:
-    tail = batch[len(batch) - len(shape) :] if shape else ()
-    return tuple(ZERO if s is ONE else x for x, s in zip(tail, shape, strict=True))

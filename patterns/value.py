@@ -15,7 +15,7 @@ from torch import fx
 from attncc.ir.attention import DTYPES
 from attncc.ir.build import ONE, cast, op
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, walk
-from attncc.patterns.contractions import DOT, contraction
+from attncc.patterns.contractions import DOT, ROUNDED, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts, written_args
 from attncc.patterns.moves import Point, move
@@ -25,7 +25,6 @@ from attncc.patterns.sources import SOURCES
 _MAX_NODES = 400
 #: A formula of more nodes than this is a computation of its own; a table of more elements than this is no small one.
 _LONG, _TABLE = 24, 1 << 22
-_ROUNDED = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _COSTLY = frozenset({"exp", "log", "log1p", "tanh", "sigmoid", "pow", "erf", "sqrt", "rsqrt", "sin", "cos"})
 
 
@@ -120,7 +119,7 @@ class Reader:
         name = self.facts.dtype_name(n)
         assert name is not None
         x = cast(x, DTYPES[name][0])
-        rounding = _ROUNDED.get(self.facts.dtype(n))
+        rounding = ROUNDED.get(self.facts.dtype(n))
         if rounding is None or not isinstance(x, Op | Const) or (isinstance(x, Op) and x.name in ("where", rounding)):
             return x
         return round_constant(x, rounding) if isinstance(x, Const) else op(rounding, x)
