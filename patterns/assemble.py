@@ -8,11 +8,12 @@ import torch
 from torch import fx
 
 from attncc.ir.affine import simplify
-from attncc.ir.attention import Access, Attention, Axis, Empty, Normalizer, Tensor, W
+from attncc.ir.attention import Access, Attention, Axis, Empty, Normalizer, Output, Tensor, W
 from attncc.ir.build import NEG_INF, ONE, TRUE, ZERO, and_, lt
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Const, Expr, Index, Load, Size, free, loads, rewrite, substitute
 from attncc.ir.verify import verify
+from attncc.patterns.contractions import contraction
 from attncc.patterns.facts import Facts
 from attncc.patterns.masks import split_mask
 from attncc.patterns.moves import Point
@@ -46,6 +47,7 @@ class Parts:
     sink: Expr | None = None
     weight: Expr = W
     normalizer: Normalizer = "softmax"
+    outputs: tuple[Output, ...] = ("out",)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Lifted:
     `tensors` are the graph's nodes for the IR's tensors, in order, to be cast to `dtypes`; `sizes` the expressions,
     over the graph's symbols, of its sizes; `factors` says which sizes are products of others. The IR's output
     (*batch, i, e), permuted by `order` and viewed in the shape of `node`, is its value. `escapes` are users of the
-    weights other than the product with the values."""
+    weights other than the product with the values. `lse` holds the logarithm, base two, of the sums of exponentials,
+    where the model uses it."""
 
     attention: Attention
     node: fx.Node
@@ -66,9 +69,12 @@ class Lifted:
     factors: dict[Size, Expr]
     order: tuple[int, ...]
     escapes: tuple[fx.Node, ...] = ()
+    lse: fx.Node | None = None
 
 
-def assemble(p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, ...] = ()) -> Lifted:
+def assemble(
+    p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, ...] = (), lse: fx.Node | None = None
+) -> Lifted:
     """The verified attention that `p` describes, with its place in the graph."""
     batch = [x for x in p.out if x is not ZERO and x is not p.i and x is not p.e]
     names = {x: Index(f"b{n}") for n, x in enumerate(batch)}
@@ -94,7 +100,7 @@ def assemble(p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, .
         batch=tuple(axis(names[x].name, x) for x in batch),
         i=axis("i", p.i), j=axis("j", p.j), d=axis("d", p.d), e=axis("e", p.e),
         tensors=renamer.declared(), q=operands[0], k=operands[1], v=operands[2],
-        score=score, mask=mask, sink=sink, weight=weight, normalizer=p.normalizer,
+        score=score, mask=mask, sink=sink, weight=weight, normalizer=p.normalizer, outputs=p.outputs,
         # a sink outweighs every finite fill, so a row that sees nothing else gives zero
         empty="zero" if p.sink is not None else masked.empty, dtype=NAME_OF[p.dtype],
         layout=_layout(p, [*batch, p.i], names),
@@ -106,12 +112,13 @@ def assemble(p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, .
     order += absent
     return Lifted(
         verify(attention), node, anchor, tuple(renamer.nodes), tuple(renamer.dtypes), sizes, factors, tuple(order),
-        escapes,
+        escapes, lse,
     )  # fmt: skip
 
 
 def _learned(p: Parts, x: Load) -> bool:
-    """Whether a tensor holds parameters, or values computed from them alone: then nothing in it is -inf by intent."""
+    """Whether a tensor holds parameters, products, or values computed from them alone: then nothing in it is -inf by
+    intent."""
     seen: set[fx.Node] = set()
     stack = [p.facts.by_name[x.tensor]]
     while stack:
@@ -119,6 +126,8 @@ def _learned(p: Parts, x: Load) -> bool:
         if n in seen:
             continue
         seen.add(n)
+        if contraction(p.facts, n) is not None:
+            continue
         value = p.facts.value(n)
         floats = isinstance(value, torch.Tensor) and value.is_floating_point()
         if n.op == "placeholder" and floats and n not in p.facts.parameters:

@@ -10,11 +10,12 @@ from torch import fx
 from attncc.ir.affine import divide
 from attncc.ir.attention import S
 from attncc.ir.build import ONE, TRUE, ZERO, add, and_, cast, const, le, mul, op
-from attncc.ir.expr import Const, Expr, Index
+from attncc.ir.expr import Const, Expr, Index, rewrite
 from attncc.patterns.assemble import Lifted, Parts, assemble
 from attncc.patterns.facts import Facts, argument
 from attncc.patterns.moves import Point, broadcast, fitted
 from attncc.patterns.operands import Source, operand
+from attncc.patterns.products import stored
 from attncc.patterns.value import Reader, Unreadable
 
 
@@ -43,6 +44,7 @@ def lift_sdpa(f: Facts, n: fx.Node) -> Lifted:
         predicate = le(j, i)
     if mask is not None:
         value = Reader(f, use, extents, pair=frozenset({i, j})).value_at(mask, broadcast(f, mask, (*batch, i, j)), use)
+        value = rewrite(value, lambda x: stored(f, x, use))
         if value.kind == "bool":
             predicate = and_(predicate, value)
         else:

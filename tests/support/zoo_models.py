@@ -26,7 +26,7 @@ QUICK = frozenset({
     "padded-cross", "dilated", "multihead-attention", "decoding", "llama-static-cache", "linear-attention", "router",
     "branches", "sampling", "classifier", "pseudo-inverse", "changed-weights", "slots",
     "llama-eager", "llama-left-padded", "llama-dynamic", "gemma2", "gpt-oss-sinks", "deepseek-v3", "bloom",
-    "bert-eager", "modernbert", "t5", "bart", "swinv2", "wav2vec2-conformer", "unet-plain", "sd3",
+    "bert-eager", "modernbert", "t5", "bart", "swinv2", "wav2vec2-conformer", "unet-plain", "sd3", "sam-vision-sdpa",
 })  # fmt: skip
 
 assert {case.name for case in CASES} >= QUICK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,12 +56,12 @@ def clip() -> Made:
     return model, (), {"input_ids": tokens(19), "attention_mask": padding(), "pixel_values": image()}
 
 
-def sam_vision() -> Made:
+def sam_vision(kind: str = "eager") -> Made:
     config = transformers.SamVisionConfig(
         hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=4,
         window_size=3, global_attn_indexes=[1], mlp_dim=24,
     )  # fmt: skip
-    config._attn_implementation = "eager"
+    config._attn_implementation = kind
     return lively(transformers.SamVisionModel(config)), (), {"pixel_values": image(28)}
 
 
@@ -151,6 +152,7 @@ VISION = (
     Case("swin2sr", seeing("Swin2SR", "eager", {"image_size": 16, "patch_size": 1, "embed_dim": 16, "depths": [2],
          "num_heads": [2], "window_size": 4}, side=16), 2, "Swin for super-resolution"),
     Case("sam-vision", sam_vision, 2, "decomposed relative positions by two einsums, padded windows"),
+    Case("sam-vision-sdpa", partial(sam_vision, "sdpa"), 2, "the same as an SDPA mask made of two products", golden=0),
     Case("vitdet", seeing("VitDet", "eager", VIT | {"window_size": 3, "window_block_indices": [0],
          "use_relative_position_embeddings": True}), 2, "decomposed relative positions"),
     Case("segformer", seeing("Segformer", "eager", SEGFORMER, side=32), 2, "K and V reduced by convolution"),
