@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from attncc.codegen.triton.config import TritonConfig
 from attncc.codegen.triton.forward import forward, join
-from attncc.codegen.triton.frame import plan
 from attncc.codegen.triton.helpers import HELPERS
 from attncc.codegen.triton.launcher import launcher
+from attncc.codegen.triton.plan import plan
 from attncc.codegen.triton.support import unsupported
 from attncc.ir import Attention, print_attention
 from attncc.ir.bounds import Bounds

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from attncc.codegen.triton.frame import TL_TYPES, Frame, Parameter, Plan
+from attncc.codegen.triton.frame import Frame, Parameter
 from attncc.codegen.triton.loops import LOG2E, Loops, Mode, number
+from attncc.codegen.triton.plan import TL_TYPES, Plan
 from attncc.codegen.triton.segments import Segments
 
 LN2 = math.log(2.0)

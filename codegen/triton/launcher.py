@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from attncc.codegen.triton.forward import Kernel, wrapped
-from attncc.codegen.triton.frame import Plan
 from attncc.codegen.triton.operands import stride
+from attncc.codegen.triton.plan import Plan
 from attncc.ir import Const, Expr, Size, print_expr
 from attncc.ir.build import mul
 from attncc.ir.expr import free

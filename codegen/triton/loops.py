@@ -6,7 +6,8 @@ import math
 from typing import Literal
 
 from attncc.codegen.triton.expressions import Scope
-from attncc.codegen.triton.frame import TL_TYPES, Frame
+from attncc.codegen.triton.frame import Frame
+from attncc.codegen.triton.plan import TL_TYPES
 from attncc.codegen.triton.segments import Run, total
 from attncc.codegen.triton.terms import only
 from attncc.ir import Const, Expr, S, W

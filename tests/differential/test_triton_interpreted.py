@@ -74,7 +74,7 @@ def test_random_programs(program: Program) -> None:
 
 
 def _splits(p: Program) -> bool:
-    from attncc.codegen.triton.frame import plan  # noqa: PLC0415  (what the emitter decides, asked only here)
+    from attncc.codegen.triton.plan import plan  # noqa: PLC0415  (what the emitter decides, asked only here)
 
     return plan(p.attention, loop_bounds(p.attention, rows=True), SPLIT).split
 

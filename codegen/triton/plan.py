@@ -1,0 +1,165 @@
+"""Decisions about a kernel file, made once: what is folded, which runs of key blocks are walked, in which types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from attncc.codegen.triton.config import TritonConfig
+from attncc.codegen.triton.operands import Operand, chunks, operands
+from attncc.codegen.triton.rows import folded_axes
+from attncc.codegen.triton.segments import Segments, segments
+from attncc.codegen.triton.terms import scaled, weight_factor
+from attncc.ir import Attention, Axis, Const, Expr, Interval, Op
+from attncc.ir.bounds import TILE_HI, TILE_LO, Bounds
+from attncc.ir.build import ONE as ONE_
+from attncc.ir.build import TRUE, ZERO, add, mul
+from attncc.ir.expr import substitute, walk
+
+TYPES = {
+    "f64": "fp64", "f32": "fp32", "bf16": "bf16", "f16": "fp16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",
+    "u8": "u8", "bool": "i1",
+}  # fmt: skip
+TL_TYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions about a kernel file, made once. All expressions are those of `a`, whose axes of extent 1 are gone."""
+
+    a: Attention
+    bounds: Bounds
+    config: TritonConfig
+    folded: tuple[Axis, ...]
+    points: tuple[Axis, ...]
+    q: Operand
+    k: Operand
+    v: Operand
+    d_chunks: tuple[tuple[int, int], ...]
+    e_chunks: tuple[tuple[int, int], ...]
+    runs: Segments
+    every: Segments
+    raw: Expr
+    scale: float
+    factor: Expr | None
+    extents: dict[Expr, Expr]
+
+    @property
+    def softmax(self) -> bool:
+        return self.a.normalizer == "softmax"
+
+    @property
+    def two_pass(self) -> bool:
+        """The weights are needed normalised: a first pass finds the largest score and the sum, a second applies them.
+
+        NaN times a factor is NaN, but a choice may leave the NaN of a row without keys out."""
+        chosen = self.a.empty == "nan" and self.a.mask is not TRUE and _chooses(self.a.weight)
+        return self.softmax and (self.factor is None or chosen or "weights" in self.a.outputs)
+
+    @property
+    def empty(self) -> str:
+        """What a row whose weights sum to zero gives. Without a mask every row sees keys, and a sum of zero means that
+        all scores are minus infinity, which softmax makes NaN."""
+        if self.a.sink is not None:
+            return "zero" if self.a.empty == "zero" else "nan"
+        return "nan" if self.a.mask is TRUE else self.a.empty
+
+    @property
+    def split(self) -> bool:
+        """Whether partial results over some of the keys can be joined later."""
+        awkward = self.empty == "mean" and self.factor is not _PLAIN
+        return self.config.split and not self.two_pass and "weights" not in self.a.outputs and not awkward
+
+    @property
+    def descriptors(self) -> bool:
+        """Whether keys and values may come through descriptors, which step along them."""
+        return self.config.descriptors and self.a.j.name in self.k.strides and self.a.j.name in self.v.strides
+
+    @property
+    def group(self) -> Expr:
+        """How many rows share one value of i."""
+        result: Expr = ONE_
+        for axis in self.folded:
+            result = mul(result, axis.extent)
+        return result
+
+    @property
+    def row_count(self) -> Expr:
+        return mul(self.group, self.a.i.extent)
+
+    @property
+    def row_leaves(self) -> frozenset[Expr]:
+        return frozenset([self.a.i.index, *(x.index for x in self.folded)])
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last block of keys may reach past the keys."""
+        m = self.a.j.extent
+        return not (isinstance(m, Const) and int(m.value) % self.config.block_n == 0)
+
+    @property
+    def d_size(self) -> int:
+        return _const(self.a.d)
+
+    @property
+    def e_size(self) -> int:
+        return _const(self.a.e)
+
+    @property
+    def dot_type(self) -> str:
+        """The type both factors of q . k have: their own if they agree, else float32."""
+        q, k = (self.a.tensor(x.tensor).dtype for x in (self.a.q, self.a.k))
+        return q if q == k else "f32"
+
+    @property
+    def value_type(self) -> str:
+        v = self.a.tensor(self.a.v.tensor).dtype
+        return v if v == self.dot_type else "f32"
+
+
+_PLAIN = Const(1.0)
+
+
+def _chooses(x: Expr) -> bool:
+    return any(isinstance(n, Op) and n.name == "where" and n.kind == "float" for n in walk(x))
+
+
+def plan(a: Attention, bounds: Bounds, config: TritonConfig) -> Plan:
+    """Raises ValueError for what `unsupported` names."""
+    table: dict[Expr, Expr] = {x.index: ZERO for x in a.batch if x.extent is ONE_}
+    if table:
+        a, bounds = a.substitute(table), _bounds_at(bounds, table)
+    found = operands(a)
+    if found is None:
+        raise ValueError("an operand's index is not affine in the axes; split its axes before emitting")
+    extents: dict[Expr, Expr] = {x.index: x.extent for x in a.axes}
+    extents |= {TILE_LO: a.i.extent, TILE_HI: add(a.i.extent, ONE_)}
+    folded = tuple(x for x in folded_axes(a, bounds) if x.extent is not ONE_)
+    points = tuple(x for x in a.batch if x not in folded and x.extent is not ONE_)
+    raw, scale = scaled(a.score) if a.normalizer == "softmax" else (a.score, 1.0)
+    everything = Bounds((_whole(a),), (_whole(a),)) if a.mask is TRUE else Bounds((_whole(a),))
+    q, k, v = found
+    return Plan(
+        a=a, bounds=bounds, config=config, folded=folded, points=points, q=q, k=k, v=v,
+        d_chunks=chunks(_const(a.d)), e_chunks=chunks(_const(a.e)),
+        runs=segments(bounds, a.j.extent, config.block_n, extents),
+        every=segments(everything, a.j.extent, config.block_n, extents),
+        raw=raw, scale=scale, factor=weight_factor(a.weight), extents=extents,
+    )  # fmt: skip
+
+
+def _const(axis: Axis) -> int:
+    if not isinstance(axis.extent, Const):
+        raise ValueError(f"the extent of {axis.name} is not a constant")
+    return int(axis.extent.value)
+
+
+def _whole(a: Attention) -> Interval:
+    return Interval(ZERO, a.j.extent)
+
+
+def _bounds_at(b: Bounds, table: dict[Expr, Expr]) -> Bounds:
+    def at(xs: tuple[Interval, ...]) -> tuple[Interval, ...]:
+        return tuple(Interval(substitute(x.lo, table), substitute(x.hi, table)) for x in xs)
+
+    rows = tuple(replace(r, expr=substitute(r.expr, table)) for r in b.rows)
+    return Bounds(at(b.visit), at(b.full), None, b.exact, rows)
