@@ -53,12 +53,12 @@ class _Shadow(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.pairs: list[tuple[fx.Node, fx.Node]] = []
-        self.spans: list[tuple[fx.Node, int, int]] = []
+        self.made: list[tuple[fx.Node, list[str]]] = []  # names: the traced graph loses nodes when it is cleaned up
         self.parts: dict[fx.Node, Any] = {}
         self.bodies: list[tuple[fx.GraphModule, list[Any]]] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        before = self._count()
+        last = self._last()
         result = self._opaque(n) if isinstance(n.target, HigherOrderOperator) else torch_private.known_number(n)
         if result is None:
             result = super().run_node(n)
@@ -67,7 +67,7 @@ class _Shadow(fx.Interpreter):
             self.pairs.append((made, n))
         if isinstance(result, tuple | list):
             self.parts[n] = [torch_private.traced_node(x) for x in result]
-        self.spans.append((n, before, self._count()))
+        self.made.append((n, self._since(last)))
         return result
 
     def _opaque(self, n: fx.Node) -> Any:
@@ -82,9 +82,17 @@ class _Shadow(fx.Interpreter):
                 break
         return tree_map_only(torch.Tensor, torch_private.like, n.meta["example_value"])
 
-    def _count(self) -> int:
+    def _last(self) -> fx.Node | None:
         mode = torch_private.get_proxy_mode()
-        return 0 if mode is None else len(mode.tracer.graph.nodes)
+        return None if mode is None else next(iter(reversed(mode.tracer.graph.nodes)), None)
+
+    def _since(self, last: fx.Node | None) -> list[str]:
+        end = self._last()
+        names: list[str] = []
+        while end is not None and end is not last and end.op != "root":
+            names.append(end.name)
+            end = end.prev
+        return names
 
 
 def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
@@ -100,10 +108,8 @@ def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
         found = names.get(made.name)
         if found is not None:
             reading.origin.setdefault(found, node)
-    nodes = list(traced.graph.nodes)
-    for node, first, last in shadow.spans:
-        for made in nodes[first:last]:
-            reading.owner[made] = node
+    for node, made in shadow.made:
+        reading.owner |= {names[name]: node for name in made if name in names}
     for node, parts in shadow.parts.items():
         reading.results[node] = [None if p is None else names.get(p.name) for p in parts]
     return reading
