@@ -92,7 +92,7 @@ class _Shadow(fx.Interpreter):
         while end is not None and end is not last and end.op != "root":
             names.append(end.name)
             end = end.prev
-        return names
+        return names[::-1]
 
 
 def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
