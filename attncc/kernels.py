@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,7 +23,7 @@ from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, KernelErro
 from attncc.runtime.op import Kernel
 from attncc.runtime.store import Store, StoreError, key
 from attncc.runtime.triton_launch import TritonKernel, capability_of
-from attncc.tables import Tabled
+from attncc.tables import BySize, Tabled
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,26 @@ def built(spec: str, device: str) -> Built:
     a = optimise(parse_attention(spec))
     bounds = loop_bounds(a, rows=True)
     if device == "cpu":
-        return _skipping(a, _cpp(a, bounds), _cpp)
+        return _skipping(a, _cpp(a, bounds))
     if device == "cuda":
-        return _skipping(a, _triton(a, bounds), _triton)
+        return _listed(a, bounds, _triton(a, bounds))
     return _torch(a, f"no emitter for device {device}")
 
 
-def _skipping(a: Attention, plain: Built, make: Callable[[Attention, Bounds], Built]) -> Built:
+def _skipping(a: Attention, plain: Built) -> Built:
     """`plain`; where the mask reads data by key, with a second kernel for large calls, whose bounds read tables."""
     found = spanned(a, dense=False)
     if plain.language == "torch" or not (found.spans or found.maps):
         return plain
-    kernel = Tabled(plain.kernel, found, lambda: make(found.attention, found.bounds).kernel)
+    kernel = Tabled(plain.kernel, found, lambda: _cpp(found.attention, found.bounds).kernel)
     return replace(plain, kernel=kernel)
+
+
+def _listed(a: Attention, bounds: Bounds, plain: Built) -> Built:
+    """`plain`; where the mask reads data by key, with kernels for large calls that make lists of key blocks first."""
+    if plain.language == "torch" or not triton.reads_by_key(a):
+        return plain
+    return replace(plain, kernel=BySize(a, plain.kernel, lambda: _triton(a, bounds, lists=True).kernel))
 
 
 def _torch(a: Attention, reason: str) -> Built:
@@ -117,12 +124,12 @@ def _first_error(message: str) -> str:
     return next((line for line in lines if "error" in line), lines[-1])
 
 
-def _triton(a: Attention, bounds: Bounds) -> Built:
+def _triton(a: Attention, bounds: Bounds, *, lists: bool = False) -> Built:
     reason = triton.unsupported(a)
     if reason is not None:
         return _torch(a, reason)
     capability = capability_of(torch.device("cuda"))
-    space = triton.configs(a, capability, tf32=bool(torch.backends.cuda.matmul.allow_tf32))
+    space = triton.configs(a, capability, tf32=bool(torch.backends.cuda.matmul.allow_tf32), lists=lists)
     sources = [triton.emit(a, bounds, config) for config in space]
     kernel = TritonKernel(sources, remember=Remembered(default_store()))
     return Built(kernel, sources[0], "triton", f"Triton {capability} kernel")

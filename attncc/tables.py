@@ -1,7 +1,8 @@
-"""Kernels whose loop bounds read tables that each call makes from its masks' data.
+"""Kernels that first find out what a call's masks show, for calls large enough to gain by it.
 
-Documents, padding and block masks bound a kernel's key loop through small tables (`attncc.passes.spans`). They cost a
-few torch operations a call, so a call uses them from a size on where they are nothing beside the attention itself.
+Documents, padding and block masks bound a kernel's key loop through small tables (`attncc.passes.spans`), or on a GPU
+through lists that kernels of its own make. Both cost a few launches a call, so a call uses them from a size on where
+they are nothing beside the attention itself.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from attncc.ir import Attention
 from attncc.ir.interpret import extent, size_table
 from attncc.passes.spans import Spanned, tables
 from attncc.runtime.op import Kernel
@@ -18,27 +20,41 @@ from attncc.runtime.op import Kernel
 WORTHWHILE = 1 << 20
 
 
-class Tabled:
-    """`plain` for small calls; for large ones the kernel of `found`, built when the first of them comes."""
+class BySize:
+    """`plain` for small calls of `a`; for large ones the kernel that `build` gives, built when the first of them comes.
+    """
 
-    def __init__(self, plain: Kernel, found: Spanned, build: Callable[[], Kernel]) -> None:
-        self.plain, self.found = plain, found
+    def __init__(self, a: Attention, plain: Kernel, build: Callable[[], Kernel]) -> None:
+        self.attention, self.plain = a, plain
         self._build = build
-        self._skipping: Kernel | None = None
-        given = found.attention.tensors
-        self._own = len(given) - len(found.spans) - len(found.maps)
-        self._names = [t.name for t in given[: self._own]]
+        self._large: Kernel | None = None
 
     def __call__(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
     ) -> None:
-        a = self.found.attention
-        table = size_table(a, sizes)
+        a, table = self.attention, size_table(self.attention, sizes)
         if extent(a.i.extent, table) * extent(a.j.extent, table) < WORTHWHILE:
             self.plain(tensors, sizes, outputs)
             return
-        if self._skipping is None:
-            self._skipping = self._build()
+        if self._large is None:
+            self._large = self._build()
+        self._large([*tensors, *self.more(tensors, sizes)], sizes, outputs)
+
+    def more(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+        """What the kernel for large calls is given beside the tensors of the attention."""
+        return []
+
+
+class Tabled(BySize):
+    """The kernel for large calls is that of `found`, whose bounds read tables made for the call."""
+
+    def __init__(self, plain: Kernel, found: Spanned, build: Callable[[], Kernel]) -> None:
+        super().__init__(found.attention, plain, build)
+        self.found = found
+        given = found.attention.tensors
+        self._own = len(given) - len(found.spans) - len(found.maps)
+        self._names = [t.name for t in given[: self._own]]
+
+    def more(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         made = tables(self.found, dict(zip(self._names, tensors, strict=True)), sizes)
-        more = [made[t.name] for t in a.tensors[self._own :]]
-        self._skipping([*tensors, *more], sizes, outputs)
+        return [made[t.name] for t in self.attention.tensors[self._own :]]

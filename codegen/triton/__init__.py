@@ -2,6 +2,6 @@
 
 from attncc.codegen.triton.config import TritonConfig, configs
 from attncc.codegen.triton.emitter import emit
-from attncc.codegen.triton.support import unsupported
+from attncc.codegen.triton.support import reads_by_key, unsupported
 
-__all__ = ["TritonConfig", "configs", "emit", "unsupported"]
+__all__ = ["TritonConfig", "configs", "emit", "reads_by_key", "unsupported"]

@@ -23,7 +23,8 @@ class TritonConfig:
     used where there are too few tiles to fill the device. `together` batch points are walked at a time, so that their
     keys stay in the L2 cache. `precision` is how float32 products are made: "ieee" or "tf32".
     `descriptors` reads keys and values through tensor descriptors (the tensor memory accelerator) wherever a call's
-    strides allow it, and `specialize` gives loads and products warps of their own."""
+    strides allow it, and `specialize` gives loads and products warps of their own. With `lists` each call first makes
+    lists of the key blocks that its mask shows (`attncc.codegen.triton.lists`), and the kernel walks those."""
 
     block_m: int = 64
     block_n: int = 64
@@ -34,6 +35,7 @@ class TritonConfig:
     precision: str = "ieee"
     descriptors: bool = False
     specialize: bool = False
+    lists: bool = False
 
     def __str__(self) -> str:
         return " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
@@ -131,10 +133,13 @@ def _few_rows(a: Attention) -> int | None:
     return rows if rows <= 64 else None
 
 
-def configs(a: Attention, capability: str, *, tf32: bool = False) -> tuple[TritonConfig, ...]:
+def configs(
+    a: Attention, capability: str, *, tf32: bool = False, lists: bool = False
+) -> tuple[TritonConfig, ...]:
     """The configurations worth trying for `a`, best guess first; what does not fit the machine is left out.
 
-    `tf32` says that float32 products may be made from rounded factors (torch's own flags decide that)."""
+    `tf32` says that float32 products may be made from rounded factors (torch's own flags decide that), `lists` that
+    the kernels walk lists of blocks."""
     m = machine(capability)
     few = _few_rows(a)
     float32 = _operand_bytes(a) >= 4
@@ -154,7 +159,7 @@ def configs(a: Attention, capability: str, *, tf32: bool = False) -> tuple[Trito
     split = few is not None or not isinstance(a.i.extent, Const)
     precision = "tf32" if tf32 and float32 and not amd else "ieee"
     found = dict.fromkeys(
-        TritonConfig(bm, bn, warps, stages, split=split, precision=precision)
+        TritonConfig(bm, bn, warps, stages, split=split, precision=precision, lists=lists)
         for bm, bn, warps, stages in shapes
         if bn <= max(16, 2 * _keys(a))
     )
@@ -165,10 +170,10 @@ def configs(a: Attention, capability: str, *, tf32: bool = False) -> tuple[Trito
         more = [replace(c, descriptors=True) for c in fitting[:2]]
         more += [replace(more[0], specialize=True)] if capability.startswith("sm_10") else []
     if few is None and split:  # the rows may turn out to be a handful
-        small = TritonConfig(16, 64, 4, 1 if amd else 3, split=True, precision=precision)
+        small = TritonConfig(16, 64, 4, 1 if amd else 3, split=True, precision=precision, lists=lists)
         more += [small] if not float32 and fits(a, small, capability) and small not in fitting else []
     fitting = [*fitting[: _MOST - len(more)], *more]
-    return tuple(fitting) or (TritonConfig(16, 16, 4, 1, split=split, precision=precision),)
+    return tuple(fitting) or (TritonConfig(16, 16, 4, 1, split=split, precision=precision, lists=lists),)
 
 
 def _keys(a: Attention) -> int:

@@ -6,6 +6,7 @@ from attncc.codegen.triton.config import TritonConfig
 from attncc.codegen.triton.forward import forward, join
 from attncc.codegen.triton.helpers import HELPERS
 from attncc.codegen.triton.launcher import launcher
+from attncc.codegen.triton.lists import PACK, look
 from attncc.codegen.triton.plan import plan
 from attncc.codegen.triton.support import unsupported
 from attncc.ir import Attention, print_attention
@@ -27,11 +28,11 @@ def emit(a: Attention, bounds: Bounds, config: TritonConfig) -> str:
     if reason is not None:
         raise ValueError(f"no Triton kernel: {reason}")
     p = plan(a, bounds, config)
-    kernels = (forward(p), join(p)) if p.split else (forward(p),)
+    kernels = (forward(p), *((join(p),) if p.split else ()), *((look(p), PACK) if p.listed else ()))
     helpers = sorted(set[str]().union(*(k.helpers for k in kernels)))
     blocks = [
         _header(a, bounds),
-        "import torch\nimport triton\nimport triton.language as tl" if p.split or p.descriptors else
+        "import torch\nimport triton\nimport triton.language as tl" if p.split or p.descriptors or p.listed else
         "import triton\nimport triton.language as tl",
         f'CONFIG = "{config}"\nBLOCK_M = tl.constexpr({config.block_m})\nBLOCK_N = tl.constexpr({config.block_n})',
         *("\n" + HELPERS[h].strip("\n") for h in helpers),

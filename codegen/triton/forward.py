@@ -5,40 +5,12 @@ from __future__ import annotations
 import math
 
 from attncc.codegen.triton.frame import Frame, Parameter
+from attncc.codegen.triton.kernel import BLOCK_COUNT, LISTS, PARTS, Kernel, kernel
 from attncc.codegen.triton.loops import LOG2E, Loops, Mode, number
 from attncc.codegen.triton.plan import TL_TYPES, Plan
 from attncc.codegen.triton.segments import Segments
 
 LN2 = math.log(2.0)
-
-
-class Kernel:
-    """The text of one kernel and what its launcher must know."""
-
-    def __init__(self, frame: Frame, name: str, more: tuple[Parameter, ...] = ()) -> None:
-        self.name = name
-        self.parameters = (*frame.parameters, *more)
-        self.helpers = frame.scope.helpers
-        sizes = {frame.scope.known[z] for z in frame.p.a.sizes}
-        plain = ", ".join(f'"{x.name}"' for x in frame.parameters if x.name in sizes)
-        decorator = f"@triton.jit(do_not_specialize=[{plain}])" if plain else "@triton.jit"
-        names = [x.name + (": tl.constexpr" if x.type == "constexpr" else "") for x in self.parameters]
-        self.text = "\n".join(
-            [decorator, f"def {name}(", *wrapped(names, "    "), "):", *(f"    {x}" for x in frame.scope.lines)]
-        )
-
-
-def wrapped(parts: list[str], indent: str, width: int = 110) -> list[str]:
-    lines, line = list[str](), ""
-    for part in parts:
-        if line and len(line) + len(part) + 2 > width:
-            lines.append(indent + line.rstrip())
-            line = ""
-        line += f"{part}, "
-    return [*lines, indent + line.rstrip()] if line else lines
-
-
-PARTS = (Parameter("part_ptr", "*fp32", "part"), Parameter("stat_ptr", "*fp32", "stat"))
 
 
 def forward(p: Plan) -> Kernel:
@@ -50,6 +22,8 @@ def forward(p: Plan) -> Kernel:
     loops.constants()
     loops.queries()
     loops.start()
+    if p.listed:
+        loops.lists()
     if p.two_pass:
         _passes(f, loops, "stats", p.runs)
         _finish_statistics(f, loops)
@@ -57,12 +31,12 @@ def forward(p: Plan) -> Kernel:
         wide = "weights" in p.a.outputs or p.empty != "zero"
         _passes(f, loops, "apply", p.every if wide else p.runs)
         _store(f, loops, divided=True)
-        return Kernel(f, "attention", _boxes(p))
+        return kernel(f, "attention", _more(p))
     blocks = p.runs if p.softmax or "weights" not in p.a.outputs else p.every
     _passes(f, loops, "online" if p.softmax else "plain", blocks)
     if not p.split:
         _epilogue(f, loops)
-        return Kernel(f, "attention", _boxes(p))
+        return kernel(f, "attention", _more(p))
     outer = f.scope.lines
     f.scope.lines = []
     _store_parts(f, loops)
@@ -71,11 +45,12 @@ def forward(p: Plan) -> Kernel:
     _epilogue(f, loops)
     whole = f.scope.lines
     f.scope.lines = [*outer, "if PARTIAL:", *_indent(parts), "else:", *_indent(whole)]
-    return Kernel(f, "attention", (*PARTS, Parameter("PARTIAL", "constexpr", "splits > 1"), *_boxes(p)))
+    return kernel(f, "attention", (*PARTS, Parameter("PARTIAL", "constexpr", "splits > 1"), *_more(p)))
 
 
-def _boxes(p: Plan) -> tuple[Parameter, ...]:
-    return (Parameter("TMA", "constexpr", "boxed"),) if p.descriptors else ()
+def _more(p: Plan) -> tuple[Parameter, ...]:
+    lists = (*LISTS, BLOCK_COUNT) if p.listed else ()
+    return (*lists, Parameter("TMA", "constexpr", "boxed")) if p.descriptors else lists
 
 
 def _indent(lines: list[str]) -> list[str]:
@@ -83,6 +58,11 @@ def _indent(lines: list[str]) -> list[str]:
 
 
 def _passes(f: Frame, loops: Loops, mode: Mode, blocks: Segments) -> None:
+    if f.p.listed and blocks is f.p.runs:
+        f.comment("the blocks of this tile's list: those whose keys all rows see, then those where the mask decides")
+        loops.over_list(mode, masked=False)
+        loops.over_list(mode, masked=True)
+        return
     if blocks.full:
         if blocks.masked:
             f.comment("blocks whose keys all rows see")
@@ -225,4 +205,4 @@ def join(p: Plan) -> Kernel:
     f.scope.lines += _indent(inner)
     loops.c2 = "1.0"
     _epilogue(f, loops)
-    return Kernel(f, "join", (*PARTS, Parameter("splits", "i32", "splits")))
+    return kernel(f, "join", (*PARTS, Parameter("splits", "i32", "splits")))

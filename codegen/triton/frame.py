@@ -20,6 +20,8 @@ RESERVED = (
     "BLOCK_M", "BLOCK_N", "acc", "acc0", "acc1", "m", "l", "m_new", "block", "t", "j0", "j_ok", "jv", "jv_ok", "s", "x",
     "p", "w", "visible", "split", "splits", "part_ptr", "stat_ptr", "PARTIAL", "attention", "join", "launch",
     "SIGNATURES", "CONTIGUOUS", "TMA", "aligned", "boxed", "together", "first", "width", "sizes", "tensors", "outputs",
+    "look", "pack", "flags_ptr", "blocks_ptr", "counts_ptr", "block_count", "list_at", "flag", "at", "full", "part", "some",
+    "every",
 )  # fmt: skip
 
 
@@ -133,18 +135,11 @@ class Frame:
 
     @property
     def point_count(self) -> Expr:
-        count: Expr = ONE_
-        for axis in self.p.points:
-            count = mul(count, axis.extent)
-        return count
+        return count_of(self.p.points)
 
     @property
     def point_index(self) -> Expr:
-        """The batch point as one number, last axis fastest."""
-        result: Expr = ZERO
-        for axis in self.p.points:
-            result = add(mul(result, axis.extent), axis.index)
-        return result
+        return index_in(self.p.points)
 
     def begin(self) -> None:
         """Which rows of which batch point this program owns, and the indices there."""
@@ -229,3 +224,18 @@ class Frame:
         elif tensor.dtype == "bool":
             cast = ".to(tl.int1)"
         return scope.name(x.tensor, f"tl.load({address}{mask}){cast}")
+
+
+def count_of(axes: Sequence[Axis]) -> Expr:
+    count: Expr = ONE_
+    for axis in axes:
+        count = mul(count, axis.extent)
+    return count
+
+
+def index_in(axes: Sequence[Axis]) -> Expr:
+    """A point of these axes as one number, last axis fastest."""
+    result: Expr = ZERO
+    for axis in axes:
+        result = add(mul(result, axis.extent), axis.index)
+    return result

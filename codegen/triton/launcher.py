@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from attncc.codegen.triton.forward import Kernel, wrapped
+from attncc.codegen.triton.frame import count_of
+from attncc.codegen.triton.kernel import Kernel, wrapped
+from attncc.codegen.triton.lists import LOOKS
 from attncc.codegen.triton.operands import stride
 from attncc.codegen.triton.plan import Plan
-from attncc.ir import Const, Expr, Size, print_expr
-from attncc.ir.build import mul
+from attncc.ir import Expr, Size, print_expr
 from attncc.ir.expr import free
 
 _SPLITS = '''
@@ -57,18 +58,17 @@ def _body(p: Plan, kernels: tuple[Kernel, ...]) -> list[str]:
     if sizes:
         lines.append(f"{_tuple(sizes.values())} = sizes")
     lines.append(f"{_tuple(a.outputs)} = outputs")
-    points: Expr = Const(1)
-    for axis in p.points:
-        points = mul(points, axis.extent)
 
     def show(x: Expr) -> str:
         return print_expr(x, {s: sizes[s] for s in free(x) if isinstance(s, Size)})
 
-    lines.append(f"rows, points = {show(p.row_count)}, {show(points)}")
+    lines.append(f"rows, points = {show(p.row_count)}, {show(count_of(p.points))}")
     lines.append("programs = triton.cdiv(rows, BLOCK_M.value) * points")
     lines += ["if programs == 0:", "    return"]
     options = f"num_warps={p.config.warps}, num_stages={p.config.stages}, enable_fp_fusion=True"
     first = a.outputs[0]
+    if p.listed:
+        lines += _listed(p, kernels, names, sizes, show)
     if p.descriptors:
         lines += _boxed(p, names, sizes, show)
     if not p.split:
@@ -88,8 +88,32 @@ def _body(p: Plan, kernels: tuple[Kernel, ...]) -> list[str]:
         ")",
         "if splits > 1:",
         "    join[(rows * points,)](",
-        *wrapped([*_arguments(kernels[1], names, sizes), "num_warps=4, enable_fp_fusion=True"], "        "),
+        *wrapped([*_arguments(_named(kernels, "join"), names, sizes), "num_warps=4, enable_fp_fusion=True"], " " * 8),
         "    )",
+    ]
+
+
+def _named(kernels: tuple[Kernel, ...], name: str) -> Kernel:
+    return next(k for k in kernels if k.name == name)
+
+
+def _listed(
+    p: Plan, kernels: tuple[Kernel, ...], names: dict[str, str], sizes: dict[Expr, str], show: Callable[[Expr], str]
+) -> list[str]:
+    """The lists of this call: for each batch point that the mask mentions and each tile of rows."""
+    looking = [*_arguments(_named(kernels, "look"), names, sizes), f"num_warps={p.config.warps}"]
+    return [
+        f"lists = triton.cdiv(rows, BLOCK_M.value) * {show(count_of(p.list_points))}",
+        f"block_count = triton.cdiv({show(p.a.j.extent)}, BLOCK_N.value)",
+        f"device = {p.a.outputs[0]}.device",
+        "flags = torch.empty((lists, block_count), dtype=torch.uint8, device=device)",
+        "blocks = torch.empty((lists, block_count), dtype=torch.int32, device=device)",
+        "counts = torch.empty((lists, 2), dtype=torch.int32, device=device)",
+        "if block_count:",
+        f"    look[(lists, triton.cdiv(block_count, {LOOKS}))](",
+        *wrapped(looking, "        "),
+        "    )",
+        "pack[(lists,)](flags, blocks, counts, block_count, num_warps=4)",
     ]
 
 

@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from attncc.codegen.triton.expressions import Scope
-from attncc.codegen.triton.frame import Frame
+from attncc.codegen.triton.frame import Frame, index_in
 from attncc.codegen.triton.plan import TL_TYPES
 from attncc.codegen.triton.segments import Run, total
 from attncc.codegen.triton.terms import only
@@ -111,27 +111,48 @@ class Loops:
         runs = tuple(r for r in runs if r.length is not Const(0))
         if not runs:
             return
-        scope = self.body(mode, masked=masked)
-        head = self._head(runs)
-        self.f.scope.lines += [head[0], *(f"    {x}" for x in (*head[1:], *scope.lines))]
+        self._loop(self.body(mode, masked=masked), self._head(runs))
+
+    def over_list(self, mode: Mode, *, masked: bool) -> None:
+        """One loop over the blocks that this tile's list has in full, or in part (`masked`)."""
+        self._loop(self.body(mode, masked=masked), self._list_head(masked=masked))
+
+    def _loop(self, body: Scope, head: list[str]) -> None:
+        self.f.scope.lines += [head[0], *(f"    {x}" for x in (*head[1:], *body.lines))]
+
+    def lists(self) -> None:
+        """Where this tile's list of blocks lies, and how long its two parts are."""
+        f = self.f
+        point = index_in(self.p.list_points)
+        tile = "tile" if point is Const(0) else f"({f.scope.text(point)}) * tiles + tile"
+        f.line(f"list_at = ({tile}).to(tl.int64)")
+        f.line("full = tl.load(counts_ptr + list_at * 2)")
+        f.line("part = tl.load(counts_ptr + list_at * 2 + 1)")
+        f.line("list_at = list_at * block_count")
+
+    def _list_head(self, *, masked: bool) -> list[str]:
+        at = "list_at + block_count - 1 - t" if masked else "list_at + t"
+        return [self._for("t", *self._shared("part" if masked else "full")), f"block = tl.load(blocks_ptr + {at})"]
+
+    def _for(self, name: str, lo: str, hi: str) -> str:
+        if self.p.config.specialize:
+            return f"for {name} in tl.range({lo}, {hi}, warp_specialize=True):"
+        return f"for {name} in range({lo}, {hi}):"
+
+    def _shared(self, count: str) -> tuple[str, str]:
+        """This program's share of `count` iterations."""
+        return (f"{count} * split // splits", f"{count} * (split + 1) // splits") if self.p.split else ("0", count)
 
     def _head(self, runs: tuple[Run, ...]) -> list[str]:
         """The `for` line, and how an iteration finds its block."""
         text = self.f.scope.text
-        starred = ", warp_specialize=True" if self.p.config.specialize else ""
-        call = "tl.range" if starred else "range"
         if len(runs) == 1 and not self.p.split:
-            return [f"for block in {call}({text(runs[0].start)}, {text(runs[0].stop)}{starred}):"]
-        count = self.f.scope.name("count", text(total(runs)))
-        lo, hi = "0", count
-        if self.p.split:
-            lo, hi = f"{count} * split // splits", f"{count} * (split + 1) // splits"
-        if len(runs) == 1:
-            start = self.f.scope.atom(runs[0].start)
-            if start == "0":
-                return [f"for block in {call}({lo}, {hi}{starred}):"]
-            return [f"for t in {call}({lo}, {hi}{starred}):", f"block = {start} + t"]
-        lines = [f"for t in {call}({lo}, {hi}{starred}):", f"block = {self.f.scope.atom(runs[0].start)} + t"]
+            return [self._for("block", text(runs[0].start), text(runs[0].stop))]
+        share = self._shared(self.f.scope.name("count", text(total(runs))))
+        start = self.f.scope.atom(runs[0].start)
+        if len(runs) == 1 and start == "0":
+            return [self._for("block", *share)]
+        lines = [self._for("t", *share), f"block = {start} + t"]
         for n, run in enumerate(runs[1:], 1):
             before = self.f.scope.name("before", text(total(runs[:n])))
             lines.append(f"block = tl.where(t >= {before}, {self.f.scope.atom(run.start)} + t - {before}, block)")

@@ -13,7 +13,7 @@ from attncc.ir import Attention, Axis, Const, Expr, Interval, Op
 from attncc.ir.bounds import TILE_HI, TILE_LO, Bounds
 from attncc.ir.build import ONE as ONE_
 from attncc.ir.build import TRUE, ZERO, add, mul
-from attncc.ir.expr import substitute, walk
+from attncc.ir.expr import free, substitute, walk
 
 TYPES = {
     "f64": "fp64", "f32": "fp32", "bf16": "bf16", "f16": "fp16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",
@@ -68,6 +68,18 @@ class Plan:
         """Whether partial results over some of the keys can be joined later."""
         awkward = self.empty == "mean" and self.factor is not _PLAIN
         return self.config.split and not self.two_pass and "weights" not in self.a.outputs and not awkward
+
+    @property
+    def listed(self) -> bool:
+        """Whether the blocks to visit come as lists."""
+        return self.config.lists and bool(self.runs.masked) and self.a.j.index in free(self.a.mask)
+
+    @property
+    def list_points(self) -> tuple[Axis, ...]:
+        """The batch points that have lists of their own."""
+        ends = [x for run in (*self.runs.masked, *self.runs.full) for x in (run.start, run.stop)]
+        used = free(self.a.mask).union(*(free(x) for x in (*ends, *(r.expr for r in self.bounds.rows))))
+        return tuple(x for x in self.points if x.index in used)
 
     @property
     def descriptors(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from attncc.codegen.triton.operands import head_sizes, operands
 from attncc.codegen.triton.terms import keeps_zero
 from attncc.ir import Attention
+from attncc.ir.expr import free, loads
 
 LARGEST_HEAD = 512
 
@@ -27,3 +28,8 @@ def unsupported(a: Attention) -> str | None:
     if a.normalizer == "softmax" and a.empty != "zero" and not keeps_zero(a.weight):
         return "the weight of an unseen key is not zero"
     return None
+
+
+def reads_by_key(a: Attention) -> bool:
+    """Whether the mask reads data at keys, so that only lists made at the call say which blocks of keys are seen."""
+    return any(a.j.index in free(x) for x in loads(a.mask))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 from attncc.ir import Const, Expr, Op, W
-from attncc.ir.build import and_, const, mul, op, where
+from attncc.ir.affine import expr as from_poly
+from attncc.ir.affine import poly
+from attncc.ir.build import and_, const, mul, op, sub, where
 from attncc.ir.expr import ROUNDINGS, free
 
 
@@ -95,3 +97,22 @@ def conjuncts(mask: Expr) -> tuple[Expr, ...]:
 def only(mask: Expr, banned: frozenset[Expr]) -> Expr:
     """The conjuncts of a mask that mention none of `banned`."""
     return and_(*(c for c in conjuncts(mask) if not free(c) & banned))
+
+
+def comparison_sides(x: Expr, j: Expr, rows: frozenset[Expr]) -> tuple[str, Expr, Expr] | None:
+    """(relation, row, key) with `x` = row le, eq or ne key, for a comparison of integers whose terms each mention the
+    rows or the key `j`, not both."""
+    if not isinstance(x, Op) or x.name not in ("lt", "le", "eq", "ne") or x.args[0].kind != "int":
+        return None
+    row: dict[tuple[Expr, ...], int] = {}
+    key: dict[tuple[Expr, ...], int] = {}
+    slack = sub(x.args[1], x.args[0])
+    for m, c in poly(sub(slack, const(1)) if x.name == "lt" else slack).items():
+        leaves = frozenset[Expr]().union(*(free(f) for f in m))
+        if j in leaves and leaves & rows:
+            return None
+        if j in leaves:
+            key[m] = c
+        else:
+            row[m] = -c
+    return ("le" if x.name == "lt" else x.name), from_poly(row), from_poly(key)

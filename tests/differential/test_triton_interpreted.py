@@ -15,7 +15,9 @@ from random_ir import Program, programs
 from triton_cases import CASES, make
 
 from attncc.codegen.triton import TritonConfig, unsupported
-from attncc.ir import Attention, Bounds, interpret, print_attention
+from attncc.codegen.triton.plan import plan
+from attncc.ir import Attention, Bounds, W, interpret, print_attention
+from attncc.ir.build import const
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.passes.bounds import loop_bounds
 from attncc.passes.spans import spanned, tables
@@ -24,6 +26,10 @@ SMALL = TritonConfig(16, 16, 4, 1)
 WIDE = TritonConfig(32, 32, 4, 1)
 BOXES = TritonConfig(16, 16, 4, 1, split=True, descriptors=True)
 SPLIT = TritonConfig(16, 16, 4, 1, split=True)
+LISTS = TritonConfig(16, 16, 4, 1, split=True, lists=True)
+#: Masks that data decides.
+DATA = ("documents", "document starts", "padding", "prefix", "dense mask", "block table", "causal block table",
+        "regions", "clusters", "pages")  # fmt: skip
 EXAMPLES = int(os.environ.get("ATTNCC_TRITON_EXAMPLES", "30"))
 
 
@@ -71,11 +77,10 @@ def test_random_programs(program: Program) -> None:
         return
     check(program, SMALL)
     check(program, SPLIT, splits=3) if _splits(program) else check(program, WIDE)
+    check(program, LISTS)
 
 
 def _splits(p: Program) -> bool:
-    from attncc.codegen.triton.plan import plan  # noqa: PLC0415  (what the emitter decides, asked only here)
-
     return plan(p.attention, loop_bounds(p.attention, rows=True), SPLIT).split
 
 
@@ -105,6 +110,35 @@ def test_odd_sizes(dtype: str, rows: int, keys: int) -> None:
 def test_split_keys(name: str, splits: int) -> None:
     """Also more splits than blocks: some see no key."""
     check(make(name), SPLIT, splits=splits)
+
+
+@pytest.mark.parametrize("name", [*DATA, "dilated", "rectangles", "empty rows mean", "weights of empty rows"])
+def test_block_lists(name: str) -> None:
+    """Lists made by the call: the same numbers, and the blocks are those of the mask, no more and no less."""
+    p = make(name)
+    check(p, LISTS, **({"splits": 3} if name == "pages" else {}))
+    bounds = loop_bounds(p.attention, rows=True)
+    assert triton_interpreter.lists(p.attention, bounds, LISTS, p.tensors, p.sizes) == listed(p, bounds)
+
+
+def listed(p: Program, bounds: Bounds) -> list[tuple[list[int], list[int]]]:
+    """The blocks that each tile of 16 rows sees in full and in part, from the mask at every pair."""
+    decided = plan(p.attention, bounds, LISTS)
+    ones = replace(p.attention, score=const(1.0), normalizer="none", weight=W, sink=None, outputs=("weights",))
+    seen = interpret(ones, p.tensors, p.sizes)["weights"] > 0
+    names = [x.name for x in p.attention.batch]
+    for at, name in reversed(list(enumerate(names))):
+        if name not in [x.name for x in (*decided.list_points, *decided.folded)]:
+            seen, names = seen.select(at, 0), [n for n in names if n != name]
+    order = [names.index(x.name) for x in decided.list_points], [names.index(x.name) for x in decided.folded]
+    seen = seen.permute(*order[0], len(names), *order[1], len(names) + 1)  # lists, i, heads of a group, j
+    rows = seen.flatten(len(order[0]), -2).reshape(-1, seen.shape[len(order[0]) : -1].numel(), seen.shape[-1])
+    found: list[tuple[list[int], list[int]]] = []
+    for tile in (x for point in rows for x in point.split(16)):
+        blocks = list(enumerate(tile.split(16, -1)))
+        full = [n for n, block in blocks if block.shape[-1] == 16 and block.all()]
+        found.append((full, [n for n, block in blocks if block.any() and n not in full]))
+    return found
 
 
 @pytest.mark.parametrize("config", [SMALL, WIDE])

@@ -49,6 +49,12 @@ CASES: dict[str, Case] = {
     "document starts": Case("j <= i and start[i] <= j", tensors=("start: i64[N]",)),
     "padding": Case("pad[b, j]", tensors=("pad: bool[B, M]",), empty="mean"),
     "dense mask": Case("seen[b, i, j]", tensors=("seen: bool[B, N, M]",)),
+    "block table": Case("table[hk * G + g, i // 16, j // 16]", tensors=("table: bool[HQ, 5, 5]",), rows=70),
+    "causal block table": Case("j <= i and table[hk, i // 8, j // 32]", tensors=("table: bool[HK, 9, 3]",), rows=70),
+    "regions": Case("allowed[b, region[i], region[j]]", tensors=("allowed: bool[B, 5, 5]", "region: i64[N]"), rows=70),
+    "clusters": Case("cluster[b, i] == cluster[b, j] or j < 3", tensors=("cluster: i32[B, N]",), rows=70),
+    "pages": Case("pages[b, j // 16] and j < length[b]", rows=1, keys=100, tensors=("pages: bool[B, 7]",
+                  "length: i32[B]")),
     "soft cap": Case("j <= i", score="tanh(s * SCALE / 5.0) * 5.0"),
     "alibi": Case("j <= i", score="s * SCALE + slope[hk * G + g] * float(j - i)", tensors=("slope: f32[HQ]",)),
     "t5 table": Case(
@@ -140,6 +146,8 @@ def _filled(name: str, dtype: str, shape: list[int], keys: int, random: torch.Ge
         return torch.tensor([keys - 3, keys // 3], dtype=kind)[: shape[0]]
     if dtype == "bool":
         return torch.rand(shape, generator=random) < 0.7
+    if name == "cluster":  # in no order
+        return torch.randint(0, 5, shape, generator=random).to(kind)
     if not kind.is_floating_point:
         return torch.sort(torch.randint(0, 5, shape, generator=random), -1).values.to(kind)
     return torch.randn(shape, generator=random, dtype=torch.float64).to(kind)

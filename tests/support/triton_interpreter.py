@@ -77,3 +77,28 @@ def run(
     outs = outputs_of(a, shapes)
     module.launch([tensors[t.name] for t in a.tensors], sizes, outs, **launch)
     return dict(zip(a.outputs, outs, strict=True))
+
+
+def lists(
+    a: Attention, bounds: Bounds, config: TritonConfig, tensors: dict[str, torch.Tensor], sizes: list[int]
+) -> list[tuple[list[int], list[int]]]:
+    """The blocks that each tile of rows sees in full and in part, as the kernels before the attention list them."""
+    module = load_module(emit(a, bounds, config))
+    found: dict[str, torch.Tensor] = {}
+
+    class Recorder:
+        def __getitem__(self, grid):
+            def take(*arguments, **options):
+                found.update(zip(module.SIGNATURES["attention"], arguments, strict=True))
+
+            return take
+
+    attention, module.attention = module.attention, Recorder()
+    try:
+        module.launch([tensors[t.name] for t in a.tensors], sizes, outputs_of(a, interpret(a, tensors, sizes)))
+    finally:
+        module.attention = attention
+    return [
+        (blocks[:full].tolist(), blocks.flip(0)[:part].tolist())
+        for blocks, (full, part) in zip(found["blocks_ptr"], found["counts_ptr"].tolist(), strict=True)
+    ]

@@ -33,6 +33,7 @@ class Job(NamedTuple):
     at: int = 0
     tf32: bool = False
     descriptors: bool = False
+    lists: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def build(job: Job) -> Built:
     """Compile one kernel. Raises what Triton raises."""
     warnings.simplefilter("ignore")
     a = attention(job)
-    config = [c for c in configs(a, job.target, tf32=job.tf32) if c.descriptors == job.descriptors][job.at]
+    space = configs(a, job.target, tf32=job.tf32, lists=job.lists)
+    config = [c for c in space if c.descriptors == job.descriptors][job.at]
     source = emit(a, loop_bounds(a, rows=True), config)
     partial = {"PARTIAL": job.case.startswith("decode")} if "PARTIAL" in source and job.kernel == "attention" else {}
     boxes = {"TMA": True} if job.descriptors else {}

@@ -10,7 +10,7 @@ import pytest
 from triton_cases import CASES, Case, text
 from triton_matrix import Job, attention
 
-from attncc.codegen.triton import TritonConfig, configs, emit, unsupported
+from attncc.codegen.triton import TritonConfig, configs, emit, reads_by_key, unsupported
 from attncc.codegen.triton.config import fits
 from attncc.codegen.triton.operands import chunks
 from attncc.codegen.triton.terms import keeps_zero, scaled, weight_factor
@@ -23,18 +23,18 @@ def of(case: Case, dtype: str = "bf16") -> Attention:
     return parse_attention(text(case, dtype))
 
 
-@pytest.mark.parametrize("name", ["causal", "documents", "decode", "t5 table"])
+@pytest.mark.parametrize("name", ["causal", "documents", "decode", "t5 table", "causal block table"])
 def test_golden(name: str, golden: Callable[[str, str], None]) -> None:
     a = of(CASES[name])
-    split = name == "decode"
-    source = emit(a, loop_bounds(a, rows=True), TritonConfig(64, 64, 4, 3, split=split))
+    config = TritonConfig(64, 64, 4, 3, split=name == "decode", lists="table" in name)
+    source = emit(a, loop_bounds(a, rows=True), config)
     golden(f"triton_{name.replace(' ', '_')}.py", source)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_is_python(name: str) -> None:
     a = of(CASES[name])
-    for config in (TritonConfig(64, 64), TritonConfig(16, 32, split=True)):
+    for config in (TritonConfig(64, 64), TritonConfig(16, 32, split=True), TritonConfig(64, 64, lists=True)):
         source = emit(a, loop_bounds(a, rows=True), config)
         tree = ast.parse(source)
         functions = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
@@ -62,6 +62,22 @@ def test_causal_visits_no_block_past_the_diagonal_and_masks_none_before_it() -> 
     assert source.count("visible = ") == 1
     everywhere = emit(a, Bounds(loop_bounds(a).visit), TritonConfig(64, 64))
     assert everywhere.count("for block in range(") == 1
+
+
+def test_a_mask_of_blocks_is_looked_at_block_by_block() -> None:
+    """One key stands for all that the table tells not apart; a mask that is one literal needs no second look."""
+    a = of(CASES["block table"])
+    source = emit(a, loop_bounds(a), TritonConfig(64, 16, lists=True))
+    body = source[source.index("def look(") : source.index("def pack(")]
+    assert "tl.arange(0, 1))" in body and "tl.arange(0, BLOCK_N)" not in body
+    assert "if some" not in body
+    assert "hk" in body and "size_B" not in source[source.index("    lists =") : source.index("    block_count =")]
+
+
+def test_lists_are_only_for_masks_that_hide_keys() -> None:
+    a = of(CASES["dense"])
+    assert "look" not in emit(a, loop_bounds(a), TritonConfig(64, 64, lists=True))
+    assert not reads_by_key(a) and not reads_by_key(of(CASES["causal"])) and reads_by_key(of(CASES["documents"]))
 
 
 def test_dense_whole_blocks_have_no_mask() -> None:
