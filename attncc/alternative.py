@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from attncc import torch_private
 from attncc.ir.expr import Const, Expr, Op, Size
 from attncc.patterns.assemble import Lifted
 from attncc.patterns.contractions import contraction
 from attncc.patterns.facts import Facts
+from attncc.patterns.flex import FLEX, WHOLE
 
 
 @dataclass(frozen=True)
@@ -101,20 +103,48 @@ def _unfused(site: Lifted, facts: Facts, known: dict[fx.Node, Any]) -> tuple[fx.
             known[n] = _evaluate(n, facts, value)
         return known[n]
 
-    graph = fx.Graph()
+    graph, root = fx.Graph(), torch.nn.Module()
     copies: dict[fx.Node, Any] = {}
     inputs: list[torch.Tensor] = []
+    for n in timed:
+        if n.target is FLEX:
+            known.update(_block_tables(n, facts, value))
     for n in dict.fromkeys(a for t in timed for a in t.all_input_nodes if a not in timed):
         held = copies[n] = value(n)
         if isinstance(held, torch.Tensor):
             copies[n] = graph.placeholder(n.name)
             inputs.append(held)
+        elif isinstance(held, fx.GraphModule):
+            setattr(root, n.name, held)
+    for n, held in copies.items():
+        if isinstance(held, fx.GraphModule):
+            copies[n] = graph.get_attr(n.name)
     for n in timed:
         args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), copies.__getitem__)  # type: ignore[misc]
         target: Any = n.target
         copies[n] = graph.call_function(target, args, kwargs)
     graph.output(copies[site.node])
-    return fx.GraphModule(torch.nn.Module(), graph), inputs
+    return fx.GraphModule(root, graph), inputs
+
+
+def _block_tables(n: fx.Node, facts: Facts, value: Callable[[fx.Node], Any]) -> dict[fx.Node, torch.Tensor]:
+    """The tables of a flex_attention's block mask, made from its function as the model makes them: data made up for
+    them would hide every block."""
+    arguments: Any = n.args
+    q, k, _, _, blocks, _, _, _, extra = arguments
+    *_, rows, columns, function = blocks
+    if rows >= WHOLE and columns >= WHOLE:
+        return {}
+    batch, heads, *_ = facts.value(blocks[2]).shape
+    captured = [value(x) if isinstance(x, fx.Node) else x for x in extra]
+    body = value(function)
+    sizes = [_number(s) for s in (batch, heads, facts.value(q).shape[-2], facts.value(k).shape[-2])]
+
+    def mask(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return body(b, h, i, j, *captured)
+
+    made = torch_private.block_tables(mask, sizes, (rows, columns), facts.value(q).device)
+    return {x: table for x, table in zip(blocks[2:-3], made, strict=True) if isinstance(x, fx.Node)}
 
 
 def needed_elsewhere(site: Lifted, facts: Facts) -> fx.Node | None:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from attncc import torch_private
 from attncc.patterns.facts import Facts
+from attncc.patterns.flex import FLEX
 
 _AUTOCAST = ("_enter_autocast", "_exit_autocast")
 
@@ -59,7 +60,8 @@ class _Shadow(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         last = self._last()
-        result = self._opaque(n) if isinstance(n.target, HigherOrderOperator) else torch_private.known_number(n)
+        opaque = isinstance(n.target, HigherOrderOperator) and n.target is not FLEX
+        result = self._opaque(n) if opaque else torch_private.known_number(n)
         if result is None:
             result = super().run_node(n)
         made = torch_private.traced_node(result)

@@ -78,8 +78,15 @@ def _measure(site: Lifted, final: Attention, made: Built, spec: str, data: Trial
         if not floor.failed and floor.us["attncc"] <= floor.us["products"] * (1 + TIE):
             return Choice(True, None, "faster than its two matrix products alone")
         step("compiling the unfused form for comparison")
-        unfused = torch_private.inductor_apart(data.module, data.inputs)
+        try:
+            unfused = torch_private.inductor_apart(data.module, data.inputs)
+        except Exception as error:  # whatever it is, the model's own operations would meet it too
+            return Choice(True, None, f"not measured: Inductor fails on the model's own form ({_last_line(error)})")
         return _settle(data, measured(("unfused",)), {"attncc": ours, "unfused": lambda: unfused(*data.inputs)}, device)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
 
 
 def _settle(data: Trial, where: Any, candidates: dict[str, Callable[[], object]], device: torch.device) -> Choice:

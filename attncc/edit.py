@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from attncc.ir import Attention, print_attention
 from attncc.ir.expr import Const, Expr, Op, Size
 from attncc.patterns.assemble import Lifted
 from attncc.patterns.facts import Facts, argument, written_args
+from attncc.patterns.flex import FLEX
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,
     "neg": operator.neg, "max": torch.sym_max, "min": torch.sym_min,
 }  # fmt: skip
+_NEW = {"new_zeros", "new_full", "new_empty", "zeros", "zeros_like", "full", "empty"}
 _COPIED = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 
@@ -35,33 +38,52 @@ class Editor:
         self.order = {n: at for at, n in enumerate(self.graph.nodes)}
         self.copies: dict[fx.Node, fx.Node] = {}
         self.size_nodes: dict[Expr, fx.Node] = {}
+        owner = reading.owner
+        self.effects = {owner[s] for s in reading.shadow.graph.nodes if s in owner and _acts(s)}
 
     def fuse(self, site: Lifted, a: Attention) -> fx.Node:
         """Replace the site's node by a call of attncc's operator for `a` (the site's attention after the passes)."""
         target = self._place(site.node)
-        with self.graph.inserting_before(target):
+        sums = None if site.lse is None else self._place(site.lse)
+        placed = [n for n in (target, sums) if n is not None]
+        call = self.graph.call_function
+        with self.graph.inserting_before(min(placed, key=lambda n: self.order.get(n, len(self.order)))):
             tensors = [self._cast(self._node(n), n, dtype) for n, dtype in zip(site.tensors, site.dtypes, strict=True)]
             sizes = [self._size(x, target) for x in site.sizes]
-            call = self.graph.call_function
             op = torch.ops.attncc.attention.default
             outputs = call(op, (tensors, sizes, print_attention(a)))
-            out = call(operator.getitem, (outputs, 0))
-            unsplit = [self._extent(x.extent, site, target) for x in site.attention.out_axes]
-            if len(a.out_axes) != len(unsplit):
-                out = call(torch.ops.aten.reshape.default, (out, unsplit))
-            if site.order != tuple(range(len(site.order))):
-                out = call(torch.ops.aten.permute.default, (out, list(site.order)))
-            shape = self.facts.shape(site.node)
-            if len(shape) != len(unsplit):
-                out = call(torch.ops.aten.reshape.default, (out, [self._size(s, target) for s in shape]))
-        for n in (outputs, out):
-            n.meta.update({k: target.meta[k] for k in _COPIED if k in target.meta})
-        out.meta["example_value"] = target.meta.get("example_value")
-        target.replace_all_uses_with(out)
-        self._remove(target)
+            made = [self._out(outputs, site, a, target)]
+            if site.lse is not None:
+                lse = call(operator.getitem, (outputs, a.outputs.index("lse")))
+                lse = call(torch.ops.aten.mul.Tensor, (lse, math.log2(math.e)))
+                shape = [self._size(s, target) for s in self.facts.shape(site.lse)]
+                made.append(call(torch.ops.aten.reshape.default, (lse, shape)))
+        outputs.meta.update({k: target.meta[k] for k in _COPIED if k in target.meta})
+        for old, new in zip(placed, made, strict=True):
+            new.meta.update({k: old.meta[k] for k in _COPIED if k in old.meta})
+            new.meta["example_value"] = old.meta.get("example_value")
+            old.replace_all_uses_with(new)
+        for old in placed:
+            self._remove(old)
         return outputs
 
+    def _out(self, outputs: fx.Node, site: Lifted, a: Attention, target: fx.Node) -> fx.Node:
+        """The operator's output in the shape that the graph has."""
+        call = self.graph.call_function
+        out = call(operator.getitem, (outputs, a.outputs.index("out")))
+        unsplit = [self._extent(x.extent, site, target) for x in site.attention.out_axes]
+        if len(a.out_axes) != len(unsplit):
+            out = call(torch.ops.aten.reshape.default, (out, unsplit))
+        if site.order != tuple(range(len(site.order))):
+            out = call(torch.ops.aten.permute.default, (out, list(site.order)))
+        shape = self.facts.shape(site.node)
+        if len(shape) != len(unsplit):
+            out = call(torch.ops.aten.reshape.default, (out, [self._size(s, target) for s in shape]))
+        return out
+
     def finish(self) -> fx.GraphModule:
+        self._drop_unread()
+        self._drop_empty_vmaps()
         self.graph.lint()
         self.reading.module.recompile()
         return self.reading.module
@@ -86,6 +108,13 @@ class Editor:
             raise EditError(f"no node of the captured graph holds {shadow.name}")
         return found
 
+    def _held(self, shadow: fx.Node, before: fx.Node) -> int | fx.Node:
+        """The same for tensors and sizes: a size that no node of Dynamo's holds is computed."""
+        value = self.facts.value(shadow)
+        if isinstance(value, torch.SymInt) and shadow not in self.copies and shadow not in self.reading.origin:
+            return self._size(self.facts.size(value), before)
+        return self._node(shadow)
+
     def _expand(self, owner: fx.Node) -> None:
         """Put the ATen ops of a composite call (multi_head_attention_forward) in its place."""
         parts = [n for n, o in self.reading.owner.items() if o is owner and n.op == "call_function"]
@@ -94,7 +123,7 @@ class Editor:
             raise EditError(f"{owner.name} is several operations that cannot be taken apart")
         with self.graph.inserting_before(owner):
             for n in parts:
-                self.copies[n] = self.graph.node_copy(n, self._node)
+                self.copies[n] = self.graph.node_copy(n, lambda x: self._held(x, owner))  # type: ignore[arg-type]
                 self.copies[n].meta.update({k: owner.meta[k] for k in _COPIED if k in owner.meta})
         if results is None:
             last = next(s for s, o in self.reading.origin.items() if o is owner)
@@ -161,22 +190,73 @@ class Editor:
 
     def _remove(self, start: fx.Node) -> None:
         """Erase `start` and what only it used, stopping at anything that writes or draws random numbers."""
-        owner = self.reading.owner
-        effects = {owner[s] for s in self.reading.shadow.graph.nodes if s in owner and _acts(s)}
         stack = [start]
         while stack:
             n = stack.pop()
-            if n.users or n.op in ("placeholder", "output") or n in effects or n._erased:
+            if n.users or n.op in ("placeholder", "output") or n in self.effects or n._erased:
                 continue
             inputs = n.all_input_nodes
             self.graph.erase_node(n)
             stack += inputs
 
+    def _drop_unread(self) -> None:
+        """New tensors that are filled in and never read: `_remove` stops at the write."""
+        for n in reversed(list(self.graph.nodes)):
+            if n._erased or getattr(n.target, "__name__", n.target) not in _NEW:
+                continue
+            reached = _reached_by(n)
+            if any(x.op == "output" or (x in self.effects and not _fills(x, reached)) for x in reached):
+                continue
+            if not any(_fills(x, reached) for x in reached):
+                continue
+            inputs = [a for x in reached for a in x.all_input_nodes if a not in reached]
+            for x in sorted(reached, key=lambda x: self.order[x], reverse=True):
+                self.graph.erase_node(x)
+            for a in inputs:
+                self._remove(a)
+
+    def _drop_empty_vmaps(self) -> None:
+        """Levels of vmap that nothing is left in: what made a block mask is gone, and its levels stay."""
+        open_levels: list[fx.Node] = []
+        loads: list[fx.Node] = []
+        for n in list(self.graph.nodes):
+            name = getattr(n.target, "__name__", "")
+            if name == "_vmap_increment_nesting":
+                open_levels.append(n)
+            elif name == "_vmap_decrement_nesting" and open_levels:
+                self.graph.erase_node(n)
+                self.graph.erase_node(open_levels.pop())
+            elif name == "_add_batch_dim" and not n.users:
+                self._remove(n)
+            elif name == "lazy_load_decompositions":
+                loads.append(n)
+            else:
+                open_levels.clear()
+        if not any(getattr(n.target, "__name__", "") == "_vmap_increment_nesting" for n in self.graph.nodes):
+            for n in loads:
+                self.graph.erase_node(n)
+
+
+def _reached_by(n: fx.Node) -> dict[fx.Node, None]:
+    """A node and everything computed from it."""
+    found: dict[fx.Node, None] = {}
+    stack = [n]
+    while stack:
+        x = stack.pop()
+        if x not in found:
+            found[x] = None
+            stack += x.users
+    return found
+
+
+def _fills(n: fx.Node, tensors: Collection[fx.Node]) -> bool:
+    return n.target is operator.setitem and n.args[0] in tensors
+
 
 def _acts(n: fx.Node) -> bool:
     target = n.target
     if not isinstance(target, torch._ops.OpOverload):
-        return n.op == "call_function" and getattr(target, "__name__", "") != "getitem"
+        return n.op == "call_function" and target is not FLEX and getattr(target, "__name__", "") != "getitem"
     if target is torch.ops.aten.dropout.default and (not argument(n, "train") or argument(n, "p") == 0.0):
         return False
     return bool(written_args(n)) or torch.Tag.nondeterministic_seeded in target.tags

@@ -99,3 +99,13 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     from torch._inductor import list_mode_options  # noqa: PLC0415 - as above
 
     return dict(list_mode_options(mode))
+
+
+def block_tables(
+    mask_mod: Callable[..., torch.Tensor], sizes: Sequence[int], blocks: tuple[int, int], device: torch.device
+) -> Sequence[Any]:
+    """The tables of the block mask of a function, in the order in which a flex_attention node holds them. `sizes` are
+    batch, heads, queries and keys; a table that this kind of mask lacks is None."""
+    from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415 - takes as long as Inductor
+
+    return create_block_mask(mask_mod, *sizes, device=str(device), BLOCK_SIZE=blocks).as_tuple()[2:-3]

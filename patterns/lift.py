@@ -17,6 +17,7 @@ from attncc.patterns.assemble import Lifted, Parts, assemble
 from attncc.patterns.contractions import DOT, Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
+from attncc.patterns.flex import FLEX, lift_flex
 from attncc.patterns.guards import unguarded, vanishes
 from attncc.patterns.moves import Point, move
 from attncc.patterns.operands import Source, operand
@@ -37,7 +38,7 @@ class Refusal:
 
 #: Operations that hold an attention and do not show it.
 _LIBRARY = {
-    "aten._transformer_encoder_layer_fwd.default", "aten._native_multi_head_attention.default", "flex_attention",
+    "aten._transformer_encoder_layer_fwd.default", "aten._native_multi_head_attention.default",
 }  # fmt: skip
 
 
@@ -53,9 +54,10 @@ def lift_all(f: Facts) -> list[Lifted | Refusal]:
     for anchor in anchors(f):
         found += _guarded(f, anchor)
     for n in f.graph.nodes:
-        if n.target is SDPA:
+        if n.target is SDPA or n.target is FLEX:
             try:
-                found.append(lift_sdpa(f, n))
+                site = lift_sdpa(f, n) if n.target is SDPA else lift_flex(f, n)
+                found += [] if site is None else [site]
             except Unreadable as error:
                 found.append(Refusal(error.reason, error.node, n))
             except VerifyError as error:

@@ -7,6 +7,7 @@ a load named `dot:<node>` so that a caller can recognise it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -32,13 +33,15 @@ _COSTLY = frozenset({"exp", "log", "log1p", "tanh", "sigmoid", "pow", "erf", "sq
 class Reader:
     """Reads values for one attention, whose fused kernel will run at position `use` of the graph.
 
-    `extents` bounds every index; `leaves` are nodes to stop at (a softmax, when its consumer is read)."""
+    `extents` bounds every index; `leaves` are nodes to stop at (a softmax, when its consumer is read). `given` says
+    what some nodes are: the arguments of a graph of scalars, in which nothing else can be loaded from outside."""
 
     facts: Facts
     use: int
     extents: dict[Expr, Expr]
     leaves: frozenset[fx.Node] = frozenset()
     pair: frozenset[Expr] = frozenset()
+    given: Mapping[fx.Node, Expr] = field(default_factory=dict[fx.Node, Expr])
     _memo: dict[tuple[fx.Node, Point, int], Expr] = field(default_factory=dict)
 
     def value_at(self, n: fx.Node, at: Point, reader: int | None = None) -> Expr:
@@ -62,11 +65,13 @@ class Reader:
             return self._after_write(writes[-1], n, at)
         if n in self.leaves:
             return self.load(n, at)
+        if n in self.given:
+            return self.given[n]
         try:
             value = self._compute(n, at, when)
         except Unreadable:
             value = None  # an input is gone by then, but this result may still be there
-        if value is None or self._better_loaded(value) or self._worth_a_table(n, value):
+        if value is None or (not self.given and (self._better_loaded(value) or self._worth_a_table(n, value))):
             return self._load_later(n, at, when)
         return value
 

@@ -6,7 +6,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from zoo_case import Case
 from zoo_spellings import CAUSAL, PAD, B, D, Extra, H, N, Q, attend, randoms
@@ -196,16 +195,6 @@ def gated(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True) * torch.sigmoid(q * 2)
 
 
-def flex(q: Q, k: Q, v: Q, extra: Extra) -> Q:
-    def score(s: Q, b: Q, h: Q, i: Q, j: Q) -> Q:
-        return torch.tanh(s / 3) * 3 - 0.1 * (i - j).abs()
-
-    def seen(b: Q, h: Q, i: Q, j: Q) -> Q:
-        return (j <= i) & (i - j < 6)
-
-    return flex_attention(q, k, v, score_mod=score, block_mask=create_block_mask(seen, None, None, N, N, device="cpu"))
-
-
 def rematerialised(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     def attention(q: Q, k: Q, v: Q) -> Q:
         return (q @ k.mT * SCALE).masked_fill(~extra["mask"], -torch.inf).softmax(-1) @ v
@@ -280,8 +269,6 @@ FORMS = (
     Case("indexed", attend(indexed), 1, "keys chosen by an indexer"),
     Case("sorted-groups", attend(sorted_groups), 1, "data-dependent order"),
     Case("gated", attend(gated), 1, "an output gate"),
-    Case("flex", attend(flex), 1, "score and block mask of flex_attention",
-         missing="the operator holds the whole attention"),
     Case("rematerialised", attend(rematerialised, **MASK), 1, "activation checkpointing", backward=True),
     Case("under-autocast", attend(under_autocast), 1, "autocast inside"),
     Case("with-weights", attend(with_weights, **MASK), 1, "weights are outputs", kept=1, backward=True),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from zoo_case import Case
 from zoo_diffusion import DIFFUSION
+from zoo_flex import FLEX
 from zoo_forms import FORMS
 from zoo_others import OTHERS
 from zoo_spellings import SPELLINGS
 from zoo_text import TEXT
 from zoo_vision import VISION
 
-CASES: tuple[Case, ...] = (*SPELLINGS, *FORMS, *OTHERS, *TEXT, *VISION, *DIFFUSION)
+CASES: tuple[Case, ...] = (*SPELLINGS, *FORMS, *FLEX, *OTHERS, *TEXT, *VISION, *DIFFUSION)
 
 assert len({case.name for case in CASES}) == len(CASES)
 
@@ -23,6 +24,7 @@ QUICK = frozenset({
     "both-directions", "subtracted",
     "sink-column", "sink-gate", "softcap", "alibi", "bucketed", "relative-keys", "relative-shift", "decomposed",
     "channels", "class-token", "windows", "halo", "axial", "top-k", "sorted-groups", "under-autocast", "with-weights",
+    "flex", "flex-documents", "flex-merged", "flex-dynamic", "flex-by-tables",
     "padded-cross", "dilated", "multihead-attention", "decoding", "llama-static-cache", "linear-attention", "router",
     "branches", "sampling", "classifier", "pseudo-inverse", "changed-weights", "slots",
     "llama-eager", "llama-left-padded", "llama-dynamic", "gemma2", "gpt-oss-sinks", "deepseek-v3", "bloom",
