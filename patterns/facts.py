@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from attncc.ir.build import add, const, floordiv, maximum, minimum, mod, mul
+from attncc.ir.affine import divide
+from attncc.ir.build import add, const, maximum, minimum, mod, mul
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Expr, Size
 
@@ -86,14 +88,13 @@ class Facts:
         args = [self._sympy(a) for a in x.args if isinstance(a, sympy.Expr)]
         fold = {"Add": add, "Mul": mul, "Max": maximum, "Min": minimum}.get(type(x).__name__)
         if fold is not None:
-            result = args[0]
-            for a in args[1:]:
-                result = fold(result, a)
-            return result
+            return reduce(fold, args)
         if type(x).__name__ in ("FloorDiv", "CleanDiv"):
-            return floordiv(*args)
+            return divide(args[0], args[1], {})[0]
         if type(x).__name__ in ("Mod", "PythonMod"):
             return mod(*args)
+        if x.is_Pow and x.args[1].is_Integer and 0 < int(x.args[1]) <= 4:
+            return reduce(mul, args[:1] * int(x.args[1]))
         opaque = Size(f"z{len(self.symbols)}")
         known = next((s for s, e in self.symbols.items() if e == x), opaque)
         self.symbols[known] = x

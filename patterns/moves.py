@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attncc.ir.affine import Extents, divide, less_than, poly, simplify
+from attncc.ir.affine import Extents, divide, less_than, long_division, poly, simplify
 from attncc.ir.build import ONE, ZERO, add, const, mod, mul, sub
 from attncc.ir.expr import Expr
 from attncc.patterns.facts import Facts, argument
@@ -136,11 +136,11 @@ def reshape_index(at: Point, shape: Sequence[Expr], source: Sequence[Expr], ext:
 
 
 def _covers(have: Expr, want: Expr) -> bool:
-    """Whether the source group is the smaller one and has to grow: `want` is a multiple of `have`."""
+    """Whether the source group is the smaller one and has to grow."""
     p, q = poly(have), poly(want)
     if set(p) <= {()} and set(q) <= {()}:
         return p.get((), 0) < q.get((), 0)
-    return len(p) == 1 and len(q) == 1 and p != q and len(next(iter(p))) <= len(next(iter(q)))
+    return not long_division(q, p)[1]
 
 
 def _slice(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:

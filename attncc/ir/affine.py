@@ -237,21 +237,34 @@ def divide(x: Expr, by: Expr, extents: Extents) -> tuple[Expr, Expr]:
     """(x // by, x % by) with the terms that `by` divides taken out, for by >= 1."""
     if isinstance(by, Const) and by.value == 1:
         return x, ZERO
-    divisor = poly(by)
-    quotient: Poly = {}
-    rest: Poly = {}
-    for m, c in poly(x).items():
-        whole = _divide_term(m, c, divisor)
-        if whole is None:
-            rest[m] = c
-        else:
-            quotient = plus(quotient, {whole[0]: whole[1]}, 1)
+    quotient, rest = long_division(poly(x), poly(by))
     remainder = expr(rest)
     if nonnegative(remainder, extents) and less_than(remainder, by, extents):
         return expr(quotient), remainder
     if quotient and not rest:
         return expr(quotient), ZERO
     return add(expr(quotient), floordiv(remainder, by)), mod(remainder, by)
+
+
+def long_division(p: Poly, by: Poly) -> tuple[Poly, Poly]:
+    """(q, r) with p = q * by + r, whose r holds no multiple of the leading term of `by`."""
+    quotient: Poly = {}
+    rest: Poly = {}
+    degree = max(map(len, by), default=0)
+    leading = [m for m in by if len(m) == degree]
+    if len(leading) != 1:  # no one term leads: x / (m + n)
+        return ({(): 1}, {}) if p == by else ({}, p)
+    lead = {leading[0]: by[leading[0]]}
+    while p:
+        m = max(p, key=len)
+        whole = _divide_term(m, p[m], lead)
+        if whole is None:
+            rest = plus(rest, {m: p[m]})
+            p = plus(p, {m: p[m]}, -1)
+        else:
+            quotient = plus(quotient, {whole[0]: whole[1]})
+            p = plus(p, _times({whole[0]: whole[1]}, by), -1)
+    return quotient, rest
 
 
 def _divide_term(m: Monomial, c: int, divisor: Poly) -> tuple[Monomial, int] | None:

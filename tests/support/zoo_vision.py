@@ -140,6 +140,8 @@ VISION = (
     Case("vit-sdpa", seeing("ViT", "sdpa", VIT), 2, "plain", dtypes=(torch.float32, torch.bfloat16)),
     Case("dinov2", seeing("Dinov2", "sdpa", VIT), 2, "scaled residuals"),
     Case("siglip", seeing("SiglipVision", "eager", VIT), 3, "a pooling head with one query"),
+    Case("siglip-dynamic", seeing("SiglipVision", "eager", VIT), 3, "a whole attention taken apart at an unknown batch",
+         dynamic=True),
     Case("clip", clip, 2, "two towers"),
     Case("beit", seeing("Beit", "eager", VIT | {"use_relative_position_bias": True}), 2,
          "relative position table gathered by an index buffer", golden=0),

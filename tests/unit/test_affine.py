@@ -53,7 +53,7 @@ def points() -> list[dict[Expr, int]]:
 POINTS = points()
 
 LEAVES = st.sampled_from([ROW, KEY, N, C, P, ROW, KEY, *(Const(n) for n in (-7, -2, -1, 0, 1, 2, 3, 8))])
-DIVISORS = st.sampled_from([Const(1), Const(2), Const(3), Const(8), N, C])
+DIVISORS = st.sampled_from([Const(1), Const(2), Const(3), Const(8), N, C, sub(mul(N, Const(2)), Const(1)), add(N, C)])
 
 
 def deeper(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
@@ -148,6 +148,8 @@ def test_proves_nothing_false(text: str) -> None:
         ("i % N", "i"),
         ("(i + j) - (j - i)", "i * 2"),
         ("(i * 8 + 3) // 4", "i * 2"),
+        ("(j * (N * 2 - 1) + i) // (N * 2 - 1)", "j"),
+        ("(j * (N * 2 - 1) + i) % (N * 2 - 1)", "i"),
     ],
 )
 def test_simplified(before: str, after: str) -> None:
