@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields, replace
 
 from attncc.codegen.triton.operands import chunks
 from attncc.codegen.triton.rows import folded_axes
-from attncc.ir import Attention, Const, Load
+from attncc.ir import Attention, Const, Load, Op
 from attncc.ir.attention import DTYPES
 from attncc.ir.bounds import Bounds
-from attncc.ir.expr import free, loads
+from attncc.ir.expr import free, loads, walk
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class TritonConfig:
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes of shared memory a block may use, 32-bit registers a thread may spend on tiles, threads a warp has.
+    """Bytes of shared memory a block may use, 32-bit registers a thread may spend on tiles, threads a warp has, whether
+    every thread copies its part of a block.
 
     What a thread has beside the tiles goes to addresses, masks and, before Hopper, to the factors of the products. The
     bound is where the compiler starts to spill in the loop over keys."""
@@ -51,6 +52,7 @@ class Machine:
     shared: int
     tile_registers: int
     lanes: int
+    copies: bool = False
 
 
 def machine(capability: str) -> Machine:
@@ -61,10 +63,10 @@ def machine(capability: str) -> Machine:
         raise ValueError(f"capability {capability!r}: give sm_NN or gfxNNN")
     number = int(capability.removeprefix("sm_").rstrip("af"))
     if number in (80, 87):
-        return Machine(163 * 1024, 144, 32)
+        return Machine(163 * 1024, 144, 32, copies=True)
     if 90 <= number < 120:
         return Machine(227 * 1024, 167 if number < 100 else 144, 32)
-    return Machine(99 * 1024 if number > 75 else 64 * 1024, 144, 32)
+    return Machine(99 * 1024 if number > 75 else 64 * 1024, 144, 32, copies=True)
 
 
 def _operand_bytes(a: Attention) -> int:
@@ -90,11 +92,28 @@ def _pair_loads(a: Attention) -> list[Load]:
 def registers(a: Attention, c: TritonConfig, m: Machine) -> int:
     """What the accumulator, the scores and the weights take of each thread, in 32-bit registers; and the addresses of
     blocks in flight and of a head's second chunk."""
-    d, e = chunks(int(_extent(a.d.extent))), chunks(int(_extent(a.e.extent)))
-    tiles = (c.block_m * (sum(n for n, _ in e) + c.block_n) + c.block_m * c.block_n // 2) // (c.warps * m.lanes)
+    sizes = [int(_extent(x.extent)) for x in (a.d, a.e)]
+    parts = [chunks(n) for n in sizes]
     elements = c.block_m * c.block_n // (c.warps * m.lanes)
+    tiles = c.block_m * (sum(n for n, _ in parts[1]) + c.block_n) // (c.warps * m.lanes) + elements // 2
     tiles += elements * 7 // 4 * (len(_pair_loads(a)) + ("weights" in a.outputs))
-    return tiles + 16 * (len(d) + len(e) - 2) + 4 * (c.stages - 1)
+    tiles += elements // 2 * _computes_pairs(a)
+    for size, found in zip(sizes, parts, strict=True):
+        wide = 40 if m.copies and size > 128 and found[-1][0] < 64 else 16  # narrow copies keep more addresses
+        tiles += (len(found) - 1) * wide
+    return tiles + 4 * (c.stages - 1)
+
+
+def _computes_pairs(a: Attention) -> bool:
+    """Whether numbers made from indices (distances, 64-bit positions) take a place for each row and key."""
+    rows = {a.i.index, *(x.index for x in folded_axes(a, Bounds(())))}
+    inside = {n for x in loads(a.score, a.mask) for n in walk(*x.index)}
+    for x in walk(a.score, a.mask):
+        if isinstance(x, Op) and x.name == "float" and a.j.index in free(x) and free(x) & rows and x not in inside:
+            return True
+        if isinstance(x, Load) and x not in inside and a.tensor(x.tensor).dtype == "i64":
+            return True
+    return False
 
 
 def _extent(x: object) -> int:

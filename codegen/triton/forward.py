@@ -18,6 +18,9 @@ def forward(p: Plan) -> Kernel:
     f.begin()
     if p.split:
         f.line("split, splits = tl.program_id(1), tl.num_programs(1)")
+    if p.even:
+        f.line("if EVEN:")
+        f.scope.lines += [f"    {x.name} = {x.name} // {p.even} * {p.even}" for x in f.steps]
     loops = Loops(f)
     loops.constants()
     loops.queries()
@@ -50,7 +53,8 @@ def forward(p: Plan) -> Kernel:
 
 def _more(p: Plan) -> tuple[Parameter, ...]:
     lists = (*LISTS, BLOCK_COUNT) if p.listed else ()
-    return (*lists, Parameter("TMA", "constexpr", "boxed")) if p.descriptors else lists
+    even = (Parameter("EVEN", "constexpr", "even"),) if p.even else ()
+    return (*lists, *even, *((Parameter("TMA", "constexpr", "boxed"),) if p.descriptors else ()))
 
 
 def _indent(lines: list[str]) -> list[str]:

@@ -20,8 +20,8 @@ RESERVED = (
     "BLOCK_M", "BLOCK_N", "acc", "acc0", "acc1", "m", "l", "m_new", "block", "t", "j0", "j_ok", "jv", "jv_ok", "s", "x",
     "p", "w", "visible", "split", "splits", "part_ptr", "stat_ptr", "PARTIAL", "attention", "join", "launch",
     "SIGNATURES", "CONTIGUOUS", "TMA", "aligned", "boxed", "together", "first", "width", "sizes", "tensors", "outputs",
-    "look", "pack", "flags_ptr", "blocks_ptr", "counts_ptr", "block_count", "list_at", "flag", "at", "full", "part", "some",
-    "every",
+    "look", "pack", "flags_ptr", "blocks_ptr", "counts_ptr", "block_count", "list_at", "flag", "at", "full", "part",
+    "some", "every", "EVEN", "even", "steps", "step",
 )  # fmt: skip
 
 
@@ -99,6 +99,12 @@ class Frame:
             known = known and isinstance(extent, Const)
             step *= int(extent.value) if isinstance(extent, Const) else 1
         return result
+
+    @property
+    def steps(self) -> list[Parameter]:
+        """The strides of the operands, but for those along a head of a contiguous tensor."""
+        starts = tuple(f"tensors[{x.tensor!r}].stride(" for x in (self.p.q, self.p.k, self.p.v))
+        return [x for x in self.parameters if x.value.startswith(starts) and x.contiguous != 1]
 
     def wide(self, x: Expr) -> str:
         """`x` as a 64-bit integer: offsets into large tensors pass 2**31."""

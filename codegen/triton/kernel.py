@@ -9,12 +9,13 @@ from attncc.codegen.triton.frame import Frame, Parameter
 
 @dataclass(frozen=True)
 class Kernel:
-    """`helpers` are the names of the functions that the text calls."""
+    """`helpers` are the names of the functions that the text calls, `steps` the strides of rows of the operands."""
 
     name: str
     parameters: tuple[Parameter, ...]
     helpers: frozenset[str]
     text: str
+    steps: tuple[Parameter, ...] = ()
 
 
 def kernel(frame: Frame, name: str, more: tuple[Parameter, ...] = ()) -> Kernel:
@@ -26,7 +27,7 @@ def kernel(frame: Frame, name: str, more: tuple[Parameter, ...] = ()) -> Kernel:
     names = [x.name + (": tl.constexpr" if x.type == "constexpr" else "") for x in parameters]
     body = (f"    {x}" for x in frame.scope.lines)
     text = "\n".join([decorator, f"def {name}(", *wrapped(names, "    "), "):", *body])
-    return Kernel(name, parameters, frozenset(frame.scope.helpers), text)
+    return Kernel(name, parameters, frozenset(frame.scope.helpers), text, tuple(frame.steps))
 
 
 def wrapped(parts: list[str], indent: str, width: int = 110) -> list[str]:

@@ -67,6 +67,8 @@ def _body(p: Plan, kernels: tuple[Kernel, ...]) -> list[str]:
     lines += ["if programs == 0:", "    return"]
     options = f"num_warps={p.config.warps}, num_stages={p.config.stages}, enable_fp_fusion=True"
     first = a.outputs[0]
+    if p.even:
+        lines += _even(p, kernels[0], names)
     if p.listed:
         lines += _listed(p, kernels, names, sizes, show)
     if p.descriptors:
@@ -91,6 +93,12 @@ def _body(p: Plan, kernels: tuple[Kernel, ...]) -> list[str]:
         *wrapped([*_arguments(_named(kernels, "join"), names, sizes), "num_warps=4, enable_fp_fusion=True"], " " * 8),
         "    )",
     ]
+
+
+def _even(p: Plan, main: Kernel, names: dict[str, str]) -> list[str]:
+    """Whether all rows of the operands lie at the multiples that their head size allows."""
+    steps = [_argument(x.value, names, {}) for x in main.steps]
+    return ["steps = (", *wrapped(steps, "    "), ")", f"even = all(step % {p.even} == 0 for step in steps)"]
 
 
 def _named(kernels: tuple[Kernel, ...], name: str) -> Kernel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from attncc.codegen.triton.config import TritonConfig
@@ -115,6 +116,13 @@ class Plan:
     @property
     def e_size(self) -> int:
         return _const(self.a.e)
+
+    @property
+    def even(self) -> int:
+        """8 or 4 where only that divides both head sizes, else 0. Rows lie at multiples of it, which Triton must be told
+        for loads of several elements at once, as it looks for multiples of 16 alone."""
+        common = math.gcd(16, self.d_size, self.e_size)
+        return common if common in (4, 8) else 0
 
     @property
     def dot_type(self) -> str:

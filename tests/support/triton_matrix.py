@@ -69,9 +69,9 @@ def build(job: Job) -> Built:
     space = configs(a, job.target, tf32=job.tf32, lists=job.lists)
     config = [c for c in space if c.descriptors == job.descriptors][job.at]
     source = emit(a, loop_bounds(a, rows=True), config)
-    partial = {"PARTIAL": job.case.startswith("decode")} if "PARTIAL" in source and job.kernel == "attention" else {}
-    boxes = {"TMA": True} if job.descriptors else {}
-    compiled = compile_for(source, config, job.target, job.kernel, **partial, **boxes)
+    known = {"PARTIAL": job.case.startswith("decode"), "TMA": True, "EVEN": True}
+    constants = {n: x for n, x in known.items() if f"{n}: tl.constexpr" in source and job.kernel == "attention"}
+    compiled = compile_for(source, config, job.target, job.kernel, **constants)
     return Built(compiled, config, loops(compiled.machine_code))
 
 

@@ -86,6 +86,16 @@ def test_dense_whole_blocks_have_no_mask() -> None:
     assert "visible" not in source and "jv_ok" not in source and "range(0, 4)" in source
 
 
+def test_head_sizes_that_16_does_not_divide_load_several_elements_at_once() -> None:
+    """Triton looks for strides that are multiples of 16; of 8 the launcher tells, where all rows of a call have it."""
+    a = of(Case(d=72, e=40))
+    source = emit(a, loop_bounds(a), TritonConfig(64, 64))
+    assert "k_s2 = k_s2 // 8 * 8" in source and "even = all(step % 8 == 0 for step in steps)" in source
+    assert "q_s3 = " not in source  # one in a contiguous tensor
+    assert "EVEN" not in emit(of(Case(d=80)), loop_bounds(a), TritonConfig(64, 64))
+    assert "// 4 * 4" in emit(of(Case(d=12)), loop_bounds(a), TritonConfig(64, 64))
+
+
 def test_precision_of_float32_is_exact_unless_asked() -> None:
     a = of(CASES["causal"], "f32")
     assert 'input_precision="tf32"' not in emit(a, loop_bounds(a), configs(a, "sm_90")[0])
