@@ -119,8 +119,8 @@ class Plan:
 
     @property
     def even(self) -> int:
-        """8 or 4 where only that divides both head sizes, else 0. Rows lie at multiples of it, which Triton must be told
-        for loads of several elements at once, as it looks for multiples of 16 alone."""
+        """8 or 4 where only that divides both head sizes, else 0. Rows lie at multiples of it, which Triton is told
+        for loads of several elements at once: it looks for multiples of 16 alone."""
         common = math.gcd(16, self.d_size, self.e_size)
         return common if common in (4, 8) else 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -46,6 +47,33 @@ def _patched(tensor, *scope):
 
 
 interpreter._patch_lang_tensor = _patched
+
+#: Half of its time goes into asking whether integers overflow, which at these sizes they do not.
+interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+
+_patch = interpreter._patch_lang
+_patched_langs: set[frozenset[int]] = set()
+
+
+class _Restored:
+    def __init__(self, scope):
+        self.scope = scope
+
+    def restore(self):
+        _patched_langs.clear()
+        self.scope.restore()
+
+
+def _patch_once(fn):
+    """Every call of a device function patches the language anew; once for a kernel is enough."""
+    langs = frozenset(id(x) for x in fn.__globals__.values() if x is tl or x is tl.core)
+    if langs in _patched_langs:
+        return None
+    _patched_langs.add(langs)
+    return _Restored(_patch(fn))
+
+
+interpreter._patch_lang = _patch_once
 
 
 def outputs_of(a: Attention, like: dict[str, torch.Tensor]) -> list[torch.Tensor]:
