@@ -124,6 +124,7 @@ class _Emitter:
             "IS_SOFTMAX": int(a.normalizer == "softmax"), "NORMALIZED_EARLY": int(self.early),
             "EMPTY_ZERO": 0, "EMPTY_MEAN": 1, "EMPTY_NAN": 2, "EMPTY": f"EMPTY_{a.empty.upper()}",
             "PLAIN": int(self.scale is not None), "SCALE": self._real(self._log2e(self.scale)),
+            "FEW_ALONE": int(self.scale is not None and self.factor == Const(1.0)),
             "CAN_SPLIT": int(a.normalizer == "softmax" and not self.early and a.empty != "mean"),
             "EVEN_AREA": int(not any(free(x) - {*a.sizes} or loads(x) for x in self.spans)),
             "OUT_OF_MEMORY": 1, "TOO_LARGE": 2, "NO_MATRIX_UNIT": 3,

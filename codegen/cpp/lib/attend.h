@@ -76,6 +76,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
     u.j0 = at.j0;
     int64_t from, to;
     full_run(t, at.j0, n, from, to);
+    if (t.few && FEW_ALONE && stage == ONLINE && from == 0 && to == n) return few_attention(c, b, t, at, scores);
     for (int64_t v = 0; v < t.columns; ++v) {
         // A few columns at a time, so that their scores stay in the nearest cache until they are used.
         if (v % STRIP == 0) {
@@ -143,7 +144,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
         }
         put_last_weights(p, n & ~int64_t(1), n, w[0]);
         const vreal factor = exp2_of(m_old - safe);
-        if (!PRODUCT_KEEPS && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
+        if (!PRODUCT_KEEPS && !t.few && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
         store(t.m + lane, m);
         store(t.l + lane, load(t.l + lane) * factor + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
         store(keep + lane, factor);

@@ -1,16 +1,30 @@
 // ---- few queries: lanes run along a key's or a value's row, which is read once, in order, as it lies ----------------
-// Queries lie as [FEW][D up to LANES], scores and weights as ever, a row a key and a lane a query.
-constexpr int64_t FEW = 8;
-INLINE int64_t few_d(const Call& c) { return (c.D + LANES - 1) / LANES * LANES; }
+// Queries lie as [row][D up to LANES], sums of values as [row][E up to LANES], both in the order in which `two_rows` gives
+// elements. Scores and weights of a block lie as [key][R]; where a mask or a bias has to look at them, as ever.
+constexpr int64_t FEW = LANES < 8 ? LANES : 8;
+// Bytes between what is read and what is asked for: the processor foresees no row beyond a page, and none in time.
+constexpr int64_t KEYS_AHEAD = 3072, VALUES_AHEAD = 8192;
+// Values that stay in the nearest cache while every column of theirs is summed. Their sums start anew, so that rounding
+// errors do not grow with the number of keys.
+constexpr int64_t FEW_STEP = 32;
+
+INLINE int64_t few_width(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+INLINE real* few_sums(const Call& c, const Tile& t) { return t.o + o_rows(c) * LANES; }
 INLINE bool is_few(const Call& c, int64_t rows) {
-    return rows <= FEW && rows <= LANES && c.N <= FEW && c.D >= 16 && c.k_d == 1 && c.v_e == 1;
+    return rows <= FEW && c.N <= FEW && c.D >= 16 && c.E >= 16 && c.k_d == 1 && c.v_e == 1;
 }
 
-static void load_few(const Call& c, const q_element* const (&rows)[LANES], real* q) {
-    for (int64_t r = 0; r < FEW && r < LANES; ++r)
-        for (int64_t d = 0; d < few_d(c); ++d)
-            q[r * few_d(c) + d] = rows[r] && d < c.D ? value(rows[r][d * c.q_d]) : 0;
+// Twice LANES elements. Of bfloat16 the even ones come first, then the odd ones: no shuffle takes them apart.
+template <class T> INLINE void two_rows(const T* p, vreal& a, vreal& b) { a = row(p), b = row(p + LANES); }
+template <class T> constexpr bool evens_first(const T*) { return false; }
+#if !REAL_IS_DOUBLE
+typedef uint32_t any_words __attribute__((vector_size(LANES * 4), aligned(2), may_alias));
+INLINE void two_rows(const bf16* p, vreal& a, vreal& b) {
+    const vword x = *(const any_words*)p;
+    a = (vreal)(x << 16), b = (vreal)(x & 0xffff0000);
 }
+constexpr bool evens_first(const bf16*) { return true; }
+#endif
 
 // LANES elements of a row, zeros from `count` on.
 template <class T> INLINE vreal row_up_to(const T* p, int64_t count) {
@@ -18,6 +32,42 @@ template <class T> INLINE vreal row_up_to(const T* p, int64_t count) {
     vreal x = {};
     for (int64_t l = 0; l < count; ++l) x[l] = value(p[l]);
     return x;
+}
+
+// Two vectors of a row that ends after `count` elements.
+template <class T> INLINE void two_rows_up_to(const T* p, int64_t count, vreal& a, vreal& b) {
+    if (count >= 2 * LANES) return two_rows(p, a, b);
+    a = row_up_to(p, count), b = count > LANES ? row_up_to(p + LANES, count - LANES) : vreal{};
+}
+
+static void load_few(const Call& c, const q_element* const (&rows)[LANES], real* q) {
+    for (int64_t r = 0; r < FEW; ++r, q += few_width(c.D)) {
+        int64_t d = 0;
+        if (!rows[r]) {
+            memset(q, 0, few_width(c.D) * sizeof(real));
+            continue;
+        }
+        if (evens_first((const k_element*)nullptr))
+            for (; d + 2 * LANES <= c.D; d += 2 * LANES)
+                for (int64_t l = 0; l < 2 * LANES; ++l) q[d + l % 2 * LANES + l / 2] = value(rows[r][(d + l) * c.q_d]);
+        for (; d < few_width(c.D); ++d) q[d] = d < c.D ? value(rows[r][d * c.q_d]) : 0;
+    }
+}
+
+// Puts the sums of a finished tile where every tile has them.
+static void end_few(const Call& c, const Tile& t) {
+    const real* rows[LANES];
+    for (int64_t r = 0; r < LANES; ++r) {
+        real* at = few_sums(c, t) + r * few_width(c.E);
+        rows[r] = r < t.rows ? at : nullptr;
+        if (r < t.rows && evens_first((const v_element*)nullptr))
+            for (int64_t e = 0; e + 2 * LANES <= c.E; e += 2 * LANES) {
+                const vreal a = load(at + e), b = load(at + e + LANES);
+                store(at + e, __builtin_shufflevector(a, b, ZIP_LOW));
+                store(at + e + LANES, __builtin_shufflevector(a, b, ZIP_HIGH));
+            }
+    }
+    to_lanes(rows, 1, c.E, t.o);
 }
 
 // Lane n of the result is the sum over the lanes of x[n].
@@ -30,76 +80,133 @@ INLINE vreal sums_of(vreal (&x)[LANES]) {
     return x[0];
 }
 
-template <int R>
-static void few_scores(const Call& c, const real* q, const k_element* k, int64_t count, real* s) {
-    constexpr int KEYS_AT_ONCE = LANES / R > 0 ? LANES / R : 1;
-    for (int64_t j = 0; j < count; j += KEYS_AT_ONCE) {
-        vreal sum[KEYS_AT_ONCE * R];
+// How many rows ahead lie `bytes` of them.
+template <class T> INLINE int64_t rows_ahead(const T*, int64_t bytes, int64_t columns) {
+    return (bytes + columns * (int64_t)sizeof(T) - 1) / (columns * (int64_t)sizeof(T));
+}
+
+// s[key][R], to whole vectors: the last key again where there are no more.
+template <int R> static void few_scores(const Call& c, const real* q, const k_element* k, int64_t count, real* s) {
+    constexpr int AT_ONCE = LANES / R;
+    const int64_t ahead = rows_ahead(k, KEYS_AHEAD, c.D) * c.k_j;
+    for (int64_t j = 0; j < count; j += AT_ONCE) {
+        vreal sum[LANES];
 #pragma GCC unroll 16
-        for (int g = 0; g < KEYS_AT_ONCE; ++g) {
+        for (int g = 0; g < AT_ONCE; ++g) {
             const k_element* at = k + (j + g < count ? j + g : count - 1) * c.k_j;
             vreal x[R];
             for (int r = 0; r < R; ++r) x[r] = vreal{};
-            for (int64_t d = 0; d < c.D; d += LANES) {
-                const vreal y = row_up_to(at + d, c.D - d);
-                for (int r = 0; r < R; ++r) x[r] += y * load(q + r * few_d(c) + d);
+            for (int64_t d = 0; d < c.D; d += 2 * LANES) {
+                foresee_near(at + ahead + d, 2 * LANES);
+                vreal a, b;
+                two_rows_up_to(at + d, c.D - d, a, b);
+                for (int r = 0; r < R; ++r) x[r] += a * load(q + r * few_width(c.D) + d);
+                if (d + LANES >= c.D) break;
+                for (int r = 0; r < R; ++r) x[r] += b * load(q + r * few_width(c.D) + d + LANES);
             }
             for (int r = 0; r < R; ++r) sum[g * R + r] = x[r];
         }
-        const vreal every = sums_of(*(vreal(*)[LANES])sum);
-        alignas(64) real flat[LANES];
-        store(flat, every);
-        for (int g = 0; g < KEYS_AT_ONCE && j + g < count; ++g)
-            for (int r = 0; r < R; ++r) s[(j + g) * LANES + r] = flat[g * R + r];
+        store(s + j * R, sums_of(sum));
     }
 }
 
+// o[r][e] = o[r][e] * keep[r] + sum_j p[j][r] * v[j][e]; without `keep`, o = the sum.
 template <int R>
 static void few_values(const Call& c, const v_element* v, const real* p, int64_t count, real* o, const real* keep) {
     constexpr int WIDE = R > 4 ? 2 : R > 2 ? 4 : 8;
-    real weights[KEYS * R];
-    for (int64_t j = 0; j < count; ++j)
-        for (int r = 0; r < R; ++r) weights[j * R + r] = weight_at(p, j, r);
-    for (int64_t e = 0; e < c.E; e += WIDE * LANES) {
-        vreal sum[R][WIDE];
-        for (int r = 0; r < R; ++r)
-            for (int w = 0; w < WIDE; ++w) sum[r][w] = vreal{};
-        if (e + WIDE * LANES <= c.E) {
-            for (int64_t j = 0; j < count; ++j) {
-                for (int w = 0; w < WIDE; ++w) {
-                    const vreal y = row(v + j * c.v_j + e + w * LANES);
-                    for (int r = 0; r < R; ++r) sum[r][w] += splat(weights[j * R + r]) * y;
+    const int64_t ahead = rows_ahead(v, VALUES_AHEAD, c.E) * c.v_j, width = few_width(c.E);
+    for (int64_t j0 = 0; j0 < count; j0 += FEW_STEP, v += FEW_STEP * c.v_j, p += FEW_STEP * R) {
+        const int64_t n = count - j0 < FEW_STEP ? count - j0 : FEW_STEP;
+        for (int64_t e = 0; e < width; e += WIDE * LANES) {
+            const int64_t columns = (width - e) / LANES;
+            vreal sum[R][WIDE];
+            for (int r = 0; r < R; ++r)
+                for (int w = 0; w < WIDE; ++w) sum[r][w] = vreal{};
+            auto add = [&](auto whole) {
+                for (int64_t j = 0; j < n; ++j) {
+                    const v_element* at = v + j * c.v_j + e;
+                    foresee_near(at + ahead, WIDE * LANES);
+#pragma GCC unroll 4
+                    for (int w = 0; w < WIDE; w += 2) {
+                        vreal a, b;
+                        if (whole()) two_rows(at + w * LANES, a, b);
+                        else if (e + w * LANES < c.E) two_rows_up_to(at + w * LANES, c.E - e - w * LANES, a, b);
+                        else break;
+                        for (int r = 0; r < R; ++r) sum[r][w] += splat(p[j * R + r]) * a;
+                        for (int r = 0; r < R; ++r) sum[r][w + 1] += splat(p[j * R + r]) * b;
+                    }
                 }
-            }
-        } else {
-            for (int64_t j = 0; j < count; ++j)
-                for (int w = 0; w < WIDE && e + w * LANES < c.E; ++w) {
-                    const vreal y = row_up_to(v + j * c.v_j + e + w * LANES, c.E - e - w * LANES);
-                    for (int r = 0; r < R; ++r) sum[r][w] += splat(weights[j * R + r]) * y;
+            };
+            if (e + WIDE * LANES <= c.E) add([] { return true; });
+            else add([] { return false; });
+            for (int r = 0; r < R; ++r)
+                for (int w = 0; w < WIDE && w < columns; ++w) {
+                    real* to = o + r * width + e + w * LANES;
+                    if (j0 > 0) sum[r][w] += load(to);
+                    else if (keep) sum[r][w] += load(to) * splat(keep[r]);
+                    store(to, sum[r][w]);
                 }
         }
-        for (int r = 0; r < R; ++r)
-            for (int64_t n = 0; n < WIDE * LANES && e + n < c.E; ++n) {
-                real* at = o + (e + n) * LANES + r;
-                const real before = keep ? *at * (PRODUCT_KEEPS ? keep[r] : 1) : 0;
-                *at = before + sum[r][n / LANES][n % LANES];
-            }
     }
 }
 
-static void few_score_product(const Call& c, const Batch& b, const Tile& t, const Block& at, real* s) {
-    const k_element* k = key_at(c, b) + at.j0 * c.k_j;
-    if (t.rows == 1) few_scores<1>(c, t.q, k, at.count, s);
-    else if (t.rows == 2) few_scores<2>(c, t.q, k, at.count, s);
-    else if (t.rows <= 4) few_scores<4>(c, t.q, k, at.count, s);
-    else few_scores<LANES < 8 ? 4 : 8>(c, t.q, k, at.count, s);
+// Keys that every row sees, with no score to work out but a multiple: lanes hold several keys of every row.
+template <int R> static void attend_few(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
+    few_scores<R>(c, t.q, key_at(c, b) + at.j0 * c.k_j, at.count, s);
+    const int64_t end = at.count * R;
+    alignas(64) real flat[LANES], safe[LANES], keep[LANES];
+    for (int64_t n = end; n % LANES; ++n) s[n] = -INFINITY;
+    vreal top = splat(-INFINITY);
+    for (int64_t n = 0; n < end; n += LANES) top = high(load(s + n), top);
+    store(flat, top * SCALE);
+    const vreal m_old = load(t.m);
+    alignas(64) real m[LANES];
+    store(m, m_old);
+    for (int l = 0; l < LANES; ++l) m[l % R] = flat[l] > m[l % R] ? flat[l] : m[l % R];
+    const vreal m_new = load(m), base = m_new == -INFINITY ? vreal{} : m_new;
+    store(m, base);
+    for (int l = 0; l < LANES; ++l) safe[l] = m[l % R];
+    const vreal less = load(safe), factor = exp2_of(m_old - base);
+    vreal sum[2] = {};
+    for (int64_t n = 0; n < end; n += LANES) {
+        const vreal w = exp2_weight(load(s + n) * SCALE - less);
+        sum[n / LANES % 2] += w;
+        store(s + n, w);
+    }
+    store(flat, sum[0] + sum[1]);
+    alignas(64) real l_new[LANES];
+    store(l_new, load(t.l) * factor);
+    for (int l = 0; l < LANES; ++l) l_new[l % R] += flat[l];
+    store(t.m, m_new);
+    store(t.l, load(l_new));
+    store(keep, factor);
+    *(vmask*)t.seen = splat_mask(true);
+    few_values<R>(c, value_at(c, b) + at.j0 * c.v_j, s, at.count, few_sums(c, t), t.fresh ? nullptr : keep);
+    t.fresh = false;
 }
-static void few_value_product(const Call& c, const Batch& b, const Tile& t, const Block& at, const real* p,
-                              const real* keep) {
-    const v_element* v = value_at(c, b) + at.j0 * c.v_j;
-    const real* before = t.fresh ? nullptr : keep;
-    if (t.rows == 1) few_values<1>(c, v, p, at.count, t.o, before);
-    else if (t.rows == 2) few_values<2>(c, v, p, at.count, t.o, before);
-    else if (t.rows <= 4) few_values<4>(c, v, p, at.count, t.o, before);
-    else few_values<LANES < 8 ? 4 : 8>(c, v, p, at.count, t.o, before);
+
+template <int R>
+static void score_few(const Call& c, const Batch& b, const Tile& t, const Block& at, real* s) {
+    real packed[KEYS * R];
+    few_scores<R>(c, t.q, key_at(c, b) + at.j0 * c.k_j, at.count, packed);
+    for (int64_t j = 0; j < at.count; ++j)
+        for (int r = 0; r < R; ++r) s[j * LANES + r] = packed[j * R + r];
+}
+template <int R>
+static void value_few(const Call& c, const Batch& b, const Tile& t, const Block& at, const real* p, const real* keep) {
+    real packed[KEYS * R];
+    for (int64_t j = 0; j < at.count; ++j)
+        for (int r = 0; r < R; ++r) packed[j * R + r] = weight_at(p, j, r);
+    few_values<R>(c, value_at(c, b) + at.j0 * c.v_j, packed, at.count, few_sums(c, t), t.fresh ? nullptr : keep);
+}
+
+#define BY_ROWS(call, ...) \
+    (t.rows == 1 ? call<1>(__VA_ARGS__) : t.rows == 2 ? call<2>(__VA_ARGS__) : t.rows <= 4 ? call<4>(__VA_ARGS__) \
+                                                                         : call<FEW>(__VA_ARGS__))
+static void few_attention(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) { BY_ROWS(attend_few, c, b, t, at, s); }
+static void few_score_product(const Call& c, const Batch& b, const Tile& t, const Block& at, real* s) {
+    BY_ROWS(score_few, c, b, t, at, s);
+}
+static void few_value_product(const Call& c, const Batch& b, const Tile& t, const Block& at, const real* p, const real* keep) {
+    BY_ROWS(value_few, c, b, t, at, p, keep);
 }

@@ -146,6 +146,7 @@ static void run_item(const Call& c, const Plan& p, int64_t number, Scratch& w, c
     }
     for (int64_t n = 0; n < count; ++n) {
         Tile& t = w.tiles[n];
+        if (t.few && !t.fresh) end_few(c, t);
         if (p.splits == 1) {
             finish(c, x.b, t);
             continue;
