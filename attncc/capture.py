@@ -16,8 +16,10 @@ from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_map_only
 
 from attncc import torch_private
+from attncc.expand import PARTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.flex import FLEX
+from attncc.repeats import Repeats
 
 _AUTOCAST = ("_enter_autocast", "_exit_autocast")
 
@@ -45,14 +47,19 @@ class Reading:
 
     @property
     def uses_autocast(self) -> bool:
-        return any(getattr(n.target, "__name__", "") in _AUTOCAST for n in self.module.graph.nodes)
+        return _uses_autocast(self.module)
+
+
+def _uses_autocast(module: fx.GraphModule) -> bool:
+    return any(getattr(n.target, "__name__", "") in _AUTOCAST for n in module.graph.nodes)
 
 
 class _Shadow(fx.Interpreter):
     """Runs a Dynamo graph under a trace, noting which traced node holds each Dynamo node's result."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, repeats: Repeats | None) -> None:
         super().__init__(module)
+        self.repeats = repeats
         self.pairs: list[tuple[fx.Node, fx.Node]] = []
         self.made: list[tuple[fx.Node, list[str]]] = []  # names: the traced graph loses nodes when it is cleaned up
         self.parts: dict[fx.Node, Any] = {}
@@ -60,10 +67,7 @@ class _Shadow(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         last = self._last()
-        opaque = isinstance(n.target, HigherOrderOperator) and n.target is not FLEX
-        result = self._opaque(n) if opaque else torch_private.known_number(n)
-        if result is None:
-            result = super().run_node(n)
+        result = self._run(n)
         made = torch_private.traced_node(result)
         if made is not None and n.op != "output":
             self.pairs.append((made, n))
@@ -71,6 +75,21 @@ class _Shadow(fx.Interpreter):
             self.parts[n] = [torch_private.traced_node(x) for x in result]
         self.made.append((n, self._since(last)))
         return result
+
+    def _run(self, n: fx.Node) -> Any:
+        if isinstance(n.target, HigherOrderOperator) and n.target is not FLEX:
+            return self._opaque(n)
+        number = torch_private.known_number(n)
+        if number is not None:
+            return number
+        if n.target in PARTS:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if not any(isinstance(x, torch.Tensor) and x.is_nested for x in args):
+                return PARTS[n.target](*args, **kwargs)
+        if self.repeats is None:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return self.repeats.run(n, args, kwargs, lambda: super(_Shadow, self).run_node(n))
 
     def _opaque(self, n: fx.Node) -> Any:
         """New tensors for what a higher-order operator gives. Its body, if it has one of its own, is read by itself."""
@@ -99,11 +118,14 @@ class _Shadow(fx.Interpreter):
 
 def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
     """The shadow of a Dynamo graph. Raises whatever the trace raises; the module itself is not touched."""
-    mode, fakes = torch_private.fake_inputs(inputs)
-    shadow = _Shadow(module)
+    own = None if _uses_autocast(module) else torch_private.fakes_of_dynamo(module, inputs)
+    mode, fakes = own or torch_private.fake_inputs(inputs)
+    shadow = _Shadow(module, None if own is None else Repeats())
     # Grad mode is part of what Dynamo captured, and a trace under no_grad records less.
     with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
         traced = torch_private.trace(lambda *a: shadow.run(*a), mode, fakes)
+    if shadow.repeats is not None:
+        shadow.repeats.fill(mode)
     names = {n.name: n for n in traced.graph.nodes}
     reading = Reading(module, traced, {}, bodies=shadow.bodies)
     for made, node in shadow.pairs:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from attncc import torch_private
 from attncc.dynamo import Collected, attncc_backend, collecting
 from attncc.report import Report
 
@@ -20,12 +21,16 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     found = Collected()
     token = collecting.set(found)
     torch._dynamo.reset()
+    before = torch_private.graph_breaks()
     try:
         compiled = torch.compile(model, backend=attncc_backend, options={"inductor": False})
         compiled(*args, **kwargs)
     finally:
         collecting.reset(token)
         torch._dynamo.reset()
+    for reason, count in (torch_private.graph_breaks() - before).items():
+        times = "" if count == 1 else f", {count} times"
+        found.notes.append(f"a graph break{times}: {reason}; attention that runs outside the graphs is not seen")
     return report(found)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 
@@ -31,6 +33,36 @@ def fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     return mode, [fake(x) for x in inputs]
 
 
+#: Operations that change what shape a tensor itself has: Dynamo's fakes then show the last one.
+_RESHAPES = {
+    "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "set_",
+    "as_strided_", "requires_grad_", "detach_",
+}  # fmt: skip
+
+
+def fakes_of_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]] | None:
+    """The fakes that Dynamo itself ran a graph on, and their mode; None where they do not show the inputs as they are."""
+    if any(n.op == "call_method" and n.target in _RESHAPES for n in module.graph.nodes):
+        return None
+    own = [n.meta.get("example_value") for n in module.graph.nodes if n.op == "placeholder"]
+    pairs = [(mine, given) for mine, given in zip(own, inputs, strict=True) if isinstance(given, torch.Tensor)]
+    modes = {mine.fake_mode if isinstance(mine, FakeTensor) else None for mine, _ in pairs}
+    mode = modes.pop() if len(modes) == 1 else None
+    if mode is None or not all(_shows(mine, given) for mine, given in pairs):
+        return None
+    return mode, [mine if isinstance(given, torch.Tensor) else given for mine, given in zip(own, inputs, strict=True)]
+
+
+def _shows(fake: torch.Tensor, given: torch.Tensor) -> bool:
+    """Whether a fake tensor has the dtype, shape and strides of a given one; those that are symbols are not asked."""
+    if type(fake) is not FakeTensor or fake.layout != torch.strided or given.layout != torch.strided:
+        return False
+    pairs = zip((*fake.shape, *fake.stride()), (*given.shape, *given.stride()), strict=True)
+    return fake.dtype == given.dtype and fake.dim() == given.dim() and all(
+        x == y for x, y in pairs if type(x) is int and type(y) is int
+    )  # fmt: skip
+
+
 def trace(run: Callable[..., Any], mode: FakeTensorMode, inputs: Sequence[Any]) -> fx.GraphModule:
     """The pre-dispatch ATen graph of `run` on fake inputs."""
     with mode:
@@ -48,6 +80,44 @@ def traced_node(value: Any) -> fx.Node | None:
     slot = getattr(slot, "force", lambda: slot)()
     proxy = getattr(slot, "proxy", slot)
     return getattr(proxy, "node", None)
+
+
+def traced_graph() -> fx.Graph:
+    """The graph of the trace in progress."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    return mode.tracer.graph
+
+
+def unobserved() -> AbstractContextManager[Any]:
+    """Inside, a trace in progress does not see what is asked of its tensors."""
+    return torch._C.DisableTorchFunction()
+
+
+def traced_constant(x: object) -> bool:
+    """Whether the trace in progress knows the data of a tensor, or does not know the tensor."""
+    mode = get_proxy_mode()
+    if mode is None or not isinstance(x, torch.Tensor):
+        return True
+    slot = get_proxy_slot(x, mode.tracer, None)
+    return slot is None or slot.constant is not None
+
+
+def stands_for(n: fx.Node, x: torch.Tensor) -> None:
+    """Let a tensor be, in the trace in progress, what a node of its graph holds."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    track_tensor(x, fx.Proxy(n, mode.tracer), constant=None, tracer=mode.tracer)
+
+
+def inside_transform() -> bool:
+    """Whether a level of `vmap`, `grad` or another transform is open."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def storage(x: torch.Tensor) -> int:
+    """What tensors that share memory share."""
+    return x.untyped_storage()._cdata
 
 
 def like(x: torch.Tensor) -> torch.Tensor:
@@ -109,3 +179,11 @@ def block_tables(
     from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415 - takes as long as Inductor
 
     return create_block_mask(mask_mod, *sizes, device=str(device), BLOCK_SIZE=blocks).as_tuple()[2:-3]
+
+
+def graph_breaks() -> Counter[str]:
+    """How often this process left a graph so far, by Dynamo's reason (its first line)."""
+    found: Counter[str] = Counter()
+    for reason, count in torch._dynamo.utils.counters["graph_break"].items():
+        found[reason.splitlines()[0]] += count
+    return found

@@ -63,7 +63,7 @@ def lift_all(f: Facts) -> list[Lifted | Refusal]:
             except VerifyError as error:
                 found.append(Refusal(f"the IR cannot say it: {error}", n, n))
         elif n.op == "call_function" and str(n.target) in _LIBRARY:
-            found.append(Refusal("one library operation holds the whole attention", n, n))
+            found.append(Refusal("one library operation holds the whole attention, on nested tensors", n, n))
     taken = {site.node for site in found}
     for n in f.graph.nodes:
         weighted = weighted_by_scores(f, n) if n not in taken and n in f.live else None

@@ -6,12 +6,13 @@ from zoo_case import Case
 from zoo_diffusion import DIFFUSION
 from zoo_flex import FLEX
 from zoo_forms import FORMS
+from zoo_library import LIBRARY
 from zoo_others import OTHERS
 from zoo_spellings import SPELLINGS
 from zoo_text import TEXT
 from zoo_vision import VISION
 
-CASES: tuple[Case, ...] = (*SPELLINGS, *FORMS, *FLEX, *OTHERS, *TEXT, *VISION, *DIFFUSION)
+CASES: tuple[Case, ...] = (*SPELLINGS, *FORMS, *FLEX, *LIBRARY, *OTHERS, *TEXT, *VISION, *DIFFUSION)
 
 assert len({case.name for case in CASES}) == len(CASES)
 
@@ -25,7 +26,8 @@ QUICK = frozenset({
     "sink-column", "sink-gate", "softcap", "alibi", "bucketed", "relative-keys", "relative-shift", "decomposed",
     "channels", "class-token", "windows", "halo", "axial", "top-k", "sorted-groups", "under-autocast", "with-weights",
     "flex", "flex-documents", "flex-merged", "flex-dynamic", "flex-by-tables",
-    "padded-cross", "dilated", "multihead-attention", "decoding", "llama-static-cache", "linear-attention", "router",
+    "padded-cross", "dilated", "multihead-attention", "transformer-encoder",
+    "transformer-encoder-post-norm", "decoding", "llama-static-cache", "linear-attention", "router",
     "branches", "sampling", "classifier", "pseudo-inverse", "changed-weights", "slots",
     "llama-eager", "llama-left-padded", "llama-dynamic", "gemma2", "gpt-oss-sinks", "deepseek-v3", "bloom",
     "bert-eager", "modernbert", "t5", "bart", "swinv2", "wav2vec2-conformer", "unet-plain", "sd3", "sam-vision-sdpa",

@@ -1,4 +1,4 @@
-"""Modules that need more than q, k and v: torch's own, caches, gates, linear attentions, and what must be refused."""
+"""Modules that need more than q, k and v: caches, gates, linear attentions, and what must be refused."""
 
 from __future__ import annotations
 
@@ -14,28 +14,6 @@ from zoo_spellings import N, x
 from zoo_text import LLAMA, tokens
 
 WIDTH = 32
-PADDED = torch.arange(N)[None] >= torch.tensor([N, N - 6])[:, None]  # True where torch's own modules must not look
-
-
-class Wrapped(nn.Module):
-    """A module and the arguments it is called with after x."""
-
-    def __init__(self, module: nn.Module, **arguments: Any) -> None:
-        super().__init__()
-        self.module, self.arguments = module, arguments
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.module(x, **self.arguments)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, *, weights: bool) -> None:
-        super().__init__()
-        self.attention, self.weights = nn.MultiheadAttention(WIDTH, 4, batch_first=True), weights
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out, weights = self.attention(x, x, x, key_padding_mask=PADDED, need_weights=self.weights)
-        return out if weights is None else out + weights.mean(-1, keepdim=True)
 
 
 class Decoding(nn.Module):
@@ -219,11 +197,6 @@ def of(module: Callable[[], nn.Module], *arguments: Any) -> Callable[[], Made]:
     return lambda: (lively(module()), (x(), *arguments), {})
 
 
-def encoder_layer() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(WIDTH, 4, 48, batch_first=True, norm_first=True)
-    return Wrapped(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), src_key_padding_mask=PADDED)
-
-
 def decoding() -> Made:
     torch.manual_seed(3)
     return lively(Decoding()), (x(1), torch.tensor([17])), {}
@@ -246,10 +219,6 @@ def llama_decoding(kind: str) -> Callable[[], Made]:
 
 
 OTHERS = (
-    Case("multihead-attention", of(lambda: SelfAttention(weights=False)), 1, "torch's own module"),
-    Case("multihead-attention-weights", of(lambda: SelfAttention(weights=True)), 1, "and its averaged weights", kept=1),
-    Case("transformer-encoder", of(encoder_layer), 2, "torch's encoder",
-         missing="one operation holds the layer"),
     Case("decoding", decoding, 1, "a static cache written in place", golden=0),
     Case("llama-static-cache", llama_decoding("static"), 2, "decode against a static cache", golden=0),
     Case("llama-dynamic-cache", llama_decoding("dynamic"), 2, "decode against a growing cache"),

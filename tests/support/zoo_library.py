@@ -1,0 +1,85 @@
+"""torch's own modules: multi-head attention and encoder layers, which inference runs as one operation each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from zoo_case import Case, Made, lively
+from zoo_spellings import N, x
+
+WIDTH = 32
+PADDED = torch.arange(N)[None] >= torch.tensor([N, N - 6])[:, None]  # True where torch's modules must not look
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(N)
+
+
+class Wrapped(nn.Module):
+    """A module and the arguments it is called with after x."""
+
+    def __init__(self, module: nn.Module, **arguments: Any) -> None:
+        super().__init__()
+        self.module, self.arguments = module, arguments
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.module(x, **self.arguments)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, *, weights: bool) -> None:
+        super().__init__()
+        self.attention, self.weights = nn.MultiheadAttention(WIDTH, 4, batch_first=True), weights
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, weights = self.attention(x, x, x, key_padding_mask=PADDED, need_weights=self.weights)
+        return out if weights is None else out + weights.mean(-1, keepdim=True)
+
+
+class Native(nn.Module):
+    """The one operation that inference runs, called by itself."""
+
+    def __init__(self, *, weights: bool, cross: bool = False) -> None:
+        super().__init__()
+        self.attention, self.weights, self.cross = nn.MultiheadAttention(WIDTH, 4, batch_first=True), weights, cross
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.attention
+        key = x.flip(1) if self.cross else x
+        held = (a.in_proj_weight, a.in_proj_bias, a.out_proj.weight, a.out_proj.bias)
+        out, weights = torch._native_multi_head_attention(
+            x, key, key, WIDTH, 4, *held, mask=PADDED, need_weights=self.weights, mask_type=1
+        )
+        return out + weights.sum(-2)[..., None] if self.weights else out
+
+
+def encoder(*, layers: int = 2, settings: dict[str, Any], **arguments: Any) -> Callable[[], Made]:
+    def make() -> Made:
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 48, batch_first=True, **settings)
+        stack = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        return lively(Wrapped(stack, **arguments)), (x(),), {}
+
+    return make
+
+
+def of(module: Callable[[], nn.Module]) -> Callable[[], Made]:
+    return lambda: (lively(module()), (x(),), {})
+
+
+GELU = {"activation": "gelu"}
+LIBRARY = (
+    Case("multihead-attention", of(lambda: SelfAttention(weights=False)), 1, "torch's own module"),
+    Case("multihead-attention-weights", of(lambda: SelfAttention(weights=True)), 1, "and its averaged weights", kept=1),
+    Case("native-attention", of(lambda: Native(weights=False)), 1, "one operation", golden=0),
+    Case("native-attention-cross", of(lambda: Native(weights=False, cross=True)), 1, "keys from elsewhere"),
+    Case("native-attention-weights", of(lambda: Native(weights=True)), 1, "averaged weights leave it", kept=1),
+    Case("transformer-encoder", encoder(settings={"norm_first": True}, src_key_padding_mask=PADDED), 2,
+         "torch's encoder in inference: a layer is one operation", golden=0, inductor=True),
+    Case("transformer-encoder-post-norm", encoder(settings=GELU, mask=CAUSAL, is_causal=True), 2,
+         "norms after, gelu, a causal mask", golden=0, dtypes=(torch.float32, torch.bfloat16)),
+    Case("transformer-encoder-masks", encoder(settings={}, mask=CAUSAL < 0, is_causal=True,
+         src_key_padding_mask=PADDED), 2, "a causal and a padding mask merged"),
+    Case("transformer-encoder-training", encoder(settings={"dropout": 0.0}, src_key_padding_mask=PADDED), 2,
+         "with gradients it runs as single operations", backward=True),
+    Case("transformer-encoder-dynamic", encoder(settings={}), 2, "lengths known at the call only", dynamic=True),
+)  # fmt: skip
