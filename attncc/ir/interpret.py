@@ -39,7 +39,7 @@ def interpret(
     table = size_table(a, sizes)
     wide = compute or DTYPE_OF[a.compute_dtype]
     axes = a.axes
-    grid = _grid(axes, table, next(iter(tensors.values())).device)
+    grid = index_grid(axes, table, next(iter(tensors.values())).device)
     ev = Evaluator(grid, tensors, wide, rounding=rounding, checked=True)
 
     def operand(access: Access, last: Axis, row: Axis) -> torch.Tensor:
@@ -97,7 +97,7 @@ def _normalize(
     return w, torch.logsumexp(logits, -1)
 
 
-def _grid(axes: Sequence[Axis], table: Mapping[Expr, int], device: torch.device) -> dict[Expr, torch.Tensor]:
+def index_grid(axes: Sequence[Axis], table: Mapping[Expr, int], device: torch.device) -> dict[Expr, torch.Tensor]:
     """Each index as an arange along its own dimension, each size as a scalar."""
     grid: dict[Expr, torch.Tensor] = {s: torch.tensor(n, device=device) for s, n in table.items()}
     for at, axis in enumerate(axes):
