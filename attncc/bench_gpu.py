@@ -22,7 +22,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from attncc.bench_gpu_rows import Row, rows
+from attncc.bench_gpu_rows import rows
+from attncc.bench_row import Row, grid, mask_of, visible_pairs
 from attncc.ir import parse_attention, print_attention
 from attncc.kernels import built
 from attncc.runtime.measure import on_cuda
@@ -47,21 +48,10 @@ def ours(row: Row, t: dict[str, torch.Tensor]) -> Call:
     return call
 
 
-def _mask(row: Row, t: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """The mask as a tensor that broadcasts to (B, 1, N, M)."""
-    if row.mask_mod is None:
-        return None
-    device = t["q"].device
-    b = torch.arange(row.batch, device=device).view(-1, 1, 1, 1)
-    i = torch.arange(row.rows, device=device).view(1, 1, -1, 1)
-    j = torch.arange(row.keys, device=device).view(1, 1, 1, -1)
-    return row.mask_mod(t)(b, b.new_zeros(1), i, j)
-
-
 def sdpa(row: Row, t: dict[str, torch.Tensor], backend: SDPBackend) -> Call:
     if row.score_mod is not None:
         raise ValueError("SDPA has no score function")
-    mask = None if row.causal else _mask(row, t)
+    mask = None if row.causal else mask_of(row, t)
     if mask is not None and backend is SDPBackend.FLASH_ATTENTION:
         raise ValueError("the flash backend takes no mask")
 
@@ -93,12 +83,9 @@ def unfused(row: Row, t: dict[str, torch.Tensor]) -> Call:
     """Scores, mask, softmax, product, as a model spells them, compiled by Inductor."""
     if 4 * row.batch * row.heads * row.group * row.rows * row.keys > _LARGEST_SCORES:
         raise ValueError("the score matrix does not fit")
-    mask = _mask(row, t)
+    mask = mask_of(row, t)
     score_mod = None if row.score_mod is None else row.score_mod(t)
-    device = t["q"].device
-    h = torch.arange(row.heads * row.group, device=device).view(1, -1, 1, 1)
-    i = torch.arange(row.rows, device=device).view(1, 1, -1, 1)
-    j = torch.arange(row.keys, device=device).view(1, 1, 1, -1)
+    _, h, i, j = grid(row, t["q"].device)
 
     def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         k, v = k.repeat_interleave(row.group, 1), v.repeat_interleave(row.group, 1)
@@ -119,21 +106,6 @@ RIVALS: dict[str, Callable[[Row, dict[str, torch.Tensor]], Call]] = {
     "flex": flex,
     "unfused": unfused,
 }
-
-
-def visible_pairs(row: Row, t: dict[str, torch.Tensor]) -> int:
-    """Pairs of a row and a key that see each other, over batch and heads; counted a slice of rows at a time."""
-    if row.mask_mod is None:
-        return row.batch * row.heads * row.group * row.rows * row.keys
-    device, seen, step = t["q"].device, 0, max(1, (1 << 26) // row.keys)
-    mod, batches = row.mask_mod(t), range(row.batch if "length" in t else 1)
-    j = torch.arange(row.keys, device=device).view(1, -1)
-    for b in batches:
-        for start in range(0, row.rows, step):
-            i = torch.arange(start, min(start + step, row.rows), device=device).view(-1, 1)
-            at = torch.tensor(b, device=device)
-            seen += int(mod(at, at, i, j).expand(len(i), row.keys).sum())
-    return seen * row.heads * row.group * (1 if len(batches) > 1 else row.batch)
 
 
 def matmul_ceiling(device: torch.device) -> float:

@@ -2,68 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
-Mod = Callable[..., torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One attention. Tensors are q (B, HK * G, N, D), k and v (B, HK, M, D) and `extra` by name.
-
-    `mask_mod` and `score_mod` are FlexAttention's spelling, given the extra tensors; the plain spelling uses them."""
-
-    name: str
-    batch: int
-    heads: int
-    group: int
-    rows: int
-    keys: int
-    d: int
-    mask: str = "True"
-    score: str = ""
-    declared: tuple[str, ...] = ()
-    extra: Callable[[torch.device], dict[str, torch.Tensor]] = lambda device: {}
-    mask_mod: Callable[[dict[str, torch.Tensor]], Mod] | None = None
-    score_mod: Callable[[dict[str, torch.Tensor]], Mod] | None = None
-    causal: bool = False
-
-    @property
-    def text(self) -> str:
-        hq, scale, head = self.heads * self.group, repr(self.d**-0.5), f"hk * {self.group} + g"
-        lines = [
-            "attention",
-            f"batch  b = {self.batch}, hk = {self.heads}, g = {self.group}",
-            f"axis   i = {self.rows}, j = {self.keys}, d = {self.d}, e = {self.d}",
-            f"tensor q: bf16[{self.batch}, {hq}, {self.rows}, {self.d}]",
-            f"tensor k: bf16[{self.batch}, {self.heads}, {self.keys}, {self.d}]",
-            f"tensor v: bf16[{self.batch}, {self.heads}, {self.keys}, {self.d}]",
-            *(f"tensor {t}" for t in self.declared),
-            f"q      q[b, hk * {self.group} + g, i, d]",
-            "k      k[b, hk, j, d]",
-            "v      v[b, hk, j, e]",
-            f"score  {(self.score or 's * SCALE').replace('HEAD', head).replace('SCALE', scale)}",
-            f"mask   {self.mask}",
-            "norm   softmax",
-            "empty  zero",
-            "weight w",
-            "give   out",
-            "dtype  bf16",
-        ]  # fmt: skip
-        return "\n".join(lines)
-
-    def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
-        random = torch.Generator(device).manual_seed(0)
-
-        def normal(heads: int, length: int) -> torch.Tensor:
-            shape = (self.batch, heads, length, self.d)
-            return torch.randn(shape, generator=random, device=device, dtype=torch.bfloat16)
-
-        q = normal(self.heads * self.group, self.rows)
-        return {"q": q, "k": normal(self.heads, self.keys), "v": normal(self.heads, self.keys), **self.extra(device)}
+from attncc.bench_row import Mod, Row
 
 
 def _causal_mod(extra: dict[str, torch.Tensor]) -> Mod:

@@ -175,14 +175,24 @@ def bench(
     suite: Annotated[Literal["cpu", "gpu"], typer.Option("--suite", help="Which machine to measure.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
+    only: Annotated[str, typer.Option("--rows", metavar="WORDS", help="Rows whose names hold one of these, by commas; "
+                                      "`none` measures nothing (cpu).")] = "",
+    dtypes: Annotated[str, typer.Option("--dtypes", metavar="TYPES", help="Of f32,bf16,f16 (cpu).")] = "",
+    threads: Annotated[list[int] | None, typer.Option("--threads", min=1, help="May be repeated (cpu).")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the results (cpu).")] = None,
+    table: Annotated[Path | None, typer.Option("--table", metavar="FILE", help="Write Markdown tables (cpu).")] = None,
     debug: Debug = False,
 ) -> None:
-    """Time attncc's kernels against SDPA and Inductor in one run."""
+    """Time attncc's kernels against SDPA, FlexAttention and Inductor in one run."""
     with clear_errors(debug):
-        _suite(suite)(quick=quick, json=out)
+        of_cpu = {"only": only, "dtypes": [d for d in dtypes.split(",") if d], "threads": threads or [],
+                  "picture": picture, "table": table}  # fmt: skip
+        if suite == "gpu" and any(of_cpu.values()):
+            raise TargetError("bench: --rows, --dtypes, --threads, --plot and --table are of --suite cpu")
+        _suite(suite)(quick=quick, json=out, **(of_cpu if suite == "cpu" else {}))
 
 
-def _suite(name: Literal["cpu", "gpu"]) -> Callable[..., None]:
+def _suite(name: Literal["cpu", "gpu"]) -> Callable[..., object]:
     try:
         return importlib.import_module(f"attncc.bench_{name}").run
     except ImportError as error:

@@ -10,7 +10,6 @@ import torch
 
 from attncc import bench_gpu
 from attncc.bench_gpu_rows import (
-    Row,
     causal,
     decode,
     documents,
@@ -21,6 +20,7 @@ from attncc.bench_gpu_rows import (
     t5_bias,
     window,
 )
+from attncc.bench_row import Row, mask_of, visible_pairs
 from attncc.codegen.triton import configs, emit, unsupported
 from attncc.ir import interpret, parse_attention, verify
 from attncc.passes.bounds import loop_bounds
@@ -47,7 +47,7 @@ def test_all_spellings_agree(row: Row) -> None:
     row = small(row)
     a = verify(parse_attention(row.text))
     t = {n: x.double() if x.is_floating_point() else x for n, x in row.tensors(torch.device("cpu")).items()}
-    mask = bench_gpu._mask(row, t)  # pyright: ignore[reportPrivateUsage]
+    mask = mask_of(row, t)
     k, v = (t[n].repeat_interleave(row.group, 1) for n in "kv")
     s = t["q"] @ k.transpose(-1, -2) * row.d**-0.5
     if row.score_mod is not None:
@@ -58,7 +58,7 @@ def test_all_spellings_agree(row: Row) -> None:
     got = interpret(a, t, [], compute=torch.float64)["out"].reshape(want.shape)
     assert torch.allclose(got, want, atol=1e-12)
     pairs = s.numel() if mask is None else int(mask.expand(s.shape).sum())
-    assert bench_gpu.visible_pairs(row, t) == pairs
+    assert visible_pairs(row, t) == pairs
 
 
 @pytest.mark.parametrize("row", rows(quick=False), ids=lambda r: r.name)

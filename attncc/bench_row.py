@@ -1,0 +1,103 @@
+"""One attention of a benchmark: as IR text, as tensors, and in the spelling of its rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from attncc.ir.evaluate import DTYPE_OF
+
+Mod = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attention. Tensors are q (B, HK * G, N, D), k and v (B, HK, M, D) and `extra` by name.
+
+    `mask_mod` and `score_mod` are FlexAttention's spelling, given the extra tensors; the plain spelling uses them. In
+    the text of the IR, SCALE, HEAD and DTYPE stand for what they are in this row."""
+
+    name: str
+    batch: int
+    heads: int
+    group: int
+    rows: int
+    keys: int
+    d: int
+    mask: str = "True"
+    score: str = ""
+    declared: tuple[str, ...] = ()
+    extra: Callable[[torch.device], dict[str, torch.Tensor]] = lambda device: {}
+    mask_mod: Callable[[dict[str, torch.Tensor]], Mod] | None = None
+    score_mod: Callable[[dict[str, torch.Tensor]], Mod] | None = None
+    causal: bool = False
+    dtype: str = "bf16"
+
+    @property
+    def text(self) -> str:
+        hq, scale, head = self.heads * self.group, repr(self.d**-0.5), f"hk * {self.group} + g"
+        lines = [
+            "attention",
+            f"batch  b = {self.batch}, hk = {self.heads}, g = {self.group}",
+            f"axis   i = {self.rows}, j = {self.keys}, d = {self.d}, e = {self.d}",
+            f"tensor q: {self.dtype}[{self.batch}, {hq}, {self.rows}, {self.d}]",
+            f"tensor k: {self.dtype}[{self.batch}, {self.heads}, {self.keys}, {self.d}]",
+            f"tensor v: {self.dtype}[{self.batch}, {self.heads}, {self.keys}, {self.d}]",
+            *(f"tensor {t.replace('DTYPE', self.dtype)}" for t in self.declared),
+            f"q      q[b, hk * {self.group} + g, i, d]",
+            "k      k[b, hk, j, d]",
+            "v      v[b, hk, j, e]",
+            f"score  {(self.score or 's * SCALE').replace('HEAD', head).replace('SCALE', scale)}",
+            f"mask   {self.mask}",
+            "norm   softmax",
+            "empty  zero",
+            "weight w",
+            "give   out",
+            f"dtype  {self.dtype}",
+        ]  # fmt: skip
+        return "\n".join(lines)
+
+    def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
+        random = torch.Generator(device).manual_seed(0)
+        dtype = DTYPE_OF[self.dtype]
+
+        def normal(heads: int, length: int) -> torch.Tensor:
+            shape = (self.batch, heads, length, self.d)
+            return torch.randn(shape, generator=random, device=device).to(dtype)
+
+        q = normal(self.heads * self.group, self.rows)
+        types = {name: kind.partition("[")[0].strip() for name, _, kind in (t.partition(":") for t in self.declared)}
+        extra = {n: t.to(DTYPE_OF[types[n].replace("DTYPE", self.dtype)]) for n, t in self.extra(device).items()}
+        return {"q": q, "k": normal(self.heads, self.keys), "v": normal(self.heads, self.keys), **extra}
+
+
+def grid(row: Row, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """b, h, i, j in shapes that broadcast to (B, H, N, M)."""
+    sizes = (row.batch, row.heads * row.group, row.rows, row.keys)
+    b, h, i, j = (torch.arange(n, device=device) for n in sizes)
+    return b.view(-1, 1, 1, 1), h.view(1, -1, 1, 1), i.view(1, 1, -1, 1), j.view(1, 1, 1, -1)
+
+
+def mask_of(row: Row, t: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """The mask as a tensor that broadcasts to (B, 1, N, M)."""
+    if row.mask_mod is None:
+        return None
+    b, h, i, j = grid(row, t["q"].device)
+    return row.mask_mod(t)(b, h[:, :1], i, j)
+
+
+def visible_pairs(row: Row, t: dict[str, torch.Tensor]) -> int:
+    """Pairs of a row and a key that see each other, over batch and heads; counted a slice of rows at a time."""
+    if row.mask_mod is None:
+        return row.batch * row.heads * row.group * row.rows * row.keys
+    device, seen, step = t["q"].device, 0, max(1, (1 << 26) // row.keys)
+    mod, batches = row.mask_mod(t), range(row.batch if "length" in t else 1)
+    j = torch.arange(row.keys, device=device).view(1, -1)
+    for b in batches:
+        for start in range(0, row.rows, step):
+            i = torch.arange(start, min(start + step, row.rows), device=device).view(-1, 1)
+            at = torch.tensor(b, device=device)
+            seen += int(mod(at, at, i, j).expand(len(i), row.keys).sum())
+    return seen * row.heads * row.group * (1 if len(batches) > 1 else row.batch)
