@@ -1,4 +1,4 @@
-"""The unfused alternative of a site: the model's own operations from the operands to the output, ready to be timed.
+"""The unfused alternative of sites: the model's own operations from the operands to the output, ready to be timed.
 
 What does not depend on queries, keys or values (masks, buckets) is computed beforehand: a model computes it once for
 all layers. Operands are random, integer and boolean loads neutral, in the shapes and strides that the graph has.
@@ -6,7 +6,7 @@ all layers. Operands are random, integer and boolean loads neutral, in the shape
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,35 +16,48 @@ from torch import fx
 from attncc import torch_private
 from attncc.ir.expr import Const, Expr, Op, Size
 from attncc.patterns.assemble import Lifted
-from attncc.patterns.contractions import contraction
 from attncc.patterns.facts import Facts
 from attncc.patterns.flex import FLEX, WHOLE
+from attncc.together import between, operands, sources
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One site with data: the kernel's tensors and sizes, and the unfused computation of the same thing."""
+    """Sites with data: the tensors and sizes of each one's kernel, and the unfused computation of the same thing."""
 
-    tensors: list[torch.Tensor]
-    sizes: list[int]
+    sites: tuple[Lifted, ...]
+    known: dict[fx.Node, Any]
+    sizes: list[list[int]]
+    made: list[fx.Node]
     module: fx.GraphModule
     inputs: list[torch.Tensor]
+
+    def tensors(self) -> list[list[torch.Tensor]]:
+        """The tensors of each kernel; what only the kernels need is computed on the way, as it will be in the model."""
+        values = dict(self.known)
+        for n in self.made:
+            target: Any = n.target
+            values[n] = target(*fx.map_arg(n.args, values.__getitem__))  # type: ignore[arg-type]
+        return [[values[n] for n in site.tensors] for site in self.sites]
 
 
 class Untimeable(Exception):
     """The site cannot be run on made-up data; the message says why."""
 
 
-def trial(site: Lifted, facts: Facts, *, seed: int = 0) -> Trial:
-    """Made-up data and the unfused computation of a site. Raises Untimeable."""
+def trial(sites: Sequence[Lifted], facts: Facts, *, seed: int = 0) -> Trial:
+    """Made-up data and the unfused computation of some sites. Raises Untimeable."""
     generator = torch.Generator().manual_seed(seed)
     known: dict[fx.Node, Any] = {}
-    for n, dtype in zip(site.tensors, site.dtypes, strict=True):
-        if dtype != facts.dtype(n):
+    for site in sites:
+        if any(dtype != facts.dtype(n) for n, dtype in zip(site.tensors, site.dtypes, strict=True)):
             raise Untimeable("autocast")
-        known[n] = made_up(facts.value(n), generator)
-    module, inputs = _unfused(site, facts, known)
-    return Trial([known[n] for n in site.tensors], [hint(x, facts) for x in site.sizes], module, inputs)
+        for n in sorted(sources(site.tensors, facts), key=facts.order.__getitem__):
+            if n not in known:
+                known[n] = made_up(facts.value(n), generator)
+    made = [n for n in between([n for s in sites for n in s.tensors], set(known)) if n in facts.made]
+    module, inputs = _unfused(sites, facts, known)
+    return Trial(tuple(sites), known, [[hint(x, facts) for x in s.sizes] for s in sites], made, module, inputs)
 
 
 def made_up(fake: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -85,16 +98,19 @@ def hint(x: Expr, facts: Facts) -> int:
     raise Untimeable(f"no example value for {x!r}")
 
 
-def _unfused(site: Lifted, facts: Facts, known: dict[fx.Node, Any]) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+def _unfused(
+    sites: Sequence[Lifted], facts: Facts, known: dict[fx.Node, Any]
+) -> tuple[fx.GraphModule, list[torch.Tensor]]:
     """The graph of what depends on the operands, and its inputs: operands and everything computed beforehand."""
-    operands = {site.tensors[at] for at, t in enumerate(site.attention.tensors) if t.name in _operand_names(site)}
-    needed = _slice(site.node, set(known))
-    moving: set[fx.Node] = set(operands)
+    given = {n for site in sites for n in sources(operands(site), facts)}
+    results = list(dict.fromkeys(site.node for site in sites))
+    needed = between(results, set(known))
+    moving: set[fx.Node] = set(given)
     for n in needed:
         if n not in known and any(a in moving for a in n.all_input_nodes):
             moving.add(n)
-    timed = [n for n in needed if n in moving and n not in operands]
-    if site.node not in timed:
+    timed = [n for n in needed if n in moving and n not in given]
+    if not set(results) <= set(timed):
         raise Untimeable("its output does not depend on its operands")
 
     def value(n: fx.Node) -> Any:
@@ -123,7 +139,7 @@ def _unfused(site: Lifted, facts: Facts, known: dict[fx.Node, Any]) -> tuple[fx.
         args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), copies.__getitem__)  # type: ignore[misc]
         target: Any = n.target
         copies[n] = graph.call_function(target, args, kwargs)
-    graph.output(copies[site.node])
+    graph.output(tuple(copies[n] for n in results))
     return fx.GraphModule(root, graph), inputs
 
 
@@ -145,47 +161,6 @@ def _block_tables(n: fx.Node, facts: Facts, value: Callable[[fx.Node], Any]) -> 
 
     made = torch_private.block_tables(mask, sizes, (rows, columns), facts.value(q).device)
     return {x: table for x, table in zip(blocks[2:-3], made, strict=True) if isinstance(x, fx.Node)}
-
-
-def needed_elsewhere(site: Lifted, facts: Facts) -> fx.Node | None:
-    """A user, outside the site, of scores or weights that the site computes on its way: they must exist then, and a
-    fused kernel would compute them once more."""
-    stops = set(site.tensors)
-    inside = _slice(site.node, stops)
-    names = _operand_names(site)
-    moving = {n for n, t in zip(site.tensors, site.attention.tensors, strict=True) if t.name in names}
-    scores: set[fx.Node] = set()
-    for n in inside:
-        if n in stops or not any(a in moving for a in n.all_input_nodes):
-            continue
-        moving.add(n)
-        product = contraction(facts, n)
-        made = product is not None and product.lhs in moving and product.rhs in moving
-        if n is site.node or not (made or any(a in scores for a in n.all_input_nodes)):
-            continue
-        scores.add(n)
-        for user in n.users:
-            if user in facts.live and (user not in inside or user in stops):
-                return user
-    return None
-
-
-def _operand_names(site: Lifted) -> set[str]:
-    a = site.attention
-    return {a.q.tensor, a.k.tensor, a.v.tensor}
-
-
-def _slice(node: fx.Node, stops: set[fx.Node]) -> list[fx.Node]:
-    """Everything `node` is computed from, back to `stops`, in graph order."""
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        n = stack.pop()
-        if n not in seen:
-            seen.add(n)
-            if n not in stops:
-                stack += n.all_input_nodes
-    return [n for n in node.graph.nodes if n in seen]
 
 
 def _evaluate(n: fx.Node, facts: Facts, value: Callable[[fx.Node], Any]) -> Any:

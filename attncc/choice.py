@@ -6,15 +6,16 @@ compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from attncc import torch_private
 from attncc.alternative import Trial, Untimeable, trial
-from attncc.ir import Attention, print_attention
+from attncc.ir import Attention
 from attncc.ir.attention import Axis
 from attncc.ir.interpret import extent, size_table
 from attncc.kernels import Built, default_store
@@ -39,16 +40,30 @@ class Choice:
     reason: str
 
 
-def decide(site: Lifted, final: Attention, made: Built, facts: Facts) -> Choice:
-    """Measure the kernel of a site against the site's own operations. `final` is the attention that the kernel runs."""
+@dataclass(frozen=True)
+class Candidate:
+    """A site with the attention that its kernel runs, the text of that, and the kernel."""
+
+    site: Lifted
+    final: Attention
+    spec: str
+    made: Built
+
+
+def decide(parts: Sequence[Candidate], facts: Facts) -> Choice:
+    """Measure the kernels of sites that are fused together or not at all against the sites' own operations."""
     try:
-        data = trial(site, facts)
+        data = trial([p.site for p in parts], facts)
     except Untimeable as error:
         return Choice(True, None, f"not measured: {error}")
-    spec = print_attention(final)
-    same = (spec, str(site.node.target), tuple((tuple(t.shape), t.stride()) for t in data.tensors), *data.sizes)
+    spec = "\n".join(p.spec for p in parts)
+    tensors = [t for each in data.tensors() for t in each]
+    same = (
+        spec, *(str(p.site.node.target) for p in parts), tuple((tuple(t.shape), t.stride()) for t in tensors),
+        *(n for each in data.sizes for n in each),
+    )  # fmt: skip
     if same not in _decided:
-        _decided[same] = _measure(site, final, made, spec, data)
+        _decided[same] = _measure(parts, spec, data, tensors)
     return _decided[same]
 
 
@@ -56,40 +71,39 @@ def decide(site: Lifted, final: Attention, made: Built, facts: Facts) -> Choice:
 _decided: dict[tuple[object, ...], Choice] = {}
 
 
-def _measure(site: Lifted, final: Attention, made: Built, spec: str, data: Trial) -> Choice:
-    device = data.tensors[0].device
-    outputs = plan_of(spec).allocate(data.tensors, data.sizes)
-
-    def ours() -> None:
-        made.kernel(data.tensors, data.sizes, outputs)
+def _measure(parts: Sequence[Candidate], spec: str, data: Trial, tensors: list[torch.Tensor]) -> Choice:
+    device = tensors[0].device
+    first = parts[0]
+    ours = _fused(parts, data)
 
     def measured(names: tuple[str, ...]) -> Any:
-        shape = [int(n) for t in data.tensors for n in t.shape] + data.sizes
-        return situation(spec, shape, device, (made.source, *names))
+        shape = [int(n) for t in tensors for n in t.shape] + [n for each in data.sizes for n in each]
+        return situation(spec, shape, device, (*(p.made.source for p in parts), *names))
 
-    step(f"measuring {made.name}")
+    step(f"measuring {first.made.name}")
     with torch.no_grad():
-        if site.node.target is SDPA:
-            return _settle(data, measured(("sdpa",)), {"attncc": ours, "SDPA": _eager(data)}, device)
-        if _score_bytes(final, data) > _MOST_SCORE_BYTES:
+        if first.site.node.target is SDPA:
+            return _settle(measured(("sdpa",)), {"attncc": ours, "SDPA": _eager(data)}, device)
+        if sum(_score_bytes(p, sizes) for p, sizes in zip(parts, data.sizes, strict=True)) > _MOST_SCORE_BYTES:
             return Choice(True, None, "not measured: its scores alone would fill over a gigabyte")
-        products = _products(final, data)
-        floor = compare({"attncc": ours, "products": products}, BUDGET_S / 3, sampler_for(device))
-        if not floor.failed and floor.us["attncc"] <= floor.us["products"] * (1 + TIE):
-            return Choice(True, None, "faster than its two matrix products alone")
+        if len(parts) == 1 and not data.made and not first.site.summed:
+            products = _products(first.final, data.tensors()[0], data.sizes[0])
+            floor = compare({"attncc": ours, "products": products}, BUDGET_S / 3, sampler_for(device))
+            if not floor.failed and floor.us["attncc"] <= floor.us["products"] * (1 + TIE):
+                return Choice(True, None, "faster than its two matrix products alone")
         step("compiling the unfused form for comparison")
         try:
             unfused = torch_private.inductor_apart(data.module, data.inputs)
         except Exception as error:  # whatever it is, the model's own operations would meet it too
             return Choice(True, None, f"not measured: Inductor fails on the model's own form ({_last_line(error)})")
-        return _settle(data, measured(("unfused",)), {"attncc": ours, "unfused": lambda: unfused(*data.inputs)}, device)
+        return _settle(measured(("unfused",)), {"attncc": ours, "unfused": lambda: unfused(*data.inputs)}, device)
 
 
 def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
 
 
-def _settle(data: Trial, where: Any, candidates: dict[str, Callable[[], object]], device: torch.device) -> Choice:
+def _settle(where: Any, candidates: dict[str, Callable[[], object]], device: torch.device) -> Choice:
     decision = choose(default_store(), where, candidates, ("attncc",), BUDGET_S, sampler_for(device))
     other = next((us for name, us in decision.us.items() if name != "attncc"), None)
     own = decision.us.get("attncc")
@@ -97,24 +111,48 @@ def _settle(data: Trial, where: Any, candidates: dict[str, Callable[[], object]]
     return Choice(decision.winner == "attncc", ratio, decision.reason)
 
 
+def _fused(parts: Sequence[Candidate], data: Trial) -> Callable[[], object]:
+    """What the fused graph does: the kernels, and what joins their outputs."""
+    outputs = [
+        plan_of(p.spec).allocate(tensors, sizes)
+        for p, tensors, sizes in zip(parts, data.tensors(), data.sizes, strict=True)
+    ]
+    still = data.tensors()
+
+    def run() -> None:
+        joined: dict[fx.Node, torch.Tensor] = {}
+        given = data.tensors() if data.made else still
+        for p, tensors, sizes, outs in zip(parts, given, data.sizes, outputs, strict=True):
+            p.made.kernel(tensors, sizes, outs)
+            out = outs[0]
+            if p.site.summed:
+                table = size_table(p.site.attention, sizes)
+                out = out.reshape([extent(x.extent, table) for x in p.site.attention.out_axes]).sum(p.site.summed)
+            node = p.site.node
+            joined[node] = out if node not in joined else joined[node].add(out.view_as(joined[node]))
+
+    return run
+
+
 def _eager(data: Trial) -> Callable[[], object]:
     return lambda: data.module(*data.inputs)
 
 
-def _score_bytes(a: Attention, data: Trial) -> int:
-    table = size_table(a, data.sizes)
+def _score_bytes(p: Candidate, sizes: list[int]) -> int:
+    a = p.site.attention
+    table = size_table(a, sizes)
     count = 4
-    for axis in (*a.batch, a.i, a.j):
-        count *= extent(axis.extent, table)
+    for at, axis in enumerate((*a.batch, a.i, a.j)):
+        count *= 1 if at in p.site.summed else extent(axis.extent, table)
     return count
 
 
-def _products(a: Attention, data: Trial) -> Callable[[], object]:
+def _products(a: Attention, tensors: list[torch.Tensor], sizes: list[int]) -> Callable[[], object]:
     """The two matrix products of an attention alone: a lower bound of every unfused form."""
-    table = size_table(a, data.sizes)
+    table = size_table(a, sizes)
 
     def dense(name: str, row: Axis, column: Axis) -> torch.Tensor:
-        source = data.tensors[[t.name for t in a.tensors].index(name)]
+        source = tensors[[t.name for t in a.tensors].index(name)]
         count = 1
         for axis in a.batch:
             count *= extent(axis.extent, table)

@@ -12,8 +12,7 @@ from typing import Any
 from torch import fx
 
 from attncc import capture, sites, torch_private
-from attncc.alternative import needed_elsewhere
-from attncc.choice import Choice, decide
+from attncc.choice import Candidate, Choice, decide
 from attncc.codegen import torch_form
 from attncc.edit import EditError, Editor, source_text
 from attncc.ir import Attention, print_attention
@@ -25,6 +24,7 @@ from attncc.patterns.lift import Refusal, lift_all
 from attncc.progress import step
 from attncc.report import Site
 from attncc.runtime import op
+from attncc.together import Joint, together
 
 
 @dataclass
@@ -111,29 +111,46 @@ def _edited(
     measure: bool,
 ) -> fx.GraphModule:
     """Every site decided, in order, and the graph edited. `settled` grows as it goes."""
-    plans = [_plan(site, facts) if isinstance(site, Lifted) else None for site in lifted]
+    joints = {id(site): joint for joint in together([s for s in lifted if isinstance(s, Lifted)], facts)
+              for site in joint.sites}  # fmt: skip
+    plans = [_plan(site, joints[id(site)], facts) if isinstance(site, Lifted) else None for site in lifted]
+    planned = {id(site): plan for site, plan in zip(lifted, plans, strict=True)}
     build_all((p.spec, p.device) for p in plans if isinstance(p, Plan))
     editor = Editor(reading, facts)
-    taken: set[fx.Node] = set()
-    for index, (site, plan) in enumerate(zip(lifted, plans, strict=True), first):
+    verdicts: dict[fx.Node, Choice] = {}
+    said: set[fx.Node] = set()
+    for site, plan in zip(lifted, plans, strict=True):
+        index = first + len(settled)
         place = reading.origin.get(site.anchor) or reading.owner[site.anchor]
         where, path = sites.user_line(place), sites.module_path(place)
-        if isinstance(site, Lifted) and site.node in taken:
-            site = Refusal("its product with the values belongs to another site too", site.node, site.anchor)
         if isinstance(site, Refusal):
             at = reading.origin.get(site.node) or reading.owner.get(site.node)
             settled.append(Site(index, "refused", site.reason, path, (sites.user_line(at) if at else "") or where))
             continue
         assert plan is not None  # every lifted site has one
-        taken.add(site.node)
-        verdict = _verdict(site, plan, facts, measure)
-        if verdict.fused and isinstance(plan, Plan):
-            try:
-                editor.fuse(site, plan.final)
-            except EditError as error:
-                verdict = replace(verdict, fused=False, reason=str(error))
-        settled.append(_record(site, plan, verdict, Place(index, path, where), facts))
+        if site.node not in verdicts:
+            verdicts |= _settled(joints[id(site)], planned, facts, editor, measure)
+        if isinstance(plan, fx.Node) and site.anchor in said:
+            continue  # a softmax whose weights go to several products, and must exist
+        said.add(site.anchor)
+        settled.append(_record(site, plan, verdicts[site.node], Place(index, path, where), facts))
     return editor.finish()
+
+
+def _settled(
+    joint: Joint, plans: Mapping[int, Plan | fx.Node | None], facts: Facts, editor: Editor, measure: bool
+) -> dict[fx.Node, Choice]:
+    """What becomes of each node that sites which are decided together take the place of; those chosen are fused."""
+    pairs = [(site, plan) for site in joint.sites if isinstance(plan := plans[id(site)], Plan)]
+    nodes = dict.fromkeys(site.node for site in joint.sites)
+    verdict = _verdict(joint, [plan for _, plan in pairs], facts, measure)
+    found = dict.fromkeys(nodes, verdict)
+    for n in nodes if verdict.fused else ():
+        try:
+            editor.fuse([(site, plan.final) for site, plan in pairs if site.node is n])
+        except EditError as error:
+            found[n] = replace(verdict, fused=False, reason=str(error))
+    return found
 
 
 @dataclass(frozen=True)
@@ -152,23 +169,26 @@ class Place:
     where: str
 
 
-def _plan(site: Lifted, facts: Facts) -> Plan | fx.Node:
+def _plan(site: Lifted, joint: Joint, facts: Facts) -> Plan | fx.Node:
     """The plan, or who needs the weights outside: then the scores exist anyway and nothing is to be gained."""
-    user = site.escapes[0] if site.escapes else needed_elsewhere(site, facts)
-    if user is not None:
-        return user
+    if joint.user is not None:
+        return joint.user
     final = optimise(split_axes(site.attention, site.factors))
     return Plan(final, print_attention(final), facts.value(site.node).device.type)
 
 
-def _verdict(site: Lifted, plan: Plan | fx.Node, facts: Facts, measure: bool) -> Choice:
-    if isinstance(plan, fx.Node):
-        name = "the output" if plan.op == "output" else plan.name
+def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool) -> Choice:
+    if joint.user is not None:
+        name = "the output" if joint.user.op == "output" else joint.user.name
         return Choice(False, None, f"its scores or weights are used elsewhere too, by {name}, and so must exist")
-    made = built(plan.spec, plan.device)
-    if made.language == "torch":
-        return Choice(False, None, made.reason)
-    return decide(site, plan.final, made, facts) if measure else Choice(True, None, "not measured")
+    kernels = [built(plan.spec, plan.device) for plan in plans]
+    slow = next((made for made in kernels if made.language == "torch"), None)
+    if slow is not None:
+        return Choice(False, None, slow.reason)
+    if not measure:
+        return Choice(True, None, "not measured")
+    parts = [Candidate(s, p.final, p.spec, made) for s, p, made in zip(joint.sites, plans, kernels, strict=True)]
+    return decide(parts, facts)
 
 
 def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, facts: Facts) -> Site:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -41,30 +42,37 @@ class Editor:
         owner = reading.owner
         self.effects = {owner[s] for s in reading.shadow.graph.nodes if s in owner and _acts(s)}
 
-    def fuse(self, site: Lifted, a: Attention) -> fx.Node:
-        """Replace the site's node by a call of attncc's operator for `a` (the site's attention after the passes)."""
-        target = self._place(site.node)
-        sums = None if site.lse is None else self._place(site.lse)
+    def fuse(self, parts: Sequence[tuple[Lifted, Attention]]) -> None:
+        """Replace a node by calls of attncc's operator, one for each site that adds up to it (with its attention after
+        the passes)."""
+        first = parts[0][0]
+        target = self._place(first.node)
+        sums = None if first.lse is None else self._place(first.lse)
         placed = [n for n in (target, sums) if n is not None]
         call = self.graph.call_function
         with self.graph.inserting_before(min(placed, key=lambda n: self.order.get(n, len(self.order)))):
-            tensors = [self._cast(self._node(n), n, dtype) for n, dtype in zip(site.tensors, site.dtypes, strict=True)]
-            sizes = [self._size(x, target) for x in site.sizes]
-            op = torch.ops.attncc.attention.default
-            outputs = call(op, (tensors, sizes, print_attention(a)))
-            made = [self._out(outputs, site, a, target)]
-            if site.lse is not None:
-                lse = call(operator.getitem, (outputs, a.outputs.index("lse")))
+            calls = [self._call(site, a, target) for site, a in parts]
+            outs = [self._out(outputs, site, a, target) for outputs, (site, a) in zip(calls, parts, strict=True)]
+            made = [functools.reduce(lambda x, y: call(torch.ops.aten.add.Tensor, (x, y)), outs)]
+            if first.lse is not None:
+                lse = call(operator.getitem, (calls[0], parts[0][1].outputs.index("lse")))
                 lse = call(torch.ops.aten.mul.Tensor, (lse, math.log2(math.e)))
-                shape = [self._size(s, target) for s in self.facts.shape(site.lse)]
+                shape = [self._size(s, target) for s in self.facts.shape(first.lse)]
                 made.append(call(torch.ops.aten.reshape.default, (lse, shape)))
-        outputs.meta.update({k: target.meta[k] for k in _COPIED if k in target.meta})
         for old, new in zip(placed, made, strict=True):
             new.meta.update({k: old.meta[k] for k in _COPIED if k in old.meta})
             new.meta["example_value"] = old.meta.get("example_value")
             old.replace_all_uses_with(new)
         for old in placed:
             self._remove(old)
+
+    def _call(self, site: Lifted, a: Attention, target: fx.Node) -> fx.Node:
+        """A call of the operator at the graph's insertion point."""
+        tensors = [self._cast(self._node(n), n, dtype) for n, dtype in zip(site.tensors, site.dtypes, strict=True)]
+        sizes = [self._size(x, target) for x in site.sizes]
+        op = torch.ops.attncc.attention.default
+        outputs = self.graph.call_function(op, (tensors, sizes, print_attention(a)))
+        outputs.meta.update({k: target.meta[k] for k in _COPIED if k in target.meta})
         return outputs
 
     def _out(self, outputs: fx.Node, site: Lifted, a: Attention, target: fx.Node) -> fx.Node:
@@ -74,6 +82,9 @@ class Editor:
         unsplit = [self._extent(x.extent, site, target) for x in site.attention.out_axes]
         if len(a.out_axes) != len(unsplit):
             out = call(torch.ops.aten.reshape.default, (out, unsplit))
+        if site.summed:
+            out = call(torch.ops.aten.sum.dim_IntList, (out, list(site.summed)))
+            unsplit = [x for at, x in enumerate(unsplit) if at not in site.summed]
         if site.order != tuple(range(len(site.order))):
             out = call(torch.ops.aten.permute.default, (out, list(site.order)))
         shape = self.facts.shape(site.node)
@@ -98,6 +109,10 @@ class Editor:
     def _node(self, shadow: fx.Node) -> fx.Node:
         """The node of the edited graph that holds a shadow node's value."""
         found = self.copies.get(shadow) or self.reading.origin.get(shadow)
+        if found is None and shadow in self.facts.made:
+            if self.reading.uses_autocast:
+                raise EditError("an operand of its own would be computed under autocast")
+            found = self.copies[shadow] = self.graph.node_copy(shadow, self._node)
         if found is None:
             owner = self.reading.owner.get(shadow)
             if owner is None:

@@ -25,7 +25,7 @@ class Parts:
     """What was read of an attention, over the indices of its output (`out`: zero where the extent is 1).
 
     `i` and `e` are None where the output has no such axis. `product_dtype` and `dtype` are those of the two products:
-    under autocast operands are cast to them."""
+    under autocast operands are cast to them. `summed` are batch indices of no output, which is a sum over them."""
 
     facts: Facts
     out: Point
@@ -48,6 +48,7 @@ class Parts:
     weight: Expr = W
     normalizer: Normalizer = "softmax"
     outputs: tuple[Output, ...] = ("out",)
+    summed: tuple[Expr, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Lifted:
     over the graph's symbols, of its sizes; `factors` says which sizes are products of others. The IR's output
     (*batch, i, e), permuted by `order` and viewed in the shape of `node`, is its value. `escapes` are users of the
     weights other than the product with the values. `lse` holds the logarithm, base two, of the sums of exponentials,
-    where the model uses it."""
+    where the model uses it. Axes of the output that are `summed` are summed over first. Several sites with one `node`
+    add up to it."""
 
     attention: Attention
     node: fx.Node
@@ -70,13 +72,15 @@ class Lifted:
     order: tuple[int, ...]
     escapes: tuple[fx.Node, ...] = ()
     lse: fx.Node | None = None
+    summed: tuple[int, ...] = ()
 
 
 def assemble(
     p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, ...] = (), lse: fx.Node | None = None
 ) -> Lifted:
     """The verified attention that `p` describes, with its place in the graph."""
-    batch = [x for x in p.out if x is not ZERO and x is not p.i and x is not p.e]
+    own = [x for x in p.out if x is not ZERO and x is not p.i and x is not p.e]
+    batch = [*own, *p.summed]
     names = {x: Index(f"b{n}") for n, x in enumerate(batch)}
     names |= {p.j: Index("j"), p.d: Index("d")}
     names |= {x: Index(n) for x, n in ((p.i, "i"), (p.e, "e")) if x is not None}
@@ -106,13 +110,13 @@ def assemble(
         layout=_layout(p, [*batch, p.i], names),
     )  # fmt: skip
     attention, sizes, factors = renamer.close(attention)
-    positions = {x: n for n, x in enumerate([*batch, p.i, p.e]) if x is not None}
-    absent = [n for n in range(len(batch) + 2) if n not in positions.values()]  # one query, or one channel
+    positions = {x: n for n, x in enumerate([*own, p.i, p.e]) if x is not None}
+    absent = [n for n in range(len(own) + 2) if n not in positions.values()]  # one query, or one channel
     order = [positions[x] if x is not ZERO else absent.pop(0) for x in p.out if x is not ZERO or absent]
     order += absent
     return Lifted(
         verify(attention), node, anchor, tuple(renamer.nodes), tuple(renamer.dtypes), sizes, factors, tuple(order),
-        escapes, lse,
+        escapes, lse, tuple(range(len(own), len(batch))),
     )  # fmt: skip
 
 

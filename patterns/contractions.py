@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from attncc.ir.build import add, cast, const, mul, op
-from attncc.ir.expr import Expr, Load
+from attncc.ir.build import ONE, ZERO, add, cast, const, floordiv, mod, mul, op
+from attncc.ir.expr import Const, Expr, Load
 from attncc.patterns.elements import operand
 from attncc.patterns.facts import Facts, argument
 from attncc.patterns.moves import Point, broadcast, fitted
@@ -36,6 +38,11 @@ class Contraction:
     bias: fx.Node | None = None
     alpha: float = 1.0
     beta: float = 1.0
+    bias_dim: int | None = None
+
+    def added(self, at: Point) -> Point:
+        """The point of a bias that is added: it broadcasts, or lies along one dimension."""
+        return at if self.bias_dim is None else (at[self.bias_dim],)
 
     def value(self, r: Reader, at: Point) -> Expr:
         """The expression at a point, with the bare product as a load named `dot:<node>`."""
@@ -44,7 +51,7 @@ class Contraction:
         if self.alpha != 1.0:
             x = mul(x, const(float(self.alpha)))
         if self.bias is not None and self.beta != 0:
-            bias = operand(r, self.node, self.bias, at)
+            bias = operand(r, self.node, self.bias, self.added(at))
             assert bias is not None
             x = add(x, mul(cast(bias, "float"), const(float(self.beta))))
         return x if rounding is None else op(rounding, x)
@@ -92,29 +99,54 @@ def _baddbmm(f: Facts, n: fx.Node) -> Contraction | None:
 def _einsum(f: Facts, n: fx.Node) -> Contraction | None:
     equation: Any = n.args[0]
     factors: Any = n.args[1]
-    if len(factors) != 2 or "." in equation:
-        return None
-    equation = equation.replace(" ", "")
-    left, _, out = equation.partition("->")
-    first, second = left.split(",")
-    if "->" not in equation:
-        out = "".join(sorted(c for c in set(first + second) if (first + second).count(c) == 1))
-    if len(set(first)) != len(first) or len(set(second)) != len(second):
-        return None
-    summed = [c for c in dict.fromkeys(first + second) if c not in out]
-    if len(summed) != 1 or summed[0] not in first or summed[0] not in second:
+    if len(factors) != 2:
         return None
     a: Any = factors[0]
     b: Any = factors[1]
+    first, second, out = spelled_out(equation, f.rank(a), f.rank(b))
+    if len(set(first)) != len(first) or len(set(second)) != len(second):
+        return None
+    summed = [c for c in dict.fromkeys(first + second) if c not in out]
+    if not summed or any(c not in first or c not in second for c in summed):
+        return None
+    sizes = [(f.shape(a)[first.index(c)], f.shape(b)[second.index(c)]) for c in summed]
+    extents = [n if n is not ONE else m for n, m in sizes]
 
     def maps(at: Point, c: Expr) -> tuple[Point, Point]:
-        where = dict(zip(out, at, strict=True)) | {summed[0]: c}
+        where = dict(zip(out, at, strict=True)) | dict(zip(summed, _digits(c, extents), strict=True))
         return (
             broadcast(f, a, tuple(where[x] for x in first)),
             broadcast(f, b, tuple(where[x] for x in second)),
         )
 
-    return Contraction(n, a, b, f.shape(a)[first.index(summed[0])], maps)
+    return Contraction(n, a, b, functools.reduce(mul, extents), maps)
+
+
+def _digits(x: Expr, extents: list[Expr]) -> list[Expr]:
+    """The indices of the axes that are summed as one, the last one fastest."""
+    found: list[Expr] = []
+    for extent in reversed(extents[1:]):
+        found.append(mod(x, extent))
+        x = floordiv(x, extent)
+    return [x, *reversed(found)]
+
+
+def spelled_out(equation: str, *ranks: int) -> tuple[str, ...]:
+    """The letters of each factor and of the result of an einsum, implicit results and ellipses written out."""
+    equation = equation.replace(" ", "")
+    left, _, out = equation.partition("->")
+    factors = left.split(",")
+    if "->" not in equation:
+        letters = [c for c in left if c.isalpha()]
+        out = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    unused = [c for c in string.ascii_letters if c not in equation]
+    hidden = [rank - len(t) + 3 for t, rank in zip(factors, ranks, strict=True) if "..." in t]
+    most = unused[: max(hidden, default=0)]
+    written = [
+        t.replace("...", "".join(most[len(most) - (rank - len(t) + 3) :])) if "..." in t else t
+        for t, rank in zip(factors, ranks, strict=True)
+    ]
+    return (*written, out.replace("...", "".join(most)))
 
 
 _RULES: dict[object, Callable[[Facts, fx.Node], Contraction | None]] = {
@@ -125,4 +157,66 @@ _RULES: dict[object, Callable[[Facts, fx.Node], Contraction | None]] = {
     aten.baddbmm.default: _baddbmm,
     aten.addmm.default: _baddbmm,
     aten.einsum.default: _einsum,
+}
+
+
+def mixture(f: Facts, n: fx.Node) -> Contraction | None:
+    """The sum that `n` makes of one axis of a tensor, weighted by a small matrix: heads that are mixed. The tensor is
+    the left factor."""
+    rule = _LAYERS.get(n.target) if n.op == "call_function" else None
+    if rule is not None:
+        return rule(f, n)
+    product = contraction(f, n)
+    if product is None or product.bias is not None:
+        return None
+    few = [side for side in (product.rhs, product.lhs) if f.rank(side) <= 2]
+    if len(few) != 1 or not _few(product.extent):
+        return None
+    if few[0] is product.rhs:
+        return product
+    maps = product.maps
+    return replace(product, lhs=product.rhs, rhs=product.lhs, maps=lambda at, c: maps(at, c)[::-1])
+
+
+_MOST_HEADS = 256
+
+
+def _few(x: Expr) -> bool:
+    return isinstance(x, Const) and int(x.value) <= _MOST_HEADS
+
+
+def _linear(f: Facts, n: fx.Node) -> Contraction | None:
+    x: Any = n.args[0]
+    weight: Any = n.args[1]
+    if f.rank(x) < 2 or not _few(f.shape(x)[-1]):
+        return None
+
+    def maps(at: Point, c: Expr) -> tuple[Point, Point]:
+        return (*at[:-1], c), (at[-1], c)
+
+    return Contraction(n, x, weight, f.shape(x)[-1], maps, argument(n, "bias"))
+
+
+def _pointwise_convolution(f: Facts, n: fx.Node) -> Contraction | None:
+    """A convolution with a kernel of one tap is a linear layer over channels."""
+    x: Any = n.args[0]
+    weight: Any = n.args[1]
+    taps = f.rank(weight) - 2
+    spatial: Any = [argument(n, name) for name in ("stride", "padding", "dilation")]
+    plain = all(set(given) <= {kept} for given, kept in zip(spatial, (1, 0, 1), strict=True))
+    if argument(n, "groups") != 1 or not plain or f.rank(x) != taps + 2 or not _few(f.shape(x)[1]):
+        return None
+    if any(s is not ONE for s in f.shape(weight)[2:]):
+        return None
+
+    def maps(at: Point, c: Expr) -> tuple[Point, Point]:
+        return (at[0], c, *at[2:]), (at[1], c, *([ZERO] * taps))
+
+    return Contraction(n, x, weight, f.shape(x)[1], maps, argument(n, "bias"), bias_dim=1)
+
+
+_LAYERS: dict[object, Callable[[Facts, fx.Node], Contraction | None]] = {
+    aten.linear.default: _linear,
+    aten.conv1d.default: _pointwise_convolution,
+    aten.conv2d.default: _pointwise_convolution,
 }

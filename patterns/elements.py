@@ -259,4 +259,3 @@ ELEMENTS: dict[object, Rule] = {
     **dict.fromkeys([aten.min.other], _binary(minimum)),
     **dict.fromkeys([aten.max.other], _binary(maximum)),
 }  # fmt: skip
-

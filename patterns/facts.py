@@ -28,7 +28,8 @@ class Facts:
     ) -> None:
         self.graph, self.parameters = graph, parameters
         self.dtypes = dict(dtypes or {})
-        self.order = {n: at for at, n in enumerate(graph.nodes)}
+        self.nodes = tuple(graph.nodes)
+        self.order = {n: at for at, n in enumerate(self.nodes)}
         self.by_name = {n.name: n for n in graph.nodes}
         self.symbols: dict[Size, sympy.Expr] = {}
         self._writes: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
@@ -38,17 +39,36 @@ class Facts:
                 if storage is not None:
                     self._writes[storage].append((self.order[n], n))
         self.live = self._live()
+        self.made: set[fx.Node] = set()
 
     def _live(self) -> frozenset[fx.Node]:
-        """Nodes that the output or a write needs; a trace also keeps what the model computed and dropped."""
+        """Nodes that the output needs, or a write to what is an input or is read; a trace also keeps what the model
+        computed and dropped."""
+        given = {self.storage(n) for n in self.nodes if n.op in ("placeholder", "get_attr")} | {None}
         live: set[fx.Node] = set()
-        stack = [n for n in self.graph.nodes if n.op == "output" or written_args(n) or _opaque(n)]
+        stack = [n for n in self.nodes if n.op == "output" or _opaque(n)]
+        unread = {s: [n for _, n in writes] for s, writes in self._writes.items()}
+        for n in self.nodes:
+            if any(self.storage(w) in given for w in written_args(n)):
+                stack.append(n)
         while stack:
             n = stack.pop()
             if n not in live:
                 live.add(n)
                 stack += n.all_input_nodes
+                storage = self.storage(n)
+                stack += unread.pop(storage, []) if storage is not None else []
         return frozenset(live)
+
+    def make(self, target: Any, args: tuple[Any, ...], at: int) -> fx.Node:
+        """A node that the graph does not have, computed just before position `at`: an operand that a kernel needs in
+        another form than the model has it. It is no user of its inputs until something is fused that reads it."""
+        with self.graph.inserting_before(self.nodes[at]):
+            n = self.graph.call_function(target, args)
+        n.meta["val"] = target(*fx.map_arg(args, self.value))
+        self.order[n], self.by_name[n.name] = at, n
+        self.made.add(n)
+        return n
 
     def value(self, n: fx.Node) -> Any:
         return n.meta.get("val")

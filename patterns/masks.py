@@ -103,5 +103,3 @@ def _is_fill(x: Expr, limit: float) -> bool:
 def _number(x: Expr) -> float:
     assert isinstance(x, Const)
     return float(x.value)
-
-

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from attncc.ir.attention import S
 from attncc.ir.expr import Expr, Index, Load, free, loads
 from attncc.patterns.contractions import DOT, contraction
 from attncc.patterns.facts import Facts
@@ -16,7 +17,9 @@ from attncc.patterns.value import Unreadable
 
 @dataclass(frozen=True)
 class Product:
-    """`load` is sum_d q[q_at] * k[k_at], computed by `node`; `rows` are the indices that only queries have."""
+    """`load` is sum_d q[q_at] * k[k_at], computed by `node`; `row` is the index of the queries, where there is one.
+
+    `value` is what the load holds, in terms of the score `s`."""
 
     load: Load
     node: fx.Node
@@ -24,8 +27,9 @@ class Product:
     q_at: Point
     k: fx.Node
     k_at: Point
-    rows: tuple[Index, ...]
+    row: Index | None
     contracted: tuple[Index, Expr]
+    value: Expr = S
 
 
 def mentioned(at: Point) -> frozenset[Expr]:
@@ -33,7 +37,8 @@ def mentioned(at: Point) -> frozenset[Expr]:
 
 
 def products(f: Facts, score: Expr, c: Index, rows: frozenset[Expr]) -> Iterator[Product]:
-    """Products in the score that separate into queries and keys (index `c`), the first one first."""
+    """Products in the score that separate into queries and keys (index `c`), the first one first. `rows` are the
+    indices that the values do not have."""
     d = Index("d")
     for x in loads(score):
         if not x.tensor.startswith(DOT) or c not in mentioned(x.index):
@@ -47,8 +52,12 @@ def products(f: Facts, score: Expr, c: Index, rows: frozenset[Expr]) -> Iterator
         if sum(with_c) != 1:
             continue
         (k_at, k), (q_at, q) = sides if with_c[0] else reversed(sides)
-        own = (mentioned(q_at) - mentioned(k_at) - {d}) & rows
-        yield Product(x, node, q, q_at, k, k_at, tuple(i for i in own if isinstance(i, Index)), (d, product.extent))
+        apart = (rows - mentioned(k_at)) & mentioned(q_at) or rows - mentioned(k_at)
+        own = [i for i in apart if isinstance(i, Index)]
+        if rows and not own:
+            continue  # keys of their own for each query: a mixture of scores, not a score
+        row = max(own, key=lambda x: x.name) if own else None
+        yield Product(x, node, q, q_at, k, k_at, row, (d, product.extent))
 
 
 def stored(f: Facts, x: Expr, use: int) -> Expr | None:

@@ -37,7 +37,7 @@ def lift_sdpa(f: Facts, n: fx.Node) -> Lifted:
 
     def source(x: Any, *own: Expr) -> Source:
         point = (*_heads(f, n, x, batch, extents), *own)
-        return operand(f, x, point, extents, read=use, use=use)
+        return operand(f, x, point, extents, read=use, use=use, whole=frozenset({i, j, d, e}))
 
     score, predicate = mul(S, _scale(f, n, q)), TRUE
     if argument(n, "is_causal"):

@@ -7,20 +7,20 @@ low-rank layers) is left alone: nothing makes weights of its scores.
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import fx
 
 from attncc.ir.attention import Normalizer, S
-from attncc.ir.build import ONE, TRUE, ZERO, and_, not_
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Op, loads, rewrite, walk
-from attncc.patterns.assemble import Lifted, Parts, assemble
+from attncc.ir.build import TRUE, and_, not_
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, loads, rewrite, walk
+from attncc.patterns.assemble import Lifted, assemble
 from attncc.patterns.contractions import DOT, Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
+from attncc.patterns.frames import frame
 from attncc.patterns.moves import MOVES
-from attncc.patterns.operands import operand
-from attncc.patterns.products import mentioned, products, stored
-from attncc.patterns.value import Reader
+from attncc.patterns.products import products, stored
 
 _SEARCH = 40  # nodes looked at behind a product
 _BENDING = {
@@ -72,42 +72,20 @@ def lift_unnormalised(f: Facts, product: Contraction, left: bool) -> Lifted | No
     """The attention whose weights `product` sums with, None if they are no function of one product of two tensors.
 
     Raises Unreadable and VerifyError."""
-    use = f.order[product.node]
-    shape = f.shape(product.node)
-    out = tuple(ZERO if s is ONE else Index(f"o{d}") for d, s in enumerate(shape))
-    c = Index("c")
-    extents: dict[Expr, Expr] = {x: s for x, s in zip(out, shape, strict=True) if x is not ZERO}
-    extents[c] = product.extent
-    ours, theirs = product.maps(out, c) if left else reversed(product.maps(out, c))
-    weights, values = (product.lhs, product.rhs) if left else (product.rhs, product.lhs)
-    rows = mentioned(tuple(ours)) - {c}
-    value = Reader(f, use, extents, pair=frozenset({c})).value_at(weights, tuple(ours), use)
-    found = next(iter(products(f, value, c, rows)), None)
+    whole = frame(f, product, left=left)
+    c = whole.c
+    value = whole.reader(pair=frozenset({c})).value_at(whole.weights, whole.weights_at, whole.read)
+    found = next(iter(products(f, value, c, whole.rows)), None)
     if found is None:
         return None
-    i = max(found.rows, key=lambda x: x.name) if found.rows else ZERO
-    if found.rows:
-        value = Reader(f, use, extents, pair=frozenset({c, i})).value_at(weights, tuple(ours), use)
-    value = rewrite(value, lambda x: S if x is found.load else stored(f, x, use))
-    if S not in set(walk(value)) or _is_scaled(value):
-        return None
-    value_axes = [x for x in out if x is not ZERO and x not in rows]
-    if len(value_axes) > 1 or any(x.tensor.startswith(DOT) for x in loads(value)):
+    if found.row is not None:
+        value = whole.reader(pair=frozenset({c, found.row})).value_at(whole.weights, whole.weights_at, whole.read)
+    value = rewrite(value, lambda x: S if x is found.load else stored(f, x, whole.use))
+    if S not in set(walk(value)) or _is_scaled(value) or any(x.tensor.startswith(DOT) for x in loads(value)):
         return None
     normalizer, score, visible = _taken_apart(value)
-    d, depth = found.contracted
-    read = f.order[found.node]
-    inner = extents | {d: depth}
-    parts = Parts(
-        facts=f, out=out, out_shape=shape, i=None if i is ZERO else i, j=c, d=d,
-        e=value_axes[0] if value_axes else None, extents=inner,
-        q=operand(f, found.q, found.q_at, inner, read=read, use=use),
-        k=operand(f, found.k, found.k_at, inner, read=read, use=use),
-        v=operand(f, values, tuple(theirs), extents, read=use, use=use), score=score, mask=visible,
-        product_dtype=f.dtype(found.node), dtype=f.dtype(product.node), half=f.dtype(weights) == torch.float16,
-        empty="nan", normalizer=normalizer,
-    )  # fmt: skip
-    return assemble(parts, product.node, product.node)
+    parts = whole.parts(found, score, half=whole.weights, empty="nan")
+    return assemble(replace(parts, mask=visible, normalizer=normalizer), product.node, product.node)
 
 
 def _taken_apart(x: Expr) -> tuple[Normalizer, Expr, Expr]:

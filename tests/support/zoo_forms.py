@@ -233,21 +233,19 @@ def dilated(q: Q, k: Q, v: Q, extra: Extra) -> Q:
 
 RELATIVE = torch.arange(N)[:, None] - torch.arange(N)[None] + N - 1
 MASK = {"mask": CAUSAL}
+WIDE = (torch.float32, torch.bfloat16)
 FORMS = (
-    Case("talking-before", attend(talking_before, mix=randoms(H, H)), 1, "heads mixed before the softmax",
-         missing="the IR has one product a score"),
-    Case("talking-after", attend(talking_after, mix=randoms(H, H)), 1, "heads mixed after the softmax",
-         missing="the IR has one row of weights a head"),
-    Case("both-directions", attend(two_softmaxes_of_one_product), 2, "a softmax and one of the transpose", kept=2),
-    Case("subtracted", attend(subtracted), 2, "two softmaxes subtracted",
-         missing="a product with values has one softmax"),
+    Case("talking-before", attend(talking_before, mix=randoms(H, H)), 1, "heads mixed before the softmax", dtypes=WIDE, golden=0),
+    Case("talking-after", attend(talking_after, mix=randoms(H, H)), 1, "heads mixed after the softmax", dtypes=WIDE, golden=0,
+         backward=True),
+    Case("both-directions", attend(two_softmaxes_of_one_product), 2, "a softmax and one of the transpose", golden=1),
+    Case("subtracted", attend(subtracted), 2, "two softmaxes subtracted", dtypes=WIDE, golden=1, backward=True),
     Case("sigmoid", attend(sigmoid), 1, "sigmoid in place of softmax"),
     Case("relu-squared", attend(relu_squared, **MASK), 1, "relu in place of softmax, masked after"),
     Case("unnormalised", attend(unnormalised, **MASK), 1, "no normaliser: retention"),
     Case("sink-column", attend(sink_column, sinks=randoms(H)), 1, "a column of sinks", golden=0),
     Case("sink-gate", attend(sink_gate, sinks=randoms(H)), 1, "out * sigmoid(lse - sink)", kept=1),
-    Case("softmax-plus-one", attend(softmax_plus_one), 1, "a sink of zero, by hand",
-         missing="the quotient is not known as a softmax"),
+    Case("softmax-plus-one", attend(softmax_plus_one), 1, "a sink of zero, by hand", golden=0),
     Case("softcap", attend(softcap, **MASK), 1, "tanh of the score", golden=0),
     Case("alibi", attend(alibi), 1, "distance times slope, built in the graph", golden=0),
     Case("bucketed", attend(bucketed, table=randoms(16, H)), 1, "T5 buckets by logarithm"),

@@ -249,7 +249,7 @@ SPELLINGS = (
     case("by-bmm", by_bmm, "heads in the batch, baddbmm with beta 0"),
     case("exp-minus-logsumexp", exp_minus_logsumexp, "softmax by logsumexp"),
     case("exp-over-sum", exp_over_sum, "softmax by hand"),
-    case("divided-after", divided_after, "normalised after the values", missing="the quotient comes after the product"),
+    case("divided-after", divided_after, "normalised after the values", golden=0),
     case("log-softmax-exp", log_softmax_exp, "softmax by log_softmax"),
     case("safe-softmax", safe_softmax, "rows that see nothing are zero", extra={"mask": LATE}, golden=0),
     case("nan-to-num", nan_to_num, "rows that see nothing are zero", extra={"mask": LATE}),

@@ -1,0 +1,105 @@
+"""What becomes of the weights of a softmax: the products that sum over them, and everyone else who uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from attncc.ir.expr import Index, free
+from attncc.patterns.anchors import Anchor
+from attncc.patterns.contractions import contraction, mixture
+from attncc.patterns.elements import ELEMENTS
+from attncc.patterns.facts import Facts
+from attncc.patterns.frames import Frame, frame
+from attncc.patterns.moves import move
+from attncc.patterns.terms import Term, terms
+from attncc.patterns.value import Unreadable
+
+
+@dataclass(frozen=True)
+class Uses:
+    """`products` sum over the keys of a softmax, `others` are products that sum over something else, `escapes` all
+    other users of the weights."""
+
+    products: tuple[Frame, ...]
+    others: tuple[fx.Node, ...]
+    escapes: tuple[fx.Node, ...]
+
+
+class Weights:
+    """What the products of a graph weigh their values with, each read once."""
+
+    def __init__(self, anchors: Mapping[str, Anchor]) -> None:
+        self.anchors = anchors
+        self._read: dict[tuple[fx.Node, fx.Node], list[Term] | Unreadable] = {}
+
+    def of(self, frame: Frame) -> list[Term]:
+        """The softmaxes in the weights of a product. Raises Unreadable."""
+        key = frame.product.node, frame.weights
+        if key not in self._read:
+            try:
+                self._read[key] = terms(frame, self.anchors)
+            except Unreadable as error:
+                self._read[key] = error
+        found = self._read[key]
+        if isinstance(found, Unreadable):
+            raise found
+        return found
+
+
+def uses(f: Facts, anchor: Anchor, weights: Weights) -> Uses:
+    """Who uses the weights of an anchor, through what is moved, computed element by element, or mixed over heads."""
+    products: list[Frame] = []
+    others: list[fx.Node] = []
+    escapes: list[fx.Node] = []
+    seen: set[fx.Node] = {anchor.node}
+    stack = [anchor.node]
+    while stack:
+        n = stack.pop(0)
+        for user in n.users:
+            if user in seen or user not in f.live:
+                continue
+            product = contraction(f, user)
+            mixes = mixture(f, user)
+            if product is not None and n in (product.lhs, product.rhs):
+                found = frame(f, product, left=n is product.lhs)
+                seen.add(user)
+                if _sums_over(found, anchor, weights):
+                    products.append(found)
+                    continue
+                others.append(user)
+            if (mixes is not None and n is mixes.lhs) or _carries(f, user, n):
+                seen.add(user)
+                stack.append(user)
+            elif product is None and user not in escapes and not _is_size(user):
+                escapes.append(user)
+    products.sort(key=lambda x: f.order[x.node])
+    return Uses(tuple(products), tuple(others), tuple(escapes))
+
+
+def _sums_over(found: Frame, anchor: Anchor, weights: Weights) -> bool:
+    try:
+        read = weights.of(found)
+    except Unreadable:
+        return True  # whoever lifts it gives the reason
+    return any(t.anchor is anchor and found.c in free(t.at[anchor.dim]) for t in read)
+
+
+def _carries(f: Facts, user: fx.Node, n: fx.Node) -> bool:
+    """Whether `user` holds the values of `n`, moved or changed element by element."""
+    if getattr(user.target, "__name__", "") in ("split", "split_with_sizes", "chunk", "unbind"):
+        return True
+    return user.op == "call_function" and f.is_tensor(user) and (_moves(f, user) or user.target in ELEMENTS)
+
+
+def _moves(f: Facts, user: fx.Node) -> bool:
+    extents = {Index(f"x{d}"): s for d, s in enumerate(f.shape(user))}
+    moved = move(f, user, tuple(extents), extents)  # type: ignore[arg-type]
+    return moved is not None
+
+
+def _is_size(n: fx.Node) -> bool:
+    return not isinstance(n.meta.get("val"), torch.Tensor | list | tuple) and n.op != "output"

@@ -1,0 +1,125 @@
+"""From a softmax and the product that sums over it to an attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from attncc.ir.affine import linear_in, poly
+from attncc.ir.attention import Empty
+from attncc.ir.build import ONE, TRUE, ZERO, sub
+from attncc.ir.expr import Const, Expr, Index, Load, Op, free, loads, rewrite
+from attncc.patterns.assemble import Lifted, assemble
+from attncc.patterns.contractions import DOT
+from attncc.patterns.facts import Facts
+from attncc.patterns.frames import Frame
+from attncc.patterns.guards import unguarded, vanishes
+from attncc.patterns.mixed import mixed_product
+from attncc.patterns.products import Product, products, stored
+from attncc.patterns.terms import Term
+from attncc.patterns.value import Unreadable
+
+
+def lift_softmax(frame: Frame, term: Term) -> Lifted:
+    """The attention that one softmax of a product is. Raises Unreadable with the reason, and VerifyError."""
+    f, anchor, product = frame.facts, term.anchor, frame.product
+    if product.bias is not None or product.alpha != 1.0:
+        raise Unreadable(product.node, "the product with the values also scales or adds")
+    if f.shape(anchor.scores)[anchor.dim] is ONE:
+        raise Unreadable(anchor.node, "a softmax over a single key is always 1")
+    if any(_drops(f, x) for x in loads(term.weight)):
+        raise Unreadable(anchor.node, "dropout is on")
+    frame = frame.over(term.mixed)
+    offset = _offset(frame, term)
+    score, found = _score(frame, term)
+    sink = None if anchor.sink is None else Const(anchor.sink)
+    if poly(f.shape(anchor.scores)[anchor.dim]) != poly(product.extent):
+        sink = _sink(frame, term, offset)
+        if anchor.sink is not None:
+            raise Unreadable(anchor.node, "a softmax with two sinks")
+    weight = rewrite(term.weight, lambda x: stored(f, x, frame.use))
+    bare = unguarded(f, frame.reader(), weight, score, frame.c)
+    empty: Empty = "zero" if bare is not None else anchor.empty or "nan"
+    parts = replace(
+        frame.parts(found, score, half=anchor.scores, empty=empty),
+        sink=sink, weight=weight if bare is None else bare, normalizer=anchor.normalizer, summed=tuple(term.mixed),
+    )  # fmt: skip
+    site = assemble(parts, frame.node, anchor.node)
+    if site.attention.mask is not TRUE and not vanishes(parts.weight):
+        raise Unreadable(product.node, "keys that the mask hides are given weight after the softmax")
+    return site
+
+
+def _drops(f: Facts, x: Load) -> bool:
+    return f.by_name[x.tensor.removeprefix(DOT)].target is torch.ops.aten.dropout.default
+
+
+_OTHER_AXIS = "the softmax runs over another axis than the product sums over"
+_OTHER_KEYS = "the softmax covers other keys than the product sums over"
+
+
+def _offset(frame: Frame, term: Term) -> int:
+    """o, where the softmax is read at c + o along its own axis; 0 where the same keys are read in another order."""
+    anchor, c = term.anchor, frame.c
+    for d, x in enumerate(term.at):
+        if d != anchor.dim and c in free(x):
+            raise Unreadable(anchor.node, _OTHER_AXIS)
+    x = term.at[anchor.dim]
+    columns = frame.facts.shape(anchor.scores)[anchor.dim]
+    if poly(columns) == poly(frame.product.extent) and _reorders(x, c, columns):
+        return 0
+    line = linear_in(x, c)
+    if line is None or line[0] != {(): 1} or any(m for m in line[1]):
+        raise Unreadable(anchor.node, _OTHER_AXIS)
+    return line[1].get((), 0)
+
+
+def _reorders(x: Expr, c: Index, columns: Expr) -> bool:
+    """Whether `x` takes every value below `columns` once as c does: c, c reversed, or c turned round."""
+    if isinstance(x, Op) and x.name == "mod" and poly(x.args[1]) == poly(columns):
+        line = linear_in(x.args[0], c)
+        return line is not None and line[0] in ({(): 1}, {(): -1})
+    return x is c or poly(x) == poly(sub(sub(columns, ONE), c))
+
+
+def _score(frame: Frame, term: Term) -> tuple[Expr, Product]:
+    """The score with the product of queries and keys as `s`, and that product."""
+    f, anchor, c = frame.facts, term.anchor, frame.c
+    when = anchor.read_at(f)
+    rough = frame.reader(pair=frozenset({c})).value_at(anchor.scores, term.at, when)
+    found = next(iter(products(f, rough, c, frame.rows)), None) or mixed_product(frame, rough)
+    if found is None:
+        raise Unreadable(anchor.scores, "the softmax's input is no product of queries and keys")
+    score = rough
+    if found.row is not None:
+        score = frame.reader(pair=frozenset({c, found.row})).value_at(anchor.scores, term.at, when)
+    score = _without(score, anchor.invariant)
+    return rewrite(score, lambda x: found.value if x is found.load else stored(f, x, frame.use)), found
+
+
+def _without(score: Expr, invariant: frozenset[fx.Node]) -> Expr:
+    """The score less the row constants that cancel in the quotient."""
+    names = {n.name for n in invariant}
+
+    def rule(x: Expr) -> Expr | None:
+        if isinstance(x, Op) and x.name == "sub" and isinstance(x.args[1], Load) and x.args[1].tensor in names:
+            return x.args[0]
+        return None
+
+    return rewrite(score, rule) if names else score
+
+
+def _sink(frame: Frame, term: Term, offset: int) -> Expr:
+    """The logit of the one softmax column that no value belongs to."""
+    f, anchor, keys = frame.facts, term.anchor, frame.product.extent
+    columns = f.shape(anchor.scores)[anchor.dim]
+    if poly(sub(columns, keys)) != {(): 1} or offset not in (0, 1):
+        raise Unreadable(anchor.node, _OTHER_KEYS)
+    column = keys if offset == 0 else ZERO
+    point = tuple(column if d == anchor.dim else x for d, x in enumerate(term.at))
+    value = _without(frame.reader().value_at(anchor.scores, point, anchor.read_at(f)), anchor.invariant)
+    if frame.c in free(value) or any(x.tensor.startswith(DOT) for x in loads(value)):
+        raise Unreadable(anchor.node, _OTHER_KEYS)
+    return value
