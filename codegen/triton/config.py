@@ -12,6 +12,7 @@ from attncc.codegen.triton.rows import folded_axes
 from attncc.ir import Attention, Const, Load, Op
 from attncc.ir.attention import DTYPES
 from attncc.ir.bounds import Bounds
+from attncc.ir.build import TRUE
 from attncc.ir.expr import free, loads, walk
 
 
@@ -24,7 +25,8 @@ class TritonConfig:
     keys stay in the L2 cache. `precision` is how float32 products are made: "ieee" or "tf32".
     `descriptors` reads keys and values through tensor descriptors (the tensor memory accelerator) wherever a call's
     strides allow it, and `specialize` gives loads and products warps of their own. With `lists` each call first makes
-    lists of the key blocks that its mask shows (`attncc.codegen.triton.lists`), and the kernel walks those."""
+    lists of the key blocks that its mask shows (`attncc.codegen.triton.lists`), and the kernel walks those.
+    `persistent` programs a processor take one tile after the other, the longest first, where 0 starts one for each."""
 
     block_m: int = 64
     block_n: int = 64
@@ -36,6 +38,7 @@ class TritonConfig:
     descriptors: bool = False
     specialize: bool = False
     lists: bool = False
+    persistent: int = 0
 
     def __str__(self) -> str:
         return " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
@@ -44,7 +47,7 @@ class TritonConfig:
 @dataclass(frozen=True)
 class Machine:
     """Bytes of shared memory a block may use, 32-bit registers a thread may spend on tiles, threads a warp has, whether
-    every thread copies its part of a block.
+    every thread copies its part of a block, registers that a loop over tiles takes.
 
     What a thread has beside the tiles goes to addresses, masks and, before Hopper, to the factors of the products. The
     bound is where the compiler starts to spill in the loop over keys."""
@@ -53,6 +56,7 @@ class Machine:
     tile_registers: int
     lanes: int
     copies: bool = False
+    outer: int = 0
 
 
 def machine(capability: str) -> Machine:
@@ -65,7 +69,7 @@ def machine(capability: str) -> Machine:
     if number in (80, 87):
         return Machine(163 * 1024, 144, 32, copies=True)
     if 90 <= number < 120:
-        return Machine(227 * 1024, 167 if number < 100 else 144, 32)
+        return Machine(227 * 1024, 167, 32) if number < 100 else Machine(227 * 1024, 144, 32, outer=24)
     return Machine(99 * 1024 if number > 75 else 64 * 1024, 144, 32, copies=True)
 
 
@@ -105,11 +109,14 @@ def registers(a: Attention, c: TritonConfig, m: Machine) -> int:
 
 
 def _computes_pairs(a: Attention) -> bool:
-    """Whether numbers made from indices (distances, 64-bit positions) take a place for each row and key."""
+    """Whether numbers made from indices (distances, 64-bit positions) take a place for each row and key, or a loop over
+    stripes computes where its keys are."""
     rows = {a.i.index, *(x.index for x in folded_axes(a, Bounds(())))}
     inside = {n for x in loads(a.score, a.mask) for n in walk(*x.index)}
     for x in walk(a.score, a.mask):
         if isinstance(x, Op) and x.name == "float" and a.j.index in free(x) and free(x) & rows and x not in inside:
+            return True
+        if isinstance(x, Op) and x.name == "mod" and a.j.index in free(x) and x not in inside:
             return True
         if isinstance(x, Load) and x not in inside and a.tensor(x.tensor).dtype == "i64":
             return True
@@ -118,6 +125,11 @@ def _computes_pairs(a: Attention) -> bool:
 
 def _extent(x: object) -> int:
     return int(x.value) if isinstance(x, Const) else 128
+
+
+def residents(a: Attention, c: TritonConfig, m: Machine) -> int:
+    """How many programs a processor holds at a time: by shared memory, and by its 65536 registers, 255 a thread."""
+    return max(1, min(m.shared // shared_bytes(a, c), 65536 // (255 * c.warps * m.lanes)))
 
 
 def fits(a: Attention, c: TritonConfig, capability: str) -> bool:
@@ -188,6 +200,9 @@ def configs(
         # behind the plain ones: these win or lose by the shape, which only a measurement can tell
         more = [replace(c, descriptors=True) for c in fitting[:2]]
         more += [replace(more[0], specialize=True)] if capability.startswith("sm_10") else []
+        small = [c for c in fitting if registers(a, c, m) + m.outer <= m.tile_registers]
+        if a.mask is not TRUE and small:  # tiles of unequal length
+            more.append(replace(small[0], split=False, persistent=residents(a, small[0], m)))
     if few is None and split:  # the rows may turn out to be a handful
         small = TritonConfig(16, 64, 4, 1 if amd else 3, split=True, precision=precision, lists=lists)
         more += [small] if not float32 and fits(a, small, capability) and small not in fitting else []

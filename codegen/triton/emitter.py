@@ -30,10 +30,12 @@ def emit(a: Attention, bounds: Bounds, config: TritonConfig) -> str:
     p = plan(a, bounds, config)
     kernels = (forward(p), *((join(p),) if p.split else ()), *((look(p), PACK) if p.listed else ()))
     helpers = sorted(set[str]().union(*(k.helpers for k in kernels)))
+    modules = ["triton", "triton.language as tl"]
+    if p.split or p.descriptors or p.listed or p.persistent:
+        modules.insert(0, "torch")
     blocks = [
         _header(a, bounds),
-        "import torch\nimport triton\nimport triton.language as tl" if p.split or p.descriptors or p.listed else
-        "import triton\nimport triton.language as tl",
+        "\n".join(f"import {x}" for x in modules),
         f'CONFIG = "{config}"\nBLOCK_M = tl.constexpr({config.block_m})\nBLOCK_N = tl.constexpr({config.block_n})',
         *("\n" + HELPERS[h].strip("\n") for h in helpers),
         *("\n" + k.text for k in kernels),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
+from attncc.codegen.triton.block import LOG2E, Block, number
 from attncc.codegen.triton.frame import Frame, Parameter
 from attncc.codegen.triton.kernel import BLOCK_COUNT, LISTS, PARTS, Kernel, kernel
-from attncc.codegen.triton.loops import LOG2E, Loops, Mode, number
+from attncc.codegen.triton.loops import find_lists, visit
 from attncc.codegen.triton.plan import TL_TYPES, Plan
-from attncc.codegen.triton.segments import Segments
 
 LN2 = math.log(2.0)
 
@@ -21,67 +21,62 @@ def forward(p: Plan) -> Kernel:
     if p.even:
         f.line("if EVEN:")
         f.scope.lines += [f"    {x.name} = {x.name} // {p.even} * {p.even}" for x in f.steps]
-    loops = Loops(f)
-    loops.constants()
-    loops.queries()
-    loops.start()
+    block = Block(f)
+    block.constants()
+    block.queries()
+    block.start()
     if p.listed:
-        loops.lists()
+        find_lists(f)
     if p.two_pass:
-        _passes(f, loops, "stats", p.runs)
-        _finish_statistics(f, loops)
+        visit(block, p.runs, "stats")
+        _finish_statistics(f, block)
         f.line("norm = tl.where(empty_row, 0.0, top + tl.log2(total))")
         wide = "weights" in p.a.outputs or p.empty != "zero"
-        _passes(f, loops, "apply", p.every if wide else p.runs)
-        _store(f, loops, divided=True)
-        return kernel(f, "attention", _more(p))
-    blocks = p.runs if p.softmax or "weights" not in p.a.outputs else p.every
-    _passes(f, loops, "online" if p.softmax else "plain", blocks)
-    if not p.split:
-        _epilogue(f, loops)
-        return kernel(f, "attention", _more(p))
-    outer = f.scope.lines
-    f.scope.lines = []
-    _store_parts(f, loops)
-    parts = f.scope.lines
-    f.scope.lines = []
-    _epilogue(f, loops)
-    whole = f.scope.lines
+        visit(block, p.every if wide else p.runs, "apply")
+        _store(f, block, divided=True)
+    else:
+        blocks = p.runs if p.softmax or "weights" not in p.a.outputs else p.every
+        visit(block, blocks, "online" if p.softmax else "plain")
+        _finish(f, block)
+    if p.persistent:
+        each = "for pid in range(tl.program_id(0), programs, tl.num_programs(0)):"
+        f.scope.lines = [each, *_indent(f.scope.lines)]
+    return kernel(f, "attention", _more(p))
+
+
+def _finish(f: Frame, block: Block) -> None:
+    """Write what one pass over the keys gave: the results, or a part of them where several programs share the keys."""
+    if not f.p.split:
+        _epilogue(f, block)
+        return
+    outer, parts, whole = f.scope.lines, list[str](), list[str]()
+    f.scope.lines = parts
+    _store_parts(f, block)
+    f.scope.lines = whole
+    _epilogue(f, block)
     f.scope.lines = [*outer, "if PARTIAL:", *_indent(parts), "else:", *_indent(whole)]
-    return kernel(f, "attention", (*PARTS, Parameter("PARTIAL", "constexpr", "splits > 1"), *_more(p)))
 
 
 def _more(p: Plan) -> tuple[Parameter, ...]:
-    lists = (*LISTS, BLOCK_COUNT) if p.listed else ()
-    even = (Parameter("EVEN", "constexpr", "even"),) if p.even else ()
-    return (*lists, *even, *((Parameter("TMA", "constexpr", "boxed"),) if p.descriptors else ()))
+    """What the kernel is told beside tensors, sizes and outputs."""
+    return (
+        *((*PARTS, Parameter("PARTIAL", "constexpr", "splits > 1")) if p.split else ()),
+        *((*LISTS, BLOCK_COUNT) if p.listed else ()),
+        *((Parameter("programs", "i32", "programs"),) if p.persistent else ()),
+        *((Parameter("EVEN", "constexpr", "even"),) if p.even else ()),
+        *((Parameter("TMA", "constexpr", "boxed"),) if p.descriptors else ()),
+    )
 
 
 def _indent(lines: list[str]) -> list[str]:
     return [f"    {x}" for x in lines]
 
 
-def _passes(f: Frame, loops: Loops, mode: Mode, blocks: Segments) -> None:
-    if f.p.listed and blocks is f.p.runs:
-        f.comment("the blocks of this tile's list: those whose keys all rows see, then those where the mask decides")
-        loops.over_list(mode, masked=False)
-        loops.over_list(mode, masked=True)
-        return
-    if blocks.full:
-        if blocks.masked:
-            f.comment("blocks whose keys all rows see")
-        loops.over(blocks.full, mode, masked=False)
-    if blocks.masked:
-        if blocks.full:
-            f.comment("blocks where the mask decides")
-        loops.over(blocks.masked, mode, masked=True)
-
-
-def _finish_statistics(f: Frame, loops: Loops) -> None:
+def _finish_statistics(f: Frame, block: Block) -> None:
     """From running statistics to `top`, the largest logit as a power of two, `total`, the sum of weights over it, and
     `empty_row`. A sink joins the sum."""
     p = f.p
-    f.line(f"top = (m * {loops.c2})[:, None]")
+    f.line(f"top = (m * {block.c2})[:, None]")
     f.line("total = l[:, None]")
     if p.a.sink is not None:
         sink = f.scope.name("sink", f"{f.scope.atom(p.a.sink)} * {number(LOG2E)}")
@@ -91,30 +86,30 @@ def _finish_statistics(f: Frame, loops: Loops) -> None:
         f.line(f"total = total * shrink + tl.exp2({sink} - peak)")
         f.line("top = peak")
         if not p.two_pass:
-            for acc in loops.accumulators:
+            for acc in block.accumulators:
                 f.line(f"{acc} = {acc} * shrink")
     f.line("empty_row = total == 0.0")
 
 
-def _epilogue(f: Frame, loops: Loops) -> None:
+def _epilogue(f: Frame, block: Block) -> None:
     p = f.p
     if not p.softmax:
-        _store(f, loops, divided=True)
+        _store(f, block, divided=True)
         return
-    _finish_statistics(f, loops)
+    _finish_statistics(f, block)
     if "out" in p.a.outputs and p.empty == "mean":
-        loops.mean_of_values()
+        block.mean_of_values()
         f.line(f"scale = 1.0 / tl.where(empty_row, {f.scope.atom(p.a.j.extent)}, total)")
-    _store(f, loops, divided=False)
+    _store(f, block, divided=False)
 
 
-def _store(f: Frame, loops: Loops, *, divided: bool) -> None:
+def _store(f: Frame, block: Block, *, divided: bool) -> None:
     """Write the outputs; `divided` says that the accumulators hold the result already."""
     p = f.p
     if "out" in p.a.outputs:
         at = f.output("out", (*p.points, *p.folded, p.a.i))
         step = f.scope.atom(f.output_stride("out", len(p.a.batch) + 1))
-        for n, (acc, part) in enumerate(zip(loops.accumulators, p.e_chunks, strict=True)):
+        for n, (acc, part) in enumerate(zip(block.accumulators, p.e_chunks, strict=True)):
             e = "e" if len(p.e_chunks) == 1 else f"e{n}"
             if not divided:
                 f.line(f"{acc} = {_divided(f, acc)}")
@@ -145,18 +140,18 @@ def _width(p: Plan) -> int:
     return sum(w for w, _ in p.e_chunks)
 
 
-def _store_parts(f: Frame, loops: Loops) -> None:
+def _store_parts(f: Frame, block: Block) -> None:
     """What this share of the keys gives: the sum of values, the largest logit, the sum of weights.
 
     part[split, point, row, e] and stat[2, split, point, row], all contiguous."""
     p = f.p
     f.line(f"at = (split.to(tl.int64) * {_points(f)} + {_point_index(f)}) * rows + row")
-    for n, (acc, (_, start)) in enumerate(zip(loops.accumulators, p.e_chunks, strict=True)):
+    for n, (acc, (_, start)) in enumerate(zip(block.accumulators, p.e_chunks, strict=True)):
         e = "e" if len(p.e_chunks) == 1 else f"e{n}"
         column = f"{e} - {start} + {_before(p, n)}" if start else e
         f.line(f"tl.store(part_ptr + at * {_width(p)} + {column}, {acc}, mask=row_ok)")
     if p.softmax:
-        f.line(f"tl.store(stat_ptr + at, (m * {loops.c2})[:, None], mask=row_ok)")
+        f.line(f"tl.store(stat_ptr + at, (m * {block.c2})[:, None], mask=row_ok)")
         f.line(f"tl.store(stat_ptr + splits.to(tl.int64) * {_points(f)} * rows + at, l[:, None], mask=row_ok)")
 
 
@@ -176,14 +171,14 @@ def join(p: Plan) -> Kernel:
     """One row a program: the parts of all splits rescaled to a common largest logit and added."""
     f = Frame(p, "1")
     f.begin()
-    loops = Loops(f)
-    loops.constants(("v",))
+    block = Block(f)
+    block.constants(("v",))
     f.line(f"at = {f.wide(f.point_index)} * rows + tile")
     f.line(f"step = {f.wide(f.point_count)} * rows")
     if p.softmax:
         f.line('m = tl.full([1], float("-inf"), tl.float32)')
         f.line("l = tl.zeros([1], tl.float32)")
-    for acc, (width, _) in zip(loops.accumulators, p.e_chunks, strict=True):
+    for acc, (width, _) in zip(block.accumulators, p.e_chunks, strict=True):
         f.line(f"{acc} = tl.zeros([1, {width}], tl.float32)")
     f.line("for s0 in range(0, splits, 16):")
     inner = ["s = s0 + tl.arange(0, 16)", "s_ok = s < splits", "s_at = at + s * step"]
@@ -198,7 +193,7 @@ def join(p: Plan) -> Kernel:
             "l = l * shrink + tl.sum(ls * share, 0)",
             "m = m_new",
         ]
-    for n, (acc, (_, start)) in enumerate(zip(loops.accumulators, p.e_chunks, strict=True)):
+    for n, (acc, (_, start)) in enumerate(zip(block.accumulators, p.e_chunks, strict=True)):
         e = "e" if len(p.e_chunks) == 1 else f"e{n}"
         column = f"{e} - {start} + {_before(p, n)}" if start else e
         load = f"tl.load(part_ptr + s_at[:, None] * {_width(p)} + {column}, mask=s_ok[:, None], other=0.0)"
@@ -207,6 +202,6 @@ def join(p: Plan) -> Kernel:
         else:
             inner.append(f"{acc} += tl.sum({load}, 0)[None, :]")
     f.scope.lines += _indent(inner)
-    loops.c2 = "1.0"
-    _epilogue(f, loops)
+    block.c2 = "1.0"
+    _epilogue(f, block)
     return kernel(f, "join", (*PARTS, Parameter("splits", "i32", "splits")))

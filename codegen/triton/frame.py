@@ -22,6 +22,7 @@ RESERVED = (
     "SIGNATURES", "CONTIGUOUS", "TMA", "aligned", "boxed", "together", "first", "width", "sizes", "tensors", "outputs",
     "look", "pack", "flags_ptr", "blocks_ptr", "counts_ptr", "block_count", "list_at", "flag", "at", "full", "part",
     "some", "every", "EVEN", "even", "steps", "step",
+    "slot", "slot0", "programs", "processors",
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class Frame:
         roots = [a.mask, p.raw, a.weight if p.factor is None or not p.softmax else p.factor]
         roots += [] if a.sink is None else [a.sink]
         roots += [b for run in (*p.runs.masked, *p.runs.full) for b in (run.start, run.stop)]
+        roots += [b for x in p.runs.striped for b in (x.lo, x.hi, x.base, x.width, x.slots)]
         self.scope = Scope(self.names, p.extents, used_twice(roots), self._load)
         self.pointer: dict[str, str] = {}
         self.parameters: list[Parameter] = []
@@ -152,7 +154,8 @@ class Frame:
         p, a, scope = self.p, self.p.a, self.scope
         together = p.config.together if p.bounds.visit != (Interval(ZERO, a.j.extent),) else 0
         count = self.point_count
-        self.line("pid = tl.program_id(0)")
+        if not p.persistent:
+            self.line("pid = tl.program_id(0)")
         self.line(f"rows = {scope.text(p.row_count)}")
         self.line(f"tiles = tl.cdiv(rows, {self.rows})")
         if p.points and together and self.rows != "1":

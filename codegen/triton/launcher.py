@@ -12,13 +12,19 @@ from attncc.codegen.triton.plan import Plan
 from attncc.ir import Expr, Size, print_expr
 from attncc.ir.expr import free
 
+_PROCESSORS = '''
+def count_processors(device):
+    """Of a GPU; one elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+'''
+
+
 _SPLITS = '''
 def choose_splits(programs, keys, device):
     """How many programs share the keys of one tile: enough to fill the device twice, each with some blocks to walk."""
     if device.type != "cuda":
         return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(2 * processors // programs, keys // (4 * BLOCK_N.value), 128))
+    return max(1, min(2 * count_processors(device) // programs, keys // (4 * BLOCK_N.value), 128))
 '''
 
 
@@ -40,6 +46,8 @@ def launcher(p: Plan, kernels: tuple[Kernel, ...]) -> str:
     known = [f'"{x.name}": {x.contiguous}' for x in main.parameters if x.contiguous]
     lines += ["}", "#: What contiguous tensors make of strides: one, or a multiple of 16.", "CONTIGUOUS = {"]
     lines += [*wrapped(known, "    "), "}"]
+    if p.split or p.persistent:
+        lines += ["", *_PROCESSORS.splitlines()]
     if p.split:
         lines += ["", *_SPLITS.splitlines()]
     if p.descriptors:
@@ -75,7 +83,11 @@ def _body(p: Plan, kernels: tuple[Kernel, ...]) -> list[str]:
         lines += _boxed(p, names, sizes, show)
     if not p.split:
         arguments = wrapped([*_arguments(kernels[0], names, sizes), options], "    ")
-        return [*lines, "attention[(programs,)](", *arguments, ")"]
+        grid = "programs"
+        if p.persistent:
+            lines.append(f"processors = count_processors({first}.device)")
+            grid = f"min(programs, {p.persistent} * processors)"
+        return [*lines, f"attention[({grid},)](", *arguments, ")"]
     return [
         *lines,
         "if splits is None:",

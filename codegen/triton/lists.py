@@ -67,7 +67,7 @@ def look(p: Plan) -> Kernel:
     a = p.a
     used = {x.tensor for x in loads(a.mask, *_bound_expressions(p))}
     seen = replace(a, tensors=tuple(t for t in a.tensors if t.name in used), outputs=())
-    plain = replace(p.config, together=0)
+    plain = replace(p.config, together=0, persistent=0)
     f = Frame(replace(p, a=seen, points=p.list_points, config=plain), "BLOCK_M")
     f.begin()
     f.line("at = pid.to(tl.int64) * block_count")

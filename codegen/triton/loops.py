@@ -1,365 +1,94 @@
-"""The loop over key blocks: scores, the running softmax, the weighted sum of values."""
+"""The loops over keys: which blocks the iterations of this program visit, and in which order."""
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
+from attncc.codegen.triton.block import Block, Mode
 from attncc.codegen.triton.expressions import Scope
 from attncc.codegen.triton.frame import Frame, index_in
-from attncc.codegen.triton.plan import TL_TYPES
-from attncc.codegen.triton.segments import Run, total
-from attncc.codegen.triton.terms import only
-from attncc.ir import Const, Expr, S, W
-from attncc.ir.build import TRUE
-from attncc.ir.expr import free
-
-#: What a pass over the keys is for. online: softmax and sum of values in one; stats: the largest score and the sum of
-#: weights alone; apply: weights from known statistics; plain: weights that need none.
-Mode = Literal["online", "stats", "apply", "plain"]
-
-LOG2E = math.log2(math.e)
+from attncc.codegen.triton.segments import Run, Segments, Striped, total
+from attncc.ir import Const
+from attncc.ir.build import add, const, floordiv
 
 
-def number(x: float) -> str:
-    return repr(x)
+def visit(b: Block, blocks: Segments, mode: Mode) -> None:
+    """Loops over all of `blocks`, the full ones without their masks; over the tile's lists where it has some."""
+    f = b.f
+    if f.p.listed and blocks is f.p.runs:
+        f.comment("the blocks of this tile's list: those whose keys all rows see, then those where the mask decides")
+        _over_list(b, mode, masked=False)
+        _over_list(b, mode, masked=True)
+        return
+    if blocks.full:
+        if blocks.masked:
+            f.comment("blocks whose keys all rows see")
+        _over_runs(b, blocks.full, mode, masked=False)
+    if blocks.masked:
+        if blocks.full:
+            f.comment("blocks where the mask decides")
+        _over_runs(b, blocks.masked, mode, masked=True)
+    for stripes in blocks.striped:
+        f.comment("stripes of keys, gathered into blocks")
+        _over_stripes(b, stripes, mode)
 
 
-class Loops:
-    """Emits key loops into a frame's outermost scope."""
+def find_lists(f: Frame) -> None:
+    """Where this tile's list of blocks lies, and how long its two parts are."""
+    point = index_in(f.p.list_points)
+    tile = "tile" if point is Const(0) else f"({f.scope.text(point)}) * tiles + tile"
+    f.line(f"list_at = ({tile}).to(tl.int64)")
+    f.line("full = tl.load(counts_ptr + list_at * 2)")
+    f.line("part = tl.load(counts_ptr + list_at * 2 + 1)")
+    f.line("list_at = list_at * block_count")
 
-    def __init__(self, frame: Frame) -> None:
-        self.f, self.p = frame, frame.p
-        self.j = frame.names.fresh(self.p.a.j.name)
-        self.c2 = number(self.p.scale * LOG2E)  # from units of `raw` to powers of two
 
-    @property
-    def accumulators(self) -> list[str]:
-        return ["acc"] if len(self.p.e_chunks) == 1 else [f"acc{n}" for n in range(len(self.p.e_chunks))]
+def _over_runs(b: Block, runs: tuple[Run, ...], mode: Mode, *, masked: bool) -> None:
+    runs = tuple(r for r in runs if r.length is not Const(0))
+    if runs:
+        _loop(b.f, b.body(mode, masked=masked), _head(b.f, runs))
 
-    def constants(self, operands: tuple[str, ...] = ("k", "v")) -> None:
-        """Offsets inside a tile that no iteration changes."""
-        f, p = self.f, self.p
-        f.line("keys = tl.arange(0, BLOCK_N)[:, None]")
-        for who, o, axis, letter, parts in (
-            ("k", p.k, p.a.d, "d", p.d_chunks),
-            ("v", p.v, p.a.e, "e", p.e_chunks),
-        ):
-            if who not in operands:
-                continue
-            f.line(f"{who}_at = {f.origin(o)}")
-            step, inner = f.scope.atom(o.along(p.a.j)), f.scope.atom(o.along(axis))
-            for n, (width, start) in enumerate(parts):
-                name = self._chunk(letter, n, parts)
-                f.line(f"{name} = {f'{start} + ' if start else ''}tl.arange(0, {width})[None, :]")
-                f.line(f"{self._chunk(f'{who}_in', n, parts)} = keys * {step} + {name} * {inner}")
-            if p.descriptors and "k" in operands:
-                self._describe(who, step, p.d_size if who == "k" else p.e_size, parts)
 
-    def _describe(self, who: str, step: str, extent: int, parts: tuple[tuple[int, int], ...]) -> None:
-        """Descriptors of this batch point's keys or values: a box that reaches past the end reads zeros there."""
-        self.f.line("if TMA:")
-        for n, (width, _) in enumerate(parts):
-            shape = f"[{self.f.scope.text(self.p.a.j.extent)}, {extent}], [{step}, 1], [BLOCK_N, {width}]"
-            self.f.line(f"    {self._chunk(f'{who}_desc', n, parts)} = tl.make_tensor_descriptor({who}_at, {shape})")
+def _over_list(b: Block, mode: Mode, *, masked: bool) -> None:
+    at = "list_at + block_count - 1 - t" if masked else "list_at + t"
+    head = _for(b.f, "t", *_share(b.f, "part" if masked else "full"))
+    _loop(b.f, b.body(mode, masked=masked), [head, f"block = tl.load(blocks_ptr + {at})"])
 
-    def _load(self, scope: Scope, who: str, n: int, guard: str, cast: str, *, whole: bool) -> None:
-        """One chunk of the block's keys or values. `whole` says that no key is left out but those past the end."""
-        p = self.p
-        parts = p.d_chunks if who == "k" else p.e_chunks
-        name = self._chunk(who, n, parts)
-        load = f"{name} = tl.load({who}_block + {self._chunk(f'{who}_in', n, parts)}{guard}){cast}"
-        if not (p.descriptors and whole):
-            scope.lines.append(load)
-            return
-        box = f"{name} = {self._chunk(f'{who}_desc', n, parts)}.load([j0, {parts[n][1]}]){cast}"
-        scope.lines += ["if TMA:", f"    {box}", "else:", f"    {load}"]
 
-    @staticmethod
-    def _chunk(name: str, n: int, parts: tuple[tuple[int, int], ...]) -> str:
-        return name if len(parts) == 1 else f"{name}{n}"
+def _over_stripes(b: Block, stripes: Striped, mode: Mode) -> None:
+    size = b.p.config.block_n
+    blocks = floordiv(add(stripes.slots, const(size - 1)), const(size))
+    count = b.f.scope.name("count", b.f.scope.text(blocks))
+    head = [_for(b.f, "t", *_share(b.f, count)), "slot0 = t * BLOCK_N"]
+    if b.in_whole_blocks(stripes):
+        head.append(f"j0 = {b.place(stripes, 'slot0')}")
+    _loop(b.f, b.body(mode, masked=not stripes.full, stripes=stripes), head)
 
-    def queries(self) -> None:
-        f, p = self.f, self.p
-        if not self._needs_scores:
-            return
-        rows = f.offset(f.scope, [(x.index, p.q.along(x)) for x in (*p.folded, p.a.i)])
-        f.line(f"q_at = {f.origin(p.q)}" + (f" + ({rows})" if rows else ""))
-        inner = f.scope.atom(p.q.along(p.a.d))
-        for n, part in enumerate(p.d_chunks):
-            d, q = self._chunk("d", n, p.d_chunks), self._chunk("q", n, p.d_chunks)
-            mask = self._guard("row_ok", d, part, p.d_size)
-            at = f"q_at + {d} * {inner}" + ("" if rows else f" + tl.zeros([{f.rows}, 1], tl.int32)")
-            f.line(f"{q} = tl.load({at}, {mask}, other=0){self._to(p.a.q.tensor, p.dot_type)}")
 
-    @property
-    def _needs_scores(self) -> bool:
-        a = self.p.a
-        return any(S in free(x) for x in (a.score, a.weight)) or self.p.softmax
+def _loop(f: Frame, body: Scope, head: list[str]) -> None:
+    f.scope.lines += [head[0], *(f"    {x}" for x in (*head[1:], *body.lines))]
 
-    def _guard(self, ok: str, index: str, part: tuple[int, int], extent: int) -> str:
-        inside = f"{index} < {extent}" if sum(part) > extent else ""
-        if ok and inside:
-            return f"mask={ok} & ({inside})"
-        return f"mask={ok or inside}" if ok or inside else ""
 
-    def _to(self, tensor: str, dtype: str) -> str:
-        return "" if self.p.a.tensor(tensor).dtype == dtype else f".to({TL_TYPES[dtype]})"
+def _for(f: Frame, name: str, lo: str, hi: str) -> str:
+    if f.p.config.specialize:
+        return f"for {name} in tl.range({lo}, {hi}, warp_specialize=True):"
+    return f"for {name} in range({lo}, {hi}):"
 
-    def over(self, runs: tuple[Run, ...], mode: Mode, *, masked: bool) -> None:
-        """One loop over the blocks of `runs`."""
-        runs = tuple(r for r in runs if r.length is not Const(0))
-        if not runs:
-            return
-        self._loop(self.body(mode, masked=masked), self._head(runs))
 
-    def over_list(self, mode: Mode, *, masked: bool) -> None:
-        """One loop over the blocks that this tile's list has in full, or in part (`masked`)."""
-        self._loop(self.body(mode, masked=masked), self._list_head(masked=masked))
+def _share(f: Frame, count: str) -> tuple[str, str]:
+    """This program's share of `count` iterations."""
+    return (f"{count} * split // splits", f"{count} * (split + 1) // splits") if f.p.split else ("0", count)
 
-    def _loop(self, body: Scope, head: list[str]) -> None:
-        self.f.scope.lines += [head[0], *(f"    {x}" for x in (*head[1:], *body.lines))]
 
-    def lists(self) -> None:
-        """Where this tile's list of blocks lies, and how long its two parts are."""
-        f = self.f
-        point = index_in(self.p.list_points)
-        tile = "tile" if point is Const(0) else f"({f.scope.text(point)}) * tiles + tile"
-        f.line(f"list_at = ({tile}).to(tl.int64)")
-        f.line("full = tl.load(counts_ptr + list_at * 2)")
-        f.line("part = tl.load(counts_ptr + list_at * 2 + 1)")
-        f.line("list_at = list_at * block_count")
-
-    def _list_head(self, *, masked: bool) -> list[str]:
-        at = "list_at + block_count - 1 - t" if masked else "list_at + t"
-        return [self._for("t", *self._shared("part" if masked else "full")), f"block = tl.load(blocks_ptr + {at})"]
-
-    def _for(self, name: str, lo: str, hi: str) -> str:
-        if self.p.config.specialize:
-            return f"for {name} in tl.range({lo}, {hi}, warp_specialize=True):"
-        return f"for {name} in range({lo}, {hi}):"
-
-    def _shared(self, count: str) -> tuple[str, str]:
-        """This program's share of `count` iterations."""
-        return (f"{count} * split // splits", f"{count} * (split + 1) // splits") if self.p.split else ("0", count)
-
-    def _head(self, runs: tuple[Run, ...]) -> list[str]:
-        """The `for` line, and how an iteration finds its block."""
-        text = self.f.scope.text
-        if len(runs) == 1 and not self.p.split:
-            return [self._for("block", text(runs[0].start), text(runs[0].stop))]
-        share = self._shared(self.f.scope.name("count", text(total(runs))))
-        start = self.f.scope.atom(runs[0].start)
-        if len(runs) == 1 and start == "0":
-            return [self._for("block", *share)]
-        lines = [self._for("t", *share), f"block = {start} + t"]
-        for n, run in enumerate(runs[1:], 1):
-            before = self.f.scope.name("before", text(total(runs[:n])))
-            lines.append(f"block = tl.where(t >= {before}, {self.f.scope.atom(run.start)} + t - {before}, block)")
-        return lines
-
-    def body(self, mode: Mode, *, masked: bool) -> Scope:
-        f, p = self.f, self.p
-        scope = f.scope.inner()
-        lines = scope.lines
-        lines.append("j0 = block * BLOCK_N")
-        j = self.j
-        lines.append(f"{j} = (j0 + tl.arange(0, BLOCK_N))[None, :]")
-        scope.define(p.a.j.index, j)
-        keys = f.scope.atom(p.a.j.extent)
-        if masked and p.ragged:
-            lines.append(f"j_ok = {j} < {keys}")
-            scope.guard = "j_ok"
-        ok = self._visible_columns(scope, masked=masked)
-        if self._needs_scores:
-            self._product(scope, ok)
-        visible = self._visible(scope, masked=masked)
-        self._weigh(scope, mode, visible)
-        if mode != "stats":
-            self._values(scope, ok)
-        return scope
-
-    def _visible_columns(self, scope: Scope, *, masked: bool) -> str:
-        """Which keys of the block any row may read, as a column: what no row may read is never loaded, whatever it
-        holds."""
-        f, p = self.f, self.p
-        banned = p.row_leaves
-        condition = only(p.a.mask, banned) if masked else TRUE
-        if not (masked and p.ragged) and condition is TRUE:
-            return ""
-        inner = f.scope.inner()
-        inner.define(p.a.j.index, "jv")
-        inner.lines.append("jv = j0 + keys")
-        ok: list[str] = []
-        if masked and p.ragged:
-            inner.lines.append(f"jv_ok = jv < {f.scope.atom(p.a.j.extent)}")
-            inner.guard = "jv_ok"
-            ok.append("jv_ok")
-        if condition is not TRUE and p.a.j.index in free(condition):
-            ok.append(inner.atom(condition))
-        scope.lines += inner.lines
-        return " & ".join(ok)
-
-    def _product(self, scope: Scope, ok: str) -> None:
-        p = self.p
-        step = self.f.scope.atom(p.k.along(p.a.j))
-        scope.lines.append(f"k_block = k_at + j0.to(tl.int64) * {step}")
-        for n, part in enumerate(p.d_chunks):
-            k, q = self._chunk("k", n, p.d_chunks), self._chunk("q", n, p.d_chunks)
-            guard = self._guard(ok, self._chunk("d", n, p.d_chunks), part, p.d_size)
-            guard = f", {guard}, other=0" if guard else ""
-            self._load(scope, "k", n, guard, self._to(p.a.k.tensor, p.dot_type), whole=ok in ("", "jv_ok"))
-            plus = "" if n == 0 else "s, "
-            scope.lines.append(f"s = tl.dot({q}, tl.trans({k}), {plus}{self._precision(p.dot_type)})")
-        scope.define(S, "s")
-
-    def _precision(self, dtype: str) -> str:
-        precision = self.p.config.precision if dtype == "f32" else "ieee"
-        return f'input_precision="{precision}"'
-
-    def _visible(self, scope: Scope, *, masked: bool) -> str:
-        """The condition under which a key counts for a row, or an empty text where all do."""
-        p = self.p
-        if not masked:
-            return ""
-        parts = ["j_ok"] if p.ragged else []
-        if p.a.mask is not TRUE:
-            parts.append(scope.text(p.a.mask) if not parts else f"({scope.text(p.a.mask)})")
-        if len(parts) < 1:
-            return ""
-        scope.lines.append(f"visible = {' & '.join(parts)}")
-        return "visible"
-
-    def _pair(self, scope: Scope, x: Expr) -> str:
-        """`x` as a value for each row and key of the tile."""
-        leaves = free(x)
-        pair = S in leaves or W in leaves or (self.p.a.j.index in leaves and leaves & self.p.row_leaves)
-        return scope.text(x) if pair else f"{scope.text(x)} + tl.zeros([{self.f.rows}, BLOCK_N], tl.float32)"
-
-    def _weigh(self, scope: Scope, mode: Mode, visible: str) -> None:
-        p, lines = self.p, scope.lines
-        if mode == "plain":
-            self._pointwise(scope, visible)
-            return
-        x = self._pair(scope, p.raw)
-        lines.append(f"x = tl.where({visible}, {x}, float(\"-inf\"))" if visible else f"x = {x}")
-        if mode in ("online", "stats"):
-            lines.append("m_new = tl.maximum(m, tl.max(x, 1))")
-            lines.append('m_use = tl.where(m_new == float("-inf"), 0.0, m_new)')
-            lines.append(f"p = tl.exp2(x * {self.c2} - (m_use * {self.c2})[:, None])")
-            lines.append(f"shrink = tl.exp2((m - m_use) * {self.c2})")
-            lines.append("l = l * shrink + tl.sum(p, 1)")
-            lines.append("m = m_new")
-        if mode == "online":
-            lines += [f"{acc} = {acc} * shrink[:, None]" for acc in self.accumulators]
-            factor = p.factor
-            assert factor is not None
-            if factor is not Const(1.0):
-                text = f"p * {scope.atom(factor)}"
-                keep = visible and not isinstance(factor, Const)
-                lines.append(f"p = tl.where({visible}, {text}, 0.0)" if keep else f"p = {text}")
-        if mode == "apply":
-            lines.append(f"p = tl.exp2(x * {self.c2} - norm)")
-            self._apply(scope, visible)
-
-    def _apply(self, scope: Scope, visible: str) -> None:
-        p, lines = self.p, scope.lines
-        seen = visible
-        if p.empty == "mean":
-            lines.append(f"p = tl.where(empty_row, 1.0 / {self.f.scope.atom(p.a.j.extent)}, p)")
-            seen = f"({visible}) | empty_row" if visible else ""
-        if p.empty == "nan":
-            lines.append('p = tl.where(empty_row, float("nan"), p)')
-            seen = f"({visible}) | empty_row" if visible else ""
-        if p.empty == "mean" and p.ragged and visible:
-            seen = f"({seen}) & j_ok"
-        scope.define(W, "p")
-        weight = self._pair(scope, p.a.weight)
-        lines.append(f"p = tl.where({seen}, {weight}, 0.0)" if seen else f"p = {weight}")
-        if "weights" in p.a.outputs:
-            self.store_weights(scope)
-
-    def _pointwise(self, scope: Scope, visible: str) -> None:
-        p, lines = self.p, scope.lines
-        x = self._pair(scope, p.raw)
-        act = {"sigmoid": "tl.sigmoid(x)", "relu": "tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)"}
-        lines.append(f"x = {x}")
-        value = act.get(p.a.normalizer, "x")
-        lines.append(f"p = tl.where({visible}, {value}, 0.0)" if visible else f"p = {value}")
-        if p.a.weight is not W:
-            scope.define(W, "p")
-            weight = self._pair(scope, p.a.weight)
-            lines.append(f"p = tl.where({visible}, {weight}, 0.0)" if visible else f"p = {weight}")
-        if "weights" in p.a.outputs:
-            self.store_weights(scope)
-
-    def store_weights(self, scope: Scope) -> None:
-        f, p = self.f, self.p
-        at = f.output("weights", (*p.points, *p.folded, p.a.i))
-        step = f.scope.atom(f.output_stride("weights", len(p.a.batch) + 1))
-        j = scope.text(p.a.j.index)
-        ok = "row_ok & j_ok" if scope.guard else "row_ok"
-        scope.lines.append(f"tl.store({at} + {j} * {step}, p, mask={ok})")
-
-    def _values(self, scope: Scope, ok: str) -> None:
-        p = self.p
-        step = self.f.scope.atom(p.v.along(p.a.j))
-        scope.lines.append(f"v_block = v_at + j0.to(tl.int64) * {step}")
-        kind = TL_TYPES[p.value_type]
-        weights = "p" if p.value_type == "f32" else f"p.to({kind})"
-        for n, part in enumerate(p.e_chunks):
-            v, acc = self._chunk("v", n, p.e_chunks), self.accumulators[n]
-            guard = self._guard(ok, self._chunk("e", n, p.e_chunks), part, p.e_size)
-            guard = f", {guard}, other=0" if guard else ""
-            self._load(scope, "v", n, guard, self._to(p.a.v.tensor, p.value_type), whole=ok in ("", "jv_ok"))
-            scope.lines.append(f"{acc} = tl.dot({weights}, {v}, {acc}, {self._precision(p.value_type)})")
-
-    def start(self) -> None:
-        """Nothing seen yet."""
-        f = self.f
-        if self.p.softmax:
-            f.line(f'm = tl.full([{f.rows}], float("-inf"), tl.float32)')
-            f.line(f"l = tl.zeros([{f.rows}], tl.float32)")
-        for acc, (width, _) in zip(self.accumulators, self.p.e_chunks, strict=True):
-            f.line(f"{acc} = tl.zeros([{f.rows}, {width}], tl.float32)")
-
-    def mean_of_values(self) -> None:
-        """Rows without visible keys: the mean of the values, times the weight's factor. Rare, so behind a test."""
-        f, p = self.f, self.p
-        f.comment("rows that see no key: the mean of all values")
-        scope = f.scope.inner()
-        scope.lines.append("j0 = block * BLOCK_N")
-        scope.lines.append("jv = j0 + keys")
-        ok = ""
-        if p.ragged:
-            scope.lines.append(f"jv_ok = jv < {f.scope.atom(p.a.j.extent)}")
-            ok = "jv_ok"
-        if p.factor is Const(1.0):
-            step = f.scope.atom(p.v.along(p.a.j))
-            scope.lines.append(f"v_block = v_at + j0.to(tl.int64) * {step}")
-            for n, part in enumerate(p.e_chunks):
-                guard = self._guard(ok, self._chunk("e", n, p.e_chunks), part, p.e_size)
-                guard = f", {guard}, other=0" if guard else ""
-                load = f"tl.load(v_block + {self._chunk('v_in', n, p.e_chunks)}{guard}).to(tl.float32)"
-                acc = self.accumulators[n]
-                scope.lines.append(f"{acc} += tl.where(empty_row, tl.sum({load}, 0)[None, :], 0.0)")
-        else:
-            scope.lines.append(f"{self.j} = (j0 + tl.arange(0, BLOCK_N))[None, :]")
-            scope.define(p.a.j.index, self.j)
-            if p.ragged:
-                scope.lines.append(f"j_ok = {self.j} < {f.scope.atom(p.a.j.extent)}")
-                scope.guard = "j_ok"
-            assert p.factor is not None
-            if S in free(p.factor):
-                self._product(scope, ok)
-            rows = f"empty_row{' & j_ok' if p.ragged else ''}"
-            factor = self._pair(scope, p.factor)
-            scope.lines.append(f"p = tl.where({rows}, {factor}, 0.0)")
-            self._values(scope, ok)
-        blocks = f"tl.cdiv({f.scope.atom(p.a.j.extent)}, BLOCK_N)"
-        f.line("if tl.max(tl.where(empty_row, 1, 0)) > 0:")
-        for acc in self.accumulators:
-            f.line(f"    {acc} = tl.where(empty_row, 0.0, {acc})")
-        f.line(f"    for block in range(0, {blocks}):")
-        f.scope.lines += [f"        {x}" for x in scope.lines]
-
+def _head(f: Frame, runs: tuple[Run, ...]) -> list[str]:
+    """The `for` line, and how an iteration finds its block."""
+    text = f.scope.text
+    if len(runs) == 1 and not f.p.split:
+        return [_for(f, "block", text(runs[0].start), text(runs[0].stop))]
+    share = _share(f, f.scope.name("count", text(total(runs))))
+    start = f.scope.atom(runs[0].start)
+    if len(runs) == 1 and start == "0":
+        return [_for(f, "block", *share)]
+    lines = [_for(f, "t", *share), f"block = {start} + t"]
+    for n, run in enumerate(runs[1:], 1):
+        before = f.scope.name("before", text(total(runs[:n])))
+        lines.append(f"block = tl.where(t >= {before}, {f.scope.atom(run.start)} + t - {before}, block)")
+    return lines

@@ -11,7 +11,7 @@ from attncc.codegen.triton.rows import folded_axes
 from attncc.codegen.triton.segments import Segments, segments
 from attncc.codegen.triton.terms import scaled, weight_factor
 from attncc.ir import Attention, Axis, Const, Expr, Interval, Op
-from attncc.ir.bounds import TILE_HI, TILE_LO, Bounds
+from attncc.ir.bounds import TILE_HI, TILE_LO, Bounds, Stripe
 from attncc.ir.build import ONE as ONE_
 from attncc.ir.build import TRUE, ZERO, add, mul
 from attncc.ir.expr import free, substitute, walk
@@ -81,6 +81,11 @@ class Plan:
         ends = [x for run in (*self.runs.masked, *self.runs.full) for x in (run.start, run.stop)]
         used = free(self.a.mask).union(*(free(x) for x in (*ends, *(r.expr for r in self.bounds.rows))))
         return tuple(x for x in self.points if x.index in used)
+
+    @property
+    def persistent(self) -> int:
+        """How many programs a processor share all tiles, 0 where each tile has its own."""
+        return 0 if self.split else self.config.persistent
 
     @property
     def descriptors(self) -> bool:
@@ -161,10 +166,16 @@ def plan(a: Attention, bounds: Bounds, config: TritonConfig) -> Plan:
     return Plan(
         a=a, bounds=bounds, config=config, folded=folded, points=points, q=q, k=k, v=v,
         d_chunks=chunks(_const(a.d)), e_chunks=chunks(_const(a.e)),
-        runs=segments(bounds, a.j.extent, config.block_n, extents),
+        runs=segments(bounds, a.j.extent, config.block_n, extents, 0 if config.lists else _most_rows(folded, config)),
         every=segments(everything, a.j.extent, config.block_n, extents),
         raw=raw, scale=scale, factor=weight_factor(a.weight), extents=extents,
     )  # fmt: skip
+
+
+def _most_rows(folded: tuple[Axis, ...], config: TritonConfig) -> int:
+    """How many values of the row index a tile may hold."""
+    group = math.prod(int(x.extent.value) if isinstance(x.extent, Const) else 1 for x in folded)
+    return config.block_m // group + (config.block_m % group > 0) + (group > 1)
 
 
 def _const(axis: Axis) -> int:
@@ -178,8 +189,16 @@ def _whole(a: Attention) -> Interval:
 
 
 def _bounds_at(b: Bounds, table: dict[Expr, Expr]) -> Bounds:
-    def at(xs: tuple[Interval, ...]) -> tuple[Interval, ...]:
-        return tuple(Interval(substitute(x.lo, table), substitute(x.hi, table)) for x in xs)
+    def on(x: Expr) -> Expr:
+        return substitute(x, table)
 
-    rows = tuple(replace(r, expr=substitute(r.expr, table)) for r in b.rows)
-    return Bounds(at(b.visit), at(b.full), None, b.exact, rows)
+    def stripe(x: Stripe) -> Stripe:
+        return Stripe(on(x.step), on(x.offset), on(x.width))
+
+    def interval(x: Interval) -> Interval:
+        first = None if x.stripe is None else stripe(x.stripe)
+        return replace(x, lo=on(x.lo), hi=on(x.hi), stripe=first, finer=tuple(map(stripe, x.finer)))
+
+    visit, full, striped = (tuple(map(interval, xs)) for xs in (b.visit, b.full, b.full_parts))
+    rows = tuple(replace(r, expr=on(r.expr)) for r in b.rows)
+    return replace(b, visit=visit, full=full, full_parts=striped, residue=None, rows=rows)

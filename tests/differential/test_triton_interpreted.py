@@ -1,7 +1,9 @@
 """Triton kernels under Triton's interpreter against the oracle. `test_triton.py` runs this file, in its own process."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from math import ceil
 
 import pytest
 
@@ -99,6 +101,12 @@ def test_descriptors(name: str) -> None:
     check(p._replace(tensors=apart), BOXES)
 
 
+@pytest.mark.parametrize("name", ["causal", "two heads of 80", "weights", "block table", "window and columns"])
+def test_persistent_programs(name: str) -> None:
+    """Two programs take all tiles in turn."""
+    check(make(name), TritonConfig(16, 16, 4, 1, persistent=2, lists="table" in name))
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize(("rows", "keys"), [(1, 1), (17, 33), (32, 16), (5, 70)])
 def test_odd_sizes(dtype: str, rows: int, keys: int) -> None:
@@ -110,6 +118,25 @@ def test_odd_sizes(dtype: str, rows: int, keys: int) -> None:
 def test_split_keys(name: str, splits: int) -> None:
     """Also more splits than blocks: some see no key."""
     check(make(name), SPLIT, splits=splits)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("every seventh key", lambda rows: ceil(ceil((rows - 3) / 7) / 16)),
+        ("far apart", lambda rows: ceil(rows / 40)),
+    ],
+)
+def test_stripes_are_gathered(name: str, blocks: Callable[[int], int]) -> None:
+    """A tile of rows visits as many blocks as its stripes fill, not those that they touch."""
+    p = make(name)
+    before = triton_interpreter.products
+    check(p, SMALL)
+    group = CASES[name].groups
+    rows, points = CASES[name].rows, 4
+    tiles = [min(first + 16 // group, rows) for first in range(0, rows, 16 // group)]
+    most = points * sum(blocks(end) for end in tiles)
+    assert 0 < triton_interpreter.products - before <= 2 * most < points * 2 * sum(ceil(end / 16) for end in tiles) / 2
 
 
 @pytest.mark.parametrize("name", [*DATA, "dilated", "rectangles", "empty rows mean", "weights of empty rows"])

@@ -24,7 +24,7 @@ Rows i0 <= i < i1 visit 0 <= j < i1; without mask 0 <= j < i0 + 1.
 import triton
 import triton.language as tl
 
-CONFIG = "block_m=64 block_n=64 warps=4 stages=3 split=False together=8 precision=ieee descriptors=False specialize=False lists=False"
+CONFIG = "block_m=64 block_n=64 warps=4 stages=3 split=False together=8 precision=ieee descriptors=False specialize=False lists=False persistent=0"
 BLOCK_M = tl.constexpr(64)
 BLOCK_N = tl.constexpr(64)
 

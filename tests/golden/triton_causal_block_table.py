@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-CONFIG = "block_m=64 block_n=64 warps=4 stages=3 split=False together=8 precision=ieee descriptors=False specialize=False lists=True"
+CONFIG = "block_m=64 block_n=64 warps=4 stages=3 split=False together=8 precision=ieee descriptors=False specialize=False lists=True persistent=0"
 BLOCK_M = tl.constexpr(64)
 BLOCK_N = tl.constexpr(64)
 

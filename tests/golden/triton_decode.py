@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-CONFIG = "block_m=64 block_n=64 warps=4 stages=3 split=True together=8 precision=ieee descriptors=False specialize=False lists=False"
+CONFIG = "block_m=64 block_n=64 warps=4 stages=3 split=True together=8 precision=ieee descriptors=False specialize=False lists=False persistent=0"
 BLOCK_M = tl.constexpr(64)
 BLOCK_N = tl.constexpr(64)
 
@@ -202,12 +202,16 @@ CONTIGUOUS = {
 }
 
 
+def count_processors(device):
+    """Of a GPU; one elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def choose_splits(programs, keys, device):
     """How many programs share the keys of one tile: enough to fill the device twice, each with some blocks to walk."""
     if device.type != "cuda":
         return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(2 * processors // programs, keys // (4 * BLOCK_N.value), 128))
+    return max(1, min(2 * count_processors(device) // programs, keys // (4 * BLOCK_N.value), 128))
 
 
 def launch(tensors, sizes, outputs, splits=None):

@@ -34,6 +34,7 @@ class Job(NamedTuple):
     tf32: bool = False
     descriptors: bool = False
     lists: bool = False
+    persistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def build(job: Job) -> Built:
     warnings.simplefilter("ignore")
     a = attention(job)
     space = configs(a, job.target, tf32=job.tf32, lists=job.lists)
-    config = [c for c in space if c.descriptors == job.descriptors][job.at]
+    wanted = (job.descriptors, job.persistent)
+    config = [c for c in space if (c.descriptors, c.persistent > 0) == wanted][job.at]
     source = emit(a, loop_bounds(a, rows=True), config)
     known = {"PARTIAL": job.case.startswith("decode"), "TMA": True, "EVEN": True}
     constants = {n: x for n, x in known.items() if f"{n}: tl.constexpr" in source and job.kernel == "attention"}
@@ -82,11 +84,11 @@ _LOCAL = re.compile(r"\b(LDL|STL|scratch_load\w*|scratch_store\w*)\b")
 
 
 def loops(code: str) -> list[Loop]:
-    """Loops that hold at least four matrix products. A branch back from behind the program's end is not a loop: it is
-    the way back from a wait that was moved out of line."""
+    """Innermost loops that hold at least four matrix products. A branch back from behind the program's end is not a
+    loop: it is the way back from a wait that was moved out of line."""
     lines = code.splitlines()
     labels: dict[str, int] = {}
-    found: list[Loop] = []
+    found: list[tuple[int, int, Loop]] = []
     for at, line in enumerate(lines):
         if label := _LABEL.match(line.strip()):
             labels[label[1]] = at
@@ -94,8 +96,10 @@ def loops(code: str) -> list[Loop]:
             body = lines[labels[back[1]] : at]
             products = sum(bool(_PRODUCT.search(x)) for x in body)
             if products >= 4 and not any(re.search(r"\bEXIT\b", x) for x in body):
-                found.append(Loop(len(body), products, sum(bool(_LOCAL.search(x)) for x in body)))
-    return found
+                local = sum(bool(_LOCAL.search(x)) for x in body)
+                found.append((labels[back[1]], at, Loop(len(body), products, local)))
+    inner = [x for x in found if not any(x[0] < y[0] and y[1] < x[1] for y in found)]
+    return [loop for _, _, loop in inner]
 
 
 class Matrix:

@@ -23,7 +23,10 @@ def of(case: Case, dtype: str = "bf16") -> Attention:
     return parse_attention(text(case, dtype))
 
 
-@pytest.mark.parametrize("name", ["causal", "documents", "decode", "t5 table", "causal block table"])
+GOLDEN = ("causal", "documents", "decode", "t5 table", "causal block table", "window and columns")
+
+
+@pytest.mark.parametrize("name", GOLDEN)
 def test_golden(name: str, golden: Callable[[str, str], None]) -> None:
     a = of(CASES[name])
     config = TritonConfig(64, 64, 4, 3, split=name == "decode", lists="table" in name)

@@ -1,0 +1,186 @@
+"""out[b, hk, g, i, e] = sum_j w_j v[j, e],  w = softmax_j(score(q_i . k_j) where mask)
+
+Rows i0 <= i < i1 visit 0 <= j < i1 and i0 - 8 <= j < i1; without mask i1 - 9 <= j < i0 + 1.
+
+    attention
+    size   B, N, M
+    batch  b = B, hk = 2, g = 2
+    axis   i = N, j = N, d = 16, e = 16
+    tensor q: bf16[B, 4, N, 16]
+    tensor k: bf16[B, 2, N, 16]
+    tensor v: bf16[B, 2, N, 16]
+    q      q[b, hk * 2 + g, i, d]
+    k      k[b, hk, j, d]
+    v      v[b, hk, j, e]
+    score  s * 0.25
+    mask   j <= i and (i - j < 9 or j % 32 < 2)
+    norm   softmax
+    empty  zero
+    weight w
+    give   out
+    dtype  bf16
+"""
+
+import triton
+import triton.language as tl
+
+CONFIG = "block_m=64 block_n=64 warps=4 stages=3 split=False together=8 precision=ieee descriptors=False specialize=False lists=False persistent=0"
+BLOCK_M = tl.constexpr(64)
+BLOCK_N = tl.constexpr(64)
+
+
+@triton.jit
+def floor_div(a, b):
+    """a // b rounded down; Triton rounds towards zero."""
+    q = a // b
+    return q - tl.where((a != q * b) & ((a < 0) != (b < 0)), 1, 0)
+
+
+@triton.jit(do_not_specialize=["B", "N", "M"])
+def attention(
+    q_ptr, q_s0, q_s1, q_s2, q_s3, k_ptr, k_s0, k_s1, k_s2, k_s3, v_ptr, v_s0, v_s1, v_s2, v_s3, B, N, M,
+    out_ptr, out_s0, out_s1, out_s2, out_s3, out_s4,
+):
+    pid = tl.program_id(0)
+    rows = 2 * N
+    tiles = tl.cdiv(rows, BLOCK_M)
+    # 8 batch points at a time, the longest rows first
+    points = B * 2
+    first = pid // (8 * tiles) * 8
+    width = tl.minimum(points - first, 8)
+    point = first + pid % (8 * tiles) % width
+    tile = tiles - 1 - pid % (8 * tiles) // width
+    hk = point % 2
+    point0 = point // 2
+    b = point0
+    row = (tile * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    row_ok = row < rows
+    i = row // 2
+    g = row % 2
+    i0 = (tile * BLOCK_M) // 2
+    i1 = (tl.minimum(tile * BLOCK_M + BLOCK_M, rows) - 1) // 2 + 1
+    keys = tl.arange(0, BLOCK_N)[:, None]
+    k_at = k_ptr + b.to(tl.int64) * k_s0 + hk.to(tl.int64) * k_s1
+    d = tl.arange(0, 16)[None, :]
+    k_in = keys * k_s2 + d * k_s3
+    v_at = v_ptr + b.to(tl.int64) * v_s0 + hk.to(tl.int64) * v_s1
+    e = tl.arange(0, 16)[None, :]
+    v_in = keys * v_s2 + e * v_s3
+    q_at = q_ptr + b.to(tl.int64) * q_s0 + hk.to(tl.int64) * (2 * q_s1) + (g.to(tl.int64) * q_s1 + i.to(tl.int64) * q_s2)
+    q = tl.load(q_at + d * q_s3, mask=row_ok, other=0)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, 16], tl.float32)
+    # blocks whose keys all rows see
+    t0 = (tl.maximum(i1 - 9, 0) + 63) // 64
+    t1 = tl.maximum(i0 - 8, 0) // 64
+    t2 = tl.maximum(t0, t1)
+    t3 = tl.maximum(t0, (i0 + 1) // 64)
+    t4 = tl.maximum(t1, (i1 + 63) // 64)
+    for block in range(t2, tl.maximum(t2, tl.minimum(t3, t4))):
+        j0 = block * BLOCK_N
+        j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+        k_block = k_at + j0.to(tl.int64) * k_s2
+        k = tl.load(k_block + k_in)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        x = s
+        m_new = tl.maximum(m, tl.max(x, 1))
+        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(x * 0.36067376022224085 - (m_use * 0.36067376022224085)[:, None])
+        shrink = tl.exp2((m - m_use) * 0.36067376022224085)
+        l = l * shrink + tl.sum(p, 1)
+        m = m_new
+        acc = acc * shrink[:, None]
+        v_block = v_at + j0.to(tl.int64) * v_s2
+        v = tl.load(v_block + v_in)
+        acc = tl.dot(p.to(tl.bfloat16), v, acc, input_precision="ieee")
+    # blocks where the mask decides
+    t5 = tl.maximum(t3, t1)
+    count = tl.maximum(t1, tl.minimum(t0, t4)) - t1 + (tl.maximum(t5, t4) - t5)
+    before = tl.maximum(t1, tl.minimum(t0, t4)) - t1
+    for t in range(0, count):
+        block = t1 + t
+        block = tl.where(t >= before, t5 + t - before, block)
+        j0 = block * BLOCK_N
+        j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+        j_ok = j < N
+        jv = j0 + keys
+        jv_ok = jv < N
+        k_block = k_at + j0.to(tl.int64) * k_s2
+        k = tl.load(k_block + k_in, mask=jv_ok, other=0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        visible = j_ok & ((j <= i) & ((i - j < 9) | (j % 32 < 2)))
+        x = tl.where(visible, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(x, 1))
+        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(x * 0.36067376022224085 - (m_use * 0.36067376022224085)[:, None])
+        shrink = tl.exp2((m - m_use) * 0.36067376022224085)
+        l = l * shrink + tl.sum(p, 1)
+        m = m_new
+        acc = acc * shrink[:, None]
+        v_block = v_at + j0.to(tl.int64) * v_s2
+        v = tl.load(v_block + v_in, mask=jv_ok, other=0)
+        acc = tl.dot(p.to(tl.bfloat16), v, acc, input_precision="ieee")
+    # stripes of keys, gathered into blocks
+    t6 = tl.minimum(i1, t1 * 64)
+    count0 = (tl.maximum(floor_div(t6 + 31, 32), 0) * 2 + 63) // 64
+    for t in range(0, count0):
+        slot0 = t * BLOCK_N
+        slot = (slot0 + tl.arange(0, BLOCK_N))[None, :]
+        j = 0 + slot // 2 * 32 + slot % 2
+        j_ok = (j < t6)
+        slot = (slot0 + tl.arange(0, BLOCK_N))[:, None]
+        jv = 0 + slot // 2 * 32 + slot % 2
+        jv_ok = (jv < t6)
+        k_block = k_at + jv.to(tl.int64) * k_s2
+        k = tl.load(k_block + d * k_s3, mask=jv_ok, other=0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        x = tl.where(j_ok, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(x, 1))
+        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(x * 0.36067376022224085 - (m_use * 0.36067376022224085)[:, None])
+        shrink = tl.exp2((m - m_use) * 0.36067376022224085)
+        l = l * shrink + tl.sum(p, 1)
+        m = m_new
+        acc = acc * shrink[:, None]
+        v_block = v_at + jv.to(tl.int64) * v_s2
+        v = tl.load(v_block + e * v_s3, mask=jv_ok, other=0)
+        acc = tl.dot(p.to(tl.bfloat16), v, acc, input_precision="ieee")
+    top = (m * 0.36067376022224085)[:, None]
+    total = l[:, None]
+    empty_row = total == 0.0
+    acc = tl.where(empty_row, 0.0, acc / total)
+    tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok)
+
+
+#: Triton's types of the arguments of each kernel, in order.
+SIGNATURES = {
+    "attention": {
+        "q_ptr": "*bf16", "q_s0": "i32", "q_s1": "i32", "q_s2": "i32", "q_s3": "i32", "k_ptr": "*bf16",
+        "k_s0": "i32", "k_s1": "i32", "k_s2": "i32", "k_s3": "i32", "v_ptr": "*bf16", "v_s0": "i32", "v_s1": "i32",
+        "v_s2": "i32", "v_s3": "i32", "B": "i32", "N": "i32", "M": "i32", "out_ptr": "*bf16", "out_s0": "i32",
+        "out_s1": "i32", "out_s2": "i32", "out_s3": "i32", "out_s4": "i32",
+    },
+}
+#: What contiguous tensors make of strides: one, or a multiple of 16.
+CONTIGUOUS = {
+    "q_s0": 16, "q_s1": 16, "q_s2": 16, "q_s3": 1, "k_s0": 16, "k_s1": 16, "k_s2": 16, "k_s3": 1, "v_s0": 16,
+    "v_s1": 16, "v_s2": 16, "v_s3": 1, "out_s0": 16, "out_s1": 16, "out_s2": 16, "out_s3": 16, "out_s4": 1,
+}
+
+
+def launch(tensors, sizes, outputs):
+    """`tensors`, `sizes` and `outputs` in the order of the attention; outputs have logical dimensions."""
+    tensor_0, tensor_1, tensor_2 = tensors
+    size_B, size_N, size_M = sizes
+    out, = outputs
+    rows, points = 2 * size_N, size_B * 2
+    programs = triton.cdiv(rows, BLOCK_M.value) * points
+    if programs == 0:
+        return
+    attention[(programs,)](
+        tensor_0, tensor_0.stride(0), tensor_0.stride(1), tensor_0.stride(2), tensor_0.stride(3), tensor_1,
+        tensor_1.stride(0), tensor_1.stride(1), tensor_1.stride(2), tensor_1.stride(3), tensor_2, tensor_2.stride(0),
+        tensor_2.stride(1), tensor_2.stride(2), tensor_2.stride(3), size_B, size_N, size_M, out, out.stride(0),
+        out.stride(1), out.stride(2), out.stride(3), out.stride(4), num_warps=4, num_stages=3, enable_fp_fusion=True,
+    )
