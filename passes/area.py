@@ -9,7 +9,8 @@ single rows are exact; otherwise the mask is counted in slices, up to a limit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -58,8 +59,8 @@ def area(
     for axis in a.batch:
         total *= extent(axis.extent, table)
     tiles = simulate(a, bounds, sizes, tensors, tile_rows)
-    striped = any(x.stripes for x in tiles.visit)
-    if striped and _product(tiles.shape) * m <= MOST_PAIRS:
+    striped = any(x.stripes or x.bits is not None for x in tiles.visit)
+    if striped and prod(tiles.shape) * m <= MOST_PAIRS:
         keys = keys_of(tiles.visit, tiles.shape, m)
         pad = -m % tile_keys
         keys = torch.cat([keys, keys.new_zeros(*keys.shape[:-1], pad)], -1)
@@ -89,19 +90,20 @@ def _counted(a: Attention, sizes: Sequence[int], tensors: Mapping[str, torch.Ten
     used = free(a.mask)
     batch = [x for x in a.batch if x.index in used]
     counts = [extent(x.extent, table) for x in batch]
-    if _product(counts) * n * m > MOST_PAIRS:
+    if prod(counts) * n * m > MOST_PAIRS:
         return None
-    repeat = _product([extent(x.extent, table) for x in a.batch if x.index not in used])
-    step = max(1, _SLICE // max(1, _product(counts) * m))
+    repeat = prod([extent(x.extent, table) for x in a.batch if x.index not in used])
+    step = max(1, _SLICE // max(1, prod(counts) * m))
     found = 0
     for first in range(0, n, step):
         rows = torch.arange(first, min(first + step, n))
-        found += int(_mask_at(a, table, tensors, batch, counts, rows, torch.arange(m)).sum())
+        found += int(mask_at(a, a.mask, table, tensors, batch, counts, rows, torch.arange(m)).sum())
     return found * repeat
 
 
-def _mask_at(
+def mask_at(
     a: Attention,
+    mask: Expr,
     table: Mapping[Expr, int],
     tensors: Mapping[str, torch.Tensor],
     batch: Sequence[Axis],
@@ -109,7 +111,7 @@ def _mask_at(
     rows: torch.Tensor,
     keys: torch.Tensor,
 ) -> torch.Tensor:
-    """The mask at given rows and keys, (*counts, rows, keys)."""
+    """`mask` at given rows and keys, (*counts, rows, keys); batch axes that are not in `batch` stand at 0."""
     device = next((t.device for t in tensors.values()), rows.device)
     leaves: dict[Expr, torch.Tensor] = {s: torch.tensor(v, device=device) for s, v in table.items()}
     leaves |= {x.index: torch.zeros((), dtype=torch.int64, device=device) for x in a.batch}
@@ -118,15 +120,8 @@ def _mask_at(
         view[at] = -1
         leaves[axis.index] = torch.arange(counts[at], device=device).view(view)
     leaves[a.i.index], leaves[a.j.index] = rows.to(device)[:, None], keys.to(device)
-    value = Evaluator(leaves, tensors, DTYPE_OF[a.compute_dtype])(a.mask)
+    value = Evaluator(leaves, tensors, DTYPE_OF[a.compute_dtype])(mask)
     return value.expand(*counts, len(rows), len(keys))
-
-
-def _product(xs: Sequence[int]) -> int:
-    result = 1
-    for x in xs:
-        result *= x
-    return result
 
 
 _SHADES = " ░▒▓█"
@@ -150,9 +145,8 @@ def picture(
     columns = min(width, m)
     lines = max(1, min(n, round(columns * n / m / 2), width))
     mask = map_literals(a.mask, known)
-    shown = replace(a, mask=mask)
     rows, keys = _sampled(n, lines), _sampled(m, columns)
-    seen = _mask_at(shown, table, given, (), (), rows.flatten(), keys.flatten()).float()
+    seen = mask_at(a, mask, table, given, (), (), rows.flatten(), keys.flatten()).float()
     cells = seen.view(*rows.shape, *keys.shape).mean((1, 3))
     shades = (cells * (len(_SHADES) - 1)).ceil().to(torch.int64).clamp(max=len(_SHADES) - 1)
     return "\n".join("".join(_SHADES[int(x)] for x in line) for line in shades)

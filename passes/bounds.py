@@ -10,22 +10,24 @@ so `visit` may only be too large and `full` only too small.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from attncc.ir import Attention, Bounds, Expr, Index, Interval
-from attncc.ir.affine import Extents, nonnegative, simplify
+from attncc.ir import Attention, Bounds, Const, Expr, Index, Interval
+from attncc.ir.affine import Extents, expr, nonnegative, poly, simplify
 from attncc.ir.bounds import TILE_HI, TILE_LO, RowBound, Stripe, everything, unskipped
-from attncc.ir.build import ONE, TRUE, ZERO, add, and_, lt, maximum, minimum, sub, where
+from attncc.ir.build import ONE, TRUE, ZERO, add, and_, lt, maximum, minimum, not_, sub, where
 from attncc.ir.rewrite import substitute
 from attncc.ir.terms import walk
 from attncc.passes.intervals import Cover, RowScans, cover
+from attncc.passes.maps import BlockMap
 from attncc.passes.predicates import Clause, NormalForm, TooManyClauses, with_clamps
 
 MAX_INTERVALS = 8
 #: Covers with both ends that `full` is cut by; beyond, each clause of the mask gives its own full keys, which is no
 #: less sound but misses keys that different clauses show to different rows.
 MAX_SPLITS = 3
+MAX_PIECES = 16
 _TAIL = Index("i1 - i0 - 1")
 
 
@@ -46,10 +48,11 @@ def loop_bounds(a: Attention, *, rows: bool = False) -> Bounds:
 
 
 def analyse(
-    a: Attention, *, rows: bool = False, outer: Expr | None = None, inner: Sequence[Expr] = ()
-) -> Analysis:
+    a: Attention, *, rows: bool = False, outer: Expr | None = None, inner: Expr | None = None,
+    maps: Mapping[Expr, BlockMap] | None = None,
+) -> Analysis:  # fmt: skip
     """`outer` and `inner` stand in for the mask where it reads data by key: the mask implies `outer`, which bounds the
-    visit, and each of `inner` implies the mask, and gives full keys."""
+    visit, and `inner` implies the mask, and gives full keys. `maps` are those of literals of both."""
     m = a.j.extent
     if a.mask is TRUE:
         return Analysis(everything(m), True)
@@ -57,35 +60,47 @@ def analyse(
     form = NormalForm(a.i.index, a.j.index, extents)
     scans = RowScans(allowed=rows)
 
+    def canonical(mask: Expr) -> Expr:
+        return with_clamps(simplify(mask, extents), extents)
+
+    some = {canonical(x): m.some for x, m in (maps or {}).items()}
+    outside = {not_(canonical(x)): m.every for x, m in (maps or {}).items()}
+
     def clauses_of(mask: Expr, *, positive: bool = True) -> list[Clause] | None:
         if a.i.extent is ONE:
             mask = substitute(mask, {a.i.index: ZERO})
         try:
-            return form.clauses(with_clamps(simplify(mask, extents), extents), positive=positive)
+            return form.clauses(canonical(mask), positive=positive)
         except TooManyClauses:
             return None
 
     def covers(mask: Expr, *, positive: bool) -> list[Cover] | None:
         clauses = clauses_of(mask, positive=positive)
-        return None if clauses is None else [cover(c, a.i.index, a.j.index, m, extents, scans) for c in clauses]
+        bits = some if positive else outside
+        return None if clauses is None else [
+            replace(cover(c, a.i.index, a.j.index, m, extents, scans), bits=tuple(bits[x] for x in c if x in bits))
+            for c in clauses
+        ]
 
     at_tile = {**extents, TILE_LO: a.i.extent, TILE_HI: add(a.i.extent, ONE)}
     seen = covers(a.mask if outer is None else outer, positive=True)
     if seen is None:
         return Analysis(unskipped(m), False)
     visit, merged = _visit(seen, m, at_tile)
-    full: tuple[Interval, ...] = ()
-    for mask in inner or (a.mask,):
-        hidden = covers(mask, positive=False)
-        if hidden is not None and sum(c.lo is not None and c.hi is not None for c in hidden) <= MAX_SPLITS:
-            full += _full(hidden, m, at_tile)
-            continue
+    full: list[Interval] = []
+    mask = a.mask if inner is None else inner
+    hidden = covers(mask, positive=False)
+    if hidden is not None and sum(c.lo is not None and c.hi is not None for c in hidden) <= MAX_SPLITS:
+        full = _full(hidden, m, at_tile)
+    else:
         for clause in clauses_of(mask) or ():
-            outside = covers(and_(*clause), positive=False)
-            full += () if outside is None else _full(outside, m, at_tile)
-    full = tuple(dict.fromkeys(full))[:MAX_INTERVALS]
+            rest = covers(and_(*clause), positive=False)
+            full += [] if rest is None else _full(rest, m, at_tile)
+    whole = tuple(x for x in dict.fromkeys(full) if _whole(x))[:MAX_INTERVALS]
+    parts = tuple(x for x in dict.fromkeys(full) if not _whole(x) and not _held(x, whole, at_tile))
     exact = not merged and outer is None and all(c.exact for c in seen)
-    bounds = Bounds(visit, full, _residue(visit), exact, _used(scans, visit, full))
+    parts = parts[:MAX_INTERVALS]
+    bounds = Bounds(visit, whole, _residue(visit), exact, _used(scans, visit, whole, parts), parts)
     return Analysis(bounds, not merged and all(c.rows_exact for c in seen))
 
 
@@ -97,7 +112,8 @@ def _visit(covers: list[Cover], m: Expr, extents: Extents) -> tuple[tuple[Interv
         if c.when is not TRUE:
             hi = where(c.when, hi, lo)
         stripe = c.stripes[0] if c.stripes else None
-        intervals.append(Interval(simplify(lo, extents), simplify(hi, extents), stripe, c.stripes[1:]))
+        ends = simplify(lo, extents), simplify(hi, extents)
+        intervals.append(Interval(*ends, stripe, c.stripes[1:], tuple(sorted(c.bits, key=repr))))
     kept: list[Interval] = []
     for at, x in enumerate(intervals):
         if not any(_inside(x, y, extents) for y in [*kept, *intervals[at + 1 :]]):
@@ -113,34 +129,53 @@ def _visit(covers: list[Cover], m: Expr, extents: Extents) -> tuple[tuple[Interv
 
 
 def _inside(x: Interval, y: Interval, extents: Extents) -> bool:
-    if y.stripe is not None and y.stripes != x.stripes:
+    if (y.stripe is not None and y.stripes != x.stripes) or not set(y.bits) <= set(x.bits):
         return False
     return _at_least(x.lo, y.lo, extents) and _at_least(y.hi, x.hi, extents)
 
 
-def _full(hidden: list[Cover], m: Expr, extents: Extents) -> tuple[Interval, ...]:
-    """[0, m) without every cover, as at most MAX_INTERVALS intervals."""
-    left: list[tuple[Expr, Expr]] = [(ZERO, m)]
+def _held(x: Interval, others: tuple[Interval, ...], extents: Extents) -> bool:
+    return any(_inside(x, y, extents) for y in others)
+
+
+def _full(hidden: list[Cover], m: Expr, extents: Extents) -> list[Interval]:
+    """[0, m) without every cover, as intervals, of which some hold in a stripe alone: a cover leaves what lies outside
+    its ends, and what lies between its stripes or in its bits (those of a hidden literal say where it never holds)."""
+    left: list[Interval] = [Interval(ZERO, m)]
     for c in hidden:
         lo, hi = c.lo, c.hi
         when = c.when
         if lo is not None and hi is not None and not _at_least(hi, add(lo, ONE), extents):
             when = and_(when, lt(lo, hi))
         if lo is None and hi is None:
-            if c.when is TRUE:
-                return ()
-            lo, hi = where(c.when, ZERO, m), m
+            lo, hi = (None, None) if c.when is TRUE else (where(c.when, ZERO, m), m)
         lo = None if lo is None else simplify(where(when, lo, m), extents)
         hi = None if hi is None else simplify(where(when, hi, ZERO if lo is None else m), extents)
-        pieces: list[tuple[Expr, Expr]] = []
-        for x, y in left:
+        pieces: list[Interval] = []
+        for x in left:
             if lo is not None:
-                pieces.append((x, lo if y is m else _smaller(y, lo, extents)))
+                pieces.append(replace(x, hi=lo if x.hi is m else _smaller(x.hi, lo, extents)))
             if hi is not None:
-                pieces.append((hi if x is ZERO else _larger(x, hi, extents), y))
-        left = [(x, y) for x, y in pieces if not _at_least(x, y, extents)]
-        left = list(dict.fromkeys(left))
-    return tuple(Interval(x, y) for x, y in left[:MAX_INTERVALS])
+                pieces.append(replace(x, lo=hi if x.lo is ZERO else _larger(x.lo, hi, extents)))
+            if _whole(x):
+                pieces += [replace(x, stripe=s) for s in map(_between, c.stripes) if s is not None]
+                pieces += [replace(x, bits=(n,)) for n in c.bits]
+            elif x.stripe in map(_between, c.stripes) if x.stripe is not None else x.bits[0] in c.bits:
+                pieces.append(x)
+        left = [x for x in dict.fromkeys(pieces) if not _at_least(x.lo, x.hi, extents)][:MAX_PIECES]
+    return left
+
+
+def _whole(x: Interval) -> bool:
+    return x.stripe is None and not x.bits
+
+
+def _between(s: Stripe) -> Stripe | None:
+    """The keys outside a stripe, None where there are none."""
+    rest = sub(s.step, s.width)
+    if isinstance(rest, Const) and int(rest.value) <= 0:
+        return None
+    return Stripe(s.step, expr(poly(add(s.offset, s.width))), rest)
 
 
 def _at_least(x: Expr, y: Expr, extents: Extents) -> bool:
@@ -170,7 +205,6 @@ def _residue(visit: tuple[Interval, ...]) -> tuple[Expr, Expr] | None:
 def _used(scans: RowScans, *groups: tuple[Interval, ...]) -> tuple[RowBound, ...]:
     named: set[Expr] = set()
     for x in (x for group in groups for x in group):
-        named |= set(walk(x.lo, x.hi))
-        named |= {n for s in x.stripes for n in walk(s.step, s.offset, s.width)}
+        named |= set(walk(*x.expressions))
     return tuple(b for b in scans.found if b.index in named)
 

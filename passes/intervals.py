@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attncc.ir.affine import Extents, expr, nonnegative, poly, simplify
-from attncc.ir.bounds import TILE_HI, TILE_LO, RowBound, Stripe
+from attncc.ir.bounds import TILE_HI, TILE_LO, Bits, RowBound, Stripe
 from attncc.ir.build import ONE, ZERO, add, and_, le, lt, maximum, minimum, mul, sub, where
 from attncc.ir.expr import Const, Expr, Op, walk
 from attncc.passes.predicates import Clause, mentions, reads
@@ -24,8 +24,8 @@ from attncc.passes.tiles import TileRows, contiguous, trend
 
 @dataclass(frozen=True)
 class Cover:
-    """Keys lo <= j < hi (None: unbounded) in all `stripes`, where `when` holds, else none. `exact`: the smallest such
-    interval of every tile, without gaps; `rows_exact`: so for tiles of one row."""
+    """Keys lo <= j < hi (None: unbounded) in all `stripes` and `bits`, where `when` holds, else none. `exact`: the
+    smallest such interval of every tile, without gaps; `rows_exact`: so for tiles of one row."""
 
     lo: Expr | None
     hi: Expr | None
@@ -33,6 +33,7 @@ class Cover:
     stripes: tuple[Stripe, ...]
     exact: bool
     rows_exact: bool
+    bits: tuple[Bits, ...] = ()
 
 
 class RowScans:
@@ -60,8 +61,9 @@ def cover(clause: Clause, i: Expr, j: Expr, m: Expr, extents: Extents, scans: Ro
     exact = rows.exact and (not rows.guard or scan_guards)
     rows_exact = exact
     lows, highs = _strongest(rows.lo, extents, low=True), _strongest(rows.hi, extents, low=False)
-    lo, lo_exact, lo_scanned = _end(rows, lows, tile, m, scans, low=True)
-    hi, hi_exact, hi_scanned = _end(rows, highs, tile, m, scans, low=False)
+    some = and_(*rows.guard, *(lt(x, y) for x in lows for y in highs if not nonnegative(sub(sub(y, x), ONE), extents)))
+    lo, lo_exact, lo_scanned = _end(rows, lows, some, tile, m, scans, low=True)
+    hi, hi_exact, hi_scanned = _end(rows, highs, some, tile, m, scans, low=False)
     rows_exact = rows_exact and lo_exact and hi_exact
     exact = rows_exact and not rows.guard and not lo_scanned and not hi_scanned
     exact = exact and contiguous(lows, highs, i, extents)
@@ -91,15 +93,17 @@ def _rows_of(rows: RowSet, i: Expr, extents: Extents) -> tuple[Expr, Expr, Expr]
 
 
 def _end(
-    rows: RowSet, ends: tuple[Expr, ...], tile: TileRows, m: Expr, scans: RowScans, *, low: bool
+    rows: RowSet, ends: tuple[Expr, ...], some: Expr, tile: TileRows, m: Expr, scans: RowScans, *, low: bool
 ) -> tuple[Expr | None, bool, bool]:
-    """(the end, whether it is attained by every single row, whether rows are scanned for it)."""
+    """`some`: whether a row sees a key at all, by its guards and both its ends; others are not scanned.
+
+    (the end, whether it is attained by every single row, whether rows are scanned for it)."""
     join: Callable[[Expr, Expr], Expr] = maximum if low else minimum
     if scans.allowed and (rows.guard or any(reads(x, tile.i) for x in ends)):
         value: Expr = ZERO if low else m
         for x in ends:
             value = join(value, x)
-        condition = and_(*rows.guard, *(le(x, tile.i) for x in rows.first), *(lt(tile.i, x) for x in rows.end))
+        condition = and_(some, *(le(x, tile.i) for x in rows.first), *(lt(tile.i, x) for x in rows.end))
         value = where(condition, value, m if low else ZERO)
         return scans.extreme("min" if low else "max", simplify(value, tile.extents)), True, True
     result: Expr | None = None

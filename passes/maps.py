@@ -1,14 +1,10 @@
 """Masks that nothing but looking can bound: a map of each literal, made once per call, or once ever where constant.
 
 A literal such as `blocks[h, i // 64, j // 64]` or `visible[b, i, j]` says nothing in closed form. Its map holds for
-every group of rows
-
-    PARTS runs of keys that cover those any row of the group sees, parted at the widest gaps
-    the PARTS longest runs of keys that every row of the group sees
-
-which bound the key loop as closed forms do. Where the literal depends on rows and keys through `i // c` and `j // c`
-alone it is looked at once per block, which is all there is to see; else once per pair, in slices, so that nothing of
-the size of the score matrix is made.
+every group of rows one bit for each block of keys: whether any row of the group sees a key of the block, and whether
+all rows see all its keys. Where the literal depends on rows and keys through `i // c` and `j // c` alone it is looked
+at once per block, which is all there is to see; else once per pair, in slices, so that nothing of the size of the score
+matrix is made.
 """
 
 from __future__ import annotations
@@ -19,56 +15,55 @@ from dataclasses import dataclass
 import torch
 
 from attncc.ir import Attention, Const, Expr, Load, Op, Tensor
-from attncc.ir.build import ZERO, add, and_, const, floordiv, le, lt, or_
+from attncc.ir.bounds import TILE_LO, Bits
+from attncc.ir.build import ONE, ZERO, add, const, floordiv
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.rewrite import rewrite
 from attncc.ir.terms import free
 from attncc.passes.predicates import mentions
 
-PARTS = 4
+#: Keys of a block where the literal has no blocks of its own.
+BLOCK = 16
 _SLICE = 1 << 22  # pairs looked at at a time
 
 
 @dataclass(frozen=True)
 class BlockMap:
-    """i32[*batch axes the literal mentions, groups of `group` rows, PARTS, 4]: first key and end of a run that some row
-    sees, first key and end of one that all rows see; M and 0 where there are fewer. A literal that does not mention the
-    row has one group."""
+    """i64[*batch axes the literal mentions, groups of `group` rows, 2, words]: a bit for each `block` keys, of what
+    some row sees, then of what all rows see. A literal that does not mention the row has one group."""
 
     tensor: Tensor
     index: tuple[Expr, ...]
     literal: Expr
     group: int
+    block: int
+
+    @property
+    def some(self) -> Bits:
+        """Keys outside are hidden from every row of the tile."""
+        return Bits(self.tensor.name, (*self.index, ZERO), self.block, self.group)
+
+    @property
+    def every(self) -> Bits:
+        """Keys inside are seen by every row of the tile."""
+        return Bits(self.tensor.name, (*self.index, ONE), self.block, self.group)
 
 
 def block_map(literal: Expr, a: Attention, name: str, group: int) -> BlockMap:
+    """The map for tiles of up to `group` rows that do not cross a multiple of it."""
     axes = [x for x in a.batch if x.index in free(literal)]
     index: tuple[Expr, ...] = tuple(x.index for x in axes)
-    if not mentions(literal, a.i.index):
-        shape = (*(x.extent for x in axes), const(1), const(PARTS), const(4))
-        return BlockMap(Tensor(name, "i32", shape), (*index, ZERO), literal, 1)
-    blocks = blocks_of(literal, a.i.index)
-    if blocks is not None and group % blocks[1]:
-        group = blocks[1]
-    groups = floordiv(add(a.i.extent, const(group - 1)), const(group))
-    tensor = Tensor(name, "i32", (*(x.extent for x in axes), groups, const(PARTS), const(4)))
-    return BlockMap(tensor, (*index, floordiv(a.i.index, const(group))), literal, group)
-
-
-def some_rows_see(m: BlockMap, j: Expr) -> Expr:
-    """A predicate that the literal implies."""
-    return or_(*(_run(m, part, 0, j) for part in range(PARTS)))
-
-
-def all_rows_see(m: BlockMap, part: int, j: Expr) -> Expr:
-    """A predicate that implies the literal: one for each part."""
-    return _run(m, part, 2, j)
-
-
-def _run(m: BlockMap, part: int, at: int, j: Expr) -> Expr:
-    lo, hi = (Load(m.tensor.name, (*m.index, const(part), const(n)), "int") for n in (at, at + 1))
-    return and_(le(lo, j), lt(j, hi))
+    by_key = blocks_of(literal, a.j.index)
+    block = BLOCK if by_key is None or by_key[1] < BLOCK else by_key[1]
+    groups: Expr = ONE
+    at: Expr = ZERO
+    if mentions(literal, a.i.index):
+        groups = floordiv(add(a.i.extent, const(group - 1)), const(group))
+        at = floordiv(TILE_LO, const(group))
+    words = floordiv(add(a.j.extent, const(block * 64 - 1)), const(block * 64))
+    tensor = Tensor(name, "i64", (*(x.extent for x in axes), groups, const(2), words))
+    return BlockMap(tensor, (*index, at), literal, group, block)
 
 
 def blocks_of(literal: Expr, index: Expr) -> tuple[Expr, int] | None:
@@ -104,12 +99,12 @@ def _table(m: BlockMap, a: Attention, tensors: Mapping[str, torch.Tensor], sizes
     literal, rows, group = m.literal, n, m.group
     by_row = blocks_of(literal, a.i.index)
     if not mentions(literal, a.i.index):
-        rows = 1
-    elif by_row is not None:
+        rows = group = 1
+    elif by_row is not None and group % by_row[1] == 0:
         literal, rows, group = by_row[0], -(-n // by_row[1]), group // by_row[1]
     by_key = blocks_of(literal, a.j.index)
     width, columns = 1, keys
-    if by_key is not None:
+    if by_key is not None and m.block % by_key[1] == 0:
         literal, width = by_key
         columns = -(-keys // width)
     leaves: dict[Expr, torch.Tensor] = {s: torch.tensor(v, device=device) for s, v in table.items()}
@@ -130,40 +125,21 @@ def _table(m: BlockMap, a: Attention, tensors: Mapping[str, torch.Tensor], sizes
         short = -len(here) % group  # the last group repeats its last row
         seen = torch.cat([seen, seen[..., -1:, :].expand(*counts, short, columns)], -2)
         seen = seen.reshape(*counts, -1, group, columns)
-        some, every = (x.repeat_interleave(width, -1)[..., :keys] for x in (seen.any(-2), seen.all(-2)))
-        found.append(torch.cat([_covering_runs(some), _longest_runs(every)], -1))
-    return torch.cat(found, -3).to(torch.int32).contiguous()
+        found.append(torch.stack([seen.any(-2), seen.all(-2)], -2))
+    return words_of(torch.cat(found, -3), m.block // width)
 
 
-def _covering_runs(seen: torch.Tensor) -> torch.Tensor:
-    """(..., M) -> (..., PARTS, 2): runs that cover the true keys, parted at the widest gaps."""
-    m = seen.shape[-1]
-    j = torch.arange(m, device=seen.device)
-    last = torch.where(seen, j, -1).cummax(-1).values  # the last true key up to each key
-    before = torch.cat([torch.full_like(last[..., :1], -1), last[..., :-1]], -1)
-    gap = torch.where(seen & (before >= 0), j - before - 1, 0)
-    widest = gap.topk(min(PARTS - 1, m), -1)
-    starts = torch.where(widest.values > 0, widest.indices, m)
-    first = torch.where(seen.any(-1), seen.to(torch.int32).argmax(-1), m)
-    starts = torch.cat([first[..., None], starts], -1).sort(-1).values
-    missing = PARTS - starts.shape[-1]
-    starts = torch.cat([starts, starts.new_full((*starts.shape[:-1], missing + 1), m)], -1)
-    ends = torch.where(starts < m, before.gather(-1, starts.clamp(max=m - 1)), last[..., -1:]) + 1
-    lo, hi = starts[..., :-1], ends[..., 1:]
-    return torch.stack([lo, torch.where(lo < m, hi, 0)], -1)
+def words_of(keys: torch.Tensor, block: int) -> torch.Tensor:
+    """Bits (..., 2, columns) -> i64 (..., 2, words), a bit for each `block` columns: any of them, and all of them."""
+    short = -keys.shape[-1] % (block * 64)
+    some, every = keys.unbind(-2)
+    some = torch.nn.functional.pad(some, (0, short), value=False).unflatten(-1, (-1, block)).any(-1)
+    every = torch.nn.functional.pad(every, (0, short), value=True).unflatten(-1, (-1, block)).all(-1)
+    bits = torch.stack([some, every], -2).unflatten(-1, (-1, 64)).to(torch.int64)
+    return (bits << torch.arange(64, device=keys.device)).sum(-1).contiguous()
 
 
-def _longest_runs(seen: torch.Tensor) -> torch.Tensor:
-    """(..., M) -> (..., PARTS, 2): the longest runs of true keys, in order."""
-    m = seen.shape[-1]
-    j = torch.arange(m, device=seen.device)
-    stop = torch.where(seen, m, j).flip(-1).cummin(-1).values.flip(-1)  # the first false key from each key on
-    begins = seen & ~torch.cat([torch.zeros_like(seen[..., :1]), seen[..., :-1]], -1)
-    longest = torch.where(begins, stop - j, 0).topk(min(PARTS, m), -1)
-    lo = torch.where(longest.values > 0, longest.indices, m)
-    hi = torch.where(longest.values > 0, longest.indices + longest.values, 0)
-    order = lo.argsort(-1)
-    runs = torch.stack([lo.gather(-1, order), hi.gather(-1, order)], -1)
-    none = runs.new_tensor([m, 0]).expand(*runs.shape[:-2], PARTS - runs.shape[-2], 2)
-    return torch.cat([runs, none], -2)
-
+def keys_in(words: torch.Tensor, block: int, keys: int) -> torch.Tensor:
+    """i64 (..., words) -> booleans (..., keys): the keys of the blocks whose bits are set."""
+    bits = (words[..., None] >> torch.arange(64, device=words.device)) & 1
+    return bits.flatten(-2).to(torch.bool).repeat_interleave(block, -1)[..., :keys]

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
 from attncc.ir import Attention, Bounds, Expr, Interval
-from attncc.ir.bounds import TILE_HI, TILE_LO, Stripe
+from attncc.ir.bounds import TILE_HI, TILE_LO, Bits, Stripe
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.terms import free
+from attncc.passes.maps import keys_in
 
 
 @dataclass(frozen=True)
 class TileInterval:
     """Keys lo <= j < hi of every tile, clipped to [0, M), and (step, offset, width) of each of its stripes, all of the
-    shape (*batch, tiles)."""
+    shape (*batch, tiles); and `bits`, (*batch, tiles, M), outside of which there are none."""
 
     lo: torch.Tensor
     hi: torch.Tensor
     stripes: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...] = ()
+    bits: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ def simulate(
     tensors: Mapping[str, torch.Tensor] | None = None,
     tile_rows: int = 64,
 ) -> Tiles:
-    """`bounds` of every tile of `tile_rows` rows. `tensors` holds at least those the bounds load."""
+    """`bounds` of every tile of `tile_rows` rows. `tensors` holds at least those the bounds load. Raises ValueError
+    where a tile has rows of two entries of a table of bits."""
     table = size_table(a, sizes)
     n, m = extent(a.i.extent, table), extent(a.j.extent, table)
     used: set[Expr] = set()
@@ -79,22 +83,28 @@ def simulate(
     def stripe(s: Stripe) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return value(s.step), value(s.offset), value(s.width)
 
+    def bits(x: Bits) -> torch.Tensor:
+        if n > x.rows and x.rows % tile_rows:
+            raise ValueError(f"{x.tensor} has bits for {x.rows} rows, which tiles of {tile_rows} do not divide")
+        words = (tensors or {})[x.tensor][tuple(value(i) for i in x.index)]
+        return keys_in(words, x.block, m)
+
+    def all_bits(x: Interval) -> torch.Tensor | None:
+        return reduce(torch.logical_and, map(bits, x.bits)) if x.bits else None
+
     def all_of(intervals: tuple[Interval, ...]) -> tuple[TileInterval, ...]:
         return tuple(
-            TileInterval(value(x.lo).clamp(0, m), value(x.hi).clamp(0, m), tuple(map(stripe, x.stripes)))
+            TileInterval(value(x.lo).clamp(0, m), value(x.hi).clamp(0, m), tuple(map(stripe, x.stripes)), all_bits(x))
             for x in intervals
         )
 
-    return Tiles(all_of(bounds.visit), all_of(bounds.full), end - first, full_shape[:-1], repeat)
+    full = (*bounds.full, *bounds.full_parts)
+    return Tiles(all_of(bounds.visit), all_of(full), end - first, full_shape[:-1], repeat)
 
 
 def _expressions(bounds: Bounds) -> list[Expr]:
     found: list[Expr] = [r.expr for r in bounds.rows]
-    for x in (*bounds.visit, *bounds.full):
-        found += [x.lo, x.hi]
-        for s in x.stripes:
-            found += [s.step, s.offset, s.width]
-    return found
+    return found + [n for x in (*bounds.visit, *bounds.full, *bounds.full_parts) for n in x.expressions]
 
 
 def keys_of(intervals: tuple[TileInterval, ...], shape: tuple[int, ...], m: int) -> torch.Tensor:
@@ -106,12 +116,13 @@ def keys_of(intervals: tuple[TileInterval, ...], shape: tuple[int, ...], m: int)
         for s in x.stripes:
             step, offset, width = (n[..., None] for n in s)
             here &= torch.remainder(j - offset, step) < width
-        inside |= here
+        inside |= here if x.bits is None else here & x.bits
     return inside
 
 
 def count(intervals: tuple[TileInterval, ...], shape: tuple[int, ...], block: int = 1, m: int = 0) -> torch.Tensor:
-    """Keys in the union per tile, (*batch, tiles), in whole blocks of `block` out of `m`; stripes are not applied."""
+    """Keys in the union per tile, (*batch, tiles), in whole blocks of `block` out of `m`; stripes and bits are not
+    applied."""
     if not intervals:
         return torch.zeros(shape, dtype=torch.int64)
     lo = torch.stack([x.lo for x in intervals])

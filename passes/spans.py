@@ -7,7 +7,8 @@ holds. With both in a table,
     inner = the same where every key between them holds       implies the literal: bounds the full keys
 
 which is exact for what is contiguous (documents in order, padding at one end) and sound for anything. A table costs
-O(N log N) for N keys and holds four numbers a row, or four alone where the literal does not depend on the row.
+O(N log N) for N keys and holds four numbers a row, or four alone where the literal does not depend on the row. What is
+not contiguous, block masks above all, gets a map of bits (`attncc.passes.maps`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.terms import free
 from attncc.passes.bounds import analyse
-from attncc.passes.maps import PARTS, BlockMap, all_rows_see, block_map, blocks_of, map_tables, some_rows_see
+from attncc.passes.maps import BlockMap, block_map, blocks_of, map_tables
 from attncc.passes.predicates import map_literals, mentions, reads
 
 _FIRST, _END, _SOLID_FIRST, _SOLID_END = range(4)
@@ -54,11 +55,11 @@ class Spanned:
     rows_exact: bool = False
 
 
-def spanned(a: Attention, group: int = 16, *, dense: bool = True) -> Spanned:
+def spanned(a: Attention, group: int = 64, *, dense: bool = True) -> Spanned:
     """`a` with tables for the literals of its mask that read data by key, and its bounds. Rows may be scanned.
 
-    A literal whose row and key sides part gets a `Span`, any other a `BlockMap` over groups of `group` rows, best as
-    many as the kernel's tiles have; where the literal has blocks of rows that do not divide `group`, over those.
+    A literal whose row and key sides part gets a `Span`, any other a `BlockMap`, whose bounds hold for tiles that do
+    not cross a multiple of `group` rows.
 
     A map of a literal without blocks looks at every pair. Without `dense` such literals are left alone: they neither
     bound the visit nor give full keys, and what the rest of the mask says stands."""
@@ -82,23 +83,15 @@ def spanned(a: Attention, group: int = 16, *, dense: bool = True) -> Spanned:
                 maps[literal] = block_map(literal, a, _fresh(f"map{len(maps)}", taken), group)
         return literal
 
-    def wide(literal: Expr) -> Expr:
+    def with_spans(literal: Expr, first: int, end: int, otherwise: Expr) -> Expr:
         if literal in spans:
-            return _between(spans[literal], _FIRST, _END, j)
-        if literal in maps:
-            return some_rows_see(maps[literal], j)
-        return TRUE if reads(literal, j) else literal
-
-    def narrow(literal: Expr, part: int) -> Expr:
-        if literal in spans:
-            return _between(spans[literal], _SOLID_FIRST, _SOLID_END, j)
-        if literal in maps:
-            return all_rows_see(maps[literal], part, j)
-        return FALSE if reads(literal, j) else literal
+            return _between(spans[literal], first, end, j)
+        return literal if literal in maps or not reads(literal, j) else otherwise
 
     mask = map_literals(a.mask, find)
-    inner = [map_literals(mask, lambda x, n=n: narrow(x, n)) for n in range(PARTS if maps else 1)]
-    found = analyse(a, rows=True, outer=map_literals(mask, wide), inner=inner)
+    outer = map_literals(mask, lambda x: with_spans(x, _FIRST, _END, TRUE))
+    inner = map_literals(mask, lambda x: with_spans(x, _SOLID_FIRST, _SOLID_END, FALSE))
+    found = analyse(a, rows=True, outer=outer, inner=inner, maps=maps)
     tables = (*spans.values(), *maps.values())
     declared = replace(a, tensors=(*a.tensors, *(t.tensor for t in tables)))
     read = {x for x in literals if reads(x, j)}

@@ -11,14 +11,14 @@ it visits the few tiles around it, where a run of rows of the image visits whole
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 
 import torch
 
 from attncc.ir import Attention, Const, Expr, Op
-from attncc.ir.affine import simplify
+from attncc.ir.affine import poly, simplify
 from attncc.ir.build import ZERO, add, const, floordiv, mod, mul
 from attncc.ir.rewrite import substitute
 from attncc.ir.terms import walk
@@ -38,36 +38,38 @@ class TileOrder:
 
     @property
     def tokens(self) -> int:
-        return _product(self.grid)
+        return prod(self.grid)
 
     def position(self, t: Expr) -> Expr:
         """The row-major position of the token that is at `t` in tile order."""
-        inside = _product(self.tile)
+        inside = prod(self.tile)
         tile, offset = floordiv(t, const(inside)), mod(t, const(inside))
         total: Expr = ZERO
         for at, (g, w) in enumerate(zip(self.grid, self.tile, strict=True)):
-            tiles_after = _product([g // w for g, w in zip(self.grid[at + 1 :], self.tile[at + 1 :], strict=True)])
+            tiles_after = prod([g // w for g, w in zip(self.grid[at + 1 :], self.tile[at + 1 :], strict=True)])
             number = mod(floordiv(tile, const(tiles_after)), const(g // w))
-            within = mod(floordiv(offset, const(_product(self.tile[at + 1 :]))), const(w))
-            total = add(total, mul(add(mul(number, const(w)), within), const(_product(self.grid[at + 1 :]))))
+            within = mod(floordiv(offset, const(prod(self.tile[at + 1 :]))), const(w))
+            total = add(total, mul(add(mul(number, const(w)), within), const(prod(self.grid[at + 1 :]))))
         return total
 
     def to_tiles(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """`x` with the tokens of dimension `dim` in tile order."""
-        cut = [n for g, w in zip(self.grid, self.tile, strict=True) for n in (g // w, w)]
-        return self._moved(x, dim, cut, [*range(0, len(cut), 2), *range(1, len(cut), 2)])
+        """`x` with the tokens of dimension `dim` in tile order, dense."""
+        return self.seen_in_tiles(x, dim).reshape(x.shape)
 
     def from_tiles(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """The inverse of `to_tiles`."""
-        cut = [*(g // w for g, w in zip(self.grid, self.tile, strict=True)), *self.tile]
-        half = len(self.grid)
-        return self._moved(x, dim, cut, [n for at in range(half) for n in (at, half + at)])
+        out = torch.empty_like(x)
+        seen = self.seen_in_tiles(out, dim)
+        seen.copy_(x.reshape(seen.shape))
+        return out
 
-    def _moved(self, x: torch.Tensor, dim: int, cut: Sequence[int], order: Sequence[int]) -> torch.Tensor:
+    def seen_in_tiles(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """A view of `x` whose dimensions in place of `dim` are those of the tiles, then those inside a tile."""
         dim %= x.ndim
-        parts = x.reshape(*x.shape[:dim], *cut, *x.shape[dim + 1 :])
-        moved = [*range(dim), *(dim + n for n in order), *range(dim + len(cut), parts.ndim)]
-        return parts.permute(moved).reshape(x.shape)
+        cut = [n for g, w in zip(self.grid, self.tile, strict=True) for n in (g // w, w)]
+        parts = x.unflatten(dim, cut)
+        order = [dim + n for n in (*range(0, len(cut), 2), *range(1, len(cut), 2))]
+        return parts.permute(*range(dim), *order, *range(dim + len(cut), parts.ndim))
 
 
 def tile_layout(a: Attention, order: TileOrder) -> Attention:
@@ -93,44 +95,34 @@ def tile_layout(a: Attention, order: TileOrder) -> Attention:
 
 def grid_of(a: Attention) -> tuple[int, ...] | None:
     """The grid whose coordinates the mask takes a token apart into, outermost first: i // 64, i // 8 % 8 and i % 8 are
-    those of N / 64 x 8 x 8. None where the mask speaks of one dimension, or of none."""
+    those of N / 64 x 8 x 8, and i % 3 == j % 3, a dilation, makes N / 3 x 3. None where the mask speaks of one
+    dimension, or of none, or of sizes that are no numbers."""
     if not isinstance(a.i.extent, Const) or a.i.extent != a.j.extent:
         return None
-    strides: set[int] = set()
+    tokens = (a.i.index, a.j.index)
+    cuts = {1, int(a.i.extent.value)}
     for x in walk(a.mask):
-        if isinstance(x, Op) and x.name in ("mod", "floordiv") and isinstance(x.args[1], Const):
-            inner, c = x.args[0], int(x.args[1].value)
-            scale = 1
-            if x.name == "mod" and isinstance(inner, Op) and inner.name == "floordiv":
-                inner, by = inner.args
-                scale = int(by.value) if isinstance(by, Const) else 0
-            if inner in (a.i.index, a.j.index):
-                strides.add(c * scale)
-    wraps = any(isinstance(x, Op) and x.name == "mod" and mentions(x, a.j.index) for x in walk(a.mask))
-    cuts = [int(a.i.extent.value), *sorted(strides - {0, 1}, reverse=True), 1]
-    if not wraps or len(cuts) < 3 or any(x % y or x == y for x, y in pairwise(cuts)):
+        if isinstance(x, Op) and x.name == "mod" and isinstance(x.args[1], Const):
+            places = [_place(x.args[0], tokens)] if mentions(x.args[0], a.j.index) else []
+            if all(mentions(x.args[0], t) for t in tokens):  # (i - j) % 3
+                places = [_place(f, tokens) for m in poly(x.args[0]) for f in m if mentions(f, *tokens)]
+            for scale in places:
+                cuts |= set[int]() if scale is None else {scale, scale * int(x.args[1].value)}
+    ordered = sorted(cuts, reverse=True)
+    if len(ordered) < 3 or any(x % y for x, y in pairwise(ordered)):
         return None
-    return tuple(x // y for x, y in pairwise(cuts))
+    return tuple(x // y for x, y in pairwise(ordered))
 
 
-def tile_of(grid: Sequence[int], tokens: int) -> tuple[int, ...] | None:
-    """The tile of `tokens` tokens that divides `grid` and is nearest to a cube, or None."""
-    best: tuple[int, ...] | None = None
-    for tile in _factorings(tokens, len(grid)):
-        fits = all(g % t == 0 for g, t in zip(grid, tile, strict=True))
-        if fits and (best is None or max(tile) < max(best) or (max(tile) == max(best) and tile < best)):
-            best = tile
-    return best
-
-
-def _factorings(n: int, parts: int) -> list[tuple[int, ...]]:
-    if parts == 1:
-        return [(n,)]
-    return [(f, *rest) for f in range(1, n + 1) if n % f == 0 for rest in _factorings(n // f, parts - 1)]
-
-
-def _product(xs: Sequence[int]) -> int:
-    result = 1
-    for x in xs:
-        result *= x
-    return result
+def _place(x: Expr, tokens: tuple[Expr, ...]) -> int | None:
+    """How many tokens one step of `x`, a token's index divided and reduced by numbers, stands for."""
+    if x in tokens:
+        return 1
+    match x:
+        case Op("mod", (inner, Const())):
+            return _place(inner, tokens)
+        case Op("floordiv", (inner, Const(c))):
+            scale = _place(inner, tokens)
+            return None if scale is None else scale * int(c)
+        case _:
+            return None

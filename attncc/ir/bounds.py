@@ -3,7 +3,10 @@
 A tile is the rows `i0 <= i < i1` (never empty) of one batch point. Bounds are expressions over the batch indices, the
 sizes, `i0`, `i1`, and loads at those; kernels print them before their key loop.
 
-What a kernel must know: `visit` and `full`. What it may use to skip more, or leave alone: `Interval.stripe`, `residue`.
+What a kernel must know: `visit` and `full`. What it may use to skip more, or leave alone: `Interval.stripe`, `residue`,
+`full_parts`. A kernel that walks blocks of keys goes from block to block by the stripe: where a stripe is wider than
+a block (S2, a neighbourhood in row-major order), the next block begins at the next key of the stripe; a narrower one (a
+dilation) is left to the mask, or to a token order that makes it dense (`attncc.passes.tile_layout`).
 What only appears where the caller asked for it: `Bounds.rows` (a caller whose kernel cannot scan rows does not ask).
 Bounds speak of visible keys alone: a row without any, whose result is the mean of V, is the kernel's business.
 """
@@ -29,20 +32,39 @@ class Stripe:
 
 
 @dataclass(frozen=True)
+class Bits:
+    """Keys whose bit is set in a table of i64: bit `j // block % 64` of tensor[*index, j // block // 64].
+
+    `index` speaks of batch indices and `i0`: a tile must lie inside the `rows` rows that an entry was made for."""
+
+    tensor: str
+    index: tuple[Expr, ...]
+    block: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Interval:
     """Keys lo <= j < hi. May come out empty (hi <= lo) and is not clipped: kernels clip to [0, M).
 
     Outside `stripe` no key of the interval is visible; a kernel may skip blocks that do not meet it, or ignore it.
-    Intervals of `Bounds.full` have none. `finer` are more stripes, of shorter periods, of which the same is true."""
+    Intervals of `Bounds.full` have none. `finer` are more stripes, of shorter periods, of which the same is true, as it
+    is of keys outside any of `bits`."""
 
     lo: Expr
     hi: Expr
     stripe: Stripe | None = None
     finer: tuple[Stripe, ...] = ()
+    bits: tuple[Bits, ...] = ()
 
     @property
     def stripes(self) -> tuple[Stripe, ...]:
         return () if self.stripe is None else (self.stripe, *self.finer)
+
+    @property
+    def expressions(self) -> tuple[Expr, ...]:
+        stripes = (n for s in self.stripes for n in (s.step, s.offset, s.width))
+        return (self.lo, self.hi, *stripes, *(n for x in self.bits for n in x.index))
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,7 @@ class Bounds:
     Intervals may overlap: kernels visit the union once, in order. `residue` = (step, offset) restricts the visit
     further to keys with (j - offset) % step == 0. `exact` says that `visit` is the smallest union of intervals that
     covers the visible keys, so nothing is left to gain. No `full` interval means every visited key evaluates the mask.
+    `full_parts` are more full keys: of each interval those in its one stripe, or of its one set of bits, alone.
     `rows` are the values read from data per row that the intervals mention by name.
     """
 
@@ -76,6 +99,7 @@ class Bounds:
     residue: tuple[Expr, Expr] | None = None
     exact: bool = False
     rows: tuple[RowBound, ...] = ()
+    full_parts: tuple[Interval, ...] = ()
 
 
 def everything(m: Expr) -> Bounds:

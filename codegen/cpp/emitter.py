@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from attncc.codegen.cpp.expressions import Printer, fits_32_bits, literal
 from attncc.codegen.cpp.isa import TABLE, machine
 from attncc.codegen.cpp.operands import NotAffine, Operand, folded_axes, operand
 from attncc.codegen.cpp.weights import linear_factor, selects, vanishes
-from attncc.ir import Attention, Axis, Bounds, Const, Expr, Op, S, print_attention
+from attncc.ir import Attention, Axis, Bounds, Const, Expr, Interval, Op, S, print_attention
+from attncc.ir.bounds import Bits
 from attncc.ir.build import TRUE, mul
 from attncc.ir.expr import free, loads
 
@@ -71,7 +73,8 @@ def _function(head: str, lines: list[str]) -> str:
 class _Emitter:
     def __init__(self, a: Attention, bounds: Bounds, isa: str) -> None:
         self.a, self.bounds, self.name, self.isa = a, bounds, isa, TABLE[isa]
-        self.spans = [x for s in (*bounds.visit, *bounds.full) for x in (s.lo, s.hi)]
+        self.full = (*bounds.full, *bounds.full_parts)
+        self.spans = [n for x in (*bounds.visit, *self.full) for n in x.expressions]
         self.folded = folded_axes(a, [*self.spans, *(x.expr for x in bounds.rows)])
         self.held = tuple(x for x in a.batch if x not in self.folded)
         self.p = Printer(a, [x.index for x in self.folded])
@@ -102,7 +105,7 @@ class _Emitter:
         parts = [self._header(), self._config(), *map(_library, ("vector", "integers", "convert", "layout"))]
         parts += [_library("matrix_unit" if self.tiles else "product")]
         parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), self._slots()]
-        parts += [_library("tile"), self._fills(), *hooks, self._stage(), self._rows()]
+        parts += [_library("spans"), _library("tile"), self._fills(), *hooks, self._stage(), self._rows()]
         parts += [_library("pairs" if self.pairs else "plain"), _library("few")]
         return "\n".join([*parts, *map(_library, ("begin", "attend", "run")), self._entry()])
 
@@ -110,8 +113,7 @@ class _Emitter:
     def _header(self) -> str:
         lines = ["attncc: a C++ kernel for " + self.name, "", *_equation(self.a), ""]
         lines += print_attention(self.a).splitlines()
-        lines += ["", *(f"visit {s.lo!r} <= j < {s.hi!r}" for s in self.bounds.visit)]
-        lines += [f"full  {s.lo!r} <= j < {s.hi!r}" for s in self.bounds.full]
+        lines += ["", *(f"visit {_shown(x)}" for x in self.bounds.visit), *(f"full  {_shown(x)}" for x in self.full)]
         return "\n".join(f"// {line}".rstrip() for line in lines) + "\n"
 
     def _config(self) -> str:
@@ -119,7 +121,10 @@ class _Emitter:
         narrow = not double and fits_32_bits(a, a.score, a.mask, a.weight, *([a.sink] if a.sink else []))
         defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles) | {
             "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged),
-            "MAX_SPANS": max(len(self.bounds.visit), len(self.bounds.full), 1), "ROW_AXES": 1 + len(self.folded),
+            "MAX_SPANS": max(len(self.bounds.visit), 1), "MAX_FULLS": max(len(self.full), 1),
+            "MAX_STRIPES": max((len(x.stripes) for x in (*self.bounds.visit, *self.full)), default=0),
+            "MAX_BITS": max((len(x.bits) for x in (*self.bounds.visit, *self.full)), default=0),
+            "ROW_AXES": 1 + len(self.folded),
             "HAS_OUT": int("out" in a.outputs), "HAS_LSE": int("lse" in a.outputs), "HAS_SINK": int(a.sink is not None),
             "IS_SOFTMAX": int(a.normalizer == "softmax"), "NORMALIZED_EARLY": int(self.early),
             "EMPTY_ZERO": 0, "EMPTY_MEAN": 1, "EMPTY_NAN": 2, "EMPTY": f"EMPTY_{a.empty.upper()}",
@@ -287,11 +292,18 @@ class _Emitter:
                 "}",
             ]
             names[x.index] = x.name
-        for call, intervals, tail in (("visit", self.bounds.visit, ", from, to"), ("see_all", self.bounds.full, "")):
+        for call, intervals, tail in (("visit", self.bounds.visit, ", from, to"), ("see_all", self.full, ", c.M")):
             for x in intervals:
-                lines.append(f"{call}(t, {self.p.scalar(x.lo, names)}, {self.p.scalar(x.hi, names)}{tail});")
+                ends = f"{self.p.scalar(x.lo, names)}, {self.p.scalar(x.hi, names)}{tail}"
+                stripes = (", ".join(self.p.scalar(n, names) for n in (s.step, s.offset, s.width)) for s in x.stripes)
+                parts = [ends, *(f"Stripe{{{s}}}" for s in stripes), *(self._bits(n, names) for n in x.bits)]
+                lines.append(f"{call}(t, {', '.join(parts)});")
         head = "static void find_spans(const Call& c, const Batch& b, Tile& t, int64_t from, int64_t to)"
         return _function(head, lines)
+
+    def _bits(self, x: Bits, names: Mapping[Expr, str]) -> str:
+        place = [f"{self.p.scalar(n, names)} * c.s_{x.tensor}[{dim}]" for dim, n in enumerate(x.index)]
+        return f"Bits{{{' + '.join([f'c.t_{x.tensor}', *place])}, {x.block}}}"
 
     def _logit(self) -> str:
         a = self.a
@@ -369,6 +381,12 @@ class _Emitter:
 
 _PLACE = "const Call& c, const Uniform& u, const RowValues& r, int64_t j"
 _UNUSED = "(void)c; (void)u; (void)r; (void)j;"
+
+
+def _shown(x: Interval) -> str:
+    stripes = "".join(f", (j - ({s.offset!r})) % {s.step!r} < {s.width!r}" for s in x.stripes)
+    bits = "".join(f", {b.tensor}[{', '.join(map(repr, b.index))}] holds j // {b.block}" for b in x.bits)
+    return f"{x.lo!r} <= j < {x.hi!r}{stripes}{bits}"
 
 
 def _times(x: Expr, by: float) -> Expr:

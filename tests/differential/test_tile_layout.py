@@ -13,7 +13,8 @@ from attncc.ir import Attention, Axis, Bounds, Const, interpret, parse_expr, ver
 from attncc.ir.bounds import Interval
 from attncc.passes.area import area
 from attncc.passes.bounds import loop_bounds
-from attncc.passes.tile_layout import TileOrder, grid_of, tile_layout, tile_of
+from attncc.passes.tile_choice import in_tiles, tiles_of
+from attncc.passes.tile_layout import TileOrder, grid_of, tile_layout
 from attncc.passes.unroll_stripes import unroll_stripes
 
 Y, X = ("i // 32", "j // 32"), ("i % 32", "j % 32")
@@ -98,10 +99,12 @@ def test_same_attention(shape: tuple[int, ...], tile: tuple[int, ...]) -> None:
 def test_the_grid_is_read_off_the_mask() -> None:
     for mask, shape, tile in MASKS.values():
         assert grid_of(grid(mask, shape)) == shape
-        assert tile_of(shape, 64) == tile
+        a = grid(mask, shape)
+        chosen = in_tiles(a, loop_bounds(a))
+        assert not isinstance(chosen, str) and chosen is not None and chosen.order == TileOrder(shape, tile)
     assert grid_of(grid("i // 32 == j // 32 and j <= i", (32, 32))) is None
     assert grid_of(grid("j <= i", (32, 32))) is None
-    assert tile_of((3, 5), 64) is None
+    assert tiles_of((3, 5), 64, (3, 3)) == []
 
 
 def test_what_does_not_fit_is_refused() -> None:

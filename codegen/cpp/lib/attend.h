@@ -57,13 +57,20 @@ INLINE void weights(const Call& c, const Uniform& u, const RowValues& r, int64_t
     }
 }
 
-// The longest run of keys of the block that every row of the tile sees.
+// The longest run of keys of the block that every row of the tile sees, of the first few of each span (which has one stripe
+// or table at most, so that `first_key` is exact).
 INLINE void full_run(const Tile& t, int64_t j0, int64_t count, int64_t& from, int64_t& to) {
     from = to = count;
     for (int64_t n = 0; n < t.fulls; ++n) {
-        const int64_t lo = t.full_lo[n] > j0 ? t.full_lo[n] - j0 : 0;
-        const int64_t hi = t.full_hi[n] < j0 + count ? t.full_hi[n] - j0 : count;
-        if (hi - lo > to - from) from = lo, to = hi;
+        int64_t j = j0;
+        for (int round = 0; round < ROUNDS; ++round) {
+            const int64_t lo = first_key(t.full[n], j);
+            if (lo >= t.full[n].hi || lo >= j0 + count) break;
+            j = run_end(t.full[n], lo);
+            const int64_t hi = j < j0 + count ? j : j0 + count;
+            if (hi - lo > to - from) from = lo - j0, to = hi - j0;
+            if (!t.full[n].stripes && !t.full[n].tables) break;
+        }
     }
 }
 

@@ -50,7 +50,7 @@ static int64_t area(const Call& c, const Plan& p, int64_t n) {
     Tile t;
     for (int64_t at = x.first; at < x.last; ++at) {
         place(c, p.tiling, x.b, at, x.from, x.to, t);
-        for (int64_t s = 0; s < t.spans; ++s) sum += t.columns * LANES * (t.span_hi[s] - t.span_lo[s]);
+        for (int64_t s = 0; s < t.spans; ++s) sum += t.columns * LANES * keys_in(t.span[s]);
     }
     return sum;
 }
@@ -87,6 +87,8 @@ static bool reserve(const Call& c, Scratch& s) {
     return true;
 }
 
+static_assert(LEAST_GAP >= KEY_STEP, "a part that begins early meets the one before it");
+
 // Every tile of [first, last) over the keys it visits, block by block, so that a block of keys serves all of them.
 static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stage stage, Scratch& w) {
     int64_t lo = x.to, hi = x.from;
@@ -97,31 +99,40 @@ static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stag
     if (stage == EMPTIES) lo = 0, hi = c.M;
     const auto* k = key_at(c, x.b);
     const auto* v = value_at(c, x.b);
-    for (int64_t j0 = lo; j0 < hi; j0 += KEYS) {
-        const int64_t j1 = j0 + KEYS < hi ? j0 + KEYS : hi;
+    for (int64_t j0 = lo, j1; j0 < hi; j0 = j1) {
+        if (stage != EMPTIES) {
+            int64_t next = hi;
+            for (int64_t n = 0; n < count && next > j0; ++n) {
+                const int64_t x = first_key(tiles[n], j0);
+                next = x < next ? x : next;
+            }
+            j0 = next;
+        }
+        if (j0 >= hi) return;
+        j1 = j0 + KEYS < hi ? j0 + KEYS : hi;
         Block whole;
         bool ready = false;
         for (int64_t n = 0; n < count; ++n) {
             Tile& t = tiles[n];
-            int64_t from = j1, to = j0;
-            if (stage == EMPTIES) from = j0, to = j1;
-            for (int64_t s = 0; s < t.spans; ++s) {
-                const int64_t a = t.span_lo[s] > j0 ? t.span_lo[s] : j0, z = t.span_hi[s] < j1 ? t.span_hi[s] : j1;
-                if (a >= z) continue;
-                from = a < from ? a : from;
-                to = z > to ? z : to;
+            for (int64_t from = j0, to; from < j1; from = to) {
+                to = j1;
+                if (stage != EMPTIES) {
+                    from = first_key(t, from);
+                    if (from >= j1 || from >= t.hi) break;
+                    to = run_end(t, from, j1);
+                }
+                if (t.few) {
+                    Block raw = {};
+                    raw.j0 = from;
+                    raw.count = to - from;
+                    attend(c, x.b, t, raw, stage, w.scores, w.weights);
+                    continue;
+                }
+                if (!ready) whole = load_block(c, k, v, j0, j1 - j0, w.k, w.v);
+                ready = true;
+                const int64_t begin = (from - j0) / KEY_STEP * KEY_STEP;
+                attend(c, x.b, t, part_of(c, whole, begin, to - j0), stage, w.scores, w.weights);
             }
-            if (from >= to) continue;
-            if (t.few) {
-                Block raw = {};
-                raw.j0 = from;
-                raw.count = to - from;
-                attend(c, x.b, t, raw, stage, w.scores, w.weights);
-                continue;
-            }
-            if (!ready) whole = load_block(c, k, v, j0, j1 - j0, w.k, w.v);
-            ready = true;
-            attend(c, x.b, t, part_of(c, whole, (from - j0) / KEY_STEP * KEY_STEP, to - j0), stage, w.scores, w.weights);
         }
     }
 }

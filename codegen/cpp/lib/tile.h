@@ -3,8 +3,8 @@ struct Tile {
     int64_t rows, columns;  // queries, and vectors of them; lanes past the last query repeat it
     int64_t i0, i1, g0;  // rows i0 <= i < i1 of the groups from g0 on
     int64_t lo, hi;      // hull of the visit
-    int64_t spans, span_lo[MAX_SPANS], span_hi[MAX_SPANS];
-    int64_t fulls, full_lo[MAX_SPANS], full_hi[MAX_SPANS];
+    int64_t spans, fulls;
+    Span span[MAX_SPANS], full[MAX_FULLS];
     bool few;    // its queries lie in rows: see few.h
     bool fresh;  // no key block has been added yet, so `o` is not set
     real *q, *o; // [columns][D][LANES] and [columns][E][LANES]
@@ -14,19 +14,45 @@ struct Tile {
     alignas(128) lane_int lane[ROW_AXES][QUERIES];  // i, then the folded batch axes
 };
 
-static void visit(Tile& t, int64_t lo, int64_t hi, int64_t from, int64_t to) {
-    lo = lo < from ? from : lo;
-    hi = hi > to ? to : hi;
-    if (hi <= lo) return;
-    t.lo = lo < t.lo ? lo : t.lo;
-    t.hi = hi > t.hi ? hi : t.hi;
-    t.span_lo[t.spans] = lo;
-    t.span_hi[t.spans++] = hi;
+template <class... Filters>
+INLINE void visit(Tile& t, int64_t lo, int64_t hi, int64_t from, int64_t to, Filters... filters) {
+    Span& s = t.span[t.spans];
+    s = {lo < from ? from : lo, hi > to ? to : hi, 0, 0, {}, {}};
+    (add(s, filters), ...);
+    if (s.hi <= s.lo) return;
+    t.lo = s.lo < t.lo ? s.lo : t.lo;
+    t.hi = s.hi > t.hi ? s.hi : t.hi;
+    ++t.spans;
 }
-static void see_all(Tile& t, int64_t lo, int64_t hi) {
-    if (hi <= lo) return;
-    t.full_lo[t.fulls] = lo;
-    t.full_hi[t.fulls++] = hi;
+template <class... Filters> INLINE void see_all(Tile& t, int64_t lo, int64_t hi, int64_t keys, Filters... filters) {
+    Span& s = t.full[t.fulls];
+    s = {lo < 0 ? 0 : lo, hi < keys ? hi : keys, 0, 0, {}, {}};
+    (add(s, filters), ...);
+    t.fulls += s.hi > s.lo;
+}
+
+// The first key from `j` on that the tile visits, or its end; and the end of the run that begins there, gaps too small
+// to gain by taken in.
+INLINE int64_t first_key(const Tile& t, int64_t j) {
+    int64_t first = t.hi > j ? t.hi : j;
+    for (int64_t s = 0; s < t.spans; ++s)
+        if (t.span[s].hi > j) {
+            const int64_t x = first_key(t.span[s], j);
+            first = x < t.span[s].hi && x < first ? x : first;
+        }
+    return first;
+}
+INLINE int64_t run_end(const Tile& t, int64_t j, int64_t most) {
+    for (int64_t end = j;;) {
+        const int64_t next = first_key(t, end);
+        if (end >= most || next >= most || next >= t.hi || (end > j && next - end >= LEAST_GAP)) return end < most ? end : most;
+        end = next + 1;
+        for (int64_t s = 0; s < t.spans; ++s)
+            if (t.span[s].lo <= next && next < t.span[s].hi && first_key(t.span[s], next) == next) {
+                const int64_t x = run_end(t.span[s], next);
+                end = x > end ? x : end;
+            }
+    }
 }
 
 // Axis `n` of the rows (0 is i) at LANES lanes from `at` on.
