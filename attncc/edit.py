@@ -13,10 +13,12 @@ from torch import fx
 
 from attncc.capture import Reading
 from attncc.ir import Attention, print_attention
+from attncc.ir.evaluate import DTYPE_OF
 from attncc.ir.expr import Const, Expr, Op, Size
-from attncc.patterns.assemble import Lifted
+from attncc.patterns.assemble import Lifted, Lse
 from attncc.patterns.facts import Facts, argument, written_args
 from attncc.patterns.flex import FLEX
+from attncc.together import sources
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,
@@ -47,24 +49,28 @@ class Editor:
         the passes)."""
         first = parts[0][0]
         target = self._place(first.node)
-        sums = None if first.lse is None else self._place(first.lse)
+        sums = None if first.lse is None else self._place(first.lse.node)
         placed = [n for n in (target, sums) if n is not None]
         call = self.graph.call_function
-        with self.graph.inserting_before(min(placed, key=lambda n: self.order.get(n, len(self.order)))):
+        early = min(placed, key=self._position)
+        for n in sources((n for site, _ in parts for n in site.tensors), self.facts):
+            if early is not target and self._position(self._node(n)) > self._position(early):
+                raise EditError("the sums of its rows are used before its values are computed")
+        with self.graph.inserting_before(early):
             calls = [self._call(site, a, target) for site, a in parts]
             outs = [self._out(outputs, site, a, target) for outputs, (site, a) in zip(calls, parts, strict=True)]
             made = [functools.reduce(lambda x, y: call(torch.ops.aten.add.Tensor, (x, y)), outs)]
             if first.lse is not None:
-                lse = call(operator.getitem, (calls[0], parts[0][1].outputs.index("lse")))
-                lse = call(torch.ops.aten.mul.Tensor, (lse, math.log2(math.e)))
-                shape = [self._size(s, target) for s in self.facts.shape(first.lse)]
-                made.append(call(torch.ops.aten.reshape.default, (lse, shape)))
+                made.append(self._lse(calls[0], first, parts[0][1], first.lse, target))
         for old, new in zip(placed, made, strict=True):
             new.meta.update({k: old.meta[k] for k in _COPIED if k in old.meta})
             new.meta["example_value"] = old.meta.get("example_value")
             old.replace_all_uses_with(new)
         for old in placed:
             self._remove(old)
+
+    def _position(self, n: fx.Node) -> int:
+        return self.order.get(n, len(self.order))
 
     def _call(self, site: Lifted, a: Attention, target: fx.Node) -> fx.Node:
         """A call of the operator at the graph's insertion point."""
@@ -91,6 +97,22 @@ class Editor:
         if len(shape) != len(unsplit):
             out = call(torch.ops.aten.reshape.default, (out, [self._size(s, target) for s in shape]))
         return out
+
+    def _lse(self, outputs: fx.Node, site: Lifted, a: Attention, lse: Lse, target: fx.Node) -> fx.Node:
+        """The logarithm of the sums of exponentials as the graph has it."""
+        call = self.graph.call_function
+        x = call(operator.getitem, (outputs, a.outputs.index("lse")))
+        if lse.order not in ((), tuple(range(len(lse.order)))):
+            unsplit = [self._extent(axis.extent, site, target) for axis in site.attention.out_axes[:-1]]
+            x = call(torch.ops.aten.permute.default, (call(torch.ops.aten.reshape.default, (x, unsplit)), lse.order))
+        if lse.base_two:
+            x = call(torch.ops.aten.mul.Tensor, (x, math.log2(math.e)))
+        if lse.floor is not None:
+            x = call(torch.ops.aten.clamp_min.default, (x, lse.floor))
+        dtype = self.facts.dtype(lse.node)
+        if dtype != DTYPE_OF[a.compute_dtype]:
+            x = call(torch.ops.aten.to.dtype, (x, dtype))
+        return call(torch.ops.aten.reshape.default, (x, [self._size(s, target) for s in self.facts.shape(lse.node)]))
 
     def finish(self) -> fx.GraphModule:
         self._drop_unread()

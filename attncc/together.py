@@ -30,7 +30,7 @@ def together(sites: Sequence[Lifted], facts: Facts) -> list[Joint]:
     fused = list(sites)
     blocked: dict[fx.Node, fx.Node] = {}  # the node of a site -> who needs its scores
     while True:
-        gone = {n for s in fused for n in (*made[id(s)].nodes, s.node)}
+        gone = {n for s in fused for n in (*made[id(s)].nodes, *s.nodes)}
         found = {s.node: u for s in fused for u in reversed(made[id(s)].users) if u not in gone}
         if not found:
             break
@@ -60,7 +60,7 @@ class _Scores:
         within = set(inside)
         moving = sources(operands(site), facts)
         for n in inside:
-            if n in stops or not any(a in moving for a in n.all_input_nodes):
+            if n in stops or n in site.nodes[1:] or not any(a in moving for a in n.all_input_nodes):
                 continue
             moving.add(n)
             product = contraction(facts, n)
@@ -71,7 +71,7 @@ class _Scores:
             self.users += [u for u in n.users if u in facts.live and (u not in within or u in stops)]
 
     def reaches(self, other: _Scores) -> bool:
-        return any(u in other.nodes or u is other.site.node for u in self.users)
+        return any(u in other.nodes or u in other.site.nodes for u in self.users)
 
 
 def operands(site: Lifted) -> list[fx.Node]:

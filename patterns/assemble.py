@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -52,15 +52,26 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Lse:
+    """`node` holds the logarithm of a row's sum of exponentials over (*batch, i), permuted by `order`. A row that sees
+    no key has `floor` where the model's masks are finite."""
+
+    node: fx.Node
+    order: tuple[int, ...] = ()
+    floor: float | None = None
+    base_two: bool = False
+
+
+@dataclass(frozen=True)
 class Lifted:
     """An attention found in a graph: `node` computes it and can be replaced.
 
     `tensors` are the graph's nodes for the IR's tensors, in order, to be cast to `dtypes`; `sizes` the expressions,
     over the graph's symbols, of its sizes; `factors` says which sizes are products of others. The IR's output
     (*batch, i, e), permuted by `order` and viewed in the shape of `node`, is its value. `escapes` are users of the
-    weights other than the product with the values. `lse` holds the logarithm, base two, of the sums of exponentials,
-    where the model uses it. Axes of the output that are `summed` are summed over first. Several sites with one `node`
-    add up to it."""
+    weights other than the product with the values. `lse` says where the model has the logarithm of the sums of
+    exponentials, if it uses them. Axes of the output that are `summed` are summed over first. Several sites with one
+    `node` add up to it."""
 
     attention: Attention
     node: fx.Node
@@ -71,12 +82,17 @@ class Lifted:
     factors: dict[Size, Expr]
     order: tuple[int, ...]
     escapes: tuple[fx.Node, ...] = ()
-    lse: fx.Node | None = None
+    lse: Lse | None = None
     summed: tuple[int, ...] = ()
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The nodes whose values it gives."""
+        return (self.node,) if self.lse is None else (self.node, self.lse.node)
 
 
 def assemble(
-    p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, ...] = (), lse: fx.Node | None = None
+    p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, ...] = (), lse: Lse | None = None
 ) -> Lifted:
     """The verified attention that `p` describes, with its place in the graph."""
     own = [x for x in p.out if x is not ZERO and x is not p.i and x is not p.e]
@@ -116,7 +132,7 @@ def assemble(
     order += absent
     return Lifted(
         verify(attention), node, anchor, tuple(renamer.nodes), tuple(renamer.dtypes), sizes, factors, tuple(order),
-        escapes, lse, tuple(range(len(own), len(batch))),
+        escapes, None if lse is None else replace(lse, floor=masked.floor), tuple(range(len(own), len(batch))),
     )  # fmt: skip
 
 

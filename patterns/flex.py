@@ -18,7 +18,7 @@ from attncc.ir.affine import divide
 from attncc.ir.attention import S
 from attncc.ir.build import ONE, TRUE, ZERO, cast, const, mul
 from attncc.ir.expr import Const, Expr, Index, Load, rewrite
-from attncc.patterns.assemble import Lifted, Parts, assemble
+from attncc.patterns.assemble import Lifted, Lse, Parts, assemble
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point, fitted
 from attncc.patterns.operands import Source, operand
@@ -61,7 +61,7 @@ def lift_flex(f: Facts, n: fx.Node) -> Lifted | None:
         product_dtype=f.dtype(node), dtype=f.dtype(node), half=False, empty="zero", mask=mask,
         outputs=("out", "lse") if 1 in results else ("out",),
     )  # fmt: skip
-    return assemble(parts, node, n, lse=results.get(1))
+    return assemble(parts, node, n, lse=Lse(results[1], base_two=True) if 1 in results else None)
 
 
 def _results(f: Facts, n: fx.Node) -> dict[int, fx.Node]:

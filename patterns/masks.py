@@ -24,6 +24,7 @@ class Masked:
     score: Expr
     mask: Expr
     empty: Empty
+    floor: float | None = None  # the score of every key in a row that sees none, where that is finite
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ def split_mask(score: Expr, *, half: bool, infinite_empty: Empty) -> Masked:
     if not infinite and _agree(finite):
         total = sum(h.fill for h in finite) if finite[0].added else finite[0].fill  # what is put last hides the rest
         lowest = torch.finfo(torch.float16 if half else torch.float32).min
-        return Masked(bare, _all(finite), infinite_empty if total < lowest else "mean")
+        if total < lowest:
+            return Masked(bare, _all(finite), infinite_empty)
+        return Masked(bare, _all(finite), "mean", total)
     # Rows hidden by several different finite masks weigh keys by how often they are hidden: keep them as they are.
     bare, found = _strip(score, float("-inf"))
     return Masked(bare, _all(found), infinite_empty if found else "zero")

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from attncc.ir.affine import linear_in, poly
-from attncc.ir.attention import Empty
+from attncc.ir.attention import Empty, Output
 from attncc.ir.build import ONE, TRUE, ZERO, sub
 from attncc.ir.expr import Const, Expr, Index, Load, Op, free, loads, rewrite
 from attncc.patterns.assemble import Lifted, assemble
@@ -18,6 +18,7 @@ from attncc.patterns.frames import Frame
 from attncc.patterns.guards import unguarded, vanishes
 from attncc.patterns.mixed import mixed_product
 from attncc.patterns.products import Product, products, stored
+from attncc.patterns.rowsums import row_sums
 from attncc.patterns.terms import Term
 from attncc.patterns.value import Unreadable
 
@@ -46,7 +47,9 @@ def lift_softmax(frame: Frame, term: Term) -> Lifted:
         frame.parts(found, score, half=anchor.scores, empty=empty),
         sink=sink, weight=weight if bare is None else bare, normalizer=anchor.normalizer, summed=tuple(term.mixed),
     )  # fmt: skip
-    site = assemble(parts, frame.node, anchor.node)
+    lse = row_sums(parts, anchor, term.at, frame.use)
+    outputs: tuple[Output, ...] = ("out",) if lse is None else ("out", "lse")
+    site = assemble(replace(parts, outputs=outputs), frame.node, anchor.node, lse=lse)
     if site.attention.mask is not TRUE and not vanishes(parts.weight):
         raise Unreadable(product.node, "keys that the mask hides are given weight after the softmax")
     return site

@@ -59,6 +59,22 @@ def sink_gate(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return (scores.softmax(-1) @ v) * gate
 
 
+def sink_gate_in_another_order(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Scores of (b, i, h, j), an added mask under which the first rows see nothing."""
+    scores = torch.einsum("bhid,bhjd->bihj", q, k) * SCALE
+    late = torch.arange(N)[:, None] < torch.arange(N)[None] + 2
+    hidden = torch.zeros(N, N).masked_fill(late, torch.finfo(torch.float32).min)
+    scores = scores + hidden[:, None].to(q.dtype)
+    gate = torch.sigmoid(torch.logsumexp(scores, -1) + 3.0)
+    return torch.einsum("bihj,bhjd->bhid", scores.softmax(-1), v) * gate.transpose(1, 2)[..., None]
+
+
+def sums_before_the_mask(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    scores = q @ k.mT * SCALE
+    gate = torch.sigmoid(torch.logsumexp(scores, -1, keepdim=True))
+    return (scores.masked_fill(~extra["mask"], -torch.inf).softmax(-1) @ v) * gate
+
+
 def softmax_plus_one(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     p = torch.exp(q @ k.mT * SCALE)
     return p / (1 + p.sum(-1, keepdim=True)) @ v
@@ -244,7 +260,9 @@ FORMS = (
     Case("relu-squared", attend(relu_squared, **MASK), 1, "relu in place of softmax, masked after"),
     Case("unnormalised", attend(unnormalised, **MASK), 1, "no normaliser: retention"),
     Case("sink-column", attend(sink_column, sinks=randoms(H)), 1, "a column of sinks", golden=0),
-    Case("sink-gate", attend(sink_gate, sinks=randoms(H)), 1, "out * sigmoid(lse - sink)", kept=1),
+    Case("sink-gate", attend(sink_gate, sinks=randoms(H)), 1, "out * sigmoid(lse - sink)", golden=0, backward=True),
+    Case("sink-gate-transposed", attend(sink_gate_in_another_order), 1, "the sums of rows in another order, empty rows"),
+    Case("sums-before-mask", attend(sums_before_the_mask, **MASK), 1, "sums of other scores", kept=1),
     Case("softmax-plus-one", attend(softmax_plus_one), 1, "a sink of zero, by hand", golden=0),
     Case("softcap", attend(softcap, **MASK), 1, "tanh of the score", golden=0),
     Case("alibi", attend(alibi), 1, "distance times slope, built in the graph", golden=0),

@@ -112,6 +112,7 @@ TEXT = (
     Case("llama4-chunked", decoder("Llama4Text", "eager", attention_chunk_size=8, head_dim=8, num_local_experts=2,
          intermediate_size_mlp=48, moe_layers=[], layer_types=["chunked_attention", "full_attention"],
          no_rope_layers=[1, 0], attn_temperature_tuning=True), 2, "chunked causal, query temperature"),
+    Case("granite-swa", decoder("GraniteSWA", "eager", **WINDOWED), 2, "a gate on the sums of rows"),
     Case("gpt-oss-sinks", decoder("GptOss", "eager", num_local_experts=4, num_experts_per_tok=2, **WINDOWED), 2,
          "a sink column in the softmax; routers", refused=2, golden=0),
     Case("mixtral", decoder("Mixtral", "sdpa", num_local_experts=4, num_experts_per_tok=2), 2,
