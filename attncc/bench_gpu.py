@@ -70,9 +70,10 @@ def flex(row: Row, t: dict[str, torch.Tensor]) -> Call:
     score_mod = None if row.score_mod is None else row.score_mod(t)
     block_mask = None
     if row.mask_mod is not None:
-        per_sequence = row.batch if "length" in t else None
+        sequences = row.batch if "length" in t else None
+        heads = row.heads * row.group if row.by_head else None
         block_mask = torch.compile(module.create_block_mask)(
-            row.mask_mod(t), per_sequence, None, row.rows, row.keys, device=t["q"].device
+            row.mask_mod(t), sequences, heads, row.rows, row.keys, device=t["q"].device
         )
     compiled: Any = torch.compile(module.flex_attention, dynamic=False)
     return lambda: compiled(t["q"], t["k"], t["v"], score_mod=score_mod, block_mask=block_mask,

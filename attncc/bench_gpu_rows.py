@@ -90,6 +90,37 @@ def neighbourhood(shape: tuple[int, ...], reach: int) -> Row:
     return Row(name, 1, 16, 1, n, n, 64, " and ".join(terms), mask_mod=mod)
 
 
+def block_table(n: int, block: int, seen: float) -> Row:
+    """Each head sees its own blocks of keys before the diagonal, `seen` of them, and those on it."""
+    count = n // block
+
+    def extra(device: torch.device) -> dict[str, torch.Tensor]:
+        random = torch.Generator().manual_seed(2)
+        table = torch.rand(16, count, count, generator=random) < seen
+        return {"blocks": (table | torch.eye(count, dtype=torch.bool)).to(device)}
+
+    def mod(extra: dict[str, torch.Tensor]) -> Mod:
+        blocks = extra["blocks"]
+        return lambda b, h, i, j: (j <= i) & blocks[h, i // block, j // block]
+
+    mask = f"j <= i and blocks[HEAD, i // {block}, j // {block}]"
+    return Row(f"blocks of {block} in {n}, {seen:.0%} seen", 1, 16, 1, n, n, 128, mask,
+               declared=(f"blocks: bool[16, {count}, {count}]",), extra=extra, mask_mod=mod, by_head=True)  # fmt: skip
+
+
+def strided(n: int, block: int, local: int, period: int) -> Row:
+    """S2 attention: `local` blocks before each row, and of the others every `period`-th, another one for each head."""
+
+    def mod(extra: dict[str, torch.Tensor]) -> Mod:
+        return lambda b, h, i, j: (j <= i) & (
+            (i // block - j // block < local) | ((j // block + h) % period == 0)
+        )
+
+    mask = f"j <= i and (i // {block} - j // {block} < {local} or (j // {block} + HEAD) % {period} == 0)"
+    return Row(f"S2 {local} blocks of {block} and 1 of {period} in {n}", 1, 16, 1, n, n, 128, mask, mask_mod=mod,
+               by_head=True)  # fmt: skip
+
+
 def decode(keys: int, batch: int) -> Row:
     """One new token a sequence, caches filled to unequal lengths."""
 
@@ -107,11 +138,14 @@ def decode(keys: int, batch: int) -> Row:
 def rows(*, quick: bool) -> list[Row]:
     if quick:
         return [causal(4096, 64), causal(4096, 128), causal(4096, 128, 4), window(8192, 1024), documents(8192, 8),
-                t5_bias(2048), soft_cap(4096), neighbourhood((64, 64), 6), decode(16384, 1), decode(16384, 16)]
+                t5_bias(2048), soft_cap(4096), neighbourhood((64, 64), 6), block_table(8192, 64, 0.1),
+                strided(16384, 64, 4, 16), decode(16384, 1), decode(16384, 16)]
     return [
         *(causal(n, d) for d in (64, 128) for n in (1024, 4096, 16384, 65536)),
         *(causal(n, 128, 4) for n in (4096, 16384)),
         window(16384, 1024), window(65536, 1024), documents(16384, 8), documents(65536, 64), prefix_lm(16384, 4096),
         t5_bias(4096), soft_cap(4096), soft_cap(16384), neighbourhood((64, 64), 6), neighbourhood((16, 16, 16), 3),
+        block_table(16384, 64, 0.1), block_table(65536, 128, 0.05), strided(16384, 64, 4, 16),
+        strided(65536, 64, 16, 16),
         *(decode(m, b) for m in (16384, 65536, 131072) for b in (1, 8, 64)),
     ]  # fmt: skip

@@ -17,7 +17,8 @@ class Row:
     """One attention. Tensors are q (B, HK * G, N, D), k and v (B, HK, M, D) and `extra` by name.
 
     `mask_mod` and `score_mod` are FlexAttention's spelling, given the extra tensors; the plain spelling uses them. In
-    the text of the IR, SCALE, HEAD and DTYPE stand for what they are in this row."""
+    the text of the IR, SCALE, HEAD and DTYPE stand for what they are in this row. `by_head` says that each head has a
+    mask of its own."""
 
     name: str
     batch: int
@@ -33,6 +34,7 @@ class Row:
     mask_mod: Callable[[dict[str, torch.Tensor]], Mod] | None = None
     score_mod: Callable[[dict[str, torch.Tensor]], Mod] | None = None
     causal: bool = False
+    by_head: bool = False
     dtype: str = "bf16"
 
     @property
@@ -50,7 +52,7 @@ class Row:
             "k      k[b, hk, j, d]",
             "v      v[b, hk, j, e]",
             f"score  {(self.score or 's * SCALE').replace('HEAD', head).replace('SCALE', scale)}",
-            f"mask   {self.mask}",
+            f"mask   {self.mask.replace('HEAD', head)}",
             "norm   softmax",
             "empty  zero",
             "weight w",
@@ -81,11 +83,11 @@ def grid(row: Row, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def mask_of(row: Row, t: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """The mask as a tensor that broadcasts to (B, 1, N, M)."""
+    """The mask as a tensor that broadcasts to (B, H, N, M)."""
     if row.mask_mod is None:
         return None
     b, h, i, j = grid(row, t["q"].device)
-    return row.mask_mod(t)(b, h[:, :1], i, j)
+    return row.mask_mod(t)(b, h if row.by_head else h[:, :1], i, j)
 
 
 def visible_pairs(row: Row, t: dict[str, torch.Tensor]) -> int:
@@ -93,11 +95,12 @@ def visible_pairs(row: Row, t: dict[str, torch.Tensor]) -> int:
     if row.mask_mod is None:
         return row.batch * row.heads * row.group * row.rows * row.keys
     device, seen, step = t["q"].device, 0, max(1, (1 << 26) // row.keys)
-    mod, batches = row.mask_mod(t), range(row.batch if "length" in t else 1)
+    mod, heads = row.mask_mod(t), row.heads * row.group
+    points = [(b, h) for b in range(row.batch if "length" in t else 1) for h in range(heads if row.by_head else 1)]
     j = torch.arange(row.keys, device=device).view(1, -1)
-    for b in batches:
+    for b, h in points:
+        at = torch.tensor(b, device=device), torch.tensor(h, device=device)
         for start in range(0, row.rows, step):
             i = torch.arange(start, min(start + step, row.rows), device=device).view(-1, 1)
-            at = torch.tensor(b, device=device)
-            seen += int(mod(at, at, i, j).expand(len(i), row.keys).sum())
-    return seen * row.heads * row.group * (1 if len(batches) > 1 else row.batch)
+            seen += int(mod(*at, i, j).expand(len(i), row.keys).sum())
+    return seen * (row.batch * heads // len(points))

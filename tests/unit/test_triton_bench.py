@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from attncc import bench_gpu
 from attncc.bench_gpu_rows import (
+    block_table,
     causal,
     decode,
     documents,
@@ -17,18 +20,20 @@ from attncc.bench_gpu_rows import (
     prefix_lm,
     rows,
     soft_cap,
+    strided,
     t5_bias,
     window,
 )
 from attncc.bench_row import Row, mask_of, visible_pairs
-from attncc.codegen.triton import configs, emit, unsupported
+from attncc.codegen.triton import configs, emit, reads_by_key, unsupported
 from attncc.ir import interpret, parse_attention, verify
 from attncc.passes.bounds import loop_bounds
+from attncc.runtime.triton_compile import compile_for
 from attncc.targets import TargetError
 
 SMALL = [
     causal(64, 64), causal(64, 64, 4), window(64, 9), documents(64, 5), prefix_lm(64, 20), t5_bias(64), soft_cap(64),
-    neighbourhood((8, 8), 2), neighbourhood((4, 4, 4), 1), decode(64, 3),
+    neighbourhood((8, 8), 2), neighbourhood((4, 4, 4), 1), block_table(64, 8, 0.3), strided(64, 4, 2, 4), decode(64, 3),
 ]  # fmt: skip
 
 
@@ -65,8 +70,57 @@ def test_all_spellings_agree(row: Row) -> None:
 def test_rows_are_emitted(row: Row) -> None:
     a = verify(parse_attention(row.text))
     assert unsupported(a) is None
-    for config in configs(a, "sm_90"):
-        assert "def launch" in emit(a, loop_bounds(a, rows=True), config)
+    for lists in {False, reads_by_key(a)}:
+        for config in configs(a, "sm_90", lists=lists):
+            source = emit(a, loop_bounds(a, rows=True), config)
+            assert "def launch" in source and ("def look(" in source) == lists
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("row", rows(quick=False), ids=lambda r: r.name)
+def test_rows_compile(row: Row) -> None:
+    """The first choice of each row, as the run would build it on a Hopper GPU."""
+    pytest.importorskip("triton")
+    a = verify(parse_attention(row.text))
+    config = configs(a, "sm_90", lists=reads_by_key(a))[0]
+    source = emit(a, loop_bounds(a, rows=True), config)
+    constants = {n: n != "PARTIAL" for n in ("PARTIAL", "EVEN", "TMA") if f"{n}: tl.constexpr" in source}
+    built = compile_for(source, config, "sm_90", **constants)
+    assert built.shared_bytes <= 227 * 1024 and built.spills <= 256
+
+
+@pytest.mark.parametrize("row", [block_table(64, 8, 0.3), decode(64, 3)], ids=lambda r: r.name)
+def test_a_row_runs_from_its_text_to_its_result(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that the bench calls, on this machine's processor, with what the run does around it."""
+    monkeypatch.setattr(bench_gpu, "RIVALS", {"attncc": bench_gpu.ours, "unfused": bench_gpu.unfused})
+    monkeypatch.setattr(bench_gpu, "on_cuda", lambda run, repeats: float(run() is None) + 1e-3)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    done = bench_gpu.measure_row(small(row), torch.device("cpu"), 1e12, 1)
+    assert done["absent"] == {} and done["difference"] < 0.05 and done["us"]["attncc"] > 0
+
+
+def test_the_run_prints_and_writes_its_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command from the rows to the JSON; a row that fails is named and the others go on."""
+
+    def measured(row: Row, device: torch.device, ceiling: float, rounds: int) -> dict[str, Any]:
+        if row.name.startswith("soft cap"):
+            raise RuntimeError("out of registers")
+        return {"name": row.name, "us": {"attncc": 10.0, "flex": 15.0}, "ratio": {"flex": 1.5}, "of_matmul": 0.5}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(bench_gpu, "matmul_ceiling", lambda device: 5e14)
+    monkeypatch.setattr(bench_gpu, "measure_row", measured)
+    bench_gpu.run(quick=True, json=tmp_path / "gpu.json")
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["device"] == "a GPU" and {"torch", "triton"} <= set(written["versions"])
+    assert [r["name"] for r in written["rows"]] == [r.name for r in rows(quick=True)]
+    assert [r for r in written["rows"] if "failed" in r] == [{"name": "soft cap 4096", "failed": "out of registers"}]
+    shown = capsys.readouterr()
+    assert "1.50x" in shown.out and "out of registers" in shown.err
 
 
 def test_a_row_is_measured_with_rivals_that_fail_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
