@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from torch import fx
@@ -15,12 +16,14 @@ from attncc import capture, sites, torch_private
 from attncc.choice import Candidate, Choice, decide
 from attncc.codegen import torch_form
 from attncc.edit import EditError, Editor, source_text
-from attncc.ir import Attention, print_attention
+from attncc.ir import Attention, print_attention, print_linear
+from attncc.ir.expr import Expr, Size
 from attncc.kernels import build, build_all, built, optimise
 from attncc.passes.split_axes import split_axes
 from attncc.patterns.assemble import Lifted
 from attncc.patterns.facts import Facts
 from attncc.patterns.lift import Refusal, lift_all
+from attncc.patterns.linear import Recognised
 from attncc.progress import step
 from attncc.report import Site
 from attncc.runtime import op
@@ -101,14 +104,15 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, meas
         found.sites += [s if s.status == "refused" else replace(s, status="kept", reason=reason) for s in settled]
         return gm
     found.sites += settled
-    found.before.append(source_text(untouched))
-    found.after.append(source_text(result.graph))
+    if collecting.get() is not None:
+        found.before.append(source_text(untouched))
+        found.after.append(source_text(result.graph))
     return result
 
 
 def _edited(
-    reading: capture.Reading, facts: Facts, lifted: list[Lifted | Refusal], settled: list[Site], first: int,
-    measure: bool,
+    reading: capture.Reading, facts: Facts, lifted: list[Lifted | Refusal | Recognised], settled: list[Site],
+    first: int, measure: bool,
 ) -> fx.GraphModule:
     """Every site decided, in order, and the graph edited. `settled` grows as it goes."""
     joints = {id(site): joint for joint in together([s for s in lifted if isinstance(s, Lifted)], facts)
@@ -126,6 +130,11 @@ def _edited(
         if isinstance(site, Refusal):
             at = reading.origin.get(site.node) or reading.owner.get(site.node)
             settled.append(Site(index, "refused", site.reason, path, (sites.user_line(at) if at else "") or where))
+            continue
+        if isinstance(site, Recognised):
+            text = print_linear(site.linear)
+            equation = sites.linear_equation(site.linear)
+            settled.append(Site(index, "kept", site.reason, path, where, equation, became="original graph", ir=text))
             continue
         assert plan is not None  # every lifted site has one
         if site.node not in verdicts:
@@ -173,8 +182,14 @@ def _plan(site: Lifted, joint: Joint, facts: Facts) -> Plan | fx.Node:
     """The plan, or who needs the weights outside: then the scores exist anyway and nothing is to be gained."""
     if joint.user is not None:
         return joint.user
-    final = optimise(split_axes(site.attention, site.factors))
-    return Plan(final, print_attention(final), facts.value(site.node).device.type)
+    return _planned(site.attention, tuple(site.factors.items()), facts.value(site.node).device.type)
+
+
+@lru_cache(maxsize=256)
+def _planned(a: Attention, factors: tuple[tuple[Size, Expr], ...], device: str) -> Plan:
+    """Sites that compute the same share one plan, so what it costs does not grow with the layers."""
+    final = optimise(split_axes(a, dict(factors)))
+    return Plan(final, print_attention(final), device)
 
 
 def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool) -> Choice:
@@ -195,12 +210,13 @@ def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, f
     shown = optimise(site.attention)
     made = built(plan.spec, plan.device) if isinstance(plan, Plan) else None
     area, picture = (None, None) if collecting.get() is None else sites.extent_of(site, shown, facts)
+    area = area if made is None else made.area(area)
     return Site(
         place.index, "fused" if verdict.fused else "kept", verdict.reason, place.path, place.where,
         sites.equation(shown), sites.mask(shown), sites.shapes(site),
         visible=None if area is None else area.visible, visited=None if area is None else area.visited,
         total=None if area is None else area.total,
-        became=made.name if made is not None and verdict.fused else "original graph", speedup=verdict.speedup,
+        became=made.shown if made is not None and verdict.fused else "original graph", speedup=verdict.speedup,
         ir=print_attention(plan.final if isinstance(plan, Plan) else shown),
         kernel=None if made is None else made.source, language=None if made is None else made.language,
         picture=picture,

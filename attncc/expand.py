@@ -75,8 +75,8 @@ def transformer_encoder_layer(
 
 #: What to call in place of a library call, on plain tensors.
 PARTS: dict[object, Callable[..., Any]] = {
-    torch._transformer_encoder_layer_fwd: transformer_encoder_layer,
+    torch._transformer_encoder_layer_fwd: transformer_encoder_layer,  # pyright: ignore[reportPrivateImportUsage]
     torch.ops.aten._transformer_encoder_layer_fwd.default: transformer_encoder_layer,
-    torch._native_multi_head_attention: native_multi_head_attention,
+    torch._native_multi_head_attention: native_multi_head_attention,  # pyright: ignore[reportPrivateImportUsage]
     torch.ops.aten._native_multi_head_attention.default: native_multi_head_attention,
 }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import fx
 
 from attncc.alternative import Untimeable, hint
-from attncc.ir import Attention, print_expr
+from attncc.ir import Attention, Linear, print_expr
 from attncc.ir.build import TRUE
-from attncc.ir.expr import Const, Expr, Size, loads
+from attncc.ir.expr import Const, Expr, Size, Var, loads, substitute
+from attncc.ir.linear import UNIT, X
 from attncc.passes.area import Area, area
 from attncc.passes.area import picture as draw
 from attncc.passes.bounds import loop_bounds
@@ -58,6 +60,18 @@ def equation(a: Attention) -> str:
     return f"{normalised if weight == 'w' else weight.replace('w', normalised, 1)} v{sink}"
 
 
+def linear_equation(a: Linear) -> str:
+    """One line of mathematics: `relu(q) (relu(k)^T v) / z`."""
+    q, k = (print_expr(substitute(phi, {X: Var(name)})) for phi, name in ((a.phi_q, "q"), (a.phi_k, "k")))
+    divided = "" if a.over is None else f" / ({print_expr(a.over)})"
+    if a.sees == "all":
+        return f"({q}) (({k})^T v){divided}" if q != "q" or k != "k" else f"q (k^T v){divided}"
+    decay = "" if a.decay is UNIT else "decay * "
+    change = "v" if a.rule == "add" else f"(v - ({decay}S)^T k)"
+    rate = "" if a.rate is UNIT else "rate * "
+    return f"S = {decay}S + k {rate}{change}, out = q S{divided}"
+
+
 def mask(a: Attention) -> str:
     return "all" if a.mask is TRUE else print_expr(a.mask)
 
@@ -67,9 +81,14 @@ def extent_of(site: Lifted, a: Attention, facts: Facts) -> tuple[Area | None, st
 
     Nothing where the sizes are known only from data; no area where the bounds read data."""
     try:
-        sizes = [hint(x, facts) for x in site.sizes]
+        sizes = tuple(hint(x, facts) for x in site.sizes)
     except Untimeable:
         return None, None
+    return _extent(a, sizes)
+
+
+@lru_cache(maxsize=256)
+def _extent(a: Attention, sizes: tuple[int, ...]) -> tuple[Area | None, str | None]:
     bounds = loop_bounds(a)
     read = any(loads(*(n for x in bounds.visit for n in (x.lo, x.hi))))
     found = None if read else area(a, bounds, sizes)

@@ -75,11 +75,13 @@ def traced_node(value: Any) -> fx.Node | None:
     if mode is None or not isinstance(value, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
         return None
     slot = get_proxy_slot(value, mode.tracer, None)  # type: ignore[arg-type]
-    if callable(slot):  # symbolic numbers keep a thunk
+    if callable(slot) and not isinstance(slot, fx.Proxy):  # symbolic numbers keep a thunk
         slot = slot()
-    slot = getattr(slot, "force", lambda: slot)()
-    proxy = getattr(slot, "proxy", slot)
-    return getattr(proxy, "node", None)
+    if not isinstance(slot, fx.Proxy):  # a proxy that is asked for an attribute adds a node to the trace
+        slot = getattr(slot, "force", lambda: slot)()
+    if not isinstance(slot, fx.Proxy):
+        slot = getattr(slot, "proxy", slot)
+    return slot.node if isinstance(slot, fx.Proxy) else None
 
 
 def traced_graph() -> fx.Graph:

@@ -103,7 +103,13 @@ def _einsum(f: Facts, n: fx.Node) -> Contraction | None:
         return None
     a: Any = factors[0]
     b: Any = factors[1]
-    first, second, out = spelled_out(equation, f.rank(a), f.rank(b))
+    return summed_pair(f, n, (a, b), spelled_out(equation, f.rank(a), f.rank(b)))
+
+
+def summed_pair(f: Facts, n: fx.Node, factors: tuple[fx.Node, fx.Node], letters: tuple[str, ...]) -> Contraction | None:
+    """The sum over the letters that both factors have and the result (the last of `letters`) has not."""
+    a, b = factors
+    first, second, out = letters
     if len(set(first)) != len(first) or len(set(second)) != len(second):
         return None
     summed = [c for c in dict.fromkeys(first + second) if c not in out]

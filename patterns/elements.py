@@ -200,6 +200,13 @@ def _rsub(a: Expr, b: Expr) -> Expr:
     return sub(b, a)
 
 
+def _elu(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+    x = operand(r, n, n.args[0], at)
+    if x is None or any(argument(n, name) != 1 for name in ("alpha", "scale", "input_scale")):
+        return None
+    return where(gt(x, const(0.0)), x, sub(op("exp", x), const(1.0)))
+
+
 def _safe_log(x: Expr) -> Expr:
     return op("log", x)
 
@@ -234,7 +241,8 @@ _RULES: dict[str, Rule] = {
     "floor_divide": _integers("floordiv"), "remainder": _integers("mod"),
     "neg": _unary(lambda x: op("neg", x), floats=False), "abs": _unary(lambda x: op("abs", x), floats=False),
     "minimum": _binary(minimum), "maximum": _binary(maximum),
-    "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp, "relu": _unary(_relu, floats=False), "pow": _pow,
+    "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp, "relu": _unary(_relu, floats=False),
+    "elu": _elu, "pow": _pow,
     "square": _unary(lambda x: mul(x, x)),
     **{name: _unary(_named(name)) for name in
        ("exp", "log", "log1p", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "floor", "ceil", "round", "sin", "cos")},

@@ -15,6 +15,7 @@ from attncc.patterns.divided import divided
 from attncc.patterns.facts import Facts
 from attncc.patterns.flex import FLEX, lift_flex
 from attncc.patterns.frames import Frame
+from attncc.patterns.linear import Recognised, linear_attentions
 from attncc.patterns.sdpa import lift_sdpa
 from attncc.patterns.softmax import lift_softmax
 from attncc.patterns.terms import Term
@@ -37,8 +38,18 @@ _LIBRARY = {
 }  # fmt: skip
 
 
-def lift_all(f: Facts) -> list[Lifted | Refusal]:
-    """Every softmax-like site of the graph, in order."""
+def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
+    """Every attention-like site of the graph, in order."""
+    linear = list(linear_attentions(f))
+    covered = {n for site in linear for n in site.covered}
+    quadratic = [site for site in _quadratic(f) if isinstance(site, Lifted) or site.anchor not in covered]
+    taken = {site.node for site in quadratic}
+    found = [*quadratic, *(site for site in linear if taken.isdisjoint({site.node, site.anchor}))]
+    return sorted(found, key=lambda site: f.order[site.anchor])
+
+
+def _quadratic(f: Facts) -> list[Lifted | Refusal]:
+    """Every site that weighs each key for each query."""
     found = _lifted(f, anchors(f))
     for n in f.graph.nodes:
         if n.target is SDPA or n.target is FLEX:
@@ -63,7 +74,7 @@ def lift_all(f: Facts) -> list[Lifted | Refusal]:
         used = {n, *(user for user in n.users if contraction(f, user) is not None)}
         if used.isdisjoint({site.node for site in found} | {site.anchor for site in found}):
             found.append(Refusal("a quotient by a sum that is not that of the same exponentials over the keys", n, n))
-    return sorted(found, key=lambda site: f.order[site.anchor])
+    return found
 
 
 def _without_softmax(f: Facts, n: fx.Node, product: Contraction, left: bool) -> list[Lifted | Refusal]:

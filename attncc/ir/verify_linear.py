@@ -26,8 +26,8 @@ def verify_linear(a: Linear) -> Linear:
     require(a.rule in RULES, f"rule {a.rule!r}")
     require(a.sees in SEES, f"sees {a.sees!r}")
     require(a.sees == "all" or a.i.extent == a.j.extent, "a query that sees the past needs as many rows as keys")
-    plain = a.rule == "add" and a.decay is UNIT and a.rate is UNIT and a.state is None
-    require(a.over is None or plain, "what the output is divided by is a sum of weights without decay, rate or state")
+    plain = a.rule == "add" and a.decay is UNIT and a.state is None
+    require(a.over is None or plain, "what the output is divided by is a sum of weights without decay or state")
     each_once = len(set(a.outputs)) == len(a.outputs) > 0
     require(each_once and set(a.outputs) <= set(LINEAR_OUTPUTS), f"outputs {a.outputs}")
     require(a.dtype in DTYPES and DTYPES[a.dtype][0] == "float", f"dtype {a.dtype} is no float type")

@@ -103,7 +103,8 @@ DIFFUSION = (
         "num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16,
         "caption_channels": 24, "sample_size": 8, "patch_size": 1}, lambda: {
         "hidden_states": noise(1, 4, 8, 8), "encoder_hidden_states": noise(1, 7, 24),
-        "timestep": torch.tensor([3])}), 1, "linear attention by relu with a ones column, beside cross attention"),
+        "timestep": torch.tensor([3])}), 2,
+         "linear attention by relu with a ones column, beside cross attention", kept=1, golden=0),
     Case("wan", made("WanTransformer3DModel", {
         "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4,
         "out_channels": 4, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 1, "cross_attn_norm": True,
