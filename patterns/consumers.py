@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from attncc.ir.build import ONE
 from attncc.ir.expr import Index, free
 from attncc.patterns.anchors import Anchor
 from attncc.patterns.contractions import contraction, mixture
@@ -22,11 +23,12 @@ from attncc.patterns.value import Unreadable
 @dataclass(frozen=True)
 class Uses:
     """`products` sum over the keys of a softmax, `others` are products that sum over something else, `escapes` all
-    other users of the weights."""
+    other users of the weights. `alone`: such a product sums over a single key."""
 
     products: tuple[Frame, ...]
     others: tuple[fx.Node, ...]
     escapes: tuple[fx.Node, ...]
+    alone: bool
 
 
 class Weights:
@@ -77,7 +79,8 @@ def uses(f: Facts, anchor: Anchor, weights: Weights) -> Uses:
             elif product is None and user not in escapes and not _is_size(user):
                 escapes.append(user)
     products.sort(key=lambda x: f.order[x.node])
-    return Uses(tuple(products), tuple(others), tuple(escapes))
+    alone = any(x is not None and x.extent is ONE for x in (contraction(f, n) for n in others))
+    return Uses(tuple(products), tuple(others), tuple(escapes), alone)
 
 
 def _sums_over(found: Frame, anchor: Anchor, weights: Weights) -> bool:

@@ -196,6 +196,14 @@ def _tri(keep: Callable[[Expr, Expr], Expr]) -> Rule:
     return rule
 
 
+def _lerp(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+    args = _args(r, n, at, 3)
+    if args is None:
+        return None
+    start, end, weight = (cast(x, "float") for x in args)
+    return add(mul(start, sub(const(1.0), weight)), mul(end, weight))
+
+
 def _rsub(a: Expr, b: Expr) -> Expr:
     return sub(b, a)
 
@@ -256,7 +264,7 @@ _RULES: dict[str, Rule] = {
     "bitwise_xor": _logical(_xor, bitwise=True), "__and__": _logical(and_, bitwise=True),
     "__or__": _logical(or_, bitwise=True), "logical_not": _not, "bitwise_not": _not,
     "masked_fill": _masked_fill, "nan_to_num": _nan_to_num, "dropout": _dropout, "tril": _tri(le), "triu": _tri(ge),
-    "fill": _fill, "zero": lambda r, n, at: const(0), "copy": _copy,
+    "lerp": _lerp, "fill": _fill, "zero": lambda r, n, at: const(0), "copy": _copy,
 }  # fmt: skip
 
 ELEMENTS: dict[object, Rule] = {

@@ -141,6 +141,8 @@ def _reaches(frame: Frame, anchor: Anchor) -> bool:
 
 
 def _unused(anchor: Anchor, used: Uses) -> Refusal:
+    if used.alone:
+        return Refusal("there is a single key, so there is nothing to choose from", used.others[0], anchor.node)
     if used.others:
         reason = "the softmax runs over another axis than the product sums over"
         return Refusal(reason, used.others[0], anchor.node)

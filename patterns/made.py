@@ -73,9 +73,10 @@ def _size(by: Expr) -> float:
 
 
 def summed(
-    f: Facts, factors: Sequence[tuple[fx.Node, Point]], out: Sequence[Index], joined: Index, use: int
-) -> Source | None:
-    """The product of tensors read at plain indices, over `out`, the last two of which become the one index `joined`.
+    f: Facts, factors: Sequence[tuple[fx.Node, Point]], out: Sequence[Index], together: Sequence[Index], joined: Index,
+    use: int,
+) -> Source | None:  # fmt: skip
+    """The product of tensors read at plain indices, over `out` and those that `together` become one index `joined`.
 
     None where an index is no plain one."""
     letters: dict[Expr, str] = {}
@@ -91,7 +92,8 @@ def summed(
             else:
                 return None
         terms.append(term)
-    equation = f"{','.join(terms)}->{''.join(letters[x] for x in out)}"
+    equation = f"{','.join(terms)}->{''.join(letters[x] for x in (*out, *together))}"
     n = f.make(aten.einsum.default, (equation, [x for x, _ in factors]), use)
-    n = f.make(aten.flatten.using_ints, (n, -2, -1), use)
-    return Source(n, (*out[:-2], joined))
+    if len(together) > 1:
+        n = f.make(aten.flatten.using_ints, (n, -len(together), -1), use)
+    return Source(n, (*out, joined))

@@ -80,8 +80,11 @@ def _joined(frame: Frame, x: Load, inner: Product, rest: list[Expr], g: Index, h
     if not alike or f.writes(inner.q, f.order[inner.node] - 1, frame.use):
         return None
     indices = dict.fromkeys(i for _, at in reversed(factors) for i in at if isinstance(i, Index))
+    if g not in indices:
+        return None
     joined = Index("gd")
-    q = summed(f, factors, [*(i for i in indices if i not in (g, d)), g, d], joined, frame.use)
+    together = [i for i in (g, d) if i in indices]
+    q = summed(f, factors, [i for i in indices if i not in together], together, joined, frame.use)
     if q is None:
         return None
     digits: dict[Expr, Expr] = {g: floordiv(joined, depth), d: mod(joined, depth)}

@@ -162,6 +162,24 @@ def _index(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return r.value_at(source, tuple(point), r.facts.order[n])
 
 
+def _masked_put(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+    """`x[mask] = number`: a boolean tensor over some of the dimensions, and one value."""
+    source: Any = n.args[0]
+    indices: Any = list(n.args[1])  # type: ignore[arg-type]
+    value: Any = n.args[2]
+    masks = [(d, x) for d, x in enumerate(indices) if x is not None]
+    if len(masks) != 1 or argument(n, "accumulate") or r.facts.value(value).numel() != 1:
+        return None
+    first, mask = masks[0]
+    if r.facts.dtype_name(mask) != "bool":
+        return None
+    when = r.facts.order[n]
+    chosen = r.value_at(mask, at[first : first + r.facts.rank(mask)], when)
+    old = r.value_at(source, at, when)
+    new = r.value_at(value, (ZERO,) * r.facts.rank(value), when)
+    return where(chosen, cast(new, old.kind), old)
+
+
 def _gather(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     source: Any = n.args[0]
     index: Any = argument(n, "index")
@@ -201,6 +219,8 @@ SOURCES: dict[object, Rule] = {
     aten.pad.default: _pad,
     aten.constant_pad_nd.default: _pad,
     aten.index.Tensor: _index,
+    aten.index_put.default: _masked_put,
+    aten.index_put_.default: _masked_put,
     aten.gather.default: _gather,
     aten.take_along_dim.default: _gather,
     aten.index_select.default: _index_select,

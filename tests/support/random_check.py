@@ -148,7 +148,7 @@ def _same(got: torch.Tensor, want: torch.Tensor, best: torch.Tensor, where: str)
     x, y, z = (torch.where(odd | ~torch.isfinite(best), 0.0, t.double()) for t in (got, want, best))
     error, own = (x - z).abs(), (y - z).abs()
     own = own.amax(-1, keepdim=True) if own.dim() and own.numel() else own
-    allowed = 4 * own + 1e-5 * (1 + z.abs())
+    allowed = 4 * own + max(1e-5, 2 * torch.finfo(want.dtype).eps) * (1 + z.abs())
     if not bool((error <= allowed).all()):
         worst = (error - allowed).max()
         raise Mismatch(f"{where}: off by {worst:.3g} at {int((error > allowed).sum())} of {error.numel()} places")

@@ -44,6 +44,7 @@ class Program:
     sites: int = 1
     plain: bool = True
     dynamic: bool = False
+    dtype: torch.dtype = torch.float32
 
     @property
     def source(self) -> str:
@@ -61,11 +62,12 @@ class Program:
                 module.register_parameter(name, nn.Parameter(value, requires_grad=False))
             else:
                 module.register_buffer(name, value)
-        return module
+        return module.to(self.dtype)
 
     def data(self, sizes: Sizes, seed: int) -> list[torch.Tensor]:
         random = torch.Generator().manual_seed(seed + 1)
-        return [make(sizes, random) for make in self.inputs.values()]
+        made = [make(sizes, random) for make in self.inputs.values()]
+        return [x.to(self.dtype) if x.is_floating_point() else x for x in made]
 
 
 def normal(*dims: Callable[[Sizes], int] | int) -> Make:
@@ -95,6 +97,7 @@ class Writer:
         self.pick = pick
         self.p: Program
         self.names = 0
+        self.after = "{}"
 
     def maybe(self, one_in: int = 2) -> bool:
         return self.pick(*[False] * (one_in - 1), True)
@@ -129,19 +132,32 @@ class Writer:
         sizes = Sizes(pick(1, 2, 3), hk * pick(1, 1, 2, 3), hk, n, n if self.square else pick(1, 3, 6, 8), d, pick(d, d, 4, 1))
         self.p = Program(sizes, dynamic=self.maybe(4))
         self.packed = self.square and sizes.hk == sizes.h and sizes.e == sizes.d and self.maybe(3)
-        self._operands()
-        self._before_scores()
-        self._scores()
-        self._changes_to_scores()
-        weights = self._normalise()
-        weights = self._changes_to_weights(weights)
-        self._product(weights)
+        from random_forms import joint_heads, library, twin  # noqa: PLC0415
+
+        self.p.dtype = pick(*[torch.float32] * 6, torch.bfloat16, torch.float16)
+        kind = pick(*["scores"] * 8, "library", "joint")
+        self._operands(grouped=kind != "library")
+        if kind == "library":
+            library(self)
+        elif kind == "joint":
+            joint_heads(self)
+        else:
+            self._before_scores()
+            self._scores()
+            self._changes_to_scores()
+            if self.maybe(12):
+                twin(self)
+            weights = self._normalise()
+            weights = self._changes_to_weights(weights)
+            if self.p.dtype != torch.float32:
+                weights = self.fresh(f"{weights}.to(v.dtype)", "w")
+            self._product(weights)
         self._after()
         return self.p
 
     # operands: q, k, v as (batch, head, token, width)
 
-    def _operands(self) -> None:
+    def _operands(self, *, grouped: bool) -> None:
         pick, s = self.pick, self.p.sizes
         if self.packed:
             self.input("x", normal(_b, _n, 3 * s.h * s.d))
@@ -175,7 +191,8 @@ class Writer:
         if self.maybe(8):
             self.label("rope")
             self.line("q, k = (torch.cat([-t[..., 1:], t[..., :1]], dim=-1) + t for t in (q, k))")
-        self._grouped()
+        if grouped:
+            self._grouped()
 
     def _heads(self, t: str, h: int, d: int, length: str) -> str:
         return self.pick(
@@ -309,10 +326,12 @@ class Writer:
         L = self.layout
         if L == "fij":
             self.line(f"o = {pick(f'torch.bmm({w}, v)', f'{w} @ v', f'(v.transpose(1, 2) @ {w}.transpose(1, 2)).transpose(1, 2)')}")
+            self.line(f"o = {self.after.format('o')}")
             self.line(f"o = o.view(B, {s.h}, N, {s.e})")
         elif L == "bhij":
             self.line("o = " + pick(f"{w} @ v", f"torch.matmul({w}, v)", f"torch.einsum('bhij,bhje->bhie', {w}, v)",
                                     f"(v.transpose(-1, -2) @ {w}.transpose(-1, -2)).transpose(-1, -2)"))
+            self.line(f"o = {self.after.format('o')}")
         elif L == "bhji":
             self.line("o = " + pick(f"{w}.transpose(-1, -2) @ v", f"torch.einsum('bhji,bhje->bhie', {w}, v)",
                                     f"(v.mT @ {w}).mT"))

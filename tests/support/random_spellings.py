@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from random_forms import divided_after, gated, sum_of_softmaxes, talking_scores, talking_weights, turned
 from random_models import Writer, _b, _m, _n, integers, normal
 
 FILLS = ["float('-inf')", "torch.finfo(s.dtype).min", "-1e9", "-1e4", "-100.0", "-1e30"]
@@ -163,7 +164,7 @@ def patched(w: Writer) -> None:
                   "t = s; t *= 0.5", "t = s[..., :]; t.mul_(0.5)"))  # fmt: skip
 
 
-CHANGES = [masked, masked, masked, masked, alibi, bucketed, added, capped, tempered, shifted, patched]
+CHANGES = [masked, masked, masked, masked, alibi, bucketed, added, capped, tempered, shifted, patched, talking_scores]
 
 
 # normalisers
@@ -175,6 +176,9 @@ def softmax(w: Writer) -> str:
         return near_miss(w)
     if w.maybe(8):
         return sink(w)
+    late = divided_after(w) if w.maybe(10) else None
+    if late is not None:
+        return late
     if w.maybe(12) and w.layout == "bhij":
         w.p.labels.append("float32 softmax")
     # In a row that holds finite fills alone these differ from a softmax by what rounding makes of huge numbers: the
@@ -190,7 +194,7 @@ def softmax(w: Writer) -> str:
         *delicate,
         f"(s - s.max({d}, keepdim=True)[0]).softmax({d})",
         f"F.softmax(s - s.amax({d}, keepdim=True).detach(), dim={d})",
-        "EXP", "EXP", "INPLACE", "SAFE", "NAN",
+        "EXP", "EXP", "INPLACE", "SAFE", "NAN", "ONE",
     )  # fmt: skip
     if text == "EXP":
         w.line(f"e = torch.exp(s - {w.pick(f's.amax({d}, keepdim=True)', f's.max(dim={d}, keepdim=True).values', f's.max(dim={d})[0].unsqueeze({d})')})")
@@ -200,6 +204,10 @@ def softmax(w: Writer) -> str:
         w.line(f"s = s - s.amax({d}, keepdim=True)")
         w.line("e = s.exp_()")
         text = w.pick(f"e / e.sum({d}, keepdim=True)", f"e.div_(e.sum({d}, keepdim=True))")
+    elif text == "ONE":
+        w.label("one in the sum", plain=False)
+        w.line(f"m = s.amax({d}, keepdim=True); e = torch.exp(s - m)")
+        text = f"e / ({w.pick('torch.exp(-m)', '1', '1e-6')} + e.sum({d}, keepdim=True))"
     elif text == "SAFE":
         text = f"torch.ops.aten._safe_softmax(s, {d})"
     elif text == "NAN":
@@ -317,4 +325,5 @@ def _any(w: Writer, x: str) -> str:
                           f"{x}.masked_fill(~{m}.any(dim=-1, keepdim=True), 0.0)"), "w")  # fmt: skip
 
 
-WEIGHTS = [_returned, _written, _head_mask, _pairs, _dropped, _dropped, _renormalised, _values_from_weights, _again, _any]
+WEIGHTS = [_returned, _written, _head_mask, _pairs, _dropped, _dropped, _renormalised, _values_from_weights, _again, _any,
+           talking_weights, sum_of_softmaxes, sum_of_softmaxes, gated, turned]

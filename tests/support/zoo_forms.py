@@ -251,9 +251,10 @@ RELATIVE = torch.arange(N)[:, None] - torch.arange(N)[None] + N - 1
 MASK = {"mask": CAUSAL}
 WIDE = (torch.float32, torch.bfloat16)
 FORMS = (
-    Case("talking-before", attend(talking_before, mix=randoms(H, H)), 1, "heads mixed before the softmax", dtypes=WIDE, golden=0),
-    Case("talking-after", attend(talking_after, mix=randoms(H, H)), 1, "heads mixed after the softmax", dtypes=WIDE, golden=0,
-         backward=True),
+    Case("talking-before", attend(talking_before, mix=randoms(H, H)), 1, "heads mixed before the softmax", dtypes=WIDE,
+         golden=0),
+    Case("talking-after", attend(talking_after, mix=randoms(H, H)), 1, "heads mixed after the softmax", dtypes=WIDE,
+         golden=0, backward=True),
     Case("both-directions", attend(two_softmaxes_of_one_product), 2, "a softmax and one of the transpose", golden=1),
     Case("subtracted", attend(subtracted), 2, "two softmaxes subtracted", dtypes=WIDE, golden=1, backward=True),
     Case("sigmoid", attend(sigmoid), 1, "sigmoid in place of softmax"),
