@@ -60,6 +60,14 @@ def trial(sites: Sequence[Lifted], facts: Facts, *, seed: int = 0) -> Trial:
     return Trial(tuple(sites), known, [[hint(x, facts) for x in s.sizes] for s in sites], made, module, inputs)
 
 
+def looks(site: Lifted, facts: Facts) -> tuple[object, ...]:
+    """What a trial of a site depends on beside the attention: how its tensors lie in memory, and its sizes. Raises
+    Untimeable."""
+    values = [facts.value(n) for n in site.tensors]
+    layouts = [tuple(_number(s) for s in (*v.shape, *v.stride())) for v in values]
+    return (*layouts, *(hint(x, facts) for x in site.sizes))
+
+
 def made_up(fake: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A tensor like a fake one: random floats, zeros for integers, true for booleans."""
     shape, stride = (tuple(_number(s) for s in xs) for xs in (fake.shape, fake.stride()))

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attncc import torch_private
-from attncc.alternative import Trial, Untimeable, trial
+from attncc.alternative import Trial, Untimeable, looks, trial
 from attncc.ir import Attention
 from attncc.ir.attention import Axis
 from attncc.ir.interpret import extent, size_table
@@ -52,18 +52,14 @@ class Candidate:
 
 def decide(parts: Sequence[Candidate], facts: Facts) -> Choice:
     """Measure the kernels of sites that are fused together or not at all against the sites' own operations."""
+    spec = "\n".join(p.spec for p in parts)
     try:
-        data = trial([p.site for p in parts], facts)
+        same = (spec, *(x for p in parts for x in (str(p.site.node.target), *looks(p.site, facts))))
+        if same not in _decided:
+            data = trial([p.site for p in parts], facts)
+            _decided[same] = _measure(parts, spec, data, [t for each in data.tensors() for t in each])
     except Untimeable as error:
         return Choice(True, None, f"not measured: {error}")
-    spec = "\n".join(p.spec for p in parts)
-    tensors = [t for each in data.tensors() for t in each]
-    same = (
-        spec, *(str(p.site.node.target) for p in parts), tuple((tuple(t.shape), t.stride()) for t in tensors),
-        *(n for each in data.sizes for n in each),
-    )  # fmt: skip
-    if same not in _decided:
-        _decided[same] = _measure(parts, spec, data, tensors)
     return _decided[same]
 
 

@@ -50,6 +50,7 @@ class TorchKernel:
             out.copy_(value)
 
 
+@lru_cache(maxsize=1024)
 def optimise(a: Attention) -> Attention:
     """What every kernel is made from: no rounding points, predicates in canonical form. Exact (or more accurate)."""
     return fold_predicates(drop_rounding(a))

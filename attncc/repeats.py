@@ -70,7 +70,8 @@ class Repeats:
             if result is like and isinstance(like, torch.Tensor):
                 self._owned[id(like)] = like
             return result
-        if n.op not in ("call_function", "call_method") or not isinstance(like, FakeTensor | tuple | list):
+        calls = n.op in ("call_function", "call_method") and isinstance(like, FakeTensor | tuple | list)
+        if not calls or torch_private.inside_transform():
             return trace()
         tensors: list[torch.Tensor] = []
         with torch_private.unobserved():
@@ -169,8 +170,8 @@ _PLAIN = (
 
 
 def _layout(x: Any) -> tuple[object, ...]:
-    """All that an operation may ask of a fake tensor, or of several. Raises _Unlike for symbolic sizes and unusual kinds
-    of memory."""
+    """All that an operation may ask of a fake tensor, or of several. Raises _Unlike for symbolic sizes and for memory
+    that is not strided."""
     if isinstance(x, tuple | list):
         return tuple(_layout(y) for y in x)
     if not isinstance(x, FakeTensor) or x.layout != torch.strided:
@@ -210,7 +211,7 @@ def _learned(
             raise _Unlike
         args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), known)  # type: ignore[misc]
         places[n] = here = _Slot(at, True)
-        value = n.meta.get("val")
+        value: Any = n.meta.get("val")
         inner: _Inner | None = None
         if n not in last and not isinstance(value, tuple | list):
             shape, stride, offset, dtype, device, *_ = _layout(value)

@@ -41,7 +41,7 @@ _RESHAPES = {
 
 
 def fakes_of_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]] | None:
-    """The fakes that Dynamo itself ran a graph on, and their mode; None where they do not show the inputs as they are."""
+    """The fakes that Dynamo ran a graph on, and their mode; None where they do not show the inputs as they are."""
     if any(n.op == "call_method" and n.target in _RESHAPES for n in module.graph.nodes):
         return None
     own = [n.meta.get("example_value") for n in module.graph.nodes if n.op == "placeholder"]
@@ -114,7 +114,7 @@ def stands_for(n: fx.Node, x: torch.Tensor) -> None:
 
 def inside_transform() -> bool:
     """Whether a level of `vmap`, `grad` or another transform is open."""
-    return torch._C._functorch.maybe_current_level() is not None
+    return torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
 
 
 def storage(x: torch.Tensor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import sympy
@@ -39,6 +39,7 @@ class Facts:
                 if storage is not None:
                     self._writes[storage].append((self.order[n], n))
         self.live = self._live()
+        self.shared: dict[object, Expr] = {}  # what readers found that others need not read again
         self.made: set[fx.Node] = set()
 
     def _live(self) -> frozenset[fx.Node]:
@@ -59,6 +60,15 @@ class Facts:
                 storage = self.storage(n)
                 stack += unread.pop(storage, []) if storage is not None else []
         return frozenset(live)
+
+    @cached_property
+    def unwritten(self) -> frozenset[fx.Node]:
+        """Nodes that are the same whenever they are read: nothing writes to them or to what they are computed from."""
+        found: set[fx.Node] = set()
+        for n in self.graph.nodes:
+            if self.storage(n) not in self._writes and found.issuperset(n.all_input_nodes):
+                found.add(n)
+        return frozenset(found)
 
     def make(self, target: Any, args: tuple[Any, ...], at: int) -> fx.Node:
         """A node that the graph does not have, computed just before position `at`: an operand that a kernel needs in

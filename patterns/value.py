@@ -50,7 +50,18 @@ class Reader:
         key = (n, at, when)
         found = self._memo.get(key)
         if found is None:
-            found = self._memo[key] = self._read(n, at, when)
+            found = self._memo[key] = self._shared(n, at, when)
+        return found
+
+    def _shared(self, n: fx.Node, at: Point, when: int) -> Expr:
+        """What any reader with the same extents finds, so that layers that share a mask read it once."""
+        f = self.facts
+        if self.given or n not in f.unwritten or any(f.order[leaf] <= f.order[n] for leaf in self.leaves):
+            return self._read(n, at, when)
+        key = (n, at, self.pair, tuple(self.extents.items()))
+        found = f.shared.get(key)
+        if found is None:
+            found = f.shared[key] = self._read(n, at, when)
         return found
 
     def load(self, n: fx.Node, at: Point) -> Load:

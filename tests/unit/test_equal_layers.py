@@ -1,0 +1,69 @@
+"""What equal layers share is found once: work is counted, for few layers and for many."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import fx
+
+from attncc import choice, dynamo, kernels, sites
+from attncc.patterns.value import Reader
+
+COUNTED = [
+    (kernels, "fold_predicates"), (kernels, "loop_bounds"), (kernels, "spanned"), (kernels.cpp, "emit"),
+    (dynamo, "split_axes"), (dynamo, "print_attention"), (sites, "area"), (sites, "draw"), (choice, "trial"),
+]  # fmt: skip
+
+
+def work(layers: int, implementation: str, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each analysis ran for a model of so many layers, in a process that has seen nothing yet."""
+    for cached in (kernels.built, kernels.optimise, dynamo._planned, sites._extent):
+        cached.cache_clear()
+    choice._decided.clear()
+    counts: Counter[str] = Counter()
+
+    def counting(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return plain(*args, **kwargs)
+
+        return counted
+
+    def read(self: Reader, n: fx.Node, at: Any, when: int) -> Any:
+        counts["masks read"] += self.facts.is_tensor(n) and self.facts.dtype(n) == torch.bool
+        return plain_read(self, n, at, when)
+
+    plain_read = Reader._read
+    config = transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, intermediate_size=16,
+        vocab_size=50, attn_implementation=implementation,
+    )  # fmt: skip
+    model = transformers.LlamaModel(config).eval()
+    found = dynamo.Collected()
+    token = dynamo.collecting.set(found)
+    torch._dynamo.reset()
+    with monkeypatch.context() as patch, torch.no_grad():
+        for module, name in COUNTED:
+            patch.setattr(module, name, counting(name, getattr(module, name)))
+        patch.setattr(Reader, "_read", read)
+        patch.setattr(choice, "_measure", lambda *args: choice.Choice(True, None, "not measured here"))
+        try:
+            torch.compile(model, backend="attncc", options={"inductor": False})(
+                torch.randint(1, 40, (1, 16)), use_cache=False
+            )
+        finally:
+            dynamo.collecting.reset(token)
+    assert [s.status for s in found.sites] == ["fused"] * layers
+    return counts
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_mask_of_all_layers_is_analysed_once(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = (work(layers, implementation, monkeypatch) for layers in (2, 16))
+    assert many == few
+    assert few["masks read"] > 0 and all(few[name] for _, name in COUNTED)
