@@ -107,6 +107,7 @@ class _Emitter:
         parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), self._slots()]
         parts += [_library("spans"), _library("tile"), self._fills(), *hooks, self._stage(), self._rows()]
         parts += [_library("pairs" if self.pairs else "plain"), _library("few")]
+        parts += [*([_library("few_tiles")] if self.tiles else []), _library("few_attend")]
         return "\n".join([*parts, *map(_library, ("begin", "attend", "run")), self._entry()])
 
     # ---- text ------------------------------------------------------------------------------------------------------

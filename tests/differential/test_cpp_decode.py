@@ -60,6 +60,15 @@ def test_scores_that_are_hard(what: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_an_infinite_value_stays_in_its_column(dtype: str) -> None:
+    a = case("dense", dtype, groups=4, d=64, e=64)
+    t = tensors_of(a, 1, 300)
+    t["v"][0, 0, 100, 7], t["v"][1, 1, 299, 20] = torch.inf, -torch.inf
+    out = check(a, t, [1, 300], ISAS[0])["out"]
+    assert out.isinf().sum() == 8
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_keys_that_do_not_lie_behind_each_other(dtype: str) -> None:
     """(B, M, H, D) caches, one key for all, rows padded."""
     a = case("length", dtype, groups=4, d=64, e=64)

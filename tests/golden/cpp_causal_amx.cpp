@@ -59,6 +59,9 @@
 #define WIDE_INTS 0
 #define STAGED 0
 #define MAX_SPANS 1
+#define MAX_FULLS 1
+#define MAX_STRIPES 0
+#define MAX_BITS 0
 #define ROW_AXES 2
 #define HAS_OUT 1
 #define HAS_LSE 1
@@ -688,13 +691,94 @@ struct Uniform { int64_t u0; int64_t u1; const real* near; int64_t j0; };
 struct RowValues { vreal r0; vint r1; vint r2; };
 struct Tile;
 
+// ---- spans: keys lo <= j < hi, of which those in every stripe and all bits count -------------------------------------------------
+struct Stripe {
+    int64_t step, offset, width;  // (j - offset) % step < width
+};
+struct Bits {
+    const int64_t* words;  // bit j / block says whether key j counts
+    int64_t block;
+};
+struct Span {
+    int64_t lo, hi, stripes, tables;
+    Stripe stripe[MAX_STRIPES + 1];
+    Bits bits[MAX_BITS + 1];
+};
+// Gaps between keys that a tile visits that are worth a part of a block of their own.
+constexpr int64_t LEAST_GAP = 32;
+// Stripes narrow each other; after this many rounds what is left may hold a key more than it must.
+constexpr int ROUNDS = 4;
+
+INLINE void add(Span& s, Stripe x) {
+    if (x.width <= 0) s.hi = s.lo;
+    if (x.width < x.step) s.stripe[s.stripes++] = x;
+}
+INLINE void add(Span& s, Bits x) { s.bits[s.tables++] = x; }
+
+// The first block from `b` on whose bit is `set`, or `end`.
+INLINE int64_t next_bit(const int64_t* words, int64_t b, int64_t end, bool set) {
+    for (; b < end; b = (b / 64 + 1) * 64) {
+        const uint64_t word = (uint64_t)(set ? words[b / 64] : ~words[b / 64]) >> b % 64;
+        if (word) return b + __builtin_ctzll(word) < end ? b + __builtin_ctzll(word) : end;
+    }
+    return end;
+}
+
+// The first key of the span from `j` on, or its end.
+INLINE int64_t first_key(const Span& s, int64_t j) {
+    if (j < s.lo) j = s.lo;
+    for (int round = 0; round < ROUNDS && s.stripes + s.tables; ++round) {
+        const int64_t before = j;
+        for (int64_t n = 0; n < s.tables && j < s.hi; ++n) {
+            const Bits& x = s.bits[n];
+            const int64_t at = next_bit(x.words, j / x.block, (s.hi + x.block - 1) / x.block, true) * x.block;
+            j = at > j ? at : j;
+        }
+        for (int64_t n = 0; n < s.stripes; ++n) {
+            const Stripe& x = s.stripe[n];
+            const int64_t at = mod(j - x.offset, x.step);
+            if (at >= x.width) j += x.step - at;
+        }
+        if (j == before || j >= s.hi) break;
+    }
+    return j < s.hi ? j : s.hi;
+}
+// The end of the keys that follow `j` without a gap, where `j` is one that `first_key` gave.
+INLINE int64_t run_end(const Span& s, int64_t j) {
+    int64_t end = s.hi;
+    for (int64_t n = 0; n < s.stripes; ++n) {
+        const Stripe& x = s.stripe[n];
+        const int64_t at = mod(j - x.offset, x.step);
+        if (at < x.width && j - at + x.width < end) end = j - at + x.width;
+    }
+    for (int64_t n = 0; n < s.tables; ++n) {
+        const Bits& x = s.bits[n];
+        const int64_t at = next_bit(x.words, j / x.block, (s.hi + x.block - 1) / x.block, false) * x.block;
+        end = at < end ? at : end;
+    }
+    return end > j ? end : j + 1;
+}
+// About how many keys count.
+INLINE int64_t keys_in(const Span& s) {
+    double n = (double)(s.hi - s.lo);
+    for (int64_t k = 0; k < s.stripes; ++k) n *= (double)s.stripe[k].width / (double)s.stripe[k].step;
+    if (!s.tables) return (int64_t)n;
+    int64_t found = 0;
+    for (int64_t j = first_key(s, s.lo); j < s.hi;) {
+        const int64_t end = run_end(s, j);
+        found += end - j;
+        j = first_key(s, end);
+    }
+    return found;
+}
+
 // ---- tiles: up to QUERIES query rows in lanes, which see the same keys ----------------------------------------------
 struct Tile {
     int64_t rows, columns;  // queries, and vectors of them; lanes past the last query repeat it
     int64_t i0, i1, g0;  // rows i0 <= i < i1 of the groups from g0 on
     int64_t lo, hi;      // hull of the visit
-    int64_t spans, span_lo[MAX_SPANS], span_hi[MAX_SPANS];
-    int64_t fulls, full_lo[MAX_SPANS], full_hi[MAX_SPANS];
+    int64_t spans, fulls;
+    Span span[MAX_SPANS], full[MAX_FULLS];
     bool few;    // its queries lie in rows: see few.h
     bool fresh;  // no key block has been added yet, so `o` is not set
     real *q, *o; // [columns][D][LANES] and [columns][E][LANES]
@@ -704,19 +788,45 @@ struct Tile {
     alignas(128) lane_int lane[ROW_AXES][QUERIES];  // i, then the folded batch axes
 };
 
-static void visit(Tile& t, int64_t lo, int64_t hi, int64_t from, int64_t to) {
-    lo = lo < from ? from : lo;
-    hi = hi > to ? to : hi;
-    if (hi <= lo) return;
-    t.lo = lo < t.lo ? lo : t.lo;
-    t.hi = hi > t.hi ? hi : t.hi;
-    t.span_lo[t.spans] = lo;
-    t.span_hi[t.spans++] = hi;
+template <class... Filters>
+INLINE void visit(Tile& t, int64_t lo, int64_t hi, int64_t from, int64_t to, Filters... filters) {
+    Span& s = t.span[t.spans];
+    s = {lo < from ? from : lo, hi > to ? to : hi, 0, 0, {}, {}};
+    (add(s, filters), ...);
+    if (s.hi <= s.lo) return;
+    t.lo = s.lo < t.lo ? s.lo : t.lo;
+    t.hi = s.hi > t.hi ? s.hi : t.hi;
+    ++t.spans;
 }
-static void see_all(Tile& t, int64_t lo, int64_t hi) {
-    if (hi <= lo) return;
-    t.full_lo[t.fulls] = lo;
-    t.full_hi[t.fulls++] = hi;
+template <class... Filters> INLINE void see_all(Tile& t, int64_t lo, int64_t hi, int64_t keys, Filters... filters) {
+    Span& s = t.full[t.fulls];
+    s = {lo < 0 ? 0 : lo, hi < keys ? hi : keys, 0, 0, {}, {}};
+    (add(s, filters), ...);
+    t.fulls += s.hi > s.lo;
+}
+
+// The first key from `j` on that the tile visits, or its end; and the end of the run that begins there, gaps too small
+// to gain by taken in.
+INLINE int64_t first_key(const Tile& t, int64_t j) {
+    int64_t first = t.hi > j ? t.hi : j;
+    for (int64_t s = 0; s < t.spans; ++s)
+        if (t.span[s].hi > j) {
+            const int64_t x = first_key(t.span[s], j);
+            first = x < t.span[s].hi && x < first ? x : first;
+        }
+    return first;
+}
+INLINE int64_t run_end(const Tile& t, int64_t j, int64_t most) {
+    for (int64_t end = j;;) {
+        const int64_t next = first_key(t, end);
+        if (end >= most || next >= most || next >= t.hi || (end > j && next - end >= LEAST_GAP)) return end < most ? end : most;
+        end = next + 1;
+        for (int64_t s = 0; s < t.spans; ++s)
+            if (t.span[s].lo <= next && next < t.span[s].hi && first_key(t.span[s], next) == next) {
+                const int64_t x = run_end(t.span[s], next);
+                end = x > end ? x : end;
+            }
+    }
 }
 
 // Axis `n` of the rows (0 is i) at LANES lanes from `at` on.
@@ -972,7 +1082,7 @@ constexpr int64_t FEW_STEP = 32;
 
 INLINE int64_t few_width(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 INLINE real* few_sums(const Call& c, const Tile& t) { return t.o + o_rows(c) * LANES; }
-INLINE bool is_few(const Call& c, int64_t rows) {
+INLINE bool few_in_rows(const Call& c, int64_t rows) {
     return rows <= FEW && c.N <= FEW && c.D >= 16 && c.E >= 16 && c.k_d == 1 && c.v_e == 1;
 }
 
@@ -1002,7 +1112,7 @@ template <class T> INLINE void two_rows_up_to(const T* p, int64_t count, vreal& 
     a = row_up_to(p, count), b = count > LANES ? row_up_to(p + LANES, count - LANES) : vreal{};
 }
 
-static void load_few(const Call& c, const q_element* const (&rows)[LANES], real* q) {
+static void load_rows(const Call& c, const q_element* const (&rows)[LANES], real* q) {
     for (int64_t r = 0; r < FEW; ++r, q += few_width(c.D)) {
         int64_t d = 0;
         if (!rows[r]) {
@@ -1112,6 +1222,228 @@ static void few_values(const Call& c, const v_element* v, const real* p, int64_t
     }
 }
 
+// ---- few queries in the matrix unit: keys and values are read where they lie ----------------------------------------
+// Three rows and more leave the memory no time to spare in float vectors; the unit does. Queries lie in columns as for many,
+// scores and weights of a block as [row][KEYS], sums as [row][E], even columns of 32 first.
+INLINE bool few_in_tiles(const Call& c, int64_t rows) {
+    return rows > 2 && rows <= 16 && c.N <= 16 && c.D % 32 == 0 && c.D <= 512 && c.E % 64 == 0 && c.E <= 512 &&
+           c.k_d == 1 && c.v_e == 1;
+}
+
+// Blocks short enough that their stages take turns often.
+constexpr int64_t FEW_KEYS = 64;
+
+// The order in which rows will be needed: the block's values, the next block's keys, its values. Every stage asks for as many
+// as its share of the work, so that the memory is never idle while the unit or the softmax is busy.
+struct Ahead {
+    const bf16 *k, *v;
+    int64_t n;
+};
+INLINE void ask(const Call& c, Ahead& ahead, int64_t rows) {
+    for (; rows > 0; --rows, ++ahead.n) {
+        if (ahead.n >= FEW_KEYS && ahead.n < 2 * FEW_KEYS) {
+            const bf16* row = ahead.k + ahead.n * c.k_j;
+            foresee(row, row + c.D);
+        } else {
+            const bf16* row = ahead.v + (ahead.n < FEW_KEYS ? ahead.n : ahead.n - FEW_KEYS) * c.v_j;
+            foresee(row, row + c.E);
+        }
+    }
+}
+// Rows asked for: before the first, by the scores of 16 keys, by the weights of a block, by its values.
+constexpr int64_t LEAD = 32, ASK_SCORES = 6, ASK_WEIGHTS = 16, ASK_VALUES = 88;
+
+// 16 rows from `at` on; where fewer are left, copies of them and the last one again.
+INLINE const bf16* sixteen(const bf16* at, int64_t& stride, int64_t left, int64_t columns, uint16_t* copy) {
+    if (left >= 16) return at;
+    for (int64_t g = 0; g < 16; ++g) memcpy(copy + g * columns, at + (g < left ? g : left - 1) * stride, columns * 2);
+    stride = columns;
+    return (const bf16*)copy;
+}
+
+// Scores of 16 keys, [key][row].
+INLINE void tile_scores(const Call& c, const real* q, const bf16* k, int64_t left, Ahead& ahead, real* sums) {
+    alignas(64) uint16_t copy[16 * 512];
+    int64_t stride = c.k_j;
+    ask(c, ahead, ASK_SCORES);
+    k = sixteen(k, stride, left, c.D, copy);
+    TILE_ZERO(0);
+    for (int64_t d = 0; d < c.D; d += 32) {
+        TILE_LOAD(4, k + d, stride * 2);
+        TILE_LOAD(6, q + d / 2 * LANES, 64);
+        TILE_DOT(0, 4, 6);
+    }
+    TILE_STORE(0, sums, 64);
+}
+
+// Weights of 16 keys as the unit's rows of pairs: alone in the first of a pair, then in the second.
+typedef uint32_t TileWeights[2][16][16];
+INLINE void put_tile_weights(TileWeights& to, int r, vreal w) {
+    half_row low;
+    asm("vcvtneps2bf16 %1, %t0" : "=v"(low) : "v"(w));
+    const vword x = zero_extended(low);
+    *(vword*)to[0][r] = x;
+    *(vword*)to[1][r] = x << 16;
+}
+
+// o[r][e] = o[r][e] * keep[r] + sum_j w[r][j] * v[j][e]. A row of values is a row of pairs of neighbours: weights that are
+// alone in their pair pick the even columns or the odd ones, so values need no packing. False where a sum is not finite: an
+// infinite value has reached its neighbour.
+template <int R>
+static bool tile_values(const Call& c, const bf16* v, const TileWeights* w, int64_t count, Ahead& ahead, real* o,
+                        const real* keep) {
+    const int64_t each = ASK_VALUES * 16 * 64 / (FEW_KEYS * c.E);
+    alignas(64) uint16_t copy[16 * 512];
+    alignas(64) real sums[4][16 * 16];
+    vreal all = {};
+    for (int64_t e = 0; e < c.E; e += 64) {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+        for (int64_t j = 0; j < count; j += 16) {
+            int64_t stride = c.v_j;
+            const bf16* at = v + j * c.v_j;
+            ask(c, ahead, each);
+            at = sixteen(at, stride, count - j, c.E, copy) + e;
+            TILE_LOAD(4, w[j / 16][0], 64);
+            TILE_LOAD(6, at, stride * 2);
+            TILE_DOT(0, 4, 6);
+            TILE_LOAD(5, w[j / 16][1], 64);
+            TILE_DOT(1, 5, 6);
+            TILE_LOAD(7, at + 32, stride * 2);
+            TILE_DOT(2, 4, 7);
+            TILE_DOT(3, 5, 7);
+        }
+        TILE_STORE(0, sums[0], 64);
+        TILE_STORE(1, sums[1], 64);
+        TILE_STORE(2, sums[2], 64);
+        TILE_STORE(3, sums[3], 64);
+        for (int r = 0; r < R; ++r)
+            for (int x = 0; x < 4; ++x) {
+                real* to = o + r * few_width(c.E) + e + x * 16;
+                const vreal sum = load(sums[x] + r * 16);
+                all += sum * 0;
+                store(to, keep ? load(to) * splat(keep[r]) + sum : sum);
+            }
+    }
+    return none(all != 0);
+}
+
+INLINE real highest(vreal x) {
+    alignas(64) real flat[LANES];
+    store(flat, x);
+    real most = flat[0];
+    for (int l = 1; l < LANES; ++l) most = flat[l] > most ? flat[l] : most;
+    return most;
+}
+INLINE real sum_of(vreal x) {
+    alignas(64) real flat[LANES];
+    store(flat, x);
+    real sum = 0;
+    for (int l = 0; l < LANES; ++l) sum += flat[l];
+    return sum;
+}
+
+template <int R> static void add_tile_values(const Call& c, const Batch& b, Tile& t, const Block& at, const TileWeights* w,
+                                             Ahead& ahead, const real* keep) {
+    const bf16* v = value_at(c, b) + at.j0 * c.v_j;
+    real* o = few_sums(c, t);
+    alignas(64) real before[R * 512];
+    if (!t.fresh) memcpy(before, o, R * few_width(c.E) * sizeof(real));
+    if (!tile_values<R>(c, v, w, at.count, ahead, o, t.fresh ? nullptr : keep)) {
+        real plain[KEYS * R];
+        for (int64_t j = 0; j < at.count; ++j)
+            for (int r = 0; r < R; ++r) plain[j * R + r] = from_bf16((uint16_t)w[j / 16][0][r][j % 16]);
+        if (!t.fresh) memcpy(o, before, R * few_width(c.E) * sizeof(real));
+        few_values<R>(c, v, plain, at.count, o, t.fresh ? nullptr : keep);
+    }
+}
+
+// Keys that every row sees, with no score to work out but a multiple: lanes hold keys.
+template <int R> static void attend_short_block(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
+    const bf16* k = key_at(c, b) + at.j0 * c.k_j;
+    Ahead ahead = {k, value_at(c, b) + at.j0 * c.v_j, LEAD};
+    alignas(64) real sums[16 * 16];
+    alignas(64) TileWeights weights[FEW_KEYS / 16];
+    vreal top[R];
+    for (int r = 0; r < R; ++r) top[r] = splat(-INFINITY);
+    for (int64_t j = 0; j < at.count; j += 16) {
+        tile_scores(c, t.q, k + j * c.k_j, at.count - j, ahead, sums);
+        vreal x[LANES];
+#pragma GCC unroll 16
+        for (int g = 0; g < LANES; ++g) x[g] = load(sums + g * 16);
+        transpose(x);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            store(s + r * FEW_KEYS + j, x[r]);  // the last key again changes no maximum
+            top[r] = high(x[r], top[r]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int64_t j = at.count; j % 16; ++j) s[r * FEW_KEYS + j] = -INFINITY;
+    alignas(64) real m[LANES], l[LANES], keep[LANES];
+    const vreal m_old = load(t.m);
+    store(m, m_old);
+    for (int r = 0; r < R; ++r) {
+        const real x = highest(top[r]) * SCALE;
+        m[r] = x > m[r] ? x : m[r];
+    }
+    const vreal m_new = load(m), base = m_new == -INFINITY ? vreal{} : m_new, factor = exp2_of(m_old - base);
+    store(m, base);
+    store(keep, factor);
+    store(l, load(t.l) * factor);
+    for (int r = 0; r < R; ++r) {
+        ask(c, ahead, ASK_WEIGHTS / R);
+        vreal sum = {};
+        const vreal less = splat(m[r]);
+        for (int64_t j = 0; j < at.count; j += 16) {
+            const vreal w = exp2_weight(load(s + r * FEW_KEYS + j) * SCALE - less);
+            sum += w;
+            put_tile_weights(weights[j / 16], r, w);
+        }
+        l[r] += sum_of(sum);
+    }
+    store(t.m, m_new);
+    store(t.l, load(l));
+    *(vmask*)t.seen = splat_mask(true);
+    add_tile_values<R>(c, b, t, at, weights, ahead, keep);
+    t.fresh = false;
+}
+
+template <int R> static void attend_in_tiles(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
+    for (int64_t j = 0; j < at.count; j += FEW_KEYS) {
+        Block part = {};
+        part.j0 = at.j0 + j;
+        part.count = at.count - j < FEW_KEYS ? at.count - j : FEW_KEYS;
+        attend_short_block<R>(c, b, t, part, s);
+    }
+}
+
+template <int R>
+static void score_in_tiles(const Call& c, const Batch& b, const Tile& t, const Block& at, real* s) {
+    const bf16* k = key_at(c, b) + at.j0 * c.k_j;
+    Ahead ahead = {k, value_at(c, b) + at.j0 * c.v_j, LEAD};
+    alignas(64) real sums[16 * 16];
+    for (int64_t j = 0; j < at.count; j += 16) {
+        tile_scores(c, t.q, k + j * c.k_j, at.count - j, ahead, sums);
+        memcpy(s + j * LANES, sums, (at.count - j < 16 ? at.count - j : 16) * LANES * sizeof(real));
+    }
+}
+template <int R>
+static void value_in_tiles(const Call& c, const Batch& b, Tile& t, const Block& at, const real* p, const real* keep) {
+    Ahead ahead = {key_at(c, b) + at.j0 * c.k_j, value_at(c, b) + at.j0 * c.v_j, LEAD + FEW_KEYS};
+    alignas(64) TileWeights weights[KEYS / 16];
+    for (int64_t j = 0; j < at.count; j += 16)
+        for (int r = 0; r < R; ++r) {
+            vreal w = {};
+            for (int64_t n = 0; n < 16 && j + n < at.count; ++n) w[n] = weight_at(p, j + n, r);
+            put_tile_weights(weights[j / 16], r, w);
+        }
+    add_tile_values<R>(c, b, t, at, weights, ahead, keep);
+}
+
+// ---- few queries: the attention of a block ---------------------------------------------------------------------------
 // Keys that every row sees, with no score to work out but a multiple: lanes hold several keys of every row.
 template <int R> static void attend_few(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
     few_scores<R>(c, t.q, key_at(c, b) + at.j0 * c.k_j, at.count, s);
@@ -1155,22 +1487,46 @@ static void score_few(const Call& c, const Batch& b, const Tile& t, const Block&
         for (int r = 0; r < R; ++r) s[j * LANES + r] = packed[j * R + r];
 }
 template <int R>
-static void value_few(const Call& c, const Batch& b, const Tile& t, const Block& at, const real* p, const real* keep) {
+static void value_few(const Call& c, const Batch& b, Tile& t, const Block& at, const real* p, const real* keep) {
     real packed[KEYS * R];
     for (int64_t j = 0; j < at.count; ++j)
         for (int r = 0; r < R; ++r) packed[j * R + r] = weight_at(p, j, r);
     few_values<R>(c, value_at(c, b) + at.j0 * c.v_j, packed, at.count, few_sums(c, t), t.fresh ? nullptr : keep);
 }
 
-#define BY_ROWS(call, ...) \
-    (t.rows == 1 ? call<1>(__VA_ARGS__) : t.rows == 2 ? call<2>(__VA_ARGS__) : t.rows <= 4 ? call<4>(__VA_ARGS__) \
-                                                                         : call<FEW>(__VA_ARGS__))
-static void few_attention(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) { BY_ROWS(attend_few, c, b, t, at, s); }
-static void few_score_product(const Call& c, const Batch& b, const Tile& t, const Block& at, real* s) {
-    BY_ROWS(score_few, c, b, t, at, s);
+// `f`, or `g` in the matrix unit, with the number of rows rounded up to one there is code for.
+#define IN_ROWS(f, ...) \
+    (t.rows == 1 ? f<1>(__VA_ARGS__) : t.rows == 2 ? f<2>(__VA_ARGS__) : t.rows <= 4 ? f<4>(__VA_ARGS__) : f<FEW>(__VA_ARGS__))
+#if TILES
+#define BY_ROWS(f, g, ...) \
+    (!few_in_tiles(c, t.rows) ? IN_ROWS(f, __VA_ARGS__) : t.rows <= 4 ? g<4>(__VA_ARGS__) \
+     : t.rows <= 8 ? g<8>(__VA_ARGS__) : g<16>(__VA_ARGS__))
+#else
+#define BY_ROWS(f, g, ...) IN_ROWS(f, __VA_ARGS__)
+#endif
+INLINE bool is_few(const Call& c, int64_t rows) {
+#if TILES
+    if (few_in_tiles(c, rows)) return true;
+#endif
+    return few_in_rows(c, rows);
 }
-static void few_value_product(const Call& c, const Batch& b, const Tile& t, const Block& at, const real* p, const real* keep) {
-    BY_ROWS(value_few, c, b, t, at, p, keep);
+static void load_few(const Call& c, const q_element* const (&rows)[LANES], real* q) {
+#if TILES
+    int64_t n = 0;
+    while (n < LANES && rows[n]) ++n;
+    if (few_in_tiles(c, n)) return load_queries(c, rows, q);
+#endif
+    load_rows(c, rows, q);
+}
+static void few_attention(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
+    BY_ROWS(attend_few, attend_in_tiles, c, b, t, at, s);
+}
+static void few_score_product(const Call& c, const Batch& b, const Tile& t, const Block& at, real* s) {
+    BY_ROWS(score_few, score_in_tiles, c, b, t, at, s);
+}
+static void few_value_product(const Call& c, const Batch& b, Tile& t, const Block& at, const real* p,
+                              const real* keep) {
+    BY_ROWS(value_few, value_in_tiles, c, b, t, at, p, keep);
 }
 
 // ---- tiles: where their rows lie, what they begin with, what they give ---------------------------------------------
@@ -1340,13 +1696,20 @@ INLINE void weights(const Call& c, const Uniform& u, const RowValues& r, int64_t
     }
 }
 
-// The longest run of keys of the block that every row of the tile sees.
+// The longest run of keys of the block that every row of the tile sees, of the first few of each span (which has one stripe
+// or table at most, so that `first_key` is exact).
 INLINE void full_run(const Tile& t, int64_t j0, int64_t count, int64_t& from, int64_t& to) {
     from = to = count;
     for (int64_t n = 0; n < t.fulls; ++n) {
-        const int64_t lo = t.full_lo[n] > j0 ? t.full_lo[n] - j0 : 0;
-        const int64_t hi = t.full_hi[n] < j0 + count ? t.full_hi[n] - j0 : count;
-        if (hi - lo > to - from) from = lo, to = hi;
+        int64_t j = j0;
+        for (int round = 0; round < ROUNDS; ++round) {
+            const int64_t lo = first_key(t.full[n], j);
+            if (lo >= t.full[n].hi || lo >= j0 + count) break;
+            j = run_end(t.full[n], lo);
+            const int64_t hi = j < j0 + count ? j : j0 + count;
+            if (hi - lo > to - from) from = lo - j0, to = hi - j0;
+            if (!t.full[n].stripes && !t.full[n].tables) break;
+        }
     }
 }
 
@@ -1492,7 +1855,7 @@ static int64_t area(const Call& c, const Plan& p, int64_t n) {
     Tile t;
     for (int64_t at = x.first; at < x.last; ++at) {
         place(c, p.tiling, x.b, at, x.from, x.to, t);
-        for (int64_t s = 0; s < t.spans; ++s) sum += t.columns * LANES * (t.span_hi[s] - t.span_lo[s]);
+        for (int64_t s = 0; s < t.spans; ++s) sum += t.columns * LANES * keys_in(t.span[s]);
     }
     return sum;
 }
@@ -1529,6 +1892,8 @@ static bool reserve(const Call& c, Scratch& s) {
     return true;
 }
 
+static_assert(LEAST_GAP >= KEY_STEP, "a part that begins early meets the one before it");
+
 // Every tile of [first, last) over the keys it visits, block by block, so that a block of keys serves all of them.
 static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stage stage, Scratch& w) {
     int64_t lo = x.to, hi = x.from;
@@ -1539,31 +1904,40 @@ static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stag
     if (stage == EMPTIES) lo = 0, hi = c.M;
     const auto* k = key_at(c, x.b);
     const auto* v = value_at(c, x.b);
-    for (int64_t j0 = lo; j0 < hi; j0 += KEYS) {
-        const int64_t j1 = j0 + KEYS < hi ? j0 + KEYS : hi;
+    for (int64_t j0 = lo, j1; j0 < hi; j0 = j1) {
+        if (stage != EMPTIES) {
+            int64_t next = hi;
+            for (int64_t n = 0; n < count && next > j0; ++n) {
+                const int64_t x = first_key(tiles[n], j0);
+                next = x < next ? x : next;
+            }
+            j0 = next;
+        }
+        if (j0 >= hi) return;
+        j1 = j0 + KEYS < hi ? j0 + KEYS : hi;
         Block whole;
         bool ready = false;
         for (int64_t n = 0; n < count; ++n) {
             Tile& t = tiles[n];
-            int64_t from = j1, to = j0;
-            if (stage == EMPTIES) from = j0, to = j1;
-            for (int64_t s = 0; s < t.spans; ++s) {
-                const int64_t a = t.span_lo[s] > j0 ? t.span_lo[s] : j0, z = t.span_hi[s] < j1 ? t.span_hi[s] : j1;
-                if (a >= z) continue;
-                from = a < from ? a : from;
-                to = z > to ? z : to;
+            for (int64_t from = j0, to; from < j1; from = to) {
+                to = j1;
+                if (stage != EMPTIES) {
+                    from = first_key(t, from);
+                    if (from >= j1 || from >= t.hi) break;
+                    to = run_end(t, from, j1);
+                }
+                if (t.few) {
+                    Block raw = {};
+                    raw.j0 = from;
+                    raw.count = to - from;
+                    attend(c, x.b, t, raw, stage, w.scores, w.weights);
+                    continue;
+                }
+                if (!ready) whole = load_block(c, k, v, j0, j1 - j0, w.k, w.v);
+                ready = true;
+                const int64_t begin = (from - j0) / KEY_STEP * KEY_STEP;
+                attend(c, x.b, t, part_of(c, whole, begin, to - j0), stage, w.scores, w.weights);
             }
-            if (from >= to) continue;
-            if (t.few) {
-                Block raw = {};
-                raw.j0 = from;
-                raw.count = to - from;
-                attend(c, x.b, t, raw, stage, w.scores, w.weights);
-                continue;
-            }
-            if (!ready) whole = load_block(c, k, v, j0, j1 - j0, w.k, w.v);
-            ready = true;
-            attend(c, x.b, t, part_of(c, whole, (from - j0) / KEY_STEP * KEY_STEP, to - j0), stage, w.scores, w.weights);
         }
     }
 }

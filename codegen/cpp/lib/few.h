@@ -10,7 +10,7 @@ constexpr int64_t FEW_STEP = 32;
 
 INLINE int64_t few_width(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 INLINE real* few_sums(const Call& c, const Tile& t) { return t.o + o_rows(c) * LANES; }
-INLINE bool is_few(const Call& c, int64_t rows) {
+INLINE bool few_in_rows(const Call& c, int64_t rows) {
     return rows <= FEW && c.N <= FEW && c.D >= 16 && c.E >= 16 && c.k_d == 1 && c.v_e == 1;
 }
 
@@ -40,7 +40,7 @@ template <class T> INLINE void two_rows_up_to(const T* p, int64_t count, vreal& 
     a = row_up_to(p, count), b = count > LANES ? row_up_to(p + LANES, count - LANES) : vreal{};
 }
 
-static void load_few(const Call& c, const q_element* const (&rows)[LANES], real* q) {
+static void load_rows(const Call& c, const q_element* const (&rows)[LANES], real* q) {
     for (int64_t r = 0; r < FEW; ++r, q += few_width(c.D)) {
         int64_t d = 0;
         if (!rows[r]) {
@@ -148,65 +148,4 @@ static void few_values(const Call& c, const v_element* v, const real* p, int64_t
                 }
         }
     }
-}
-
-// Keys that every row sees, with no score to work out but a multiple: lanes hold several keys of every row.
-template <int R> static void attend_few(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
-    few_scores<R>(c, t.q, key_at(c, b) + at.j0 * c.k_j, at.count, s);
-    const int64_t end = at.count * R;
-    alignas(64) real flat[LANES], safe[LANES], keep[LANES];
-    for (int64_t n = end; n % LANES; ++n) s[n] = -INFINITY;
-    vreal top = splat(-INFINITY);
-    for (int64_t n = 0; n < end; n += LANES) top = high(load(s + n), top);
-    store(flat, top * SCALE);
-    const vreal m_old = load(t.m);
-    alignas(64) real m[LANES];
-    store(m, m_old);
-    for (int l = 0; l < LANES; ++l) m[l % R] = flat[l] > m[l % R] ? flat[l] : m[l % R];
-    const vreal m_new = load(m), base = m_new == -INFINITY ? vreal{} : m_new;
-    store(m, base);
-    for (int l = 0; l < LANES; ++l) safe[l] = m[l % R];
-    const vreal less = load(safe), factor = exp2_of(m_old - base);
-    vreal sum[2] = {};
-    for (int64_t n = 0; n < end; n += LANES) {
-        const vreal w = exp2_weight(load(s + n) * SCALE - less);
-        sum[n / LANES % 2] += w;
-        store(s + n, w);
-    }
-    store(flat, sum[0] + sum[1]);
-    alignas(64) real l_new[LANES];
-    store(l_new, load(t.l) * factor);
-    for (int l = 0; l < LANES; ++l) l_new[l % R] += flat[l];
-    store(t.m, m_new);
-    store(t.l, load(l_new));
-    store(keep, factor);
-    *(vmask*)t.seen = splat_mask(true);
-    few_values<R>(c, value_at(c, b) + at.j0 * c.v_j, s, at.count, few_sums(c, t), t.fresh ? nullptr : keep);
-    t.fresh = false;
-}
-
-template <int R>
-static void score_few(const Call& c, const Batch& b, const Tile& t, const Block& at, real* s) {
-    real packed[KEYS * R];
-    few_scores<R>(c, t.q, key_at(c, b) + at.j0 * c.k_j, at.count, packed);
-    for (int64_t j = 0; j < at.count; ++j)
-        for (int r = 0; r < R; ++r) s[j * LANES + r] = packed[j * R + r];
-}
-template <int R>
-static void value_few(const Call& c, const Batch& b, const Tile& t, const Block& at, const real* p, const real* keep) {
-    real packed[KEYS * R];
-    for (int64_t j = 0; j < at.count; ++j)
-        for (int r = 0; r < R; ++r) packed[j * R + r] = weight_at(p, j, r);
-    few_values<R>(c, value_at(c, b) + at.j0 * c.v_j, packed, at.count, few_sums(c, t), t.fresh ? nullptr : keep);
-}
-
-#define BY_ROWS(call, ...) \
-    (t.rows == 1 ? call<1>(__VA_ARGS__) : t.rows == 2 ? call<2>(__VA_ARGS__) : t.rows <= 4 ? call<4>(__VA_ARGS__) \
-                                                                         : call<FEW>(__VA_ARGS__))
-static void few_attention(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) { BY_ROWS(attend_few, c, b, t, at, s); }
-static void few_score_product(const Call& c, const Batch& b, const Tile& t, const Block& at, real* s) {
-    BY_ROWS(score_few, c, b, t, at, s);
-}
-static void few_value_product(const Call& c, const Batch& b, const Tile& t, const Block& at, const real* p, const real* keep) {
-    BY_ROWS(value_few, c, b, t, at, p, keep);
 }
