@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -16,6 +17,8 @@ from attncc.patterns.facts import Facts
 from attncc.patterns.flex import FLEX, lift_flex
 from attncc.patterns.frames import Frame
 from attncc.patterns.linear import Recognised, linear_attentions
+from attncc.patterns.pieces import in_pieces
+from attncc.patterns.recurrence import recurrences
 from attncc.patterns.sdpa import lift_sdpa
 from attncc.patterns.softmax import lift_softmax
 from attncc.patterns.terms import Term
@@ -41,10 +44,18 @@ _LIBRARY = {
 def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
     """Every attention-like site of the graph, in order."""
     linear = list(linear_attentions(f))
+    scans: list[Refusal] = []
+    reads: set[fx.Node] = set()
+    for chain in recurrences(f):
+        reads |= chain.reads
+        if isinstance(chain.found, Recognised):
+            linear.append(chain.found)
+        else:
+            scans.append(Refusal(chain.found, chain.node, chain.first))
     covered = {n for site in linear for n in site.covered}
-    quadratic = [site for site in _quadratic(f) if isinstance(site, Lifted) or site.anchor not in covered]
+    quadratic = [x for x in _quadratic(f) if x.node not in reads if isinstance(x, Lifted) or x.anchor not in covered]
     taken = {site.node for site in quadratic}
-    found = [*quadratic, *(site for site in linear if taken.isdisjoint({site.node, site.anchor}))]
+    found = [*quadratic, *scans, *(site for site in linear if taken.isdisjoint({site.node, site.anchor}))]
     return sorted(found, key=lambda site: f.order[site.anchor])
 
 
@@ -91,7 +102,14 @@ def _lifted(f: Facts, found: list[Anchor]) -> list[Lifted | Refusal]:
     sites: list[Lifted | Refusal] = []
     products: dict[fx.Node, list[Lifted | Refusal]] = {}
     for anchor in found:
+        if anchor.node not in f.live:
+            continue
         used = uses(f, anchor, weights)
+        pieces = _in_pieces(anchor, used, weights)
+        if pieces:
+            sites += pieces
+            products |= {x.node: [] for x in pieces}
+            continue
         for frame in used.products:
             if frame.node not in products:
                 products[frame.node] = _of_product(frame, weights)
@@ -101,6 +119,16 @@ def _lifted(f: Facts, found: list[Anchor]) -> list[Lifted | Refusal]:
         escapes = (*used.escapes, *failed)
         sites += [replace(x, escapes=escapes) for x in lifted] or own[:1] or [_unused(anchor, used)]
     return sites
+
+
+def _in_pieces(anchor: Anchor, used: Uses, weights: Weights) -> Sequence[Lifted | Refusal]:
+    """The attentions that several products make of one softmax, or why they make none; nothing if they do not."""
+    try:
+        return [replace(x, escapes=used.escapes) for x in in_pieces(anchor, used.products, weights) or ()]
+    except Unreadable as error:
+        return [Refusal(error.reason, error.node, anchor.node)]
+    except VerifyError as error:
+        return [Refusal(f"the IR cannot say it: {error}", anchor.node, anchor.node)]
 
 
 def _of_product(frame: Frame, weights: Weights) -> list[Lifted | Refusal]:

@@ -55,7 +55,7 @@ def divided(f: Facts, w: Weighted) -> Quotient | None:
     for n in _ends(f, w.outer):
         at = tuple(ZERO if s is ONE else Index(f"n{x}") for x, s in enumerate(f.shape(n)))
         extents = w.extents | {x: s for x, s in zip(at, f.shape(n), strict=True) if x is not ZERO}
-        value = _value(f, (n, at), extents, f.order[n], frozenset({w.outer}))
+        value = value_of(f, (n, at), extents, f.order[n], frozenset({w.outer}))
         top, bottom = _fraction(value)
         if isinstance(top, Load) and top.tensor == w.outer.name and bottom is not None:
             over = _over(f, bottom, top.index, w, extents)
@@ -67,7 +67,7 @@ def divided(f: Facts, w: Weighted) -> Quotient | None:
 
 def multiplied(f: Facts, w: Weighted, factor: Operand) -> Expr | None:
     """What one over `factor`, with which the product is multiplied, makes of the sum of its weights."""
-    value = _value(f, factor, w.extents, f.order[w.outer])
+    value = value_of(f, factor, w.extents, f.order[w.outer])
     if isinstance(value, Op) and value.name == "div" and value.args[0] == Const(1.0):
         return _over(f, value.args[1], w.out, w, w.extents)
     return None
@@ -116,7 +116,7 @@ def _is_sum(f: Facts, x: Load, at: Point, w: Weighted, extents: dict[Expr, Expr]
         columns = [c for o, c in zip(w.out, x.index, strict=True) if o is w.e]
         same = all(a is c for o, a, c in zip(w.out, at, x.index, strict=True) if o is not w.e)
         ones = tuple(rewrite(y, lambda z: columns[0] if z is w.e else None) for y in w.v[1])
-        return same and len(columns) == 1 and _value(f, (w.v[0], ones), extents, f.order[w.outer]) == Const(1.0)
+        return same and len(columns) == 1 and value_of(f, (w.v[0], ones), extents, f.order[w.outer]) == Const(1.0)
     there = {o: a for o, a in zip(w.out, at, strict=True) if isinstance(o, Index)}
 
     def moved(operand: Operand) -> Operand:
@@ -124,12 +124,12 @@ def _is_sum(f: Facts, x: Load, at: Point, w: Weighted, extents: dict[Expr, Expr]
 
     when = f.order[w.outer]
     return any(
-        _same(f, one, moved(w.q), extents, when) and _is_key_sum(f, other, moved(w.k), w.j, extents)
-        for one, other in _factors(f, x, w.d)
+        same_value(f, one, moved(w.q), extents, when) and _is_key_sum(f, other, moved(w.k), w.j, extents)
+        for one, other in factors(f, x, w.d)
     )
 
 
-def _factors(f: Facts, x: Load, d: Index) -> list[tuple[Operand, Operand]]:
+def factors(f: Facts, x: Load, d: Index) -> list[tuple[Operand, Operand]]:
     """Both orders of the factors of sum_d a * b, as a product or written element by element."""
     if x.tensor.startswith(DOT):
         product = contraction(f, f.by_name[x.tensor.removeprefix(DOT)])
@@ -151,7 +151,7 @@ def _unrounded(x: Expr) -> Expr | None:
     return x.args[0] if isinstance(x, Op) and x.name in ROUNDINGS else None
 
 
-def _value(
+def value_of(
     f: Facts, x: Operand, extents: dict[Expr, Expr], when: int, leaves: frozenset[fx.Node] = frozenset()
 ) -> Expr | None:
     try:
@@ -160,18 +160,18 @@ def _value(
         return None
 
 
-def _same(f: Facts, a: Operand, b: Operand, extents: dict[Expr, Expr], when: int) -> bool:
-    return a == b or _value(f, a, extents, when) is _value(f, b, extents, when) is not None
+def same_value(f: Facts, a: Operand, b: Operand, extents: dict[Expr, Expr], when: int) -> bool:
+    return a == b or value_of(f, a, extents, when) is value_of(f, b, extents, when) is not None
 
 
 def _is_key_sum(f: Facts, x: Operand, k: Operand, j: Index, extents: dict[Expr, Expr]) -> bool:
     """Whether an operand is the keys summed over all of them."""
-    value = _value(f, x, extents, f.order[x[0]] + 1)
+    value = value_of(f, x, extents, f.order[x[0]] + 1)
     if not isinstance(value, Load) or value.tensor.startswith(DOT):
         return False
     node = f.by_name[value.tensor]
     summed = _sum_over(f, node, value.index, j)
-    return summed is not None and _same(f, summed, k, extents, f.order[node])
+    return summed is not None and same_value(f, summed, k, extents, f.order[node])
 
 
 def _sum_over(f: Facts, n: fx.Node, at: Point, index: Index) -> Operand | None:

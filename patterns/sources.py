@@ -202,6 +202,23 @@ def _embedding(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return r.value_at(table, (r.value_at(ids, at[:-1], r.facts.order[n]), at[-1]), r.facts.order[n])
 
 
+def _outer(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+    """An einsum of two factors that sums over nothing."""
+    equation: Any = n.args[0]
+    factors: Any = n.args[1]
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    letters = left.split(",")
+    whole = len(letters) == 2 and all(len(set(x)) == len(x) and set(x) <= set(out) for x in letters)
+    if not arrow or "." in equation or not whole:
+        return None
+    where = dict(zip(out, at, strict=True))
+    values = [
+        cast(r.value_at(x, broadcast(r.facts, x, tuple(where[c] for c in term)), r.facts.order[n]), "float")
+        for x, term in zip(factors, letters, strict=True)
+    ]
+    return mul(*values)
+
+
 _ZEROS = [aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default]
 _ONES = [aten.ones.default, aten.ones_like.default, aten.new_ones.default]
 _FULLS = [aten.full.default, aten.full_like.default, aten.new_full.default]
@@ -212,6 +229,7 @@ SOURCES: dict[object, Rule] = {
     **dict.fromkeys(_ONES, _value(1)),
     **dict.fromkeys(_FULLS, _filled),
     aten.scalar_tensor.default: _scalar,
+    aten.einsum.default: _outer,
     aten.cat.default: _cat,
     aten.concat.default: _cat,
     aten.concatenate.default: _cat,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from lifting import Q, read, values
+from torch import nn
 
-from attncc import capture
 from attncc.alternative import hint
 from attncc.ir import interpret_linear, parse_linear, print_linear
 from attncc.patterns.facts import Facts
@@ -19,7 +19,6 @@ from attncc.patterns.lift import Refusal, lift_all
 from attncc.patterns.linear import Recognised
 
 B, H, N, D = 2, 4, 21, 8
-Q = torch.Tensor
 
 
 class Attend(nn.Module):
@@ -91,40 +90,6 @@ def in_bfloat16(q: Q, k: Q, v: Q, w: Q) -> Q:
 
 FOUND = (bare, galerkin, ones_column, ones_row, by_einsum, scaled_values, summed_elements, reciprocal, efficient)
 DIVIDED = {ones_column, ones_row, by_einsum, scaled_values, summed_elements, reciprocal}
-
-
-def read(model: nn.Module, *inputs: Q, dynamic: bool = False) -> tuple[Facts, fx.GraphModule, list[Any]]:
-    """Facts, the shadow and real inputs of the one graph that Dynamo makes of a model."""
-    seen: list[tuple[Facts, fx.GraphModule, list[Any]]] = []
-
-    def backend(gm: fx.GraphModule, given: Any) -> Any:
-        reading = capture.read(gm, given)
-        seen.append((reading.facts(), reading.shadow, list(given)))
-        return gm.forward
-
-    torch._dynamo.reset()
-    torch.compile(model, backend=backend, dynamic=dynamic)(*inputs)
-    torch._dynamo.reset()
-    (found,) = seen
-    return found
-
-
-def values(shadow: fx.GraphModule, inputs: list[Any]) -> dict[str, Any]:
-    """What each node of a shadow holds on these inputs, in float64."""
-
-    class Keeping(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            found[n.name] = result = super().run_node(n)
-            return result
-
-    def real(x: Any) -> Any:
-        if isinstance(x, torch.SymInt):
-            return x.node.hint
-        return x.double() if isinstance(x, Q) and x.is_floating_point() else x
-
-    found: dict[str, Any] = {}
-    Keeping(shadow).run(*(real(x) for x in inputs))
-    return found
 
 
 def agrees(site: Recognised, facts: Facts, held: dict[str, Any]) -> None:

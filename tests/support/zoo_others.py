@@ -223,7 +223,7 @@ OTHERS = (
     Case("llama-static-cache", llama_decoding("static"), 2, "decode against a static cache", golden=0),
     Case("llama-dynamic-cache", llama_decoding("dynamic"), 2, "decode against a growing cache"),
     Case("linear-attention", of(LinearAttention), 1, "relu features and a ones column", kept=1, golden=0),
-    Case("gated-delta", of(GatedDelta), 0, "a recurrence"),
+    Case("gated-delta", of(GatedDelta), 1, "a recurrence, unrolled", kept=1, golden=0),
     Case("squeeze-excite", of(SqueezeExcite), 0, "a gate"),
     Case("global-context", of(GlobalContext), 0, "pooling by one learned query: no keys", refused=1),
     Case("outlook", of(Outlook), 0, "logits from a layer, no product", refused=1),
