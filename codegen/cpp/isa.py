@@ -30,7 +30,7 @@ TABLE: dict[str, Isa] = {
 }
 assert tuple(TABLE) == ISAS
 QUERIES = 64  # lanes of a tile at most
-KEYS = 128  # keys a block
+KEYS = 96  # keys a block, a multiple of 32 and of the rows of a register tile
 GROUP_TILES = 8  # tiles that share one pass over the keys
 
 

@@ -35,7 +35,7 @@
 #include <unistd.h>
 #define LANES 16
 #define QUERIES 64
-#define KEYS 128
+#define KEYS 96
 #define GROUP_TILES 8
 #define TILE_ROWS 6
 #define TILE_VECTORS 4
@@ -238,7 +238,7 @@ BY_LANE(cos_of, __builtin_cos)
 INLINE vreal pow_of(vreal x, vreal y) { vreal r; EACH_LANE(r[l] = FN(__builtin_pow)(x[l], y[l])) return r; }
 INLINE real pow_of(real x, real y) { return FN(__builtin_pow)(x, y); }
 
-// 2^x for x not far above 0, as the softmax needs it: exactly 0 where 2^x is below the normal numbers.
+// 2^x as the softmax needs it: exactly 0 below the normal numbers; anything from 2^126 on may come out where it is larger.
 INLINE vreal exp2_weight(vreal x) {
 #if REAL_IS_DOUBLE
     return exp2_of(x);
@@ -264,7 +264,7 @@ INLINE vreal exp2_weight(vreal x) {
     return __builtin_ia32_scalefps512_mask(p, x, vreal{}, __builtin_ia32_cmpps512_mask(x, splat(-126), 5, -1, 4), 4);
 #else
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const vreal c = high(splat(-126), x);
+    const vreal c = low(splat(126), high(splat(-126), x));
     const vreal n = c + shift;
     const vreal f = c - (n - shift);
     const vreal p = exp2_small(f);
@@ -780,6 +780,7 @@ struct Tile {
     int64_t spans, fulls;
     Span span[MAX_SPANS], full[MAX_FULLS];
     bool few;    // its queries lie in rows: see few.h
+    int64_t climbing;  // bit v: scores of column v have left the range of `LARGE` and `SMALL`
     bool fresh;  // no key block has been added yet, so `o` is not set
     real *q, *o; // [columns][D][LANES] and [columns][E][LANES]
     RowValues values[QUERIES / LANES];
@@ -1036,11 +1037,11 @@ INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) {
     asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(x), "v"(w));
     *(vpairs*)(p + k / 2 * LANES) = __builtin_shufflevector(both, both, ZIP_PAIRS);
 }
-// The last key of an odd number, and zeros to the end of what the product reads.
-INLINE void put_last_weights(real* p, int64_t k, int64_t n, vreal w) {
-    if (k < n) put_weights(p, k, w, vreal{}), k += 2;
-    for (; k < round_to(n, 32); k += 2) store(p + k / 2 * LANES, vreal{});
+// Zeros from where the weights of n keys end to the end of what the product reads.
+INLINE void end_weights(real* p, int64_t n) {
+    for (int64_t k = round_to(n, 2); k < round_to(n, 32); k += 2) store(p + k / 2 * LANES, vreal{});
 }
+#define WEIGHTS_OVERWRITE 0
 
 #if TILES
 #define PRODUCT_KEEPS 0
@@ -1082,7 +1083,7 @@ constexpr int64_t FEW_STEP = 32;
 
 INLINE int64_t few_width(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 INLINE real* few_sums(const Call& c, const Tile& t) { return t.o + o_rows(c) * LANES; }
-INLINE bool few_in_rows(const Call& c, int64_t rows) {
+INLINE bool is_few(const Call& c, int64_t rows) {
     return rows <= FEW && c.N <= FEW && c.D >= 16 && c.E >= 16 && c.k_d == 1 && c.v_e == 1;
 }
 
@@ -1112,7 +1113,7 @@ template <class T> INLINE void two_rows_up_to(const T* p, int64_t count, vreal& 
     a = row_up_to(p, count), b = count > LANES ? row_up_to(p + LANES, count - LANES) : vreal{};
 }
 
-static void load_rows(const Call& c, const q_element* const (&rows)[LANES], real* q) {
+static void load_few(const Call& c, const q_element* const (&rows)[LANES], real* q) {
     for (int64_t r = 0; r < FEW; ++r, q += few_width(c.D)) {
         int64_t d = 0;
         if (!rows[r]) {
@@ -1222,228 +1223,6 @@ static void few_values(const Call& c, const v_element* v, const real* p, int64_t
     }
 }
 
-// ---- few queries in the matrix unit: keys and values are read where they lie ----------------------------------------
-// Three rows and more leave the memory no time to spare in float vectors; the unit does. Queries lie in columns as for many,
-// scores and weights of a block as [row][KEYS], sums as [row][E], even columns of 32 first.
-INLINE bool few_in_tiles(const Call& c, int64_t rows) {
-    return rows > 2 && rows <= 16 && c.N <= 16 && c.D % 32 == 0 && c.D <= 512 && c.E % 64 == 0 && c.E <= 512 &&
-           c.k_d == 1 && c.v_e == 1;
-}
-
-// Blocks short enough that their stages take turns often.
-constexpr int64_t FEW_KEYS = 64;
-
-// The order in which rows will be needed: the block's values, the next block's keys, its values. Every stage asks for as many
-// as its share of the work, so that the memory is never idle while the unit or the softmax is busy.
-struct Ahead {
-    const bf16 *k, *v;
-    int64_t n;
-};
-INLINE void ask(const Call& c, Ahead& ahead, int64_t rows) {
-    for (; rows > 0; --rows, ++ahead.n) {
-        if (ahead.n >= FEW_KEYS && ahead.n < 2 * FEW_KEYS) {
-            const bf16* row = ahead.k + ahead.n * c.k_j;
-            foresee(row, row + c.D);
-        } else {
-            const bf16* row = ahead.v + (ahead.n < FEW_KEYS ? ahead.n : ahead.n - FEW_KEYS) * c.v_j;
-            foresee(row, row + c.E);
-        }
-    }
-}
-// Rows asked for: before the first, by the scores of 16 keys, by the weights of a block, by its values.
-constexpr int64_t LEAD = 32, ASK_SCORES = 6, ASK_WEIGHTS = 16, ASK_VALUES = 88;
-
-// 16 rows from `at` on; where fewer are left, copies of them and the last one again.
-INLINE const bf16* sixteen(const bf16* at, int64_t& stride, int64_t left, int64_t columns, uint16_t* copy) {
-    if (left >= 16) return at;
-    for (int64_t g = 0; g < 16; ++g) memcpy(copy + g * columns, at + (g < left ? g : left - 1) * stride, columns * 2);
-    stride = columns;
-    return (const bf16*)copy;
-}
-
-// Scores of 16 keys, [key][row].
-INLINE void tile_scores(const Call& c, const real* q, const bf16* k, int64_t left, Ahead& ahead, real* sums) {
-    alignas(64) uint16_t copy[16 * 512];
-    int64_t stride = c.k_j;
-    ask(c, ahead, ASK_SCORES);
-    k = sixteen(k, stride, left, c.D, copy);
-    TILE_ZERO(0);
-    for (int64_t d = 0; d < c.D; d += 32) {
-        TILE_LOAD(4, k + d, stride * 2);
-        TILE_LOAD(6, q + d / 2 * LANES, 64);
-        TILE_DOT(0, 4, 6);
-    }
-    TILE_STORE(0, sums, 64);
-}
-
-// Weights of 16 keys as the unit's rows of pairs: alone in the first of a pair, then in the second.
-typedef uint32_t TileWeights[2][16][16];
-INLINE void put_tile_weights(TileWeights& to, int r, vreal w) {
-    half_row low;
-    asm("vcvtneps2bf16 %1, %t0" : "=v"(low) : "v"(w));
-    const vword x = zero_extended(low);
-    *(vword*)to[0][r] = x;
-    *(vword*)to[1][r] = x << 16;
-}
-
-// o[r][e] = o[r][e] * keep[r] + sum_j w[r][j] * v[j][e]. A row of values is a row of pairs of neighbours: weights that are
-// alone in their pair pick the even columns or the odd ones, so values need no packing. False where a sum is not finite: an
-// infinite value has reached its neighbour.
-template <int R>
-static bool tile_values(const Call& c, const bf16* v, const TileWeights* w, int64_t count, Ahead& ahead, real* o,
-                        const real* keep) {
-    const int64_t each = ASK_VALUES * 16 * 64 / (FEW_KEYS * c.E);
-    alignas(64) uint16_t copy[16 * 512];
-    alignas(64) real sums[4][16 * 16];
-    vreal all = {};
-    for (int64_t e = 0; e < c.E; e += 64) {
-        TILE_ZERO(0);
-        TILE_ZERO(1);
-        TILE_ZERO(2);
-        TILE_ZERO(3);
-        for (int64_t j = 0; j < count; j += 16) {
-            int64_t stride = c.v_j;
-            const bf16* at = v + j * c.v_j;
-            ask(c, ahead, each);
-            at = sixteen(at, stride, count - j, c.E, copy) + e;
-            TILE_LOAD(4, w[j / 16][0], 64);
-            TILE_LOAD(6, at, stride * 2);
-            TILE_DOT(0, 4, 6);
-            TILE_LOAD(5, w[j / 16][1], 64);
-            TILE_DOT(1, 5, 6);
-            TILE_LOAD(7, at + 32, stride * 2);
-            TILE_DOT(2, 4, 7);
-            TILE_DOT(3, 5, 7);
-        }
-        TILE_STORE(0, sums[0], 64);
-        TILE_STORE(1, sums[1], 64);
-        TILE_STORE(2, sums[2], 64);
-        TILE_STORE(3, sums[3], 64);
-        for (int r = 0; r < R; ++r)
-            for (int x = 0; x < 4; ++x) {
-                real* to = o + r * few_width(c.E) + e + x * 16;
-                const vreal sum = load(sums[x] + r * 16);
-                all += sum * 0;
-                store(to, keep ? load(to) * splat(keep[r]) + sum : sum);
-            }
-    }
-    return none(all != 0);
-}
-
-INLINE real highest(vreal x) {
-    alignas(64) real flat[LANES];
-    store(flat, x);
-    real most = flat[0];
-    for (int l = 1; l < LANES; ++l) most = flat[l] > most ? flat[l] : most;
-    return most;
-}
-INLINE real sum_of(vreal x) {
-    alignas(64) real flat[LANES];
-    store(flat, x);
-    real sum = 0;
-    for (int l = 0; l < LANES; ++l) sum += flat[l];
-    return sum;
-}
-
-template <int R> static void add_tile_values(const Call& c, const Batch& b, Tile& t, const Block& at, const TileWeights* w,
-                                             Ahead& ahead, const real* keep) {
-    const bf16* v = value_at(c, b) + at.j0 * c.v_j;
-    real* o = few_sums(c, t);
-    alignas(64) real before[R * 512];
-    if (!t.fresh) memcpy(before, o, R * few_width(c.E) * sizeof(real));
-    if (!tile_values<R>(c, v, w, at.count, ahead, o, t.fresh ? nullptr : keep)) {
-        real plain[KEYS * R];
-        for (int64_t j = 0; j < at.count; ++j)
-            for (int r = 0; r < R; ++r) plain[j * R + r] = from_bf16((uint16_t)w[j / 16][0][r][j % 16]);
-        if (!t.fresh) memcpy(o, before, R * few_width(c.E) * sizeof(real));
-        few_values<R>(c, v, plain, at.count, o, t.fresh ? nullptr : keep);
-    }
-}
-
-// Keys that every row sees, with no score to work out but a multiple: lanes hold keys.
-template <int R> static void attend_short_block(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
-    const bf16* k = key_at(c, b) + at.j0 * c.k_j;
-    Ahead ahead = {k, value_at(c, b) + at.j0 * c.v_j, LEAD};
-    alignas(64) real sums[16 * 16];
-    alignas(64) TileWeights weights[FEW_KEYS / 16];
-    vreal top[R];
-    for (int r = 0; r < R; ++r) top[r] = splat(-INFINITY);
-    for (int64_t j = 0; j < at.count; j += 16) {
-        tile_scores(c, t.q, k + j * c.k_j, at.count - j, ahead, sums);
-        vreal x[LANES];
-#pragma GCC unroll 16
-        for (int g = 0; g < LANES; ++g) x[g] = load(sums + g * 16);
-        transpose(x);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            store(s + r * FEW_KEYS + j, x[r]);  // the last key again changes no maximum
-            top[r] = high(x[r], top[r]);
-        }
-    }
-    for (int r = 0; r < R; ++r)
-        for (int64_t j = at.count; j % 16; ++j) s[r * FEW_KEYS + j] = -INFINITY;
-    alignas(64) real m[LANES], l[LANES], keep[LANES];
-    const vreal m_old = load(t.m);
-    store(m, m_old);
-    for (int r = 0; r < R; ++r) {
-        const real x = highest(top[r]) * SCALE;
-        m[r] = x > m[r] ? x : m[r];
-    }
-    const vreal m_new = load(m), base = m_new == -INFINITY ? vreal{} : m_new, factor = exp2_of(m_old - base);
-    store(m, base);
-    store(keep, factor);
-    store(l, load(t.l) * factor);
-    for (int r = 0; r < R; ++r) {
-        ask(c, ahead, ASK_WEIGHTS / R);
-        vreal sum = {};
-        const vreal less = splat(m[r]);
-        for (int64_t j = 0; j < at.count; j += 16) {
-            const vreal w = exp2_weight(load(s + r * FEW_KEYS + j) * SCALE - less);
-            sum += w;
-            put_tile_weights(weights[j / 16], r, w);
-        }
-        l[r] += sum_of(sum);
-    }
-    store(t.m, m_new);
-    store(t.l, load(l));
-    *(vmask*)t.seen = splat_mask(true);
-    add_tile_values<R>(c, b, t, at, weights, ahead, keep);
-    t.fresh = false;
-}
-
-template <int R> static void attend_in_tiles(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
-    for (int64_t j = 0; j < at.count; j += FEW_KEYS) {
-        Block part = {};
-        part.j0 = at.j0 + j;
-        part.count = at.count - j < FEW_KEYS ? at.count - j : FEW_KEYS;
-        attend_short_block<R>(c, b, t, part, s);
-    }
-}
-
-template <int R>
-static void score_in_tiles(const Call& c, const Batch& b, const Tile& t, const Block& at, real* s) {
-    const bf16* k = key_at(c, b) + at.j0 * c.k_j;
-    Ahead ahead = {k, value_at(c, b) + at.j0 * c.v_j, LEAD};
-    alignas(64) real sums[16 * 16];
-    for (int64_t j = 0; j < at.count; j += 16) {
-        tile_scores(c, t.q, k + j * c.k_j, at.count - j, ahead, sums);
-        memcpy(s + j * LANES, sums, (at.count - j < 16 ? at.count - j : 16) * LANES * sizeof(real));
-    }
-}
-template <int R>
-static void value_in_tiles(const Call& c, const Batch& b, Tile& t, const Block& at, const real* p, const real* keep) {
-    Ahead ahead = {key_at(c, b) + at.j0 * c.k_j, value_at(c, b) + at.j0 * c.v_j, LEAD + FEW_KEYS};
-    alignas(64) TileWeights weights[KEYS / 16];
-    for (int64_t j = 0; j < at.count; j += 16)
-        for (int r = 0; r < R; ++r) {
-            vreal w = {};
-            for (int64_t n = 0; n < 16 && j + n < at.count; ++n) w[n] = weight_at(p, j + n, r);
-            put_tile_weights(weights[j / 16], r, w);
-        }
-    add_tile_values<R>(c, b, t, at, weights, ahead, keep);
-}
-
-// ---- few queries: the attention of a block ---------------------------------------------------------------------------
 // Keys that every row sees, with no score to work out but a multiple: lanes hold several keys of every row.
 template <int R> static void attend_few(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
     few_scores<R>(c, t.q, key_at(c, b) + at.j0 * c.k_j, at.count, s);
@@ -1487,46 +1266,22 @@ static void score_few(const Call& c, const Batch& b, const Tile& t, const Block&
         for (int r = 0; r < R; ++r) s[j * LANES + r] = packed[j * R + r];
 }
 template <int R>
-static void value_few(const Call& c, const Batch& b, Tile& t, const Block& at, const real* p, const real* keep) {
+static void value_few(const Call& c, const Batch& b, const Tile& t, const Block& at, const real* p, const real* keep) {
     real packed[KEYS * R];
     for (int64_t j = 0; j < at.count; ++j)
         for (int r = 0; r < R; ++r) packed[j * R + r] = weight_at(p, j, r);
     few_values<R>(c, value_at(c, b) + at.j0 * c.v_j, packed, at.count, few_sums(c, t), t.fresh ? nullptr : keep);
 }
 
-// `f`, or `g` in the matrix unit, with the number of rows rounded up to one there is code for.
-#define IN_ROWS(f, ...) \
-    (t.rows == 1 ? f<1>(__VA_ARGS__) : t.rows == 2 ? f<2>(__VA_ARGS__) : t.rows <= 4 ? f<4>(__VA_ARGS__) : f<FEW>(__VA_ARGS__))
-#if TILES
-#define BY_ROWS(f, g, ...) \
-    (!few_in_tiles(c, t.rows) ? IN_ROWS(f, __VA_ARGS__) : t.rows <= 4 ? g<4>(__VA_ARGS__) \
-     : t.rows <= 8 ? g<8>(__VA_ARGS__) : g<16>(__VA_ARGS__))
-#else
-#define BY_ROWS(f, g, ...) IN_ROWS(f, __VA_ARGS__)
-#endif
-INLINE bool is_few(const Call& c, int64_t rows) {
-#if TILES
-    if (few_in_tiles(c, rows)) return true;
-#endif
-    return few_in_rows(c, rows);
-}
-static void load_few(const Call& c, const q_element* const (&rows)[LANES], real* q) {
-#if TILES
-    int64_t n = 0;
-    while (n < LANES && rows[n]) ++n;
-    if (few_in_tiles(c, n)) return load_queries(c, rows, q);
-#endif
-    load_rows(c, rows, q);
-}
-static void few_attention(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
-    BY_ROWS(attend_few, attend_in_tiles, c, b, t, at, s);
-}
+#define BY_ROWS(call, ...) \
+    (t.rows == 1 ? call<1>(__VA_ARGS__) : t.rows == 2 ? call<2>(__VA_ARGS__) : t.rows <= 4 ? call<4>(__VA_ARGS__) \
+                                                                         : call<FEW>(__VA_ARGS__))
+static void few_attention(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) { BY_ROWS(attend_few, c, b, t, at, s); }
 static void few_score_product(const Call& c, const Batch& b, const Tile& t, const Block& at, real* s) {
-    BY_ROWS(score_few, score_in_tiles, c, b, t, at, s);
+    BY_ROWS(score_few, c, b, t, at, s);
 }
-static void few_value_product(const Call& c, const Batch& b, Tile& t, const Block& at, const real* p,
-                              const real* keep) {
-    BY_ROWS(value_few, value_in_tiles, c, b, t, at, p, keep);
+static void few_value_product(const Call& c, const Batch& b, const Tile& t, const Block& at, const real* p, const real* keep) {
+    BY_ROWS(value_few, c, b, t, at, p, keep);
 }
 
 // ---- tiles: where their rows lie, what they begin with, what they give ---------------------------------------------
@@ -1580,6 +1335,7 @@ INLINE void next_row(const Call& c, const Tile& t, Row& r) {
 // Loads the queries of a placed tile and everything of its rows that no key changes.
 static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
     t.fresh = true;
+    t.climbing = 0;
     t.few = is_few(c, t.rows);
     Row at = first_row(c, t);
     for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
@@ -1637,7 +1393,7 @@ static void finish(const Call& c, const Batch& b, Tile& t) {
     }
 }
 
-// ---- the attention of one tile with one block of keys ---------------------------------------------------------------
+// ---- from the scores of a column of queries to their weights --------------------------------------------------------
 // Stages: online softmax (or a pointwise normaliser) in one go; sums alone; weights from known sums; rows without keys.
 enum Stage { ONLINE, SUMS, WEIGHTS, EMPTIES };
 
@@ -1657,41 +1413,70 @@ INLINE vreal scaled(vreal x) {
 }
 static constexpr real LATE = PLAIN ? SCALE : 1;  // what `scaled` leaves to do
 
-template <bool MASKED>
-INLINE vreal logit_at(const Call& c, const Uniform& u, const RowValues& r, int64_t j, real* s, vmask& seen) {
+// One column of queries against one block of keys: the first key, and the scores, a row a key.
+struct Column {
+    const Call& c;
+    const Uniform& u;
+    const RowValues& r;
+    int64_t j0;
+    const real* s;
+};
+template <bool MASKED> INLINE vreal logit_at(const Column& x, int64_t k, vmask& seen) {
     vmask visible = splat_mask(true);
-    vreal x = scaled(logit<MASKED>(c, u, r, j, load(s), visible));
-    if (MASKED) {
-        x = pick(visible, x, splat(-INFINITY));
-        seen |= visible;
-    }
-    if (MASKED || !PLAIN) store(s, x);
-    return x;
+    vreal y = scaled(logit<MASKED>(x.c, x.u, x.r, x.j0 + k, load(x.s + k * LANES), visible));
+    if (!MASKED) return y;
+    seen |= visible;
+    return pick(visible, y, splat(-INFINITY));
 }
 
-// Scores in `s` become logits, -inf where masked; `top` collects their maximum.
-template <bool MASKED>
-INLINE void logits(const Call& c, const Uniform& u, const RowValues& r, int64_t j0, int64_t from, int64_t to, real* s,
-                   vreal (&top)[4], vmask& seen) {
+// The highest logit of keys [from, to), -inf where none is visible.
+template <bool MASKED> INLINE vreal highest(const Column& x, int64_t from, int64_t to, vreal most) {
+    vmask seen;
+    vreal top[4] = {most, most, most, most};
     int64_t k = from;
-    if (!MASKED && to > from) seen = splat_mask(true);
     for (; k + 4 <= to; k += 4)
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n)
-            top[n] = high(logit_at<MASKED>(c, u, r, j0 + k + n, s + (k + n) * LANES, seen), top[n]);
-    for (; k < to; ++k) top[0] = high(logit_at<MASKED>(c, u, r, j0 + k, s + k * LANES, seen), top[0]);
+        for (int n = 0; n < 4; ++n) top[n] = high(logit_at<MASKED>(x, k + n, seen) * LATE, top[n]);
+    for (; k < to; ++k) top[0] = high(logit_at<MASKED>(x, k, seen) * LATE, top[0]);
+    return high(high(top[0], top[1]), high(top[2], top[3]));
+}
+
+// Weights of keys [from, to) against the maximum m, and their sums. Only the last range of a block may end between fours.
+struct Sums {
+    vreal part[4];
+    vmask seen;
+};
+template <bool MASKED> INLINE vreal weight_of(const Column& x, int64_t k, vreal m, vreal& sum, vmask& seen) {
+    const vreal w = exp2_weight(logit_at<MASKED>(x, k, seen) * LATE - m);
+    sum += w;
+    return linear_weight(x.c, x.u, x.r, x.j0 + k, w);
+}
+template <bool MASKED>
+INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, Sums& sums) {
+    if (!MASKED && to > from) sums.seen = splat_mask(true);
+    int64_t k = from;
+    for (; k + 4 <= to; k += 4) {
+        vreal w[4];
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) w[n] = weight_of<MASKED>(x, k + n, m, sums.part[n], sums.seen);
+        put_weights(p, k, w[0], w[1]);
+        put_weights(p, k + 2, w[2], w[3]);
+    }
+    for (; k < to; k += 2) {
+        const vreal w = weight_of<MASKED>(x, k, m, sums.part[0], sums.seen);
+        put_weights(p, k, w, k + 1 < to ? weight_of<MASKED>(x, k + 1, m, sums.part[1], sums.seen) : vreal{});
+    }
 }
 
 // Scores in `s` become weights where they need no running maximum: pointwise normalisers and known sums.
 template <bool MASKED>
-INLINE void weights(const Call& c, const Uniform& u, const RowValues& r, int64_t j0, int64_t from, int64_t to, real* s,
-                    vreal m, vreal inverse) {
+INLINE void weights(const Column& x, int64_t from, int64_t to, vreal m, vreal inverse, real* s) {
     for (int64_t k = from; k < to; ++k) {
         const vreal raw = load(s + k * LANES);
         vmask visible = splat_mask(true);
-        vreal w = logit<MASKED>(c, u, r, j0 + k, raw, visible);
+        vreal w = logit<MASKED>(x.c, x.u, x.r, x.j0 + k, raw, visible);
         if (IS_SOFTMAX) w = exp2_of(scaled(w) * LATE - m) * inverse;
-        w = weight(c, u, r, j0 + k, raw, w);
+        w = weight(x.c, x.u, x.r, x.j0 + k, raw, w);
         store(s + k * LANES, MASKED ? pick(visible, w, vreal{}) : w);
     }
 }
@@ -1713,94 +1498,103 @@ INLINE void full_run(const Tile& t, int64_t j0, int64_t count, int64_t& from, in
     }
 }
 
+static void weigh_known(const Column& x, const Tile& t, int64_t from, int64_t to, int64_t n, int64_t v, Stage stage,
+                        real* s, real* p) {
+    const int64_t lane = v * LANES;
+    const vreal m = load(t.m + lane);
+    if (stage == EMPTIES) {
+        // Finite additive masks make all keys of such a row equal: weight 1 / M each, here or in `finish`.
+        const vmask seen = *(const vmask*)(t.seen + lane);
+        for (int64_t k = 0; k < n; ++k) {
+            real* at = s + k * LANES;
+            store(at, pick(seen, vreal{}, empty_weight(x.c, x.u, x.r, x.j0 + k, load(at))));
+        }
+    } else {
+        const vreal safe = m == -INFINITY ? vreal{} : m;
+        const vreal inverse = 1 / load(t.l + lane);
+        weights<true>(x, 0, from, safe, inverse, s);
+        weights<false>(x, from, to, safe, inverse, s);
+        weights<true>(x, to, n, safe, inverse, s);
+    }
+    int64_t k = 0;
+    for (; k + 2 <= n; k += 2) put_weights(p, k, load(s + k * LANES), load(s + (k + 1) * LANES));
+    if (k < n) put_weights(p, k, load(s + k * LANES), vreal{});
+}
+
+// A maximum need not be one: weights are right against any number that keeps their sum in range. So the first block of a row
+// is weighed against 0, which saves a pass over the scores; out of this range, or once a later sum is too large, the block
+// is weighed again, against its own maximum, and so are at once all later ones of these rows.
+static constexpr real LARGE = 1048576, SMALL = 1 / LARGE;
+
+// Column v of a tile: scores in `s` become weights in `p`, and `keep` what its rows' earlier sums are worth now.
+static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, const Uniform& u, int64_t v, Stage stage,
+                   int64_t from, int64_t to, real* s, real* p, real* keep) {
+    const int64_t n = at.count, lane = v * LANES;
+    const Column x = {c, u, t.values[v], at.j0, s};
+    if (!IS_SOFTMAX || stage == WEIGHTS || stage == EMPTIES) {
+        weigh_known(x, t, from, to, n, v, stage, s, p);
+        end_weights(p, n);
+        store(keep, splat(1));
+        return;
+    }
+    const vreal m_old = load(t.m + lane), l_old = load(t.l + lane);
+    vreal m = pick(m_old == splat(-INFINITY), vreal{}, m_old), factor, sum;
+    Sums sums;
+    auto top = [&] { return highest<true>(x, to, n, highest<false>(x, from, to, highest<true>(x, 0, from, m_old))); };
+    bool again = t.climbing >> v & 1;
+    if (again) m = top();
+    for (;; again = true) {
+        for (int i = 0; i < 4; ++i) sums.part[i] = vreal{};
+        sums.seen = *(const vmask*)(t.seen + lane);
+        const vreal safe = pick(m == splat(-INFINITY), vreal{}, m);
+        weigh<true>(x, 0, from, safe, p, sums);
+        weigh<false>(x, from, to, safe, p, sums);
+        weigh<true>(x, to, n, safe, p, sums);
+        factor = exp2_of(m_old - safe);
+        sum = (sums.part[0] + sums.part[1]) + (sums.part[2] + sums.part[3]);
+        if (again || none((sum > splat(LARGE)) | (sums.seen & (l_old * factor + sum < splat(SMALL))))) break;
+        if (WEIGHTS_OVERWRITE && t.few) few_score_product(c, b, t, at, s);
+        else if (WEIGHTS_OVERWRITE) score_product(c, t, v, 1, at, s);
+        m = top();
+        t.climbing |= (int64_t)1 << v;
+    }
+    end_weights(p, n);
+    m = pick(sums.seen | (m_old != splat(-INFINITY)), m, m_old);
+    if (!PRODUCT_KEEPS && !t.few && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
+    store(t.m + lane, m);
+    store(t.l + lane, l_old * factor + sum);
+    store(keep, factor);
+    *(vmask*)(t.seen + lane) = sums.seen;
+}
+
 static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stage stage, real* scores, real* spare) {
-    const int64_t n = at.count;
-    alignas(128) real keep[QUERIES];
+    int64_t from, to;
+    full_run(t, at.j0, at.count, from, to);
+    if (t.few && FEW_ALONE && stage == ONLINE && from == 0 && to == at.count) return few_attention(c, b, t, at, scores);
+    // Ranges meet at multiples of four keys.
+    from = (from + 3) / 4 * 4;
+    to = to == at.count ? to : to / 4 * 4;
+    if (from >= to) from = to = at.count;
+    alignas(128) real keep[QUERIES], near[STAGED * KEYS * LANES + 1];
     Uniform u = uniform(c, b, t);
-    alignas(128) real near[STAGED * KEYS * LANES + 1];
     u.near = near;
     u.j0 = at.j0;
-    int64_t from, to;
-    full_run(t, at.j0, n, from, to);
-    if (t.few && FEW_ALONE && stage == ONLINE && from == 0 && to == n) return few_attention(c, b, t, at, scores);
-    for (int64_t v = 0; v < t.columns; ++v) {
-        // A few columns at a time, so that their scores stay in the nearest cache until they are used.
-        if (v % STRIP == 0) {
-            if (v > 0 && stage != SUMS && HAS_OUT)
-                value_product(c, t, v - STRIP, STRIP, at, weight_column(scores, spare, 0), keep);
-            if (t.few) few_score_product(c, b, t, at, scores);
-            else score_product(c, t, v, v + STRIP < t.columns ? STRIP : t.columns - v, at, scores);
+    real* const p = weight_column(scores, spare, 0);
+    // A few columns at a time, so that their scores stay in the nearest cache until they are used.
+    for (int64_t v = 0; v < t.columns; v += STRIP) {
+        const int64_t columns = v + STRIP < t.columns ? STRIP : t.columns - v;
+        if (t.few) few_score_product(c, b, t, at, scores);
+        else score_product(c, t, v, columns, at, scores);
+        for (int64_t x = 0; x < columns; ++x) {
+            if (STAGED) bring_near(c, u, t.values[v + x], at.count, near);
+            soften(c, b, t, at, u, v + x, stage, from, to, scores + x * KEYS * LANES, weight_column(scores, spare, x),
+                   keep + (v + x) * LANES);
         }
-        const int64_t lane = v * LANES;
-        const RowValues r = t.values[v];
-        if (STAGED) bring_near(c, u, r, n, near);
-        real* s = scores + v % STRIP * KEYS * LANES;
-        real* p = weight_column(scores, spare, v % STRIP);
-        vmask seen = *(const vmask*)(t.seen + lane);
-        const vreal m_old = load(t.m + lane);
-        if (!IS_SOFTMAX || stage == WEIGHTS || stage == EMPTIES) {
-            const vreal safe = m_old == -INFINITY ? vreal{} : m_old;
-            const vreal inverse = 1 / load(t.l + lane);
-            if (stage == EMPTIES) {
-                // Finite additive masks make all keys of such a row equal: weight 1 / M each, here or in `finish`.
-                for (int64_t k = 0; k < n; ++k) {
-                    real* x = s + k * LANES;
-                    store(x, pick(seen, vreal{}, empty_weight(c, u, r, at.j0 + k, load(x))));
-                }
-            } else {
-                weights<true>(c, u, r, at.j0, 0, from, s, safe, inverse);
-                weights<false>(c, u, r, at.j0, from, to, s, safe, inverse);
-                weights<true>(c, u, r, at.j0, to, n, s, safe, inverse);
-            }
-            int64_t k = 0;
-            for (; k + 2 <= n; k += 2) put_weights(p, k, load(s + k * LANES), load(s + (k + 1) * LANES));
-            put_last_weights(p, k, n, k < n ? load(s + k * LANES) : vreal{});
-            store(keep + lane, splat(1));
-            continue;
-        }
-        vreal top[4];
-        for (int x = 0; x < 4; ++x) top[x] = splat(-INFINITY);
-        logits<true>(c, u, r, at.j0, 0, from, s, top, seen);
-        logits<false>(c, u, r, at.j0, from, to, s, top, seen);
-        logits<true>(c, u, r, at.j0, to, n, s, top, seen);
-        const vreal block_top = high(high(top[0], top[1]), high(top[2], top[3]));
-        vreal m = high(block_top * LATE, m_old);
-        if (!PRODUCT_KEEPS && none(m > m_old + LAZY)) m = m_old;
-        const vreal safe = m == -INFINITY ? vreal{} : m;
-        vreal sum[4];
-        for (int x = 0; x < 4; ++x) sum[x] = vreal{};
-        int64_t k = 0;
-        for (; k + 4 <= n; k += 4) {
-            vreal w[4];
-#pragma GCC unroll 4
-            for (int x = 0; x < 4; ++x) {
-                w[x] = exp2_weight(load(s + (k + x) * LANES) * LATE - safe);
-                sum[x] += w[x];
-                w[x] = linear_weight(c, u, r, at.j0 + k + x, w[x]);
-            }
-            put_weights(p, k, w[0], w[1]);
-            put_weights(p, k + 2, w[2], w[3]);
-        }
-        vreal w[2] = {};
-        for (int64_t x = 0; x < n - k; ++x) {
-            w[x & 1] = exp2_weight(load(s + (k + x) * LANES) * LATE - safe);
-            sum[x] += w[x & 1];
-            w[x & 1] = linear_weight(c, u, r, at.j0 + k + x, w[x & 1]);
-            if (x == 1) put_weights(p, k, w[0], w[1]);
-        }
-        put_last_weights(p, n & ~int64_t(1), n, w[0]);
-        const vreal factor = exp2_of(m_old - safe);
-        if (!PRODUCT_KEEPS && !t.few && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
-        store(t.m + lane, m);
-        store(t.l + lane, load(t.l + lane) * factor + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
-        store(keep + lane, factor);
-        *(vmask*)(t.seen + lane) = seen;
+        if (stage == SUMS || !HAS_OUT) continue;
+        if (t.few) few_value_product(c, b, t, at, p, keep);
+        else value_product(c, t, v, columns, at, p, keep);
     }
-    if (stage == SUMS || !HAS_OUT) return;
-    const int64_t last = (t.columns - 1) / STRIP * STRIP;
-    if (t.few) few_value_product(c, b, t, at, weight_column(scores, spare, 0), keep);
-    else value_product(c, t, last, t.columns - last, at, weight_column(scores, spare, 0), keep);
-    t.fresh = false;
+    if (stage != SUMS && HAS_OUT) t.fresh = false;
 }
 
 // ---- work: items of neighbouring tiles that share their keys, balanced over threads by visible area -----------------

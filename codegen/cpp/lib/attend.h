@@ -1,4 +1,4 @@
-// ---- the attention of one tile with one block of keys ---------------------------------------------------------------
+// ---- from the scores of a column of queries to their weights --------------------------------------------------------
 // Stages: online softmax (or a pointwise normaliser) in one go; sums alone; weights from known sums; rows without keys.
 enum Stage { ONLINE, SUMS, WEIGHTS, EMPTIES };
 
@@ -18,41 +18,70 @@ INLINE vreal scaled(vreal x) {
 }
 static constexpr real LATE = PLAIN ? SCALE : 1;  // what `scaled` leaves to do
 
-template <bool MASKED>
-INLINE vreal logit_at(const Call& c, const Uniform& u, const RowValues& r, int64_t j, real* s, vmask& seen) {
+// One column of queries against one block of keys: the first key, and the scores, a row a key.
+struct Column {
+    const Call& c;
+    const Uniform& u;
+    const RowValues& r;
+    int64_t j0;
+    const real* s;
+};
+template <bool MASKED> INLINE vreal logit_at(const Column& x, int64_t k, vmask& seen) {
     vmask visible = splat_mask(true);
-    vreal x = scaled(logit<MASKED>(c, u, r, j, load(s), visible));
-    if (MASKED) {
-        x = pick(visible, x, splat(-INFINITY));
-        seen |= visible;
-    }
-    if (MASKED || !PLAIN) store(s, x);
-    return x;
+    vreal y = scaled(logit<MASKED>(x.c, x.u, x.r, x.j0 + k, load(x.s + k * LANES), visible));
+    if (!MASKED) return y;
+    seen |= visible;
+    return pick(visible, y, splat(-INFINITY));
 }
 
-// Scores in `s` become logits, -inf where masked; `top` collects their maximum.
-template <bool MASKED>
-INLINE void logits(const Call& c, const Uniform& u, const RowValues& r, int64_t j0, int64_t from, int64_t to, real* s,
-                   vreal (&top)[4], vmask& seen) {
+// The highest logit of keys [from, to), -inf where none is visible.
+template <bool MASKED> INLINE vreal highest(const Column& x, int64_t from, int64_t to, vreal most) {
+    vmask seen;
+    vreal top[4] = {most, most, most, most};
     int64_t k = from;
-    if (!MASKED && to > from) seen = splat_mask(true);
     for (; k + 4 <= to; k += 4)
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n)
-            top[n] = high(logit_at<MASKED>(c, u, r, j0 + k + n, s + (k + n) * LANES, seen), top[n]);
-    for (; k < to; ++k) top[0] = high(logit_at<MASKED>(c, u, r, j0 + k, s + k * LANES, seen), top[0]);
+        for (int n = 0; n < 4; ++n) top[n] = high(logit_at<MASKED>(x, k + n, seen) * LATE, top[n]);
+    for (; k < to; ++k) top[0] = high(logit_at<MASKED>(x, k, seen) * LATE, top[0]);
+    return high(high(top[0], top[1]), high(top[2], top[3]));
+}
+
+// Weights of keys [from, to) against the maximum m, and their sums. Only the last range of a block may end between fours.
+struct Sums {
+    vreal part[4];
+    vmask seen;
+};
+template <bool MASKED> INLINE vreal weight_of(const Column& x, int64_t k, vreal m, vreal& sum, vmask& seen) {
+    const vreal w = exp2_weight(logit_at<MASKED>(x, k, seen) * LATE - m);
+    sum += w;
+    return linear_weight(x.c, x.u, x.r, x.j0 + k, w);
+}
+template <bool MASKED>
+INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, Sums& sums) {
+    if (!MASKED && to > from) sums.seen = splat_mask(true);
+    int64_t k = from;
+    for (; k + 4 <= to; k += 4) {
+        vreal w[4];
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) w[n] = weight_of<MASKED>(x, k + n, m, sums.part[n], sums.seen);
+        put_weights(p, k, w[0], w[1]);
+        put_weights(p, k + 2, w[2], w[3]);
+    }
+    for (; k < to; k += 2) {
+        const vreal w = weight_of<MASKED>(x, k, m, sums.part[0], sums.seen);
+        put_weights(p, k, w, k + 1 < to ? weight_of<MASKED>(x, k + 1, m, sums.part[1], sums.seen) : vreal{});
+    }
 }
 
 // Scores in `s` become weights where they need no running maximum: pointwise normalisers and known sums.
 template <bool MASKED>
-INLINE void weights(const Call& c, const Uniform& u, const RowValues& r, int64_t j0, int64_t from, int64_t to, real* s,
-                    vreal m, vreal inverse) {
+INLINE void weights(const Column& x, int64_t from, int64_t to, vreal m, vreal inverse, real* s) {
     for (int64_t k = from; k < to; ++k) {
         const vreal raw = load(s + k * LANES);
         vmask visible = splat_mask(true);
-        vreal w = logit<MASKED>(c, u, r, j0 + k, raw, visible);
+        vreal w = logit<MASKED>(x.c, x.u, x.r, x.j0 + k, raw, visible);
         if (IS_SOFTMAX) w = exp2_of(scaled(w) * LATE - m) * inverse;
-        w = weight(c, u, r, j0 + k, raw, w);
+        w = weight(x.c, x.u, x.r, x.j0 + k, raw, w);
         store(s + k * LANES, MASKED ? pick(visible, w, vreal{}) : w);
     }
 }
@@ -74,92 +103,101 @@ INLINE void full_run(const Tile& t, int64_t j0, int64_t count, int64_t& from, in
     }
 }
 
+static void weigh_known(const Column& x, const Tile& t, int64_t from, int64_t to, int64_t n, int64_t v, Stage stage,
+                        real* s, real* p) {
+    const int64_t lane = v * LANES;
+    const vreal m = load(t.m + lane);
+    if (stage == EMPTIES) {
+        // Finite additive masks make all keys of such a row equal: weight 1 / M each, here or in `finish`.
+        const vmask seen = *(const vmask*)(t.seen + lane);
+        for (int64_t k = 0; k < n; ++k) {
+            real* at = s + k * LANES;
+            store(at, pick(seen, vreal{}, empty_weight(x.c, x.u, x.r, x.j0 + k, load(at))));
+        }
+    } else {
+        const vreal safe = m == -INFINITY ? vreal{} : m;
+        const vreal inverse = 1 / load(t.l + lane);
+        weights<true>(x, 0, from, safe, inverse, s);
+        weights<false>(x, from, to, safe, inverse, s);
+        weights<true>(x, to, n, safe, inverse, s);
+    }
+    int64_t k = 0;
+    for (; k + 2 <= n; k += 2) put_weights(p, k, load(s + k * LANES), load(s + (k + 1) * LANES));
+    if (k < n) put_weights(p, k, load(s + k * LANES), vreal{});
+}
+
+// A maximum need not be one: weights are right against any number that keeps their sum in range. So the first block of a row
+// is weighed against 0, which saves a pass over the scores; out of this range, or once a later sum is too large, the block
+// is weighed again, against its own maximum, and so are at once all later ones of these rows.
+static constexpr real LARGE = 1048576, SMALL = 1 / LARGE;
+
+// Column v of a tile: scores in `s` become weights in `p`, and `keep` what its rows' earlier sums are worth now.
+static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, const Uniform& u, int64_t v, Stage stage,
+                   int64_t from, int64_t to, real* s, real* p, real* keep) {
+    const int64_t n = at.count, lane = v * LANES;
+    const Column x = {c, u, t.values[v], at.j0, s};
+    if (!IS_SOFTMAX || stage == WEIGHTS || stage == EMPTIES) {
+        weigh_known(x, t, from, to, n, v, stage, s, p);
+        end_weights(p, n);
+        store(keep, splat(1));
+        return;
+    }
+    const vreal m_old = load(t.m + lane), l_old = load(t.l + lane);
+    vreal m = pick(m_old == splat(-INFINITY), vreal{}, m_old), factor, sum;
+    Sums sums;
+    auto top = [&] { return highest<true>(x, to, n, highest<false>(x, from, to, highest<true>(x, 0, from, m_old))); };
+    bool again = t.climbing >> v & 1;
+    if (again) m = top();
+    for (;; again = true) {
+        for (int i = 0; i < 4; ++i) sums.part[i] = vreal{};
+        sums.seen = *(const vmask*)(t.seen + lane);
+        const vreal safe = pick(m == splat(-INFINITY), vreal{}, m);
+        weigh<true>(x, 0, from, safe, p, sums);
+        weigh<false>(x, from, to, safe, p, sums);
+        weigh<true>(x, to, n, safe, p, sums);
+        factor = exp2_of(m_old - safe);
+        sum = (sums.part[0] + sums.part[1]) + (sums.part[2] + sums.part[3]);
+        if (again || none((sum > splat(LARGE)) | (sums.seen & (l_old * factor + sum < splat(SMALL))))) break;
+        if (WEIGHTS_OVERWRITE && t.few) few_score_product(c, b, t, at, s);
+        else if (WEIGHTS_OVERWRITE) score_product(c, t, v, 1, at, s);
+        m = top();
+        t.climbing |= (int64_t)1 << v;
+    }
+    end_weights(p, n);
+    m = pick(sums.seen | (m_old != splat(-INFINITY)), m, m_old);
+    if (!PRODUCT_KEEPS && !t.few && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
+    store(t.m + lane, m);
+    store(t.l + lane, l_old * factor + sum);
+    store(keep, factor);
+    *(vmask*)(t.seen + lane) = sums.seen;
+}
+
 static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stage stage, real* scores, real* spare) {
-    const int64_t n = at.count;
-    alignas(128) real keep[QUERIES];
+    int64_t from, to;
+    full_run(t, at.j0, at.count, from, to);
+    if (t.few && FEW_ALONE && stage == ONLINE && from == 0 && to == at.count) return few_attention(c, b, t, at, scores);
+    // Ranges meet at multiples of four keys.
+    from = (from + 3) / 4 * 4;
+    to = to == at.count ? to : to / 4 * 4;
+    if (from >= to) from = to = at.count;
+    alignas(128) real keep[QUERIES], near[STAGED * KEYS * LANES + 1];
     Uniform u = uniform(c, b, t);
-    alignas(128) real near[STAGED * KEYS * LANES + 1];
     u.near = near;
     u.j0 = at.j0;
-    int64_t from, to;
-    full_run(t, at.j0, n, from, to);
-    if (t.few && FEW_ALONE && stage == ONLINE && from == 0 && to == n) return few_attention(c, b, t, at, scores);
-    for (int64_t v = 0; v < t.columns; ++v) {
-        // A few columns at a time, so that their scores stay in the nearest cache until they are used.
-        if (v % STRIP == 0) {
-            if (v > 0 && stage != SUMS && HAS_OUT)
-                value_product(c, t, v - STRIP, STRIP, at, weight_column(scores, spare, 0), keep);
-            if (t.few) few_score_product(c, b, t, at, scores);
-            else score_product(c, t, v, v + STRIP < t.columns ? STRIP : t.columns - v, at, scores);
+    real* const p = weight_column(scores, spare, 0);
+    // A few columns at a time, so that their scores stay in the nearest cache until they are used.
+    for (int64_t v = 0; v < t.columns; v += STRIP) {
+        const int64_t columns = v + STRIP < t.columns ? STRIP : t.columns - v;
+        if (t.few) few_score_product(c, b, t, at, scores);
+        else score_product(c, t, v, columns, at, scores);
+        for (int64_t x = 0; x < columns; ++x) {
+            if (STAGED) bring_near(c, u, t.values[v + x], at.count, near);
+            soften(c, b, t, at, u, v + x, stage, from, to, scores + x * KEYS * LANES, weight_column(scores, spare, x),
+                   keep + (v + x) * LANES);
         }
-        const int64_t lane = v * LANES;
-        const RowValues r = t.values[v];
-        if (STAGED) bring_near(c, u, r, n, near);
-        real* s = scores + v % STRIP * KEYS * LANES;
-        real* p = weight_column(scores, spare, v % STRIP);
-        vmask seen = *(const vmask*)(t.seen + lane);
-        const vreal m_old = load(t.m + lane);
-        if (!IS_SOFTMAX || stage == WEIGHTS || stage == EMPTIES) {
-            const vreal safe = m_old == -INFINITY ? vreal{} : m_old;
-            const vreal inverse = 1 / load(t.l + lane);
-            if (stage == EMPTIES) {
-                // Finite additive masks make all keys of such a row equal: weight 1 / M each, here or in `finish`.
-                for (int64_t k = 0; k < n; ++k) {
-                    real* x = s + k * LANES;
-                    store(x, pick(seen, vreal{}, empty_weight(c, u, r, at.j0 + k, load(x))));
-                }
-            } else {
-                weights<true>(c, u, r, at.j0, 0, from, s, safe, inverse);
-                weights<false>(c, u, r, at.j0, from, to, s, safe, inverse);
-                weights<true>(c, u, r, at.j0, to, n, s, safe, inverse);
-            }
-            int64_t k = 0;
-            for (; k + 2 <= n; k += 2) put_weights(p, k, load(s + k * LANES), load(s + (k + 1) * LANES));
-            put_last_weights(p, k, n, k < n ? load(s + k * LANES) : vreal{});
-            store(keep + lane, splat(1));
-            continue;
-        }
-        vreal top[4];
-        for (int x = 0; x < 4; ++x) top[x] = splat(-INFINITY);
-        logits<true>(c, u, r, at.j0, 0, from, s, top, seen);
-        logits<false>(c, u, r, at.j0, from, to, s, top, seen);
-        logits<true>(c, u, r, at.j0, to, n, s, top, seen);
-        const vreal block_top = high(high(top[0], top[1]), high(top[2], top[3]));
-        vreal m = high(block_top * LATE, m_old);
-        if (!PRODUCT_KEEPS && none(m > m_old + LAZY)) m = m_old;
-        const vreal safe = m == -INFINITY ? vreal{} : m;
-        vreal sum[4];
-        for (int x = 0; x < 4; ++x) sum[x] = vreal{};
-        int64_t k = 0;
-        for (; k + 4 <= n; k += 4) {
-            vreal w[4];
-#pragma GCC unroll 4
-            for (int x = 0; x < 4; ++x) {
-                w[x] = exp2_weight(load(s + (k + x) * LANES) * LATE - safe);
-                sum[x] += w[x];
-                w[x] = linear_weight(c, u, r, at.j0 + k + x, w[x]);
-            }
-            put_weights(p, k, w[0], w[1]);
-            put_weights(p, k + 2, w[2], w[3]);
-        }
-        vreal w[2] = {};
-        for (int64_t x = 0; x < n - k; ++x) {
-            w[x & 1] = exp2_weight(load(s + (k + x) * LANES) * LATE - safe);
-            sum[x] += w[x & 1];
-            w[x & 1] = linear_weight(c, u, r, at.j0 + k + x, w[x & 1]);
-            if (x == 1) put_weights(p, k, w[0], w[1]);
-        }
-        put_last_weights(p, n & ~int64_t(1), n, w[0]);
-        const vreal factor = exp2_of(m_old - safe);
-        if (!PRODUCT_KEEPS && !t.few && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
-        store(t.m + lane, m);
-        store(t.l + lane, load(t.l + lane) * factor + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
-        store(keep + lane, factor);
-        *(vmask*)(t.seen + lane) = seen;
+        if (stage == SUMS || !HAS_OUT) continue;
+        if (t.few) few_value_product(c, b, t, at, p, keep);
+        else value_product(c, t, v, columns, at, p, keep);
     }
-    if (stage == SUMS || !HAS_OUT) return;
-    const int64_t last = (t.columns - 1) / STRIP * STRIP;
-    if (t.few) few_value_product(c, b, t, at, weight_column(scores, spare, 0), keep);
-    else value_product(c, t, last, t.columns - last, at, weight_column(scores, spare, 0), keep);
-    t.fresh = false;
+    if (stage != SUMS && HAS_OUT) t.fresh = false;
 }

@@ -49,6 +49,7 @@ INLINE void next_row(const Call& c, const Tile& t, Row& r) {
 // Loads the queries of a placed tile and everything of its rows that no key changes.
 static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
     t.fresh = true;
+    t.climbing = 0;
     t.few = is_few(c, t.rows);
     Row at = first_row(c, t);
     for (int64_t v = 0; v < t.columns * LANES; v += LANES) {

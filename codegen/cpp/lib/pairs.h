@@ -111,11 +111,11 @@ INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) {
     asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(x), "v"(w));
     *(vpairs*)(p + k / 2 * LANES) = __builtin_shufflevector(both, both, ZIP_PAIRS);
 }
-// The last key of an odd number, and zeros to the end of what the product reads.
-INLINE void put_last_weights(real* p, int64_t k, int64_t n, vreal w) {
-    if (k < n) put_weights(p, k, w, vreal{}), k += 2;
-    for (; k < round_to(n, 32); k += 2) store(p + k / 2 * LANES, vreal{});
+// Zeros from where the weights of n keys end to the end of what the product reads.
+INLINE void end_weights(real* p, int64_t n) {
+    for (int64_t k = round_to(n, 2); k < round_to(n, 32); k += 2) store(p + k / 2 * LANES, vreal{});
 }
+#define WEIGHTS_OVERWRITE 0
 
 #if TILES
 #define PRODUCT_KEEPS 0

@@ -45,7 +45,8 @@ static void value_product(const Call& c, const Tile& t, int64_t v, int64_t colum
 INLINE real* weight_column(real* scores, real*, int64_t column) { return scores + column * KEYS * LANES; }
 INLINE real weight_at(const real* p, int64_t k, int64_t lane) { return p[k * LANES + lane]; }
 INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) { store(p + k * LANES, w); store(p + (k + 1) * LANES, x); }
-INLINE void put_last_weights(real* p, int64_t k, int64_t n, vreal w) { if (k < n) store(p + k * LANES, w); }
+INLINE void end_weights(real*, int64_t) {}
+#define WEIGHTS_OVERWRITE 1  // their scores
 INLINE void rescale(const Call&, const Tile&, int64_t, vreal) {}
 constexpr int64_t STRIP = TILE_VECTORS;  // columns that go through scores, weights and values together
 #define PRODUCT_KEEPS 1  // the value product applies `keep`

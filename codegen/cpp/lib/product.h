@@ -21,6 +21,7 @@ INLINE void product_tile(const a_element* a, int64_t ar, int64_t ak, const real*
     vreal sum[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) sum[r][c] = vreal{};
+#pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k, a += ak, b += LANES) {
         vreal column[C];
         for (int c = 0; c < C; ++c) column[c] = load(b + c * b_next);
@@ -42,6 +43,8 @@ static void product_columns(int64_t rows, const a_element* a, int64_t ar, int64_
     int64_t r = 0;
     for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
         product_tile<TILE_ROWS, C>(a + r * ar, ar, ak, b, b_next, depth, out + r * LANES, out_next, keep);
+    for (; r + 4 <= rows; r += 4)
+        product_tile<4, C>(a + r * ar, ar, ak, b, b_next, depth, out + r * LANES, out_next, keep);
     for (; r + 2 <= rows; r += 2)
         product_tile<2, C>(a + r * ar, ar, ak, b, b_next, depth, out + r * LANES, out_next, keep);
     if (r < rows) product_tile<1, C>(a + r * ar, ar, ak, b, b_next, depth, out + r * LANES, out_next, keep);

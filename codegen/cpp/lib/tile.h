@@ -6,6 +6,7 @@ struct Tile {
     int64_t spans, fulls;
     Span span[MAX_SPANS], full[MAX_FULLS];
     bool few;    // its queries lie in rows: see few.h
+    int64_t climbing;  // bit v: scores of column v have left the range of `LARGE` and `SMALL`
     bool fresh;  // no key block has been added yet, so `o` is not set
     real *q, *o; // [columns][D][LANES] and [columns][E][LANES]
     RowValues values[QUERIES / LANES];

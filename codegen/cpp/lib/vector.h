@@ -152,7 +152,7 @@ BY_LANE(cos_of, __builtin_cos)
 INLINE vreal pow_of(vreal x, vreal y) { vreal r; EACH_LANE(r[l] = FN(__builtin_pow)(x[l], y[l])) return r; }
 INLINE real pow_of(real x, real y) { return FN(__builtin_pow)(x, y); }
 
-// 2^x for x not far above 0, as the softmax needs it: exactly 0 where 2^x is below the normal numbers.
+// 2^x as the softmax needs it: exactly 0 below the normal numbers; anything from 2^126 on may come out where it is larger.
 INLINE vreal exp2_weight(vreal x) {
 #if REAL_IS_DOUBLE
     return exp2_of(x);
@@ -178,7 +178,7 @@ INLINE vreal exp2_weight(vreal x) {
     return __builtin_ia32_scalefps512_mask(p, x, vreal{}, __builtin_ia32_cmpps512_mask(x, splat(-126), 5, -1, 4), 4);
 #else
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const vreal c = high(splat(-126), x);
+    const vreal c = low(splat(126), high(splat(-126), x));
     const vreal n = c + shift;
     const vreal f = c - (n - shift);
     const vreal p = exp2_small(f);
