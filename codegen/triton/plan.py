@@ -20,7 +20,7 @@ TYPES = {
     "f64": "fp64", "f32": "fp32", "bf16": "bf16", "f16": "fp16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",
     "u8": "u8", "bool": "i1",
 }  # fmt: skip
-TL_TYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
+TL_TYPES = {"f64": "tl.float64", "f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ def unsupported(a: Attention) -> str | None:
     """Why `a` cannot be emitted for Triton, or None."""
     if a.compute_dtype == "f64":
         return "float64 operands: the Triton kernels compute in float32"
-    if a.dtype == "f64":
-        return "a float64 output: the Triton kernels compute in float32"
     sizes = head_sizes(a)
     if sizes is None:
         return "the head size is not a constant"

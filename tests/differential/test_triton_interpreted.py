@@ -113,6 +113,11 @@ def test_odd_sizes(dtype: str, rows: int, keys: int) -> None:
     check(make("causal from the end", rows=rows, keys=keys, dtype=dtype), WIDE)
 
 
+def test_a_wider_output_than_the_kernel_computes_in() -> None:
+    p = make("causal", dtype="f32")
+    check(p._replace(attention=replace(p.attention, dtype="f64")), SMALL)
+
+
 @pytest.mark.parametrize("splits", [2, 5])
 @pytest.mark.parametrize("name", ["decode", "decode with sink", "decode mean", "decode sigmoid", "two heads of 80"])
 def test_split_keys(name: str, splits: int) -> None:

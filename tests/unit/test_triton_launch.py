@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_cases import make
 
+from attncc.codegen.triton import TritonConfig, emit, reads_by_key
+from attncc.passes.bounds import loop_bounds
 from attncc.runtime import triton_launch
 from attncc.runtime.triton_launch import TritonKernel, tuning_allowed
+from attncc.runtime.triton_module import load_module
 
 SOURCE = """
 calls = []
@@ -108,3 +114,38 @@ def test_a_choice_not_made_is_made_later(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_no_source_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one"):
         TritonKernel([])
+
+
+class Recorded:
+    """A kernel that notes its launches instead of running."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[tuple[int, ...], tuple[object, ...]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: self.launches.append((grid, arguments))
+
+
+@pytest.mark.parametrize("name", ["decode", "decode with sink", "pages", "documents", "causal block table", "causal"])
+@pytest.mark.parametrize("persistent", [0, 2])
+def test_what_is_launched_depends_on_sizes_alone(name: str, persistent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read back from the device, so that a CUDA graph may capture a call: the host's part runs on tensors
+    that have no values, and launches the same for any values."""
+    a, tensors, sizes = make(name, keys=1000 if name.startswith("decode") else 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    config = TritonConfig(16, 16, 4, 1, split=not persistent, lists=reads_by_key(a), persistent=persistent)
+    module = load_module(emit(a, loop_bounds(a, rows=True), config))
+    with FakeTensorMode():
+        outputs = [torch.empty([2] * (len(a.batch) + 1 + (n == "out")), device="cuda") for n in a.outputs]
+        given = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors.values()]
+        kernels = {n: Recorded() for n in module.SIGNATURES}
+        for n, kernel_ in kernels.items():
+            monkeypatch.setattr(module, n, kernel_)
+        module.launch(given, sizes, outputs)
+    joined = name.startswith("decode") and not persistent
+    assert joined or not kernels.pop("join", Recorded()).launches  # too few keys to be shared
+    for n, k in kernels.items():
+        ((grid, arguments),) = k.launches
+        assert len(arguments) == len(module.SIGNATURES[n])
+        assert all(isinstance(x, int) and x > 0 for x in grid)
+        assert all(x is None or isinstance(x, (torch.Tensor, int)) for x in arguments)
