@@ -23,7 +23,7 @@ from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point
 from attncc.patterns.operands import Source, operand
 from attncc.patterns.products import Product, mentioned
-from attncc.patterns.value import Reader
+from attncc.patterns.value import Reader, Unreadable
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ class Frame:
         d, depth = found.contracted
         inner = {**self.extents, d: depth}
         e, i = self.e, found.row
+        alone = mentioned(found.q_at) - mentioned(found.k_at) - {d}
+        if alone - set(self.out) and found.row not in alone:
+            raise Unreadable(self.product.node, "the weights are mixed over queries, not over heads")
         whole = frozenset[Expr](x for x in (i, self.c, d, e) if x is not None)
 
         def source(n: fx.Node, at: Point, read: int) -> Source:

@@ -51,7 +51,7 @@ def terms(frame: Frame, anchors: Mapping[str, Anchor]) -> list[Term]:
 
     `anchors` are those of the graph by the name of their node. Raises Unreadable where the weights are no such sum."""
     leaves = frozenset(a.node for a in anchors.values())
-    split = _Split(frame, frame.reader(leaves=leaves), anchors)
+    split = _Split(frame, frame.reader(pair=frozenset({frame.c}), leaves=leaves), anchors)
     whole = split.reader.value_at(frame.weights, frame.weights_at, frame.read)
     addends = [_Addend(whole, {})]
     if split.is_sum(whole):

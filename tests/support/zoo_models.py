@@ -6,13 +6,14 @@ from zoo_case import Case
 from zoo_diffusion import DIFFUSION
 from zoo_flex import FLEX
 from zoo_forms import FORMS
+from zoo_joint import JOINT
 from zoo_library import LIBRARY
 from zoo_others import OTHERS
 from zoo_spellings import SPELLINGS
 from zoo_text import TEXT
 from zoo_vision import VISION
 
-CASES: tuple[Case, ...] = (*SPELLINGS, *FORMS, *FLEX, *LIBRARY, *OTHERS, *TEXT, *VISION, *DIFFUSION)
+CASES: tuple[Case, ...] = (*SPELLINGS, *FORMS, *JOINT, *FLEX, *LIBRARY, *OTHERS, *TEXT, *VISION, *DIFFUSION)
 
 assert len({case.name for case in CASES}) == len(CASES)
 
@@ -22,7 +23,7 @@ QUICK = frozenset({
     "safe-softmax", "fill-minus-100", "fill-minus-1e30", "add-minus-1e4", "clamped", "added-in-place",
     "triangle-in-the-graph", "window-in-the-graph", "documents", "sdpa-causal", "sdpa-narrow-values",
     "grouped-by-repeat", "grouped-by-einsum", "keys-first", "values-times-transpose", "null-key",
-    "both-directions", "subtracted",
+    "both-directions", "subtracted", "mixed-twice", "joint-heads", "two-products", "product-of-softmaxes",
     "sink-column", "sink-gate", "softcap", "alibi", "bucketed", "relative-keys", "relative-shift", "decomposed",
     "channels", "class-token", "windows", "halo", "axial", "top-k", "sorted-groups", "under-autocast", "with-weights",
     "flex", "flex-documents", "flex-merged", "flex-dynamic", "flex-by-tables",
