@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_cases import make
 
+from attncc import kernels
 from attncc.codegen.triton import TritonConfig, emit, reads_by_key
+from attncc.ir import print_attention
+from attncc.kernels import Remembered
 from attncc.passes.bounds import loop_bounds
 from attncc.runtime import triton_launch
+from attncc.runtime.store import Store
 from attncc.runtime.triton_launch import TritonKernel, tuning_allowed
 from attncc.runtime.triton_module import load_module
+from attncc.tables import BySize
 
 SOURCE = """
 calls = []
@@ -97,6 +103,34 @@ def test_what_was_remembered_is_used_without_measuring(monkeypatch: pytest.Monke
     assert run(kernel(31, 11, 22, remember=remember), 100) == 31  # other sources, nothing known
 
 
+def test_a_choice_outlives_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Through the store, which a later process opens anew."""
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_launch, "tuning_allowed", lambda device: True)
+        assert run(kernel(35, 15, 25, remember=Remembered(Store(tmp_path))), 100) == 15
+    assert run(kernel(35, 15, 25, remember=Remembered(Store(tmp_path))), 100) == 15
+    assert run(kernel(35, 15, 25, remember=Remembered(Store(tmp_path / "other"))), 100) == 35
+
+
+def test_large_calls_of_masks_that_data_decides_make_lists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the driver builds for a GPU, seen on a machine without one."""
+    monkeypatch.setattr(kernels, "capability_of", lambda device: "sm_90")
+    monkeypatch.setattr(kernels, "default_store", lambda: Store(tmp_path))
+    documents = kernels.built.__wrapped__(print_attention(make("documents").attention), "cuda")
+    assert documents.language == "triton" and isinstance(documents.kernel, BySize)
+    assert "look" not in documents.kernel.plain.module(0).SIGNATURES
+    seen: list[int] = []
+    large = documents.kernel._build()
+    assert "look" in large.module(0).SIGNATURES
+    monkeypatch.setattr(documents.kernel, "_build", lambda: lambda tensors, sizes, outputs: seen.append(sizes[1]))
+    monkeypatch.setattr(documents.kernel, "plain", lambda tensors, sizes, outputs: seen.append(-sizes[1]))
+    for n in (1000, 2000):
+        documents.kernel([], [1, n, n], [])
+    assert seen == [-1000, 2000]
+    causal = kernels.built.__wrapped__(print_attention(make("causal").attention), "cuda")
+    assert isinstance(causal.kernel, TritonKernel)
+
+
 @pytest.mark.usefixtures("gpu")
 def test_a_source_that_fails_is_passed_over() -> None:
     assert run(kernel(32, 12, 22, fails=12), 100) == 22
@@ -138,13 +172,13 @@ def test_what_is_launched_depends_on_sizes_alone(name: str, persistent: int, mon
     with FakeTensorMode():
         outputs = [torch.empty([2] * (len(a.batch) + 1 + (n == "out")), device="cuda") for n in a.outputs]
         given = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors.values()]
-        kernels = {n: Recorded() for n in module.SIGNATURES}
-        for n, kernel_ in kernels.items():
-            monkeypatch.setattr(module, n, kernel_)
+        noted = {n: Recorded() for n in module.SIGNATURES}
+        for n, recorder in noted.items():
+            monkeypatch.setattr(module, n, recorder)
         module.launch(given, sizes, outputs)
     joined = name.startswith("decode") and not persistent
-    assert joined or not kernels.pop("join", Recorded()).launches  # too few keys to be shared
-    for n, k in kernels.items():
+    assert joined or not noted.pop("join", Recorded()).launches  # too few keys to be shared
+    for n, k in noted.items():
         ((grid, arguments),) = k.launches
         assert len(arguments) == len(module.SIGNATURES[n])
         assert all(isinstance(x, int) and x > 0 for x in grid)
