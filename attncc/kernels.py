@@ -14,27 +14,43 @@ import torch
 
 from attncc.codegen import cpp, torch_form, triton
 from attncc.ir import Attention, Bounds, parse_attention, print_attention
+from attncc.passes.area import Area
 from attncc.passes.bounds import loop_bounds
 from attncc.passes.drop_rounding import drop_rounding
 from attncc.passes.fold_predicates import fold_predicates
 from attncc.passes.spans import spanned
+from attncc.passes.tile_choice import InTiles, in_tiles
 from attncc.progress import step
 from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, KernelError, detect_isa
 from attncc.runtime.op import Kernel
 from attncc.runtime.store import Store, StoreError, key
 from attncc.runtime.triton_launch import TritonKernel, capability_of
 from attncc.tables import BySize, Tabled
+from attncc.tile_order import TileOrdered, movable
 
 
 @dataclass(frozen=True)
 class Built:
-    """A kernel with what a report says of it. `reason` is why it is not a compiled one, where it is not."""
+    """A kernel with what a report says of it. `reason` is why it is not a compiled one, where it is not; `note` says
+    more about the one there is."""
 
     kernel: Kernel
     source: str
     language: str
     name: str
     reason: str = ""
+    note: str = ""
+
+    @property
+    def shown(self) -> str:
+        note = self.kernel.note if isinstance(self.kernel, TileOrdered) else self.note
+        return f"{self.name}, {note}" if note else self.name
+
+    def area(self, row_major: Area | None) -> Area | None:
+        """The area that the kernel visits, given that of the loop bounds in row-major order."""
+        if row_major is not None and isinstance(self.kernel, TileOrdered):
+            return self.kernel.area(row_major)
+        return row_major
 
 
 class TorchKernel:
@@ -75,7 +91,7 @@ def built(spec: str, device: str) -> Built:
     a = optimise(parse_attention(spec))
     bounds = loop_bounds(a, rows=True)
     if device == "cpu":
-        return _skipping(a, _cpp(a, bounds))
+        return _in_tiles(a, bounds, _skipping(a, _cpp(a, bounds)))
     if device == "cuda":
         return _listed(a, bounds, _triton(a, bounds))
     return _torch(a, f"no emitter for device {device}")
@@ -88,6 +104,21 @@ def _skipping(a: Attention, plain: Built) -> Built:
         return plain
     kernel = Tabled(plain.kernel, found, lambda: _cpp(found.attention, found.bounds).kernel)
     return replace(plain, kernel=kernel)
+
+
+def _in_tiles(a: Attention, bounds: Bounds, plain: Built) -> Built:
+    """`plain`, or where a mask over a grid makes it less work, a kernel for tokens in tile order beside it."""
+    if plain.language == "torch":
+        return plain
+    found = in_tiles(a, bounds)
+    if isinstance(found, InTiles):
+        found = movable(a) or found
+    if found is None or isinstance(found, str):
+        return replace(plain, note=f"not in tile order: {found}" if found else "")
+    tiled = _cpp(found.attention, found.bounds)
+    if tiled.language == "torch":
+        return replace(plain, note=f"not in tile order: {tiled.reason}")
+    return replace(plain, kernel=TileOrdered(a, plain.kernel, found, tiled.kernel, default_store), source=tiled.source)
 
 
 def _listed(a: Attention, bounds: Bounds, plain: Built) -> Built:

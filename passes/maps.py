@@ -40,6 +40,11 @@ class BlockMap:
     block: int
 
     @property
+    def sources(self) -> tuple[Expr, ...]:
+        """What the map is made from."""
+        return (self.literal,)
+
+    @property
     def some(self) -> Bits:
         """Keys outside are hidden from every row of the tile."""
         return Bits(self.tensor.name, (*self.index, ZERO), self.block, self.group)

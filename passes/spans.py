@@ -43,6 +43,11 @@ class Span:
     row: Expr
     key: Expr
 
+    @property
+    def sources(self) -> tuple[Expr, ...]:
+        """What the table is made from."""
+        return self.row, self.key
+
 
 @dataclass(frozen=True)
 class Spanned:

@@ -186,6 +186,8 @@ def _getitem(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
     """One of the parts that split, chunk or unbind gave."""
     parts: Any = n.args[0]
     which: Any = n.args[1]
+    if isinstance(parts, fx.Node) and parts.target in _GRIDS and isinstance(which, int):
+        return _of_grid(f, parts, which % len(f.value(parts)), at)
     if not isinstance(parts, fx.Node) or parts.target not in _PARTS or not isinstance(which, int):
         return None
     source: Any = parts.args[0]
@@ -200,6 +202,15 @@ def _getitem(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
     return source, (*at[:d], simplify(add(at[d], offset), ext), *at[d + 1 :])
 
 
+def _of_grid(f: Facts, grid: fx.Node, which: int, at: Point) -> Move | None:
+    """Coordinate `which` of a meshgrid: its first two axes change places for "xy"."""
+    sources: Any = grid.args[0]
+    swapped = argument(grid, "indexing") == "xy" if grid.target is aten.meshgrid.indexing else False
+    dim = 1 - which if swapped and which < 2 and len(sources) > 1 else which
+    return sources[which], (at[dim],) if f.rank(sources[which]) else ()
+
+
+_GRIDS = {aten.meshgrid.default, aten.meshgrid.indexing}
 _PARTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.split.sizes}
 
 

@@ -7,36 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from bounds_cases import blocks, check_sound, visible
-from mask_catalogue import Mask, causal_neighbourhood, neighbourhood
+from grid_masks import MASKS, grid
+from mask_catalogue import neighbourhood
 
-from attncc.ir import Attention, Axis, Bounds, Const, interpret, parse_expr, verify
+from attncc.ir import Bounds, interpret, parse_expr, verify
 from attncc.ir.bounds import Interval
 from attncc.passes.area import area
 from attncc.passes.bounds import loop_bounds
-from attncc.passes.tile_choice import in_tiles, tiles_of
+from attncc.passes.tile_choice import Terms, tiles_of
 from attncc.passes.tile_layout import TileOrder, grid_of, tile_layout
 from attncc.passes.unroll_stripes import unroll_stripes
-
-Y, X = ("i // 32", "j // 32"), ("i % 32", "j % 32")
-FRAME, LINE, COLUMN = ("i // 256", "j // 256"), ("i // 16 % 16", "j // 16 % 16"), ("i % 16", "j % 16")
-PLANE = ((32, 32), (8, 8))
-VIDEO = ((8, 16, 16), (4, 4, 4))
-MASKS = {
-    "2-D": (neighbourhood(*Y, 32, 7) + " and " + neighbourhood(*X, 32, 7), *PLANE),
-    "2-D, even window": (neighbourhood(*Y, 32, 8) + " and " + neighbourhood(*X, 32, 12), *PLANE),
-    "2-D, strided": (neighbourhood(*Y, 32, 16, 8) + " and " + neighbourhood(*X, 32, 16, 8), *PLANE),
-    "2-D, causal in one": (causal_neighbourhood(*Y, 32, 9) + " and " + neighbourhood(*X, 32, 9), *PLANE),
-    "2-D, window": ("abs(i // 32 - j // 32) <= 4 and abs(i % 32 - j % 32) <= 4", *PLANE),
-    "3-D": (neighbourhood(*FRAME, 8, 3) + " and " + neighbourhood(*LINE, 16, 5) + " and "
-            + neighbourhood(*COLUMN, 16, 5), *VIDEO),
-    "3-D, sliding tiles": (neighbourhood(*FRAME, 8, 4, 4) + " and " + neighbourhood(*LINE, 16, 8, 4) + " and "
-            + neighbourhood(*COLUMN, 16, 8, 4), *VIDEO),
-}  # fmt: skip
-
-
-def grid(mask: str, shape: tuple[int, ...]) -> Attention:
-    n = Const(torch.Size(shape).numel())
-    return replace(Mask(mask).attention("b = 1, h = 1"), i=Axis("i", n), j=Axis("j", n))
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -97,14 +77,20 @@ def test_same_attention(shape: tuple[int, ...], tile: tuple[int, ...]) -> None:
 
 
 def test_the_grid_is_read_off_the_mask() -> None:
-    for mask, shape, tile in MASKS.values():
+    for mask, shape, _ in MASKS.values():
         assert grid_of(grid(mask, shape)) == shape
-        a = grid(mask, shape)
-        chosen = in_tiles(a, loop_bounds(a))
-        assert not isinstance(chosen, str) and chosen is not None and chosen.order == TileOrder(shape, tile)
+    assert grid_of(grid("(i - j) % 4 == 0 and abs(i - j) <= 60", (32, 32))) == (256, 4)
+    assert grid_of(grid("i % 4 == j % 4 and abs(i // 4 - j // 4) <= 9", (32, 32))) == (256, 4)
     assert grid_of(grid("i // 32 == j // 32 and j <= i", (32, 32))) is None
     assert grid_of(grid("j <= i", (32, 32))) is None
-    assert tiles_of((3, 5), 64, (3, 3)) == []
+    assert grid_of(grid("(j // 64 + h) % 4 == 0", (32, 32))) is None
+
+
+def test_tiles_hold_one_residue_of_a_dilation() -> None:
+    a = grid(neighbourhood("i // 32", "j // 32", 32, 7, 1, 2) + " and " + neighbourhood("i % 32", "j % 32", 32, 7, 1, 2),
+             (32, 32))  # fmt: skip
+    best = tiles_of(Terms(a, grid_of(a) or ()), 64)[0]
+    assert grid_of(a) == (16, 2, 16, 2) and best[1] == best[3] == 1
 
 
 def test_what_does_not_fit_is_refused() -> None:
