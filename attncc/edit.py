@@ -15,6 +15,7 @@ from attncc.capture import Reading
 from attncc.ir import Attention, print_attention
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.ir.expr import Const, Expr, Op, Size
+from attncc.patterns.anchors import SDPA
 from attncc.patterns.assemble import Lifted, Lse
 from attncc.patterns.facts import Facts, argument, written_args
 from attncc.patterns.flex import FLEX
@@ -295,6 +296,8 @@ def _acts(n: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return n.op == "call_function" and target is not FLEX and getattr(target, "__name__", "") != "getitem"
     if target is torch.ops.aten.dropout.default and (not argument(n, "train") or argument(n, "p") == 0.0):
+        return False
+    if target is SDPA and argument(n, "dropout_p") == 0.0:
         return False
     return bool(written_args(n)) or torch.Tag.nondeterministic_seeded in target.tags
 
