@@ -971,7 +971,7 @@ constexpr int64_t FEW_STEP = 32;
 
 INLINE int64_t few_width(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 INLINE real* few_sums(const Call& c, const Tile& t) { return t.o + o_rows(c) * LANES; }
-INLINE bool is_few(const Call& c, int64_t rows) {
+INLINE bool few_in_rows(const Call& c, int64_t rows) {
     return rows <= FEW && c.N <= FEW && c.D >= 16 && c.E >= 16 && c.k_d == 1 && c.v_e == 1;
 }
 
@@ -1001,7 +1001,7 @@ template <class T> INLINE void two_rows_up_to(const T* p, int64_t count, vreal& 
     a = row_up_to(p, count), b = count > LANES ? row_up_to(p + LANES, count - LANES) : vreal{};
 }
 
-static void load_few(const Call& c, const q_element* const (&rows)[LANES], real* q) {
+static void load_rows(const Call& c, const q_element* const (&rows)[LANES], real* q) {
     for (int64_t r = 0; r < FEW; ++r, q += few_width(c.D)) {
         int64_t d = 0;
         if (!rows[r]) {
@@ -1111,6 +1111,7 @@ static void few_values(const Call& c, const v_element* v, const real* p, int64_t
     }
 }
 
+// ---- few queries: the attention of a block ---------------------------------------------------------------------------
 // Keys that every row sees, with no score to work out but a multiple: lanes hold several keys of every row.
 template <int R> static void attend_few(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
     few_scores<R>(c, t.q, key_at(c, b) + at.j0 * c.k_j, at.count, s);
@@ -1154,22 +1155,52 @@ static void score_few(const Call& c, const Batch& b, const Tile& t, const Block&
         for (int r = 0; r < R; ++r) s[j * LANES + r] = packed[j * R + r];
 }
 template <int R>
-static void value_few(const Call& c, const Batch& b, const Tile& t, const Block& at, const real* p, const real* keep) {
+static void value_few(const Call& c, const Batch& b, Tile& t, const Block& at, const real* p, const real* keep) {
     real packed[KEYS * R];
     for (int64_t j = 0; j < at.count; ++j)
         for (int r = 0; r < R; ++r) packed[j * R + r] = weight_at(p, j, r);
     few_values<R>(c, value_at(c, b) + at.j0 * c.v_j, packed, at.count, few_sums(c, t), t.fresh ? nullptr : keep);
 }
 
-#define BY_ROWS(call, ...) \
-    (t.rows == 1 ? call<1>(__VA_ARGS__) : t.rows == 2 ? call<2>(__VA_ARGS__) : t.rows <= 4 ? call<4>(__VA_ARGS__) \
-                                                                         : call<FEW>(__VA_ARGS__))
-static void few_attention(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) { BY_ROWS(attend_few, c, b, t, at, s); }
-static void few_score_product(const Call& c, const Batch& b, const Tile& t, const Block& at, real* s) {
-    BY_ROWS(score_few, c, b, t, at, s);
+// `f`, or `g` in the matrix unit, with the number of rows rounded up to one there is code for.
+#define IN_ROWS(f, ...) \
+    (t.rows == 1 ? f<1>(__VA_ARGS__) : t.rows == 2 ? f<2>(__VA_ARGS__) : t.rows <= 4 ? f<4>(__VA_ARGS__) : f<FEW>(__VA_ARGS__))
+#if TILES
+#define BY_ROWS(f, g, ...) \
+    (!few_in_tiles(c, t.rows) ? IN_ROWS(f, __VA_ARGS__) : t.rows <= 4 ? g<4>(__VA_ARGS__) \
+     : t.rows <= 8 ? g<8>(__VA_ARGS__) : g<16>(__VA_ARGS__))
+#else
+#define BY_ROWS(f, g, ...) IN_ROWS(f, __VA_ARGS__)
+#endif
+INLINE bool is_few(const Call& c, int64_t rows) {
+#if TILES
+    if (few_in_tiles(c, rows)) return true;
+#endif
+    return few_in_rows(c, rows);
 }
-static void few_value_product(const Call& c, const Batch& b, const Tile& t, const Block& at, const real* p, const real* keep) {
-    BY_ROWS(value_few, c, b, t, at, p, keep);
+// Rows that groups fold into one tile. Several tiles of few rows read a block of keys one after the other from the cache, which
+// is still faster than lanes that stand empty.
+static int64_t most_folded(const Call& c) {
+    if (PAIRS || c.N * group_count(c) > 4 * FEW || !few_in_rows(c, c.N)) return QUERIES;
+    return FEW;
+}
+static void load_few(const Call& c, const q_element* const (&rows)[LANES], real* q) {
+#if TILES
+    int64_t n = 0;
+    while (n < LANES && rows[n]) ++n;
+    if (few_in_tiles(c, n)) return load_queries(c, rows, q);
+#endif
+    load_rows(c, rows, q);
+}
+static void few_attention(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
+    BY_ROWS(attend_few, attend_in_tiles, c, b, t, at, s);
+}
+static void few_score_product(const Call& c, const Batch& b, const Tile& t, const Block& at, real* s) {
+    BY_ROWS(score_few, score_in_tiles, c, b, t, at, s);
+}
+static void few_value_product(const Call& c, const Batch& b, Tile& t, const Block& at, const real* p,
+                              const real* keep) {
+    BY_ROWS(value_few, value_in_tiles, c, b, t, at, p, keep);
 }
 
 // ---- tiles: where their rows lie, what they begin with, what they give ---------------------------------------------
@@ -1184,7 +1215,7 @@ struct Tiling {
 };
 static Tiling tiling(const Call& c) {
     const int64_t groups = group_count(c);
-    const int64_t fit = c.N > 0 ? QUERIES / c.N : 1;
+    const int64_t fit = c.N > 0 ? most_folded(c) / c.N : 1;
     if (groups > 1 && fit > 1) {
         const int64_t folded = fit < groups ? fit : groups;
         return {1, folded, (groups + folded - 1) / folded};

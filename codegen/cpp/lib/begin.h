@@ -10,7 +10,7 @@ struct Tiling {
 };
 static Tiling tiling(const Call& c) {
     const int64_t groups = group_count(c);
-    const int64_t fit = c.N > 0 ? QUERIES / c.N : 1;
+    const int64_t fit = c.N > 0 ? most_folded(c) / c.N : 1;
     if (groups > 1 && fit > 1) {
         const int64_t folded = fit < groups ? fit : groups;
         return {1, folded, (groups + folded - 1) / folded};
