@@ -51,7 +51,7 @@ def anchors(f: Facts) -> list[Anchor]:
 
 
 def near_misses(f: Facts) -> list[fx.Node]:
-    """Divisions by a sum of exponentials, the mark of a softmax, whether they are one or not."""
+    """Divisions of exponentials or by a sum of them, the mark of a softmax, whether they are one or not."""
     found: list[fx.Node] = []
     for n in f.graph.nodes:
         below = _tensor(n.args[1]) if n.target in DIVISIONS and n in f.live else None
@@ -59,7 +59,10 @@ def near_misses(f: Facts) -> list[fx.Node]:
             below = _tensor(below.args[0])
         reduced = None if below is None else _reduction(f, below, SUMS)
         of = None if reduced is None else skip_casts(reduced[1])
-        if of is not None and of.target in EXPS:
+        if of is None:
+            continue
+        top = skip_casts(_tensor(n.args[0]))
+        if of.target in EXPS or (top is not None and top.target in EXPS):
             found.append(n)
     return found
 

@@ -16,12 +16,14 @@ from attncc.patterns.divided import divided
 from attncc.patterns.facts import Facts
 from attncc.patterns.flex import FLEX, lift_flex
 from attncc.patterns.frames import Frame
-from attncc.patterns.linear import Recognised, linear_attentions
+from attncc.patterns.linear import Recognised, data_nodes, linear_attentions
 from attncc.patterns.pieces import in_pieces
+from attncc.patterns.reasons import of_use
 from attncc.patterns.recurrence import recurrences
 from attncc.patterns.sdpa import lift_sdpa
 from attncc.patterns.softmax import lift_softmax
 from attncc.patterns.terms import Term
+from attncc.patterns.unknown import unknown_weights
 from attncc.patterns.unnormalised import lift_unnormalised, weighted_by_scores
 from attncc.patterns.value import Unreadable
 
@@ -54,8 +56,12 @@ def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
             scans.append(Refusal(chain.found, chain.node, chain.first))
     covered = {n for site in linear for n in site.covered}
     quadratic = [x for x in _quadratic(f) if x.node not in reads if isinstance(x, Lifted) or x.anchor not in covered]
-    taken = {site.node for site in quadratic}
+    taken = {site.node for site in quadratic} | reads
     found = [*quadratic, *scans, *(site for site in linear if taken.isdisjoint({site.node, site.anchor}))]
+    taken |= {n for site in found for n in (site.node, site.anchor)} | covered
+    for reason, at, product in unknown_weights(f, data_nodes(f)):
+        if taken.isdisjoint({at, product}) and not any(n in taken for n in product.users):
+            found.append(Refusal(f"attention without a softmax: {reason}", at, product))
     return sorted(found, key=lambda site: f.order[site.anchor])
 
 
@@ -175,7 +181,7 @@ def _unused(anchor: Anchor, used: Uses) -> Refusal:
         reason = "the softmax runs over another axis than the product sums over"
         return Refusal(reason, used.others[0], anchor.node)
     at = used.escapes[0] if used.escapes else anchor.node
-    return Refusal(f"the softmax is not multiplied with values: it goes to {_name(at)}", at, anchor.node)
+    return Refusal(of_use(_name(at)), at, anchor.node)
 
 
 def _name(n: fx.Node) -> str:

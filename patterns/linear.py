@@ -33,6 +33,7 @@ from attncc.patterns.value import Reader, Unreadable
 
 _SEARCH = 24
 LEFT = "linear attention: left with Inductor"
+_WRITTEN_OUT = "linear attention written as (q k^T) v, with N x N weights: q (k^T v) needs none; left with Inductor"
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,15 @@ def _lift(
             return None
     softmaxes = feature_softmaxes(f, other), feature_softmaxes(f, k)
     mapped = [bool(s) or _is_feature(x.phi) for s, x in zip(softmaxes, (q_factor, k_factor), strict=True)]
+    projected = all(_is_projected(f, x) for x in (other, k, v))
     wide = _is_wider(inner.extent, outer.extent)
-    projected = wide and all(_is_projected(f, x) for x in (other, k, v))
-    if over is None and not all(mapped) and not (softmaxes[1] and wide) and not projected:
-        return None
-    names = {i: "i", j: "j", d: "d", e: "e"}
+    names, reason = {i: "i", j: "j", d: "d", e: "e"}, f"{LEFT}, O(N) already"
+    if over is None and not all(mapped) and not (softmaxes[1] and wide) and not (projected and wide):
+        if not projected or not _is_wider(outer.extent, inner.extent):
+            return None
+        names, reason = {e: "i", d: "j", j: "d", i: "e"}, _WRITTEN_OUT
+        q_factor = _factor(f, v, v_at, extents, read, {j, e})
+        v_factor = _factor(f, other, q_at, extents, use, {i, d}, v=True)
     batch = [x for x in own if x not in names]
     names |= {x: f"b{at}" for at, x in enumerate(batch)}
     declared = Declared(f, extents, {x: Index(name) for x, name in names.items()})
@@ -151,12 +156,14 @@ def _lift(
         held = quotient.columns if x is e and quotient is not None else extents[x]
         return Axis(names[x], declared.extent(held))
 
+    of = {name: x for x, name in names.items()}
+
     def access(name: str, x: Factor) -> Access:
         return declared.access(name, f.by_name[x.load.tensor], x.load.index)
 
     linear, sizes = declared.close(Linear(
-        sizes=(), batch=tuple(axis(x) for x in batch), i=axis(i), j=axis(j), d=axis(d), e=axis(e), tensors=(),
-        q=access("q", q_factor), k=access("k", k_factor), v=access("v", v_factor),
+        sizes=(), batch=tuple(axis(x) for x in batch), i=axis(of["i"]), j=axis(of["j"]), d=axis(of["d"]),
+        e=axis(of["e"]), tensors=(), q=access("q", q_factor), k=access("k", k_factor), v=access("v", v_factor),
         phi_q=declared.expr(q_factor.phi), phi_k=declared.expr(k_factor.phi), rate=declared.expr(scale),
         over=over, dtype=NAME_OF[f.dtype(outer.node)],
     ))  # fmt: skip
@@ -165,7 +172,7 @@ def _lift(
     where = dict(zip(quotient.read, out, strict=True)) if quotient is not None else {x: x for x in out}
     axes = tuple(names.get(where.get(x, ZERO), "") for x in (out if quotient is None else quotient.at))
     return Recognised(
-        verify_linear(linear), node, outer.node, f"{LEFT}, O(N) already", axes, tuple(declared.held), sizes, covered
+        verify_linear(linear), node, outer.node, reason, axes, tuple(declared.held), sizes, covered
     )
 
 

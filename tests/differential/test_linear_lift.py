@@ -13,7 +13,7 @@ from lifting import Q, read, values
 from torch import nn
 
 from attncc.alternative import hint
-from attncc.ir import interpret_linear, parse_linear, print_linear
+from attncc.ir import Const, interpret_linear, parse_linear, print_linear
 from attncc.patterns.facts import Facts
 from attncc.patterns.lift import Refusal, lift_all
 from attncc.patterns.linear import Recognised
@@ -125,6 +125,22 @@ def quadratic_features(q: Q, k: Q, v: Q, w: Q) -> Q:
     return F.relu(q) @ F.relu(k).mT @ v
 
 
+def dot_product(q: Q, k: Q, v: Q, w: Q) -> Q:
+    """A non-local block without a softmax."""
+    return q @ k.mT / N @ v
+
+
+@pytest.mark.parametrize("core", [quadratic, quadratic_features, dot_product])
+def test_written_with_a_weight_for_each_pair(core: Callable[..., Q]) -> None:
+    torch.manual_seed(0)
+    facts, shadow, given = read(Attend(core), torch.randn(B, N, H * D))
+    (site,) = lift_all(facts)
+    assert isinstance(site, Recognised)
+    assert "N x N" in site.reason
+    assert (site.linear.i.extent, site.linear.d.extent) == (Const(N), Const(D))
+    agrees(site, facts, values(shadow, given))
+
+
 def low_rank(q: Q, k: Q, v: Q, w: Q) -> Q:
     return q @ (w @ w.mT) + k @ w @ w
 
@@ -157,7 +173,7 @@ def softmax_first(q: Q, k: Q, v: Q, w: Q) -> Q:
 
 
 @pytest.mark.parametrize(
-    "core", [quadratic, quadratic_features, low_rank, perceptron, bilinear, pseudo_inverse, gram, softmax_first]
+    "core", [low_rank, perceptron, bilinear, pseudo_inverse, gram, softmax_first]
 )
 def test_not_taken_for_one(core: Callable[..., Q]) -> None:
     torch.manual_seed(0)

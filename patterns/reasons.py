@@ -1,0 +1,73 @@
+"""What to say of a softmax that is no attention: where its scores come from, or where it goes."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from attncc.patterns.elements import ELEMENTS
+from attncc.patterns.facts import Facts
+from attncc.patterns.moves import MOVES
+
+_STEPS = 40
+_LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
+_CHOSEN = {"topk", "sort", "argsort", "gather", "index"}
+_NONE = "the softmax's input is no product of queries and keys"
+
+
+def of_scores(f: Facts, scores: fx.Node) -> str:
+    """Why scores that hold no product of queries and keys are none."""
+    sources = _sources(f, scores)
+    names = dict.fromkeys(_name(x) for x in sources)
+    layers = [x for x in sources if _name(x) in _LAYERS or any(a in f.parameters for a in x.all_input_nodes)]
+    if "cdist" in names or "_cdist_forward" in names:
+        return f"{_NONE}: its scores are distances (cdist)"
+    if "sum" in names:
+        return f"{_NONE}: its scores are sums of elements (additive attention, or a product written out)"
+    if layers:
+        return f"{_NONE}: its scores come from a layer ({_name(layers[0])})"
+    chosen = next((x for x in names if x in _CHOSEN), None)
+    if chosen is not None:
+        return f"{_NONE}: its scores were picked out of others ({chosen})"
+    if names and all(x == "an input" for x in names):
+        return f"{_NONE}: its scores come into this graph from outside, as after a graph break"
+    first = next((x for x in names if x != "an input"), None)
+    return _NONE if first is None else f"{_NONE}: its scores come from {first}"
+
+
+_GOES = {
+    "topk": "it goes to topk, as a router's does",
+    "sort": "it goes to sort, as a router's does",
+    "sum": "what it weighs is summed element by element, as branches, levels and sampling points are",
+    "mean": "it is averaged first (mean)",
+    "the output": "it goes to the output",
+}
+
+
+def of_use(at: str) -> str:
+    """Why a softmax whose first user that sums nothing is `at` weighs no values."""
+    return f"the softmax is not multiplied with values: {_GOES.get(at, f'it goes to {at}')}"
+
+
+def _sources(f: Facts, n: fx.Node) -> list[fx.Node]:
+    """Where the values of a tensor come from, through what moves them or computes element by element."""
+    found: list[fx.Node] = []
+    stack, seen = [n], {n}
+    for _ in range(_STEPS):
+        if not stack:
+            break
+        n = stack.pop(0)
+        name = _name(n)
+        inner = n.op == "call_function" and (n.target in MOVES or n.target in ELEMENTS or name in ("getitem", "unbind"))
+        if not inner:
+            found.append(n)
+            continue
+        fresh = [a for a in n.all_input_nodes if a not in seen and a.op != "get_attr" and a not in f.parameters]
+        seen.update(fresh)
+        stack += fresh
+    return found
+
+
+def _name(n: fx.Node) -> str:
+    if n.op == "placeholder":
+        return "an input"
+    return getattr(n.target, "_opname", getattr(n.target, "__name__", str(n.target))).rstrip("_")
