@@ -23,8 +23,10 @@ def of_scores(f: Facts, scores: fx.Node) -> str:
         return f"{_NONE}: its scores are distances (cdist)"
     if "sum" in names:
         return f"{_NONE}: its scores are sums of elements (additive attention, or a product written out)"
-    if layers:
+    if layers and _name(layers[0]) in _LAYERS:
         return f"{_NONE}: its scores come from a layer ({_name(layers[0])})"
+    if layers:
+        return f"{_NONE}: its scores come out of a product with learned weights ({_name(layers[0])})"
     chosen = next((x for x in names if x in _CHOSEN), None)
     if chosen is not None:
         return f"{_NONE}: its scores were picked out of others ({chosen})"

@@ -173,6 +173,58 @@ class Outlook(nn.Module):
         return torch.einsum("bnhk,bnhck->bnhc", weights, near).flatten(2)
 
 
+class Outlook2d(nn.Module):
+    """Outlook attention of VOLO: 3 x 3 windows around each pixel, their outputs summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values, self.logits = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, 4 * 9 * 9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, h, w, _ = x.shape
+        near = F.unfold(self.values(x).permute(0, 3, 1, 2), 3, padding=1).view(b, 4, 8, 9, h * w).permute(0, 1, 4, 3, 2)
+        logits = self.logits(x).view(b, h * w, 4, 9, 9).permute(0, 2, 1, 3, 4) * 8**-0.5
+        out = (logits.softmax(-1) @ near).permute(0, 1, 4, 3, 2).reshape(b, WIDTH * 9, h * w)
+        return F.fold(out, (h, w), 3, padding=1)
+
+
+class Unnormalised(nn.Module):
+    """Weights that are a function of the scores, and no softmax."""
+
+    def __init__(self, weigh: Callable[..., torch.Tensor], **settings: Any) -> None:
+        super().__init__()
+        self.qkv, self.weigh, self.settings = nn.Linear(WIDTH, 3 * WIDTH // 4), weigh, settings
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.weigh(q @ k.mT, **self.settings) @ v
+
+
+class Efficient(nn.Module):
+    """Efficient attention (Shen et al.): softmax(q) (softmax(k)^T v)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH // 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return q.softmax(-1) @ (k.softmax(1).mT @ v)
+
+
+class BlockGates(nn.Module):
+    """Channel and spatial gates of CBAM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channel, self.place = nn.Linear(WIDTH, WIDTH), nn.Conv1d(2, 1, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = self.channel(x.mean(1, keepdim=True)) + self.channel(x.amax(1, keepdim=True))
+        x = x * pooled.sigmoid()
+        return x * self.place(torch.stack([x.mean(-1), x.amax(-1)], 1)).sigmoid().mT
+
+
 class GatedDelta(nn.Module):
     """A recurrence over tokens with a decay and a delta rule."""
 
@@ -195,6 +247,10 @@ class GatedDelta(nn.Module):
 
 def of(module: Callable[[], nn.Module], *arguments: Any) -> Callable[[], Made]:
     return lambda: (lively(module()), (x(), *arguments), {})
+
+
+def outlook_2d() -> Made:
+    return lively(Outlook2d()), (torch.randn(2, 5, 6, WIDTH, generator=torch.Generator().manual_seed(4)),), {}
 
 
 def decoding() -> Made:
@@ -226,7 +282,13 @@ OTHERS = (
     Case("gated-delta", of(GatedDelta), 1, "a recurrence, unrolled", kept=1, golden=0),
     Case("squeeze-excite", of(SqueezeExcite), 0, "a gate"),
     Case("global-context", of(GlobalContext), 0, "pooling by one learned query: no keys", refused=1),
-    Case("outlook", of(Outlook), 0, "logits from a layer, no product", refused=1),
+    Case("outlook", of(Outlook), 1, "logits from a layer over windows of values", golden=0),
+    Case("outlook-2d", outlook_2d, 1, "as published: windows attend to windows, folded back", golden=0),
+    Case("l1-norm", of(lambda: Unnormalised(F.normalize, p=1.0, dim=-1)), 0, "weights by the L1 norm", refused=1),
+    Case("silu-weights", of(lambda: Unnormalised(F.silu)), 0, "an activation without a rule", refused=1),
+    Case("dot-product", of(lambda: Unnormalised(torch.mul, other=1 / N)), 1, "no normaliser at all", kept=1, golden=0),
+    Case("efficient", of(Efficient), 1, "softmaxes over channels and over tokens", kept=1, golden=0),
+    Case("gates", of(BlockGates), 0, "channel and spatial gates"),
     Case("router", of(Router), 0, "experts", refused=1),
     Case("branches", of(Branches), 0, "branches", refused=1),
     Case("sampling", of(Sampling), 0, "sampling points", refused=1),

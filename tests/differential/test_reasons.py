@@ -1,0 +1,135 @@
+"""Why something is no attention, or none that is known: the reason names what an engineer would look for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lifting import Q, read
+from torch import nn
+
+from attncc.patterns.lift import Refusal, lift_all
+
+B, H, N, D = 2, 4, 21, 8
+WIDTH = H * D
+
+
+class Model(nn.Module):
+    def __init__(self, core: Callable[..., Q]) -> None:
+        super().__init__()
+        self.core, self.qkv, self.lin = core, nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.gate, self.one = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Q) -> Q:
+        q, k, v = self.qkv(x).view(B, -1, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.core(self, x, q, k, v)
+
+    def experts(self, x: Q) -> Q:
+        return torch.stack([self.lin(x), x, x * 2, x.relu()], 2)
+
+
+def l1(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return F.normalize(q @ k.mT, p=1, dim=-1) @ v
+
+
+def soft_plus(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    weights = F.softplus(q @ k.mT)
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def silu(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return F.silu(q @ k.mT) @ v / N
+
+
+def wrong_axis(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    weights = (q @ k.mT).exp()
+    return weights / weights.sum(-2, keepdim=True) @ v
+
+
+def written_back(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    scores, chosen = (q @ k.mT).topk(5, -1)
+    return torch.zeros(B, H, N, N).scatter(-1, chosen, scores.softmax(-1)) @ v
+
+
+def additive(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return torch.tanh(q[:, :, :, None] + k[:, :, None]).sum(-1).softmax(-1) @ v
+
+
+def distances(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return (-torch.cdist(q, k)).softmax(-1) @ v
+
+
+def pooled(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return x + m.lin(m.one(x).softmax(1).mT @ x)
+
+
+def mixed_experts(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return torch.einsum("bne,bnec->bnc", m.gate(x).softmax(-1), m.experts(x))
+
+
+def summed_experts(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return (m.gate(x).softmax(-1)[..., None] * m.experts(x)).sum(2)
+
+
+def routed(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    weights, chosen = m.gate(x).softmax(-1).topk(2, -1)
+    return (m.experts(x).gather(2, chosen[..., None].expand(-1, -1, -1, WIDTH)) * weights[..., None]).sum(2)
+
+
+def classified(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return m.gate(x.mean(1)).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("core", "reason"),
+    [
+        (l1, "weights divided by the linalg_vector_norm of their scores"),
+        (soft_plus, "its weights are softplus of scores, which has no rule"),
+        (silu, "its weights are silu of scores, which has no rule"),
+        (wrong_axis, "another axis than the product sums over"),
+        (written_back, "not multiplied with values"),
+        (additive, "sums of elements (additive attention"),
+        (distances, "distances (cdist)"),
+        (pooled, "come from a layer (linear)"),
+        (mixed_experts, "come from a layer (linear)"),
+        (summed_experts, "summed element by element, as branches, levels and sampling points are"),
+        (routed, "topk, as a router's does"),
+        (classified, "it goes to the output"),
+    ],
+)
+def test_reason(core: Callable[..., Q], reason: str) -> None:
+    facts, *_ = read(Model(core).eval(), torch.randn(B, N, WIDTH))
+    (site,) = lift_all(facts)
+    assert isinstance(site, Refusal)
+    assert reason in site.reason
+
+
+def squeeze_excite(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return x * m.lin(F.relu(m.lin(x.mean(1, keepdim=True)))).sigmoid()
+
+
+def block_attention(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """Channel, then spatial gates (CBAM)."""
+    x = x * torch.sigmoid(m.lin(x.mean(1, keepdim=True)) + m.lin(x.amax(1, keepdim=True)))
+    return x * torch.sigmoid(m.one(x))
+
+
+def additive_gate(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return x * torch.sigmoid(m.one(F.relu(m.lin(x) + m.lin(x.flip(1)))))
+
+
+def contrastive(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    logits = q.flatten(0, 2) @ k.flatten(0, 2).T
+    return F.cross_entropy(logits, torch.arange(logits.shape[0]))
+
+
+def adapter(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return x + x @ m.lin.weight[:4].T @ m.lin.weight[4:8]
+
+
+@pytest.mark.parametrize("core", [squeeze_excite, block_attention, additive_gate, contrastive, adapter])
+def test_nothing_to_say(core: Callable[..., Q]) -> None:
+    facts, *_ = read(Model(core).eval(), torch.randn(B, N, WIDTH))
+    assert lift_all(facts) == []
