@@ -91,7 +91,7 @@ class Frame:
             facts=f, out=self.out, out_shape=self.shape, i=i, j=self.c, d=d, e=e, extents=inner,
             q=source(found.q, found.q_at, read), k=source(found.k, found.k_at, read),
             v=source(self.values, self.values_at, self.read), score=score, product_dtype=f.dtype(found.node),
-            dtype=f.dtype(self.product.node), half=f.dtype(half) == torch.float16, empty=empty,
+            dtype=f.dtype(self.node), half=f.dtype(half) == torch.float16, empty=empty,
         )  # fmt: skip
 
 

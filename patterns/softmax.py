@@ -91,10 +91,11 @@ def _score(frame: Frame, term: Term) -> tuple[Expr, Product]:
     """The score with the product of queries and keys as `s`, and that product."""
     f, anchor, c = frame.facts, term.anchor, frame.c
     when = anchor.read_at(f)
-    rough = frame.reader(pair=frozenset({c})).value_at(anchor.scores, term.at, when)
+    reader = frame.reader(pair=frozenset({c}))
+    rough = reader.value_at(anchor.scores, term.at, when)
     found = next(iter(products(f, rough, c, frame.rows)), None) or mixed_product(frame, rough)
     if found is None:
-        raise Unreadable(anchor.scores, "the softmax's input is no product of queries and keys")
+        raise reader.lost or Unreadable(anchor.scores, "the softmax's input is no product of queries and keys")
     score = rough
     if found.row is not None:
         score = frame.reader(pair=frozenset({c, found.row})).value_at(anchor.scores, term.at, when)

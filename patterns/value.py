@@ -34,7 +34,8 @@ class Reader:
     """Reads values for one attention, whose fused kernel will run at position `use` of the graph.
 
     `extents` bounds every index; `leaves` are nodes to stop at (a softmax, when its consumer is read). `given` says
-    what some nodes are: the arguments of a graph of scalars, in which nothing else can be loaded from outside."""
+    what some nodes are: the arguments of a graph of scalars, in which nothing else can be loaded from outside.
+    `lost` is the first formula that was not read because an input of it is gone."""
 
     facts: Facts
     use: int
@@ -42,6 +43,7 @@ class Reader:
     leaves: frozenset[fx.Node] = frozenset()
     pair: frozenset[Expr] = frozenset()
     given: Mapping[fx.Node, Expr] = field(default_factory=dict[fx.Node, Expr])
+    lost: Unreadable | None = None
     _memo: dict[tuple[fx.Node, Point, int], Expr] = field(default_factory=dict)
 
     def value_at(self, n: fx.Node, at: Point, reader: int | None = None) -> Expr:
@@ -80,8 +82,9 @@ class Reader:
             return self.given[n]
         try:
             value = self._compute(n, at, when)
-        except Unreadable:
+        except Unreadable as error:
             value = None  # an input is gone by then, but this result may still be there
+            self.lost = self.lost or error
         if value is None or (not self.given and (self._better_loaded(value) or self._worth_a_table(n, value))):
             return self._load_later(n, at, when)
         return value

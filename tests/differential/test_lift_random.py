@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from random_check import check, through_dynamo, through_trace
+from random_check import check, check_gradients, through_dynamo, through_trace
 from random_models import Program, Writer
 
 
@@ -54,6 +54,10 @@ def test_through_dynamo_too(p: Program, seed: int) -> None:
 def test_with_real_kernels_too(first: int) -> None:
     for seed in range(first, first + 5):
         check(_seeded(seed), seed, "real", door=through_trace)
+
+
+def test_gradients_too() -> None:
+    assert sum(check_gradients(_seeded(seed), seed) for seed in range(12)) >= 4
 
 
 def test_what_is_plain_attention_is_fused() -> None:

@@ -121,6 +121,36 @@ def check(p: Program, seed: int, kind: str = "oracle", door: Door = through_dyna
     return sites
 
 
+def check_gradients(p: Program, seed: int) -> bool:
+    """Whether the program can be differentiated at all; raises Mismatch where its compiled form gives other gradients
+    of its float inputs and parameters."""
+    data = p.data(p.sizes, seed)
+
+    def gradients(run: Callable[..., Any], module: torch.nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        leaves = [*module.parameters(), *(x for x in inputs if x.is_floating_point())]
+        for x in leaves:
+            x.requires_grad_()
+        outs = [x for x in tree_leaves(run(*inputs)) if x.is_floating_point() and x.requires_grad]
+        loss = sum((x * torch.arange(x.numel(), dtype=x.dtype).cos().view(x.shape)).sum() for x in outs)
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+    eager, exact, module = p.module(seed), p.module(seed).double(), p.module(seed)
+    try:
+        want = gradients(eager, eager, copy.deepcopy(data))
+    except (RuntimeError, TypeError, AttributeError):  # it writes to what the backward pass needs
+        return False
+    best = gradients(exact, exact, tree_map_only(torch.Tensor, _double, copy.deepcopy(data)))
+    torch._dynamo.reset()
+    options = {"inductor": False, "measure": False}
+    with _kernels("oracle"):
+        got = gradients(torch.compile(module, backend=dynamo.attncc_backend, options=options), module, data)
+    for n, (a, b, c) in enumerate(zip(got, want, best, strict=True)):
+        known = torch.isfinite(b) & torch.isfinite(c)  # a row that sees nothing may have no gradient, but must not
+        _same(*(torch.where(known, x, torch.zeros_like(x)) for x in (a, b, c)), f"gradient {n}")
+    return True
+
+
 def _longer(s: Sizes) -> Sizes:
     return replace(s, b=s.b + 1 if s.b > 1 else 1, n=s.n + 3 if s.n > 1 else 1, m=s.m + 3 if s.m > 1 else 1)
 
