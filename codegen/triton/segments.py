@@ -16,6 +16,9 @@ from attncc.ir.bounds import TILE_HI, TILE_LO, Bounds, Stripe
 from attncc.ir.build import ZERO, add, const, floordiv, le, maximum, minimum, mul, sub, where
 from attncc.ir.expr import substitute
 
+#: Intervals that become stripes: each is a loop of its own, which costs time to compile and instructions to hold.
+MOST_STRIPED = 3
+
 
 @dataclass(frozen=True)
 class Run:
@@ -66,6 +69,8 @@ def segments(bounds: Bounds, keys: Expr, block: int, extents: Extents, rows: int
     interval whose stripe leaves out a quarter of its keys or more becomes stripes."""
     cut = _Cutter(keys, block, extents)
     sparse = [(x, narrow_stripe(x, rows)) for x in bounds.visit]
+    if sum(stripe is not None for _, stripe in sparse) > MOST_STRIPED:
+        sparse = [(x, None) for x in bounds.visit]
     visit = cut.disjoint([cut.covering(x) for x, stripe in sparse if stripe is None])
     full = cut.disjoint([cut.inside(x) for x in bounds.full])
     runs = _runs(visit, full, cut)
@@ -74,7 +79,7 @@ def segments(bounds: Bounds, keys: Expr, block: int, extents: Extents, rows: int
         if stripe is not None:
             before = tuple(found)
             for piece in cut.outside(x, visit):
-                but = () if len(visit) < 2 else (*visit, *full)
+                but = () if len(visit) == 1 else (*visit, *full)
                 found += [replace(s, but=but, before=before) for s in cut.striped(piece, stripe, bounds)]
     return replace(runs, striped=tuple(found))
 
