@@ -70,7 +70,9 @@ def linear_attentions(f: Facts) -> Iterator[Recognised]:
         if n not in f.live or n not in data:
             continue
         outer, factor = _outer(f, n)
-        for left in (True, False) if outer is not None and outer.bias is None else ():
+        if outer is None or outer.bias is not None:
+            continue
+        for left in (True, False):
             try:
                 found = _lift(f, outer, factor, data, state_left=left)
             except (Unreadable, VerifyError):
@@ -102,9 +104,10 @@ def _lift(
     if inner_node is None or other not in data:
         return None
     use, shape = f.order[outer.node], f.shape(outer.node)
-    out = tuple(ZERO if s is ONE else Index(f"o{at}") for at, s in enumerate(shape))
+    out: Point = tuple(ZERO if s is ONE else Index(f"o{at}") for at, s in enumerate(shape))
     d, j = Index("d"), Index("j")
-    extents: dict[Expr, Expr] = {x: s for x, s in zip(out, shape, strict=True) if x is not ZERO} | {d: outer.extent}
+    extents: dict[Expr, Expr] = {x: s for x, s in zip(out, shape, strict=True) if x is not ZERO}
+    extents[d] = outer.extent
     sides = outer.maps(out, d)
     state_at, q_at = sides if state_left else (sides[1], sides[0])
     product, scale = _scaled(Reader(f, use, extents).value_at(state, state_at, use))
@@ -133,8 +136,8 @@ def _lift(
     over = None if quotient is None else quotient.over
     if factor is not None:
         equation: Any = outer.node.args[0]
-        where = dict(zip(equation.replace(" ", "").partition("->")[2], out, strict=True))
-        over = multiplied(f, weighted, (factor[0], tuple(where[x] for x in factor[1])))
+        letters: str = equation.replace(" ", "").partition("->")[2]
+        over = multiplied(f, weighted, (factor[0], tuple(out[letters.index(x)] for x in factor[1])))
         if over is None:
             return None
     softmaxes = feature_softmaxes(f, other), feature_softmaxes(f, k)
@@ -169,7 +172,7 @@ def _lift(
     ))  # fmt: skip
     node = outer.node if quotient is None else quotient.node
     covered = softmaxes[0] | softmaxes[1] | {node}
-    where = dict(zip(quotient.read, out, strict=True)) if quotient is not None else {x: x for x in out}
+    where: dict[Expr, Expr] = dict(zip(out if quotient is None else quotient.read, out, strict=True))
     axes = tuple(names.get(where.get(x, ZERO), "") for x in (out if quotient is None else quotient.at))
     return Recognised(
         verify_linear(linear), node, outer.node, reason, axes, tuple(declared.held), sizes, covered

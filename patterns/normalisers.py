@@ -117,7 +117,7 @@ def _is_sum(f: Facts, x: Load, at: Point, w: Weighted, extents: dict[Expr, Expr]
         same = all(a is c for o, a, c in zip(w.out, at, x.index, strict=True) if o is not w.e)
         ones = tuple(rewrite(y, lambda z: columns[0] if z is w.e else None) for y in w.v[1])
         return same and len(columns) == 1 and value_of(f, (w.v[0], ones), extents, f.order[w.outer]) == Const(1.0)
-    there = {o: a for o, a in zip(w.out, at, strict=True) if isinstance(o, Index)}
+    there: dict[Expr, Expr] = {o: a for o, a in zip(w.out, at, strict=True) if isinstance(o, Index)}
 
     def moved(operand: Operand) -> Operand:
         return operand[0], tuple(rewrite(y, there.get) for y in operand[1])

@@ -14,7 +14,7 @@ from functools import reduce
 
 from torch import fx
 
-from attncc.ir.attention import Axis
+from attncc.ir.attention import Access, Axis
 from attncc.ir.build import ONE, ZERO, add, const, mul, op
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite
@@ -221,12 +221,13 @@ def _lift(f: Facts, chain: list[Update]) -> Recognised:
     parts = {name: _common([getattr(s, name) for s in steps], time) for name in _PARTS}
     if any(x is None for x in parts.values()):
         raise _Unproven("its steps read different tensors")
-    names = {one.d: "d", one.e: "e"} | {x: f"b{at}" for at, x in enumerate(one.batch)}
+    names: dict[Expr, str] = {x: f"b{at}" for at, x in enumerate(one.batch)}
+    names |= {one.d: "d", one.e: "e"}
     declared = Declared(f, one.extents, {x: Index(name) for x, name in names.items()})
     rows, phi_q = (_at_row(parts[name], time) for name in ("q", "phi_q"))
     count = const(len(steps))
 
-    def access(name: str, x: Expr | None) -> object:
+    def access(name: str, x: Expr | None) -> Access:
         assert isinstance(x, Load)
         return declared.access(name, f.by_name[x.tensor], x.index)
 
@@ -239,7 +240,7 @@ def _lift(f: Facts, chain: list[Update]) -> Recognised:
     q, k, v = access("q", rows), access("k", parts["k"]), access("v", parts["v"])
     linear, sizes = declared.close(Linear(
         sizes=(), batch=tuple(axis(x) for x in one.batch), i=Axis("i", count), j=Axis("j", count), d=axis(one.d),
-        e=axis(one.e), tensors=(), q=q, k=k, v=v,  # type: ignore[arg-type]
+        e=axis(one.e), tensors=(), q=q, k=k, v=v,
         phi_q=declared.expr(phi_q), phi_k=declared.expr(parts["phi_k"] or X),
         decay=declared.expr(parts["decay"] or UNIT), rate=declared.expr(parts["rate"] or UNIT),
         rule="delta" if one.delta else "add", sees="past",
@@ -327,14 +328,15 @@ def _query(f: Facts, u: Update, at: Point, extents: dict[Expr, Expr]) -> tuple[L
             value = value_of(f, state, inner, f.order[read], frozenset({u.node}))
             if not isinstance(value, Load) or value.tensor != u.node.name or c not in value.index[-2:]:
                 continue
-            there = {x: y for x, y in zip(value.index, at, strict=True) if isinstance(x, Index)}
+            there: dict[Expr, Expr] = {x: y for x, y in zip(value.index, at, strict=True) if isinstance(x, Index)}
             d = there[c]
+            assert isinstance(d, Index)  # the state has both of its last axes
             asked = value_of(f, query, inner, f.order[read])
-            q, phi = (None, X) if asked is None else _mapped(rewrite(asked, there.get), d)  # type: ignore[arg-type]
+            q, phi = (None, X) if asked is None else _mapped(rewrite(asked, there.get), d)
             if q is None:
                 q = Load(query[0].name, tuple(rewrite(x, there.get) for x in query[1]), "float")
             allowed = frozenset[Expr](at[:-2]) | {d}
-            if isinstance(d, Index) and free(q) <= allowed and d in free(q):
+            if free(q) <= allowed and d in free(q):
                 return q, phi, d
     raise _Unproven("no query reads its state after the step")
 
