@@ -10,13 +10,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from attncc.codegen.cpp import prepared
 from attncc.codegen.cpp.expressions import Printer, fits_32_bits, literal
+from attncc.codegen.cpp.fold import folded, may_be_huge
 from attncc.codegen.cpp.isa import TABLE, machine
 from attncc.codegen.cpp.operands import NotAffine, Operand, folded_axes, operand
+from attncc.codegen.cpp.prepared import function
 from attncc.codegen.cpp.weights import linear_factor, selects, vanishes
 from attncc.ir import Attention, Axis, Bounds, Const, Expr, Interval, Op, S, print_attention
 from attncc.ir.bounds import Bits
@@ -66,12 +69,9 @@ def _library(name: str) -> str:
     return (Path(__file__).parent / "lib" / f"{name}.h").read_text()
 
 
-def _function(head: str, lines: list[str]) -> str:
-    return "\n".join([f"{head} {{", *(f"{_INDENT}{line}" for line in lines), "}"]) + "\n"
-
-
 class _Emitter:
     def __init__(self, a: Attention, bounds: Bounds, isa: str) -> None:
+        a = replace(a, score=folded(a.score), weight=folded(a.weight))
         self.a, self.bounds, self.name, self.isa = a, bounds, isa, TABLE[isa]
         self.full = (*bounds.full, *bounds.full_parts)
         self.spans = [n for x in (*bounds.visit, *self.full) for n in x.expressions]
@@ -101,14 +101,16 @@ class _Emitter:
         return None
 
     def source(self) -> str:
-        hooks = [self._bounds(), self._logit(), self._weights(), self._sink()]  # they fill the slots printed below
+        hooks = [self._bounds(), self._logit(), self._weights(), self._sink()]
+        hooks.append(prepared.slanted(self.p))  # they fill the slots printed below
         parts = [self._header(), self._config(), *map(_library, ("vector", "integers", "convert", "layout"))]
         parts += [_library("matrix_unit" if self.tiles else "product")]
-        parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), self._slots()]
-        parts += [_library("spans"), _library("tile"), self._fills(), *hooks, self._stage(), self._rows()]
+        parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), prepared.slots(self.p)]
+        parts += [_library("spans"), _library("tile"), prepared.fills(self.p), *hooks, prepared.staged(self.p)]
+        parts += [self._rows()]
         parts += [_library("pairs" if self.pairs else "plain"), _library("few")]
         parts += [*([_library("few_tiles")] if self.tiles else []), _library("few_attend")]
-        return "\n".join([*parts, *map(_library, ("begin", "attend", "run")), self._entry()])
+        return "\n".join([*parts, *map(_library, ("begin", "slanted", "attend", "run")), self._entry()])
 
     # ---- text ------------------------------------------------------------------------------------------------------
     def _header(self) -> str:
@@ -121,7 +123,7 @@ class _Emitter:
         a, double = self.a, self.p.double
         narrow = not double and fits_32_bits(a, a.score, a.mask, a.weight, *([a.sink] if a.sink else []))
         defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles) | {
-            "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged),
+            "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged), "SLANTED": len(self.p.diagonals.tables),
             "MAX_SPANS": max(len(self.bounds.visit), 1), "MAX_FULLS": max(len(self.full), 1),
             "MAX_STRIPES": max((len(x.stripes) for x in (*self.bounds.visit, *self.full)), default=0),
             "MAX_BITS": max((len(x.bits) for x in (*self.bounds.visit, *self.full)), default=0),
@@ -130,6 +132,7 @@ class _Emitter:
             "IS_SOFTMAX": int(a.normalizer == "softmax"), "NORMALIZED_EARLY": int(self.early),
             "EMPTY_ZERO": 0, "EMPTY_MEAN": 1, "EMPTY_NAN": 2, "EMPTY": f"EMPTY_{a.empty.upper()}",
             "PLAIN": int(self.scale is not None), "SCALE": self._real(self._log2e(self.scale)),
+            "MAY_BE_HUGE": int(may_be_huge(a.score)),
             "FEW_ALONE": int(self.scale is not None and self.factor == Const(1.0)),
             "CAN_SPLIT": int(a.normalizer == "softmax" and not self.early and a.empty != "mean"),
             "EVEN_AREA": int(not any(free(x) - {*a.sizes} or loads(x) for x in self.spans)),
@@ -205,7 +208,7 @@ class _Emitter:
                 else:
                     lines += [f"at.x_{x.name} = n % {self._extent(x)};", f"n /= {self._extent(x)};"]
             lines.append("return at;")
-            out.append(_function(f"static {struct} {single}_at(const Call& c, int64_t n)", lines))
+            out.append(function(f"static {struct} {single}_at(const Call& c, int64_t n)", lines))
         return "".join(out)
 
     def _place(self, operand: Operand) -> str:
@@ -236,48 +239,8 @@ class _Emitter:
             )
         lines = ["(void)g;", "t.lane[0][lane] = (lane_int)i;"]
         lines += [f"t.lane[{n}][lane] = (lane_int)g.x_{x.name};" for n, x in enumerate(self.folded, 1)]
-        out.append(_function("INLINE void set_lane(Tile& t, int64_t lane, const Group& g, int64_t i)", lines))
+        out.append(function("INLINE void set_lane(Tile& t, int64_t lane, const Group& g, int64_t i)", lines))
         return "\n".join(out)
-
-    def _slots(self) -> str:
-        """The structs of what is computed once a tile; the functions that fill them come after Tile."""
-        u, r = self.p.uniforms.fields, self.p.vectors.fields
-        return (
-            "// Scalars of a tile, and vectors of its rows, that no key changes.\n"
-            "// `near` holds what is loaded by row and key for a block of keys from j0 on, transposed.\n"
-            f"struct Uniform {{ {' '.join(f'{t} {n};' for t, n, _ in u)} const real* near; int64_t j0; }};\n"
-            f"struct RowValues {{ {' '.join(f'{t} {n};' for t, n, _ in r)} }};\n"
-            "struct Tile;\n"
-        )
-
-    def _fills(self) -> str:
-        u, r = self.p.uniforms.fields, self.p.vectors.fields
-        unused = "(void)c; (void)b; (void)t;"
-        return _function(
-            "static Uniform uniform(const Call& c, const Batch& b, const Tile& t)",
-            [unused, "Uniform u;", *(f"u.{n} = {code};" for _, n, code in u), "return u;"],
-        ) + _function(
-            "static RowValues row_values(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at)",
-            [unused, "(void)u; (void)at;", "RowValues r;", *(f"r.{n} = {code};" for _, n, code in r), "return r;"],
-        )
-
-    def _stage(self) -> str:
-        lines = ["(void)c; (void)u; (void)r; (void)count; (void)near;"]
-        for n, x in enumerate(self.p.staged.values()):
-            lines += [
-                "{",
-                f"    const auto* first = {x.pointer};",
-                "    decltype(first) rows[LANES];",
-                f"    for (int l = 0; l < LANES; ++l) rows[l] = first + r.{x.rows}[l];",
-                f"    const int64_t stride = {x.stride};",
-                f"    to_lanes(rows, stride, count, near + {n} * KEYS * LANES);",
-                "    // Rows lie far apart, so the processor does not foresee what the next block needs.",
-                "    if (stride == 1)",
-                "        for (int l = 0; l < LANES; ++l) foresee(rows[l] + count, rows[l] + 2 * count);",
-                "}",
-            ]
-        head = "static void bring_near(const Call& c, const Uniform& u, const RowValues& r, int64_t count, real* near)"
-        return _function(head, lines)
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
     def _bounds(self) -> str:
@@ -300,9 +263,9 @@ class _Emitter:
                 parts = [ends, *(f"Stripe{{{s}}}" for s in stripes), *(self._bits(n, names) for n in x.bits)]
                 lines.append(f"{call}(t, {', '.join(parts)});")
         head = "static void find_spans(const Call& c, const Batch& b, Tile& t, int64_t from, int64_t to)"
-        return _function(head, lines)
+        return function(head, lines)
 
-    def _bits(self, x: Bits, names: Mapping[Expr, str]) -> str:
+    def _bits(self, x: Bits, names: dict[Expr, str]) -> str:
         place = [f"{self.p.scalar(n, names)} * c.s_{x.tensor}[{dim}]" for dim, n in enumerate(x.index)]
         return f"Bits{{{' + '.join([f'c.t_{x.tensor}', *place])}, {x.block}}}"
 
@@ -323,7 +286,7 @@ class _Emitter:
             "template <bool MASKED>\n"
             f"INLINE vreal logit({_PLACE}, vreal s, vmask& visible)"
         )  # fmt: skip
-        return _function(head, lines)
+        return function(head, lines)
 
     def _weights(self) -> str:
         factor = Const(1.0) if self.factor is None else self.factor
@@ -334,9 +297,9 @@ class _Emitter:
         else:
             alone = [*self.p.statements({"x": factor}), "return x;"]
         return (
-            _function(f"INLINE vreal linear_weight({_PLACE}, vreal w)", [_UNUSED, *linear])
-            + _function(f"INLINE vreal weight({_PLACE}, vreal s, vreal w)", [_UNUSED, "(void)s; (void)w;", *every])
-            + _function(f"INLINE vreal empty_weight({_PLACE}, vreal s)", [_UNUSED, "(void)s;", *alone])
+            function(f"INLINE vreal linear_weight({_PLACE}, vreal w)", [_UNUSED, *linear])
+            + function(f"INLINE vreal weight({_PLACE}, vreal s, vreal w)", [_UNUSED, "(void)s; (void)w;", *every])
+            + function(f"INLINE vreal empty_weight({_PLACE}, vreal s)", [_UNUSED, "(void)s;", *alone])
         )
 
     def _sink(self) -> str:
@@ -344,7 +307,7 @@ class _Emitter:
         if self.a.sink is not None:
             body = self.p.row_code(_times(self.a.sink, math.log2(math.e)))
         head = "static vreal first_logit(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at)"
-        return _function(head, ["(void)c; (void)b; (void)u; (void)t; (void)at;", f"return {body};"])
+        return function(head, ["(void)c; (void)b; (void)u; (void)t; (void)at;", f"return {body};"])
 
     def _entry(self) -> str:
         a = self.a
@@ -374,7 +337,7 @@ class _Emitter:
             "    const void* const* tensors, const int64_t* const* strides, const int64_t* sizes,\n"
             "    void* const* outputs, const int64_t* const* out_strides)"
         )
-        return "// ---- entry: 0, OUT_OF_MEMORY or TOO_LARGE\n" + _function(head, lines)
+        return "// ---- entry: 0, OUT_OF_MEMORY or TOO_LARGE\n" + function(head, lines)
 
     def _stride(self, x: Operand, terms: tuple[tuple[Expr, int], ...]) -> str:
         return " + ".join(f"{self.p.scalar(k)} * c.s_{x.tensor}[{dim}]" for k, dim in terms) or "0"

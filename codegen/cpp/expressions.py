@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from attncc.codegen.cpp.diagonals import Diagonals
 from attncc.ir import Attention, Const, Expr, Index, Load, Op, Size, Var
 from attncc.ir.affine import expr, linear_in
 from attncc.ir.bounds import TILE_HI, TILE_LO
-from attncc.ir.expr import Kind, walk
+from attncc.ir.expr import Kind, substitute, walk
 
 
 class Level(IntEnum):
@@ -89,6 +90,7 @@ class Printer:
         self.double = a.compute_dtype == "f64"
         self.uniforms, self.vectors = Slots("u"), Slots("r")
         self.staged: dict[Load, Staged] = {}
+        self.diagonals = Diagonals(a)
         self._levels: dict[Expr, Level] = {}
 
     def level(self, x: Expr) -> Level:
@@ -118,6 +120,16 @@ class Printer:
             scope.lines.append(f"const {VECTOR[x.kind]} {name} = {value};")
         return scope.lines
 
+    def slants(self) -> list[str]:
+        """Lines that define the vector `x0`, `x1`, .. of each table of diagonals at row - key = `distance`."""
+        i, j = self.a.i.index, self.a.j.index
+        roots = [substitute(x, {j: Const(0)}) for x in self.diagonals.tables]
+        scope = _Scope(self, inside=Level.ROW, shared=_shared(roots), names={i: "distance"}, prefix="y")
+        for n, x in enumerate(roots):
+            value = scope.vector(x)
+            scope.lines.append(f"const vreal x{n} = {value};")
+        return scope.lines
+
     def row_code(self, x: Expr) -> str:
         """`x`, which mentions no key, as a vector of the rows at lane `at`."""
         return _Scope(self, inside=Level.ROW).vector(x)
@@ -143,9 +155,10 @@ class _Scope:
     """One place of the program: which levels vary there, what has a name already."""
 
     def __init__(
-        self, p: Printer, inside: Level, shared: set[Expr] | None = None, names: dict[Expr, str] | None = None
-    ) -> None:
-        self.p, self.inside, self.shared = p, inside, shared or set[Expr]()
+        self, p: Printer, inside: Level, shared: set[Expr] | None = None, names: dict[Expr, str] | None = None,
+        prefix: str = "x",
+    ) -> None:  # fmt: skip
+        self.p, self.inside, self.shared, self.prefix = p, inside, shared or set[Expr](), prefix
         self.names: dict[tuple[Expr, bool], str] = {}
         self.leaves: dict[Expr, str] = names or {}
         self.lines: list[str] = []
@@ -163,6 +176,8 @@ class _Scope:
         level = self.p.level(x)
         if level in (Level.UNIFORM, Level.KEY):
             return f"{_SPLAT[x.kind]}({self.scalar(x)})"
+        if self.inside == Level.BOTH and (at := self.p.diagonals.place(x)) is not None:
+            return f"load(u.slanted + {at} * KEYS * LANES + (j - u.j0) * u.slant)"
         if level == Level.ROW and self.inside == Level.BOTH:
             return f"r.{self.p.row(x)}"
         if (x, True) in self.names:
@@ -172,7 +187,7 @@ class _Scope:
     def _named(self, x: Expr, code: str, ctype: str, *, vector: bool) -> str:
         if x not in self.shared:
             return code
-        name = f"x{len(self.names)}"
+        name = f"{self.prefix}{len(self.names)}"
         self.lines.append(f"const {ctype} {name} = {code};")
         self.names[x, vector] = name
         return name
@@ -202,7 +217,7 @@ class _Scope:
             case Var(name):
                 return name
             case Index():
-                return f"lane_values(t, {self.p.rows.index(x)}, at)"
+                return self.leaves.get(x) or f"lane_values(t, {self.p.rows.index(x)}, at)"
             case Load(tensor, index):
                 return self._gather(x, tensor, index)
             case Op(name, args):

@@ -42,6 +42,13 @@ def test_forms(form: str) -> None:
             agrees(a, n, m, ISAS[0])
 
 
+@pytest.mark.parametrize("form", ["relative table", "decay"])
+def test_distances_where_lanes_are_rows_of_two_groups(form: str) -> None:
+    a = case(form)
+    for n, m in ((20, 130), (9, 9)):
+        agrees(a, n, m, ISAS[0])
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f64"])
 @pytest.mark.parametrize("form", ["dense", "window"])

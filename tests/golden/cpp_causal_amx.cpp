@@ -58,6 +58,7 @@
 #define ZIP_PAIRS 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #define WIDE_INTS 0
 #define STAGED 0
+#define SLANTED 1
 #define MAX_SPANS 1
 #define MAX_FULLS 1
 #define MAX_STRIPES 0
@@ -74,6 +75,7 @@
 #define EMPTY EMPTY_ZERO
 #define PLAIN 0
 #define SCALE 1.4426950408889634f
+#define MAY_BE_HUGE 1
 #define FEW_ALONE 0
 #define CAN_SPLIT 1
 #define EVEN_AREA 0
@@ -196,13 +198,24 @@ INLINE vreal exp_of(vreal x) {
 }
 INLINE real exp_of(real x) { return FN(__builtin_exp)(x); }
 
-// tanh in float: the rational minimax that Eigen uses, x P(x^2) / Q(x^2) up to where it rounds to 1, within 3 ulp.
+// tanh as x P(x^2) / Q(x^2) up to where it rounds to 1. In float the rational minimax that Eigen uses, within 3 ulp; for
+// bfloat16 operands one of relative error 4e-6, 6e-5 with the division.
 INLINE vreal tanh_of(vreal x) {
 #if REAL_IS_DOUBLE
     vreal r; EACH_LANE(r[l] = __builtin_tanh(x[l])) return r;
 #else
-    const vreal c = high(splat(-7.90531110763549805f), low(splat(7.90531110763549805f), x));
+    const float most = PAIRS ? 5.5f : 7.90531110763549805f;
+    const vreal c = high(splat(-most), low(splat(most), x));
     const vreal y = c * c;
+#if PAIRS
+    vreal p = splat(1.57599814e-03f);
+    p = p * y + 1.15749677e-01f;
+    p = p * y + 9.99995963e-01f;
+    vreal q = splat(6.02850406e-05f);
+    q = q * y + 1.79640346e-02f;
+    q = q * y + 4.49053360e-01f;
+    q = q * y + 1.0f;
+#else
     vreal p = splat(-2.76076847742355e-16f);
     p = p * y + 2.00018790482477e-13f;
     p = p * y + -8.60467152213735e-11f;
@@ -214,17 +227,28 @@ INLINE vreal tanh_of(vreal x) {
     q = q * y + 1.18534705686654e-04f;
     q = q * y + 2.26843463243900e-03f;
     q = q * y + 4.89352518554385e-03f;
+#endif
 #ifdef WIDE_512
     vreal r;
     asm("vrcp14ps %1, %0" : "=v"(r) : "v"(q));
-    return c * p * (r * (2 - q * r));  // one Newton step: division would take longer than all the rest
+    if (!PAIRS) r *= 2 - q * r;  // one Newton step: division would take longer than all the rest
+    return c * p * r;
 #else
     return c * p / q;
 #endif
 #endif
 }
 INLINE real tanh_of(real x) { return FN(__builtin_tanh)(x); }
-INLINE vreal sigmoid_of(vreal x) { return 1 / (1 + exp_of(-x)); }
+INLINE vreal sigmoid_of(vreal x) {
+#ifdef WIDE_512
+    const vreal q = 1 + exp_of(-high(splat(-87), x));
+    vreal r;
+    asm("vrcp14ps %1, %0" : "=v"(r) : "v"(q));
+    return r * (2 - q * r);
+#else
+    return 1 / (1 + exp_of(-x));
+#endif
+}
 INLINE real sigmoid_of(real x) { return 1 / (1 + FN(__builtin_exp)(-x)); }
 
 #define BY_LANE(name, f) \
@@ -238,7 +262,8 @@ BY_LANE(cos_of, __builtin_cos)
 INLINE vreal pow_of(vreal x, vreal y) { vreal r; EACH_LANE(r[l] = FN(__builtin_pow)(x[l], y[l])) return r; }
 INLINE real pow_of(real x, real y) { return FN(__builtin_pow)(x, y); }
 
-// 2^x as the softmax needs it: exactly 0 below the normal numbers; anything from 2^126 on may come out where it is larger.
+// 2^x as the softmax needs it: exactly 0 below 2^-100, as what is smaller would make products that are not normal and cost
+// an assist each; anything from 2^126 on may come out where it is larger.
 INLINE vreal exp2_weight(vreal x) {
 #if REAL_IS_DOUBLE
     return exp2_of(x);
@@ -260,15 +285,14 @@ INLINE vreal exp2_weight(vreal x) {
     p = p * f + 0.693153073203f;
     p = p * f + 0.999999925064f;
 #endif
-    // Not less than -126: the denormals below it would cost an assist each.
-    return __builtin_ia32_scalefps512_mask(p, x, vreal{}, __builtin_ia32_cmpps512_mask(x, splat(-126), 5, -1, 4), 4);
+    return __builtin_ia32_scalefps512_mask(p, x, vreal{}, __builtin_ia32_cmpps512_mask(x, splat(-100), 5, -1, 4), 4);
 #else
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     const vreal c = low(splat(126), high(splat(-126), x));
     const vreal n = c + shift;
     const vreal f = c - (n - shift);
     const vreal p = exp2_small(f);
-    return x < -126 ? vreal{} : (vreal)((vmask)p + ((vmask)n << 23));
+    return x < -100 ? vreal{} : (vreal)((vmask)p + ((vmask)n << 23));
 #endif
 }
 
@@ -685,10 +709,14 @@ static Group group_at(const Call& c, int64_t n) {
     return at;
 }
 
-// Scalars of a tile, and vectors of its rows, that no key changes.
-// `near` holds what is loaded by row and key for a block of keys from j0 on, transposed.
-struct Uniform { int64_t u0; int64_t u1; const real* near; int64_t j0; };
-struct RowValues { vreal r0; vint r1; vint r2; };
+// Scalars of a tile, and vectors of its rows, that no key changes. For a block of keys from j0 on, `near`
+// holds what is loaded by row and key, transposed; `slanted` what their distance gives, `slant` apart.
+struct Uniform {
+    int64_t u0; int64_t u1;
+    const real *near, *slanted;
+    int64_t j0, slant;
+};
+struct RowValues { vint r0; vint r1; };
 struct Tile;
 
 // ---- spans: keys lo <= j < hi, of which those in every stripe and all bits count -------------------------------------------------
@@ -836,17 +864,16 @@ INLINE vint lane_values(const Tile& t, int n, int64_t at) { return *(const vint*
 static Uniform uniform(const Call& c, const Batch& b, const Tile& t) {
     (void)c; (void)b; (void)t;
     Uniform u;
-    u.u0 = (b.x_hk * 4);
-    u.u1 = b.x_b;
+    u.u0 = b.x_b;
+    u.u1 = (b.x_hk * 4);
     return u;
 }
 static RowValues row_values(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at) {
     (void)c; (void)b; (void)t;
     (void)u; (void)at;
     RowValues r;
-    r.r0 = gather_real(c.t_slope, to_long((splat_int(u.u0) + lane_values(t, 1, at))) * c.s_slope[0]);
-    r.r1 = lane_values(t, 0, at);
-    r.r2 = gather_int(c.t_doc + u.u1 * c.s_doc[0], to_long(lane_values(t, 0, at)) * c.s_doc[1]);
+    r.r0 = lane_values(t, 0, at);
+    r.r1 = gather_int(c.t_doc + u.u0 * c.s_doc[0], to_long(lane_values(t, 0, at)) * c.s_doc[1]);
     return r;
 }
 
@@ -860,10 +887,10 @@ INLINE vreal logit(const Call& c, const Uniform& u, const RowValues& r, int64_t 
     (void)c; (void)u; (void)r; (void)j;
     (void)s; (void)visible;
     if (MASKED) {
-        const vmask seen = (narrow(splat_int(j) <= r.r1) & narrow(r.r2 == splat_int(value(c.t_doc[u.u1 * c.s_doc[0] + j * c.s_doc[1]]))));
+        const vmask seen = (narrow(splat_int(j) <= r.r0) & narrow(r.r1 == splat_int(value(c.t_doc[u.u0 * c.s_doc[0] + j * c.s_doc[1]]))));
         visible = seen;
     }
-    const vreal x = ((s * splat(0.125f)) - (r.r0 * to_real((r.r1 - splat_int(j)))));
+    const vreal x = ((s * splat(0.125f)) - load(u.slanted + 0 * KEYS * LANES + (j - u.j0) * u.slant));
     return x;
 }
 
@@ -887,6 +914,13 @@ INLINE vreal empty_weight(const Call& c, const Uniform& u, const RowValues& r, i
 static vreal first_logit(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at) {
     (void)c; (void)b; (void)u; (void)t; (void)at;
     return splat(-INFINITY);
+}
+
+INLINE void slanted_at(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at,
+                       vint distance, real* to) {
+    (void)c; (void)b; (void)u; (void)t; (void)at; (void)distance; (void)to;
+    const vreal x0 = (gather_real(c.t_slope, to_long((splat_int(u.u1) + lane_values(t, 1, at))) * c.s_slope[0]) * to_real(distance));
+    store(to + 0 * KEYS * LANES, x0);
 }
 
 static void bring_near(const Call& c, const Uniform& u, const RowValues& r, int64_t count, real* near) {
@@ -1645,23 +1679,53 @@ static void finish(const Call& c, const Batch& b, Tile& t) {
     }
 }
 
+// ---- tables of a block that the distance between row and key gives: see slanted_at ----------------------------------
+// Where the lanes from `at` on hold neighbouring rows, one number a distance, and lanes of the next key begin one before;
+// elsewhere a vector a key. Distances are those of some row and key, so that nothing is loaded that lies outside.
+static void bring_slanted(const Call& c, const Batch& b, Uniform& u, const Tile& t, int64_t at, int64_t count, real* out) {
+    const int64_t last = (at + LANES < t.rows ? at + LANES : t.rows) - 1;
+    bool neighbours = t.lane[0][last] - t.lane[0][at] == last - at;
+    for (int n = 1; n < ROW_AXES; ++n) neighbours = neighbours && t.lane[n][at] == t.lane[n][last];
+    if (neighbours) {
+        const int64_t least = t.lane[0][at] - (u.j0 + count - 1), most = t.lane[0][last] - u.j0;
+        for (int64_t x = 0; x < count + LANES - 1; x += LANES) {
+            alignas(64) lane_int lanes[LANES];
+            EACH_LANE(lanes[l] = (lane_int)(least + x + l < most ? least + x + l : most))
+            vint distance;
+            memcpy(&distance, lanes, sizeof distance);
+            slanted_at(c, b, u, t, at, distance, out + x);
+        }
+        u.slanted = out + count - 1;
+        u.slant = -1;
+    } else {
+        for (int64_t k = 0; k < count; ++k)
+            slanted_at(c, b, u, t, at, lane_values(t, 0, at) - splat_int(u.j0 + k), out + k * LANES);
+        u.slanted = out;
+        u.slant = LANES;
+    }
+}
+
 // ---- from the scores of a column of queries to their weights --------------------------------------------------------
 // Stages: online softmax (or a pointwise normaliser) in one go; sums alone; weights from known sums; rows without keys.
 enum Stage { ONLINE, SUMS, WEIGHTS, EMPTIES };
 
-// Logits to base 2. A score that is not `s * constant` may hold the lowest finite value: it stays finite, and is rounded
-// before anything is subtracted, so that equal scores differ by nothing (a fused multiply-add would keep the rounding).
+// Logits to base 2. A score that loads what stands for minus infinity may hold the lowest finite value: it stays finite,
+// and is rounded before anything is subtracted, so that equal scores differ by nothing (a fused multiply-add would keep the
+// rounding).
 INLINE vreal scaled(vreal x) {
     if (PLAIN || SCALE == 1) return x;
+    if (!MAY_BE_HUGE) return x * SCALE;
+#ifdef WIDE_512
+    return __builtin_ia32_mulps512_mask(x, splat(SCALE), x, -1, 11);  // towards zero: it saturates
+#else
     x = pick(x == splat(-INFINITY), x, high(x, splat(REAL_IS_DOUBLE ? -1.2e308 : -2.3e38f))) * SCALE;
 #if defined(__aarch64__)
     __asm__("" : "+w"(x));
-#elif defined(WIDE_512)
-    __asm__("" : "+v"(x));
 #else
     __asm__("" : "+x"(x));
 #endif
     return x;
+#endif
 }
 static constexpr real LATE = PLAIN ? SCALE : 1;  // what `scaled` leaves to do
 
@@ -1802,7 +1866,7 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
         weigh<true>(x, 0, from, safe, p, sums);
         weigh<false>(x, from, to, safe, p, sums);
         weigh<true>(x, to, n, safe, p, sums);
-        factor = exp2_of(m_old - safe);
+        factor = pick(m_old - safe < splat(-100), vreal{}, exp2_of(m_old - safe));
         sum = (sums.part[0] + sums.part[1]) + (sums.part[2] + sums.part[3]);
         if (again || none((sum > splat(LARGE)) | (sums.seen & (l_old * factor + sum < splat(SMALL))))) break;
         if (WEIGHTS_OVERWRITE && t.few) few_score_product(c, b, t, at, s);
@@ -1827,7 +1891,8 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
     from = (from + 3) / 4 * 4;
     to = to == at.count ? to : to / 4 * 4;
     if (from >= to) from = to = at.count;
-    alignas(128) real keep[QUERIES], near[STAGED * KEYS * LANES + 1];
+    alignas(128) real keep[QUERIES];
+    alignas(128) real near[STAGED * KEYS * LANES + 1], slanted[SLANTED * KEYS * LANES + 1];
     Uniform u = uniform(c, b, t);
     u.near = near;
     u.j0 = at.j0;
@@ -1839,6 +1904,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
         else score_product(c, t, v, columns, at, scores);
         for (int64_t x = 0; x < columns; ++x) {
             if (STAGED) bring_near(c, u, t.values[v + x], at.count, near);
+            if (SLANTED) bring_slanted(c, b, u, t, (v + x) * LANES, at.count, slanted);
             soften(c, b, t, at, u, v + x, stage, from, to, scores + x * KEYS * LANES, weight_column(scores, spare, x),
                    keep + (v + x) * LANES);
         }

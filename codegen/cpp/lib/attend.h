@@ -2,19 +2,23 @@
 // Stages: online softmax (or a pointwise normaliser) in one go; sums alone; weights from known sums; rows without keys.
 enum Stage { ONLINE, SUMS, WEIGHTS, EMPTIES };
 
-// Logits to base 2. A score that is not `s * constant` may hold the lowest finite value: it stays finite, and is rounded
-// before anything is subtracted, so that equal scores differ by nothing (a fused multiply-add would keep the rounding).
+// Logits to base 2. A score that loads what stands for minus infinity may hold the lowest finite value: it stays finite,
+// and is rounded before anything is subtracted, so that equal scores differ by nothing (a fused multiply-add would keep the
+// rounding).
 INLINE vreal scaled(vreal x) {
     if (PLAIN || SCALE == 1) return x;
+    if (!MAY_BE_HUGE) return x * SCALE;
+#ifdef WIDE_512
+    return __builtin_ia32_mulps512_mask(x, splat(SCALE), x, -1, 11);  // towards zero: it saturates
+#else
     x = pick(x == splat(-INFINITY), x, high(x, splat(REAL_IS_DOUBLE ? -1.2e308 : -2.3e38f))) * SCALE;
 #if defined(__aarch64__)
     __asm__("" : "+w"(x));
-#elif defined(WIDE_512)
-    __asm__("" : "+v"(x));
 #else
     __asm__("" : "+x"(x));
 #endif
     return x;
+#endif
 }
 static constexpr real LATE = PLAIN ? SCALE : 1;  // what `scaled` leaves to do
 
@@ -155,7 +159,7 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
         weigh<true>(x, 0, from, safe, p, sums);
         weigh<false>(x, from, to, safe, p, sums);
         weigh<true>(x, to, n, safe, p, sums);
-        factor = exp2_of(m_old - safe);
+        factor = pick(m_old - safe < splat(-100), vreal{}, exp2_of(m_old - safe));
         sum = (sums.part[0] + sums.part[1]) + (sums.part[2] + sums.part[3]);
         if (again || none((sum > splat(LARGE)) | (sums.seen & (l_old * factor + sum < splat(SMALL))))) break;
         if (WEIGHTS_OVERWRITE && t.few) few_score_product(c, b, t, at, s);
@@ -180,7 +184,8 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
     from = (from + 3) / 4 * 4;
     to = to == at.count ? to : to / 4 * 4;
     if (from >= to) from = to = at.count;
-    alignas(128) real keep[QUERIES], near[STAGED * KEYS * LANES + 1];
+    alignas(128) real keep[QUERIES];
+    alignas(128) real near[STAGED * KEYS * LANES + 1], slanted[SLANTED * KEYS * LANES + 1];
     Uniform u = uniform(c, b, t);
     u.near = near;
     u.j0 = at.j0;
@@ -192,6 +197,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
         else score_product(c, t, v, columns, at, scores);
         for (int64_t x = 0; x < columns; ++x) {
             if (STAGED) bring_near(c, u, t.values[v + x], at.count, near);
+            if (SLANTED) bring_slanted(c, b, u, t, (v + x) * LANES, at.count, slanted);
             soften(c, b, t, at, u, v + x, stage, from, to, scores + x * KEYS * LANES, weight_column(scores, spare, x),
                    keep + (v + x) * LANES);
         }

@@ -110,13 +110,24 @@ INLINE vreal exp_of(vreal x) {
 }
 INLINE real exp_of(real x) { return FN(__builtin_exp)(x); }
 
-// tanh in float: the rational minimax that Eigen uses, x P(x^2) / Q(x^2) up to where it rounds to 1, within 3 ulp.
+// tanh as x P(x^2) / Q(x^2) up to where it rounds to 1. In float the rational minimax that Eigen uses, within 3 ulp; for
+// bfloat16 operands one of relative error 4e-6, 6e-5 with the division.
 INLINE vreal tanh_of(vreal x) {
 #if REAL_IS_DOUBLE
     vreal r; EACH_LANE(r[l] = __builtin_tanh(x[l])) return r;
 #else
-    const vreal c = high(splat(-7.90531110763549805f), low(splat(7.90531110763549805f), x));
+    const float most = PAIRS ? 5.5f : 7.90531110763549805f;
+    const vreal c = high(splat(-most), low(splat(most), x));
     const vreal y = c * c;
+#if PAIRS
+    vreal p = splat(1.57599814e-03f);
+    p = p * y + 1.15749677e-01f;
+    p = p * y + 9.99995963e-01f;
+    vreal q = splat(6.02850406e-05f);
+    q = q * y + 1.79640346e-02f;
+    q = q * y + 4.49053360e-01f;
+    q = q * y + 1.0f;
+#else
     vreal p = splat(-2.76076847742355e-16f);
     p = p * y + 2.00018790482477e-13f;
     p = p * y + -8.60467152213735e-11f;
@@ -128,17 +139,28 @@ INLINE vreal tanh_of(vreal x) {
     q = q * y + 1.18534705686654e-04f;
     q = q * y + 2.26843463243900e-03f;
     q = q * y + 4.89352518554385e-03f;
+#endif
 #ifdef WIDE_512
     vreal r;
     asm("vrcp14ps %1, %0" : "=v"(r) : "v"(q));
-    return c * p * (r * (2 - q * r));  // one Newton step: division would take longer than all the rest
+    if (!PAIRS) r *= 2 - q * r;  // one Newton step: division would take longer than all the rest
+    return c * p * r;
 #else
     return c * p / q;
 #endif
 #endif
 }
 INLINE real tanh_of(real x) { return FN(__builtin_tanh)(x); }
-INLINE vreal sigmoid_of(vreal x) { return 1 / (1 + exp_of(-x)); }
+INLINE vreal sigmoid_of(vreal x) {
+#ifdef WIDE_512
+    const vreal q = 1 + exp_of(-high(splat(-87), x));
+    vreal r;
+    asm("vrcp14ps %1, %0" : "=v"(r) : "v"(q));
+    return r * (2 - q * r);
+#else
+    return 1 / (1 + exp_of(-x));
+#endif
+}
 INLINE real sigmoid_of(real x) { return 1 / (1 + FN(__builtin_exp)(-x)); }
 
 #define BY_LANE(name, f) \
@@ -152,7 +174,8 @@ BY_LANE(cos_of, __builtin_cos)
 INLINE vreal pow_of(vreal x, vreal y) { vreal r; EACH_LANE(r[l] = FN(__builtin_pow)(x[l], y[l])) return r; }
 INLINE real pow_of(real x, real y) { return FN(__builtin_pow)(x, y); }
 
-// 2^x as the softmax needs it: exactly 0 below the normal numbers; anything from 2^126 on may come out where it is larger.
+// 2^x as the softmax needs it: exactly 0 below 2^-100, as what is smaller would make products that are not normal and cost
+// an assist each; anything from 2^126 on may come out where it is larger.
 INLINE vreal exp2_weight(vreal x) {
 #if REAL_IS_DOUBLE
     return exp2_of(x);
@@ -174,15 +197,14 @@ INLINE vreal exp2_weight(vreal x) {
     p = p * f + 0.693153073203f;
     p = p * f + 0.999999925064f;
 #endif
-    // Not less than -126: the denormals below it would cost an assist each.
-    return __builtin_ia32_scalefps512_mask(p, x, vreal{}, __builtin_ia32_cmpps512_mask(x, splat(-126), 5, -1, 4), 4);
+    return __builtin_ia32_scalefps512_mask(p, x, vreal{}, __builtin_ia32_cmpps512_mask(x, splat(-100), 5, -1, 4), 4);
 #else
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     const vreal c = low(splat(126), high(splat(-126), x));
     const vreal n = c + shift;
     const vreal f = c - (n - shift);
     const vreal p = exp2_small(f);
-    return x < -126 ? vreal{} : (vreal)((vmask)p + ((vmask)n << 23));
+    return x < -100 ? vreal{} : (vreal)((vmask)p + ((vmask)n << 23));
 #endif
 }
 
