@@ -95,10 +95,10 @@ def _density(row: Row, pairs: int) -> float:
 
 
 def _samples(calls: dict[str, Call], absent: dict[str, str], seconds: float) -> dict[str, list[float]]:
-    """Seconds of a call, a list for each rival, one number a turn. A rival whose call takes longer than `seconds` has
-    one turn after its warm-up; one that raises goes to `absent`."""
+    """Seconds of a call, a list for each rival, one number a turn. A rival whose call takes longer than `seconds` is
+    called once after its warm-up; one that raises goes to `absent`."""
     repeats: dict[str, int] = {}
-    slow: set[str] = set()
+    slow: dict[str, float] = {}
     for name in list(calls):
         try:
             calls[name]()
@@ -111,14 +111,14 @@ def _samples(calls: dict[str, Call], absent: dict[str, str], seconds: float) -> 
             continue
         repeats[name] = max(1, min(1000, round(_SAMPLE_S / max(once, 1e-9))))
         if once > seconds and name != "attncc":
-            slow.add(name)
-    samples: dict[str, list[float]] = {n: [] for n in calls}
+            slow[name] = once
+    samples: dict[str, list[float]] = {n: [slow[n]] if n in slow else [] for n in calls}
     start = time.perf_counter()
     for turn in range(_MOST_ROUNDS):
         if turn >= _LEAST_ROUNDS and time.perf_counter() - start > seconds:
             break
         for name, call in calls.items():
-            if turn == 0 or name not in slow:
+            if name not in slow:
                 samples[name].append(on_cpu(call, repeats[name]))
     return samples
 
@@ -150,22 +150,25 @@ def _chosen(wanted: str, *, quick: bool) -> list[CpuRow]:
     return found
 
 
-def _rivals(dtype: str, threads: int) -> list[str]:
-    """The compiled rivals take long to compile; they run where they matter most."""
+def _rivals(dtype: str, threads: int, wanted: Sequence[str]) -> list[str]:
+    """Those wanted; else all, but the ones that take long to compile only where they matter most."""
+    if wanted:
+        return [n for n in RIVALS if n in wanted]
     compiled = {"inductor", "flex", "flex + mask"}
     return [n for n in RIVALS if n not in compiled or (threads == 1 and dtype != "f16")]
 
 
 def run(
     quick: bool = False, json: Path | None = None, *, only: str = "", dtypes: Sequence[str] = (),
-    threads: Sequence[int] = (), picture: Path | None = None, table: Path | None = None,
+    threads: Sequence[int] = (), rivals: Sequence[str] = (), picture: Path | None = None, table: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures (rows of every dtype, with 1 and 2 threads unless told), prints, writes, returns the report.
 
     A row that `json` already holds is measured anew; the others stay, so a suite can be measured in parts."""
-    unknown = [d for d in dtypes if d not in EVERY]
-    if unknown:
-        raise TargetError(f"bench: no dtype {', '.join(unknown)}; there are {', '.join(EVERY)}")
+    for what, asked, there in (("dtype", dtypes, EVERY), ("rival", rivals, tuple(RIVALS))):
+        unknown = [x for x in asked if x not in there]
+        if unknown:
+            raise TargetError(f"bench: no {what} {', '.join(unknown)}; there are {', '.join(there)}")
     chosen = _chosen(only, quick=quick) if only != "none" else []
     kinds = [d for d in EVERY if d in (dtypes or EVERY[: 2 if quick else 3])]
     counts = list(threads) or ([1] if quick else [1, 2])
@@ -176,7 +179,7 @@ def run(
         with _threads(count), torch.no_grad():
             for row in wanted:
                 torch.compiler.reset()
-                done = _measured(row, _rivals(row.row.dtype, count), 0.5 if quick else 1.5)
+                done = _measured(row, _rivals(row.row.dtype, count, rivals), 0.5 if quick else 1.0)
                 print(line(done), flush=True)
                 _keep(report, done)
                 _write(json, json_module.dumps(report, indent=1) + "\n")

@@ -70,7 +70,7 @@ def sdpa_mask(row: Row, t: Tensors) -> torch.Tensor | None:
 
 def sdpa(row: Row, t: Tensors) -> Call:
     """The best way to say it: the causal flag where that is the mask, a group's queries folded onto their key head."""
-    _affordable(row, 30e9)
+    _affordable(row, 60e9)
     q, k, v, mask = t["q"], t["k"], t["v"], sdpa_mask(row, t)
     if row.group == 1:
         return lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=row.causal and mask is None)

@@ -178,6 +178,8 @@ def bench(
     only: Annotated[str, typer.Option("--rows", metavar="WORDS", help="Rows whose names hold one of these, by commas; "
                                       "`none` measures nothing (cpu).")] = "",
     dtypes: Annotated[str, typer.Option("--dtypes", metavar="TYPES", help="Of f32,bf16,f16 (cpu).")] = "",
+    rivals: Annotated[str, typer.Option("--rivals", metavar="NAMES", help="By commas: sdpa, sdpa gqa, inductor, flex, "
+                                        "flex + mask, plain, read (cpu).")] = "",
     threads: Annotated[list[int] | None, typer.Option("--threads", min=1, help="May be repeated (cpu).")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the results (cpu).")] = None,
     table: Annotated[Path | None, typer.Option("--table", metavar="FILE", help="Write Markdown tables (cpu).")] = None,
@@ -185,11 +187,15 @@ def bench(
 ) -> None:
     """Time attncc's kernels against SDPA, FlexAttention and Inductor in one run."""
     with clear_errors(debug):
-        of_cpu = {"only": only, "dtypes": [d for d in dtypes.split(",") if d], "threads": threads or [],
+        of_cpu = {"only": only, "dtypes": _words(dtypes), "rivals": _words(rivals), "threads": threads or [],
                   "picture": picture, "table": table}  # fmt: skip
         if suite == "gpu" and any(of_cpu.values()):
-            raise TargetError("bench: --rows, --dtypes, --threads, --plot and --table are of --suite cpu")
+            raise TargetError("bench: --rows, --dtypes, --rivals, --threads, --plot and --table are of --suite cpu")
         _suite(suite)(quick=quick, json=out, **(of_cpu if suite == "cpu" else {}))
+
+
+def _words(text: str) -> list[str]:
+    return [w.strip() for w in text.split(",") if w.strip()]
 
 
 def _suite(name: Literal["cpu", "gpu"]) -> Callable[..., object]:

@@ -165,6 +165,8 @@ def test_what_is_unknown() -> None:
         bench_cpu.run(only="nothing")
     with pytest.raises(TargetError, match="no dtype f8"):
         bench_cpu.run(dtypes=["f8"])
+    with pytest.raises(TargetError, match="no rival xformers"):
+        bench_cpu.run(rivals=["sdpa", "xformers"])
 
 
 def test_visible_pairs_of_a_small_row() -> None:
