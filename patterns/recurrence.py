@@ -280,18 +280,26 @@ def _step(f: Facts, u: Update) -> Step:
     values = [x for x in _flat(written) if e in free(x) and d not in free(x)]
     rest = [x for x in _flat(written) if x not in keys and x not in values]
     key = _product(keys)
-    k, phi_k = _mapped(key, d)
-    if k is None or any(d in free(x) and e in free(x) for x in rest):
+    if any(d in free(x) and e in free(x) for x in rest):
         raise _Unproven("what it writes is not a key times a value")
     error = next((x for x in values if isinstance(x, Op) and x.name == "sub"), None)
     if error is not None:
         v, memory = error.args
-        if not isinstance(memory, Load) or not _is_memory(f, memory, (carried, key), d, extents, u):
+        whole = _looked_up(f, memory, carried, d, extents, u) if isinstance(memory, Load) else None
+        if whole is None or [x for x in _flat(whole) if d in free(x)] != keys:
             raise _Unproven("what it subtracts from the value is not what its state holds for the key")
+        for x in (x for x in _flat(whole) if d not in free(x)):  # a norm of the key is part of it
+            if x not in rest:
+                raise _Unproven("what it subtracts is held for another key than it writes")
+            rest.remove(x)
+        key = whole
         rest += [x for x in values if x is not error]
     else:
         v = next((x for x in reversed(values) if isinstance(x, Load) and x not in loads(decay)), UNIT)
         rest += [x for x in values if x is not v]
+    k, phi_k = _mapped(key, d)
+    if k is None:
+        raise _Unproven("its key is made of several tensors")
     if not isinstance(v, Load) or v.tensor.startswith(DOT) or _mentions(v, u.before):
         raise _Unproven("the value that it writes is made of several tensors")
     rate = _product(rest)
@@ -341,16 +349,14 @@ def _query(f: Facts, u: Update, at: Point, extents: dict[Expr, Expr]) -> tuple[L
     raise _Unproven("no query reads its state after the step")
 
 
-def _is_memory(
-    f: Facts, x: Load, parts: tuple[Expr, Expr], d: Index, extents: dict[Expr, Expr], u: Update
-) -> bool:
-    """Whether a load is sum_d key[d] * (decay * S)[d, e]."""
-    carried, key = parts
+def _looked_up(
+    f: Facts, x: Load, carried: Expr, d: Index, extents: dict[Expr, Expr], u: Update
+) -> Expr | None:
+    """The key, where a load is sum_d key[d] * (decay * S)[d, e]."""
     for state, other in factors(f, x, d):
-        held = value_of(f, state, extents, f.order[u.node], frozenset({u.before}))
-        if held is carried and value_of(f, other, extents, f.order[u.node]) is key:
-            return True
-    return False
+        if value_of(f, state, extents, f.order[u.node], frozenset({u.before})) is carried:
+            return value_of(f, other, extents, f.order[u.node])
+    return None
 
 
 def _common(xs: list[Expr], time: Expr) -> Expr | None:
