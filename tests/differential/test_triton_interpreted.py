@@ -13,8 +13,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import torch
 import triton_interpreter
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 from random_ir import Program, programs
-from triton_cases import CASES, make
+from triton_cases import CASES, Case, case_of, make
 
 from attncc.codegen.triton import TritonConfig, unsupported
 from attncc.codegen.triton.plan import plan
@@ -182,6 +183,39 @@ def test_bounds_from_tables(name: str, dense: bool, config: TritonConfig) -> Non
     found = spanned(a, dense=dense)
     more = {**tensors, **tables(found, tensors, sizes)}
     check(Program(found.attention, more, sizes), config, bounds=found.bounds)
+
+
+LITERALS = (
+    "i - j < 9", "j <= i", "j % 7 == 3", "j % 32 < 5", "3 <= j % 24", "(i - j) % 30 == 0", "(j // 8 + b * 2) % 4 == 1",
+    "i // 12 - j // 12 < 2", "(i - j) % 24 < 4", "j < 5", "table[b, i // 8, j // 32]", "doc[b, i] == doc[b, j]",
+    "i % 16 == j % 16", "20 <= j", "i // 20 == j // 20",
+)  # fmt: skip
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> Program:
+    """Disjunctions of conjunctions of literals, as sparse patterns have them."""
+    clauses = draw(st.lists(st.lists(st.sampled_from(LITERALS), min_size=1, max_size=3), min_size=1, max_size=3))
+    mask = " or ".join(f"({' and '.join(f'({x})' for x in clause)})" for clause in clauses)
+    tensors = tuple(t for t in ("table: bool[B, 9, 3]", "doc: i32[B, N]") if t.partition(":")[0] in mask)
+    rows, groups = draw(st.sampled_from([40, 61, 70])), draw(st.sampled_from([1, 2, 3]))
+    return case_of(Case(mask, tensors=tensors, heads=1, groups=groups, rows=rows, give="out, lse"))
+
+
+@seed(22)
+@settings(
+    max_examples=EXAMPLES // 2, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],
+)  # fmt: skip
+@given(masks())
+def test_random_masks(program: Program) -> None:
+    """Each visible key counts once: in a run of blocks, in one of several stripes, or in a list."""
+    check(program, SMALL)
+    check(program, LISTS, splits=2)
+    bounds = loop_bounds(program.attention, rows=True)
+    assert triton_interpreter.lists(program.attention, bounds, LISTS, program.tensors, program.sizes) == listed(
+        program, bounds
+    )
 
 
 @seed(21)

@@ -129,7 +129,10 @@ def text(case: Case, dtype: str, sizes: str = "B, N, M") -> str:
 
 def make(name: str, *, rows: int = 0, keys: int = 0, dtype: str = "bf16", batch: int = 2) -> Program:
     """A case with tensors of random numbers; integers are kept small enough for every index they are used as."""
-    case = CASES[name]
+    return case_of(CASES[name], rows=rows, keys=keys, dtype=dtype, batch=batch)
+
+
+def case_of(case: Case, *, rows: int = 0, keys: int = 0, dtype: str = "bf16", batch: int = 2) -> Program:
     a = verify(parse_attention(text(case, dtype)))
     n = rows or case.rows
     m = keys or case.keys or n
