@@ -7,18 +7,18 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import fx
 
 from attncc import capture, sites, torch_private
 from attncc.choice import Candidate, Choice, decide
-from attncc.codegen import torch_form
 from attncc.edit import EditError, Editor, source_text
 from attncc.ir import Attention, print_attention, print_linear
 from attncc.ir.expr import Expr, Size
-from attncc.kernels import build, build_all, built, optimise
+from attncc.kernels import blocked, build, build_all, built, optimise
+from attncc.merge import merge
 from attncc.passes.split_axes import split_axes
 from attncc.patterns.assemble import Lifted
 from attncc.patterns.facts import Facts
@@ -43,7 +43,7 @@ class Collected:
 collecting: ContextVar[Collected | None] = ContextVar("attncc_collecting", default=None)
 _said: set[str] = set()
 
-op.install(build, torch_form.run_blocked)
+op.install(build, blocked)
 
 
 def attncc_backend(
@@ -154,12 +154,19 @@ def _settled(
     nodes = dict.fromkeys(site.node for site in joint.sites)
     verdict = _verdict(joint, [plan for _, plan in pairs], facts, measure)
     found = dict.fromkeys(nodes, verdict)
-    for n in nodes if verdict.fused else ():
+    places = dict.fromkeys(_target(site) for site, _ in pairs)
+    for place in places if verdict.fused else ():
+        parts = [(site, plan.final) for site, plan in pairs if _target(site) is place]
         try:
-            editor.fuse([(site, plan.final) for site, plan in pairs if site.node is n])
+            (editor.fuse if parts[0][0].piece is None else partial(merge, editor))(parts)
         except EditError as error:
-            found[n] = replace(verdict, fused=False, reason=str(error))
+            found |= dict.fromkeys((site.node for site, _ in parts), replace(verdict, fused=False, reason=str(error)))
     return found
+
+
+def _target(site: Lifted) -> fx.Node:
+    """What sites that are put into the graph together have in common."""
+    return site.node if site.piece is None else site.piece.anchor
 
 
 @dataclass(frozen=True)

@@ -49,31 +49,34 @@ class Editor:
         """Replace a node by calls of attncc's operator, one for each site that adds up to it (with its attention after
         the passes)."""
         first = parts[0][0]
-        target = self._place(first.node)
-        sums = None if first.lse is None else self._place(first.lse.node)
+        target = self.place(first.node)
+        sums = None if first.lse is None else self.place(first.lse.node)
         placed = [n for n in (target, sums) if n is not None]
         call = self.graph.call_function
-        early = min(placed, key=self._position)
+        early = min(placed, key=self.position)
         for n in sources((n for site, _ in parts for n in site.tensors), self.facts):
-            if early is not target and self._position(self._node(n)) > self._position(early):
+            if early is not target and self.position(self._node(n)) > self.position(early):
                 raise EditError("the sums of its rows are used before its values are computed")
         with self.graph.inserting_before(early):
-            calls = [self._call(site, a, target) for site, a in parts]
-            outs = [self._out(outputs, site, a, target) for outputs, (site, a) in zip(calls, parts, strict=True)]
+            calls = [self.call(site, a, target) for site, a in parts]
+            outs = [self.output(outputs, site, a, target) for outputs, (site, a) in zip(calls, parts, strict=True)]
             made = [functools.reduce(lambda x, y: call(torch.ops.aten.add.Tensor, (x, y)), outs)]
             if first.lse is not None:
                 made.append(self._lse(calls[0], first, parts[0][1], first.lse, target))
         for old, new in zip(placed, made, strict=True):
-            new.meta.update({k: old.meta[k] for k in _COPIED if k in old.meta})
-            new.meta["example_value"] = old.meta.get("example_value")
-            old.replace_all_uses_with(new)
-        for old in placed:
-            self._remove(old)
+            self.replace(old, new)
 
-    def _position(self, n: fx.Node) -> int:
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Put `new` in the place of `old`, which goes with what only it used."""
+        new.meta.update({k: old.meta[k] for k in _COPIED if k in old.meta})
+        new.meta["example_value"] = old.meta.get("example_value")
+        old.replace_all_uses_with(new)
+        self._remove(old)
+
+    def position(self, n: fx.Node) -> int:
         return self.order.get(n, len(self.order))
 
-    def _call(self, site: Lifted, a: Attention, target: fx.Node) -> fx.Node:
+    def call(self, site: Lifted, a: Attention, target: fx.Node) -> fx.Node:
         """A call of the operator at the graph's insertion point."""
         tensors = [self._cast(self._node(n), n, dtype) for n, dtype in zip(site.tensors, site.dtypes, strict=True)]
         sizes = [self._size(x, target) for x in site.sizes]
@@ -82,13 +85,21 @@ class Editor:
         outputs.meta.update({k: target.meta[k] for k in _COPIED if k in target.meta})
         return outputs
 
-    def _out(self, outputs: fx.Node, site: Lifted, a: Attention, target: fx.Node) -> fx.Node:
-        """The operator's output in the shape that the graph has."""
+    def extents(self, site: Lifted, before: fx.Node) -> list[int | fx.Node]:
+        """Those of the axes (*batch, i, e) of a site's output."""
+        return [self._extent(x.extent, site, before) for x in site.attention.out_axes]
+
+    def output(
+        self, outputs: fx.Node, site: Lifted, a: Attention, target: fx.Node, factor: fx.Node | None = None
+    ) -> fx.Node:
+        """The operator's output, times a factor over its axes, in the shape that the graph has."""
         call = self.graph.call_function
         out = call(operator.getitem, (outputs, a.outputs.index("out")))
-        unsplit = [self._extent(x.extent, site, target) for x in site.attention.out_axes]
+        unsplit = self.extents(site, target)
         if len(a.out_axes) != len(unsplit):
             out = call(torch.ops.aten.reshape.default, (out, unsplit))
+        if factor is not None:
+            out = call(torch.ops.aten.to.dtype, (call(torch.ops.aten.mul.Tensor, (out, factor)), DTYPE_OF[a.dtype]))
         if site.summed:
             out = call(torch.ops.aten.sum.dim_IntList, (out, list(site.summed)))
             unsplit = [x for at, x in enumerate(unsplit) if at not in site.summed]
@@ -103,17 +114,23 @@ class Editor:
         """The logarithm of the sums of exponentials as the graph has it."""
         call = self.graph.call_function
         x = call(operator.getitem, (outputs, a.outputs.index("lse")))
-        if lse.order not in ((), tuple(range(len(lse.order)))):
-            unsplit = [self._extent(axis.extent, site, target) for axis in site.attention.out_axes[:-1]]
-            x = call(torch.ops.aten.permute.default, (call(torch.ops.aten.reshape.default, (x, unsplit)), lse.order))
+        x = self.permuted(x, site, lse.order, target)
         if lse.base_two:
             x = call(torch.ops.aten.mul.Tensor, (x, math.log2(math.e)))
-        if lse.floor is not None:
-            x = call(torch.ops.aten.clamp_min.default, (x, lse.floor))
+        if site.floor is not None:
+            x = call(torch.ops.aten.clamp_min.default, (x, site.floor))
         dtype = self.facts.dtype(lse.node)
         if dtype != DTYPE_OF[a.compute_dtype]:
             x = call(torch.ops.aten.to.dtype, (x, dtype))
         return call(torch.ops.aten.reshape.default, (x, [self._size(s, target) for s in self.facts.shape(lse.node)]))
+
+    def permuted(self, x: fx.Node, site: Lifted, order: Sequence[int], before: fx.Node) -> fx.Node:
+        """A tensor over (*batch, i) of a site with its axes in another order; as it is for none."""
+        if tuple(order) == tuple(range(len(order))):
+            return x
+        call = self.graph.call_function
+        x = call(torch.ops.aten.reshape.default, (x, self.extents(site, before)[:-1]))
+        return call(torch.ops.aten.permute.default, (x, list(order)))
 
     def finish(self) -> fx.GraphModule:
         self._drop_unread()
@@ -122,7 +139,7 @@ class Editor:
         self.reading.module.recompile()
         return self.reading.module
 
-    def _place(self, shadow: fx.Node) -> fx.Node:
+    def place(self, shadow: fx.Node) -> fx.Node:
         """The Dynamo node for a shadow node, its composite owner expanded if need be."""
         node = self._node(shadow)
         if node._erased:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -53,13 +53,23 @@ class Parts:
 
 @dataclass(frozen=True)
 class Lse:
-    """`node` holds the logarithm of a row's sum of exponentials over (*batch, i), permuted by `order`. A row that sees
-    no key has `floor` where the model's masks are finite."""
+    """`node` holds the logarithm of a row's sum of exponentials over (*batch, i), permuted by `order`."""
 
     node: fx.Node
     order: tuple[int, ...] = ()
-    floor: float | None = None
     base_two: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An attention over some columns of the softmax of `anchor`, `keys` of them, to be merged with the others by the
+    sums of their rows. Those lie over (*batch, i), permuted by `order`, as the softmax's rows do. `share` is what the
+    piece counts for in a row that sees no key in any of them."""
+
+    anchor: fx.Node
+    order: tuple[int, ...]
+    keys: Expr
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +80,8 @@ class Lifted:
     over the graph's symbols, of its sizes; `factors` says which sizes are products of others. The IR's output
     (*batch, i, e), permuted by `order` and viewed in the shape of `node`, is its value. `escapes` are users of the
     weights other than the product with the values. `lse` says where the model has the logarithm of the sums of
-    exponentials, if it uses them. Axes of the output that are `summed` are summed over first. Several sites with one
-    `node` add up to it."""
+    exponentials, if it uses them; a row that sees no key then has `floor`, where the model's masks are finite. Axes of
+    the output that are `summed` are summed over first. Several sites with one `node` add up to it."""
 
     attention: Attention
     node: fx.Node
@@ -84,6 +94,8 @@ class Lifted:
     escapes: tuple[fx.Node, ...] = ()
     lse: Lse | None = None
     summed: tuple[int, ...] = ()
+    floor: float | None = None
+    piece: Piece | None = None
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -132,7 +144,7 @@ def assemble(
     order += absent
     return Lifted(
         verify(attention), node, anchor, tuple(renamer.nodes), tuple(renamer.dtypes), sizes, factors, tuple(order),
-        escapes, None if lse is None else replace(lse, floor=masked.floor), tuple(range(len(own), len(batch))),
+        escapes, lse, tuple(range(len(own), len(batch))), masked.floor,
     )  # fmt: skip
 
 

@@ -91,9 +91,13 @@ def _sums_over(found: Frame, anchor: Anchor, weights: Weights) -> bool:
     return any(t.anchor is anchor and found.c in free(t.at[anchor.dim]) for t in read)
 
 
+#: What gives several tensors, each a part of the one.
+_SEVERAL = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.tensor_split"}
+
+
 def _carries(f: Facts, user: fx.Node, n: fx.Node) -> bool:
     """Whether `user` holds the values of `n`, moved or changed element by element."""
-    if getattr(user.target, "__name__", "") in ("split", "split_with_sizes", "chunk", "unbind"):
+    if str(getattr(user.target, "overloadpacket", "")) in _SEVERAL:
         return True
     return user.op == "call_function" and f.is_tensor(user) and (_moves(f, user) or user.target in ELEMENTS)
 

@@ -29,14 +29,22 @@ def row_sums(p: Parts, anchor: Anchor, at: Point, use: int) -> Lse | None:
     sources = (p.q.node, p.k.node, p.v.node)
     if any(f.writes(n, f.order[node], use) for n in sources):
         return None
-    rows = [(x, s) for d, (x, s) in enumerate(zip(at, f.shape(anchor.scores), strict=True)) if d != anchor.dim]
+    order = row_order(p, anchor, at)
+    return None if order is None else Lse(node, order)
+
+
+def row_order(p: Parts, anchor: Anchor, at: Point) -> tuple[int, ...] | None:
+    """How the attention's axes (*batch, i) are permuted where they lie as the rows of the softmax, read `at`; none if
+    these are others."""
+    shape = p.facts.shape(anchor.scores)
+    rows = [(x, s) for d, (x, s) in enumerate(zip(at, shape, strict=True)) if d != anchor.dim]
     batch = [x for x in p.out if x is not ZERO and x is not p.i and x is not p.e]
     axes = [*batch, *([] if p.i is None else [p.i])]
     if poly(_flat(rows)) == poly(_flat([(x, p.extents[x]) for x in axes])):
-        return Lse(node)
+        return ()
     plain = [x for x, s in rows if s is not ONE]
     if len(plain) == len(axes) and set(plain) == set(axes):
-        return Lse(node, order=tuple(axes.index(x) for x in plain))
+        return tuple(axes.index(x) for x in plain)
     return None
 
 

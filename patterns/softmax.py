@@ -8,50 +8,61 @@ import torch
 from torch import fx
 
 from attncc.ir.affine import linear_in, poly
-from attncc.ir.attention import Empty, Output
+from attncc.ir.attention import Empty
 from attncc.ir.build import ONE, TRUE, ZERO, sub
 from attncc.ir.expr import Const, Expr, Index, Load, Op, free, loads, rewrite
-from attncc.patterns.assemble import Lifted, assemble
+from attncc.patterns.assemble import Lifted, Lse, Parts, assemble
 from attncc.patterns.contractions import DOT
 from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame
 from attncc.patterns.guards import unguarded, vanishes
 from attncc.patterns.mixed import mixed_product
 from attncc.patterns.products import Product, products, stored
+from attncc.patterns.reasons import of_scores
 from attncc.patterns.rowsums import row_sums
 from attncc.patterns.terms import Term
 from attncc.patterns.value import Unreadable
+from attncc.patterns.windowed import windowed_product
 
 
 def lift_softmax(frame: Frame, term: Term) -> Lifted:
     """The attention that one softmax of a product is. Raises Unreadable with the reason, and VerifyError."""
+    anchor = term.anchor
+    if frame.facts.shape(anchor.scores)[anchor.dim] is ONE:
+        raise Unreadable(anchor.node, "a softmax over a single key is always 1")
+    offset = _offset(frame, term)
+    parts = parts_of(frame, term)
+    if poly(frame.facts.shape(anchor.scores)[anchor.dim]) != poly(frame.product.extent):
+        if anchor.sink is not None:
+            raise Unreadable(anchor.node, "a softmax with two sinks")
+        parts = replace(parts, sink=_sink(frame.over(term.mixed), term, offset))
+    lse = row_sums(parts, anchor, term.at, frame.use)
+    return attention_of(parts if lse is None else replace(parts, outputs=("out", "lse")), frame, term, lse)
+
+
+def parts_of(frame: Frame, term: Term) -> Parts:
+    """What an attention is made of that sums the columns of a softmax at which the product reads it."""
     f, anchor, product = frame.facts, term.anchor, frame.product
     if product.bias is not None or product.alpha != 1.0:
         raise Unreadable(product.node, "the product with the values also scales or adds")
-    if f.shape(anchor.scores)[anchor.dim] is ONE:
-        raise Unreadable(anchor.node, "a softmax over a single key is always 1")
     if any(_drops(f, x) for x in loads(term.weight)):
         raise Unreadable(anchor.node, "dropout is on")
     frame = frame.over(term.mixed)
-    offset = _offset(frame, term)
     score, found = _score(frame, term)
-    sink = None if anchor.sink is None else Const(anchor.sink)
-    if poly(f.shape(anchor.scores)[anchor.dim]) != poly(product.extent):
-        sink = _sink(frame, term, offset)
-        if anchor.sink is not None:
-            raise Unreadable(anchor.node, "a softmax with two sinks")
     weight = rewrite(term.weight, lambda x: stored(f, x, frame.use))
     bare = unguarded(f, frame.reader(), weight, score, frame.c)
     empty: Empty = "zero" if bare is not None else anchor.empty or "nan"
-    parts = replace(
-        frame.parts(found, score, half=anchor.scores, empty=empty),
-        sink=sink, weight=weight if bare is None else bare, normalizer=anchor.normalizer, summed=tuple(term.mixed),
+    return replace(
+        frame.parts(found, score, half=anchor.scores, empty=empty), normalizer=anchor.normalizer,
+        sink=None if anchor.sink is None else Const(anchor.sink), weight=weight if bare is None else bare,
+        summed=tuple(term.mixed),
     )  # fmt: skip
-    lse = row_sums(parts, anchor, term.at, frame.use)
-    outputs: tuple[Output, ...] = ("out",) if lse is None else ("out", "lse")
-    site = assemble(replace(parts, outputs=outputs), frame.node, anchor.node, lse=lse)
+
+
+def attention_of(parts: Parts, frame: Frame, term: Term, lse: Lse | None = None) -> Lifted:
+    site = assemble(parts, frame.node, term.anchor.node, lse=lse)
     if site.attention.mask is not TRUE and not vanishes(parts.weight):
-        raise Unreadable(product.node, "keys that the mask hides are given weight after the softmax")
+        raise Unreadable(frame.product.node, "keys that the mask hides are given weight after the softmax")
     return site
 
 
@@ -93,9 +104,10 @@ def _score(frame: Frame, term: Term) -> tuple[Expr, Product]:
     when = anchor.read_at(f)
     reader = frame.reader(pair=frozenset({c}))
     rough = reader.value_at(anchor.scores, term.at, when)
-    found = next(iter(products(f, rough, c, frame.rows)), None) or mixed_product(frame, rough)
+    found = next(iter(products(f, rough, c, frame.rows)), None) or mixed_product(frame, rough) \
+        or windowed_product(frame, term, rough)
     if found is None:
-        raise reader.lost or Unreadable(anchor.scores, "the softmax's input is no product of queries and keys")
+        raise reader.lost or Unreadable(anchor.scores, of_scores(f, anchor.scores))
     score = rough
     if found.row is not None:
         score = frame.reader(pair=frozenset({c, found.row})).value_at(anchor.scores, term.at, when)

@@ -69,6 +69,36 @@ def sink_gate_in_another_order(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return torch.einsum("bihj,bhjd->bhid", scores.softmax(-1), v) * gate.transpose(1, 2)[..., None]
 
 
+def _pieces(q: Q, k: Q, v: Q, fill: float, width: int) -> Q:
+    """Each block of seven sees itself and the first four keys: scores concatenated, weights sliced, products added."""
+    qb, kb, vb = (x.unflatten(2, (3, 7)) for x in (q, k, v))
+    far, near = torch.einsum("bhnid,bhgd->bhnig", qb, k[:, :, :4]), qb @ kb.mT
+    scores = torch.cat([far, near], -1) * SCALE
+    row, column = torch.arange(N).view(3, 7, 1), torch.arange(11)
+    weights = scores.masked_fill((row + column) % 5 < width, fill).softmax(-1)
+    first = torch.einsum("bhnig,bhgd->bhnid", weights[..., :4], v[:, :, :4])
+    return (first + weights[..., 4:] @ vb).flatten(2, 3)
+
+
+def pieces(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return _pieces(q, k, v, -torch.inf, 3)
+
+
+def pieces_of_empty_rows(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Some rows see no key: the mean of all eleven values."""
+    qb, kb, vb = (x.unflatten(2, (3, 7)) for x in (q, k, v))
+    scores = torch.cat([qb @ k[:, :, None, :4].mT, qb @ kb.mT], -1) * SCALE
+    hidden = (torch.arange(N).view(3, 7, 1) % 4 == 1) | (torch.arange(11) % 3 == 1)
+    weights = scores.masked_fill(hidden, -1e30).softmax(-1)
+    far, near = weights.split((4, 7), -1)
+    return (near @ vb + far @ v[:, :, None, :4]).flatten(2, 3)
+
+
+def pieces_that_overlap(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    weights = (q @ k.mT * SCALE).softmax(-1)
+    return weights[..., :12] @ v[:, :, :12] + weights[..., 11:] @ v[:, :, 11:]
+
+
 def sums_before_the_mask(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     scores = q @ k.mT * SCALE
     gate = torch.sigmoid(torch.logsumexp(scores, -1, keepdim=True))
@@ -262,7 +292,11 @@ FORMS = (
     Case("unnormalised", attend(unnormalised, **MASK), 1, "no normaliser: retention"),
     Case("sink-column", attend(sink_column, sinks=randoms(H)), 1, "a column of sinks", golden=0),
     Case("sink-gate", attend(sink_gate, sinks=randoms(H)), 1, "out * sigmoid(lse - sink)", golden=0, backward=True),
-    Case("sink-gate-transposed", attend(sink_gate_in_another_order), 1, "the sums of rows in another order, empty rows"),
+    Case("sink-gate-transposed", attend(sink_gate_in_another_order), 1, "sums of rows in another order, empty rows"),
+    Case("pieces", attend(pieces), 2, "one softmax over two products, their weights sliced", golden=0, dtypes=WIDE,
+         backward=True),
+    Case("pieces-of-empty-rows", attend(pieces_of_empty_rows), 2, "pieces under a finite mask that hides whole rows"),
+    Case("pieces-that-overlap", attend(pieces_that_overlap), 0, "a column summed twice", refused=1),
     Case("sums-before-mask", attend(sums_before_the_mask, **MASK), 1, "sums of other scores", kept=1),
     Case("softmax-plus-one", attend(softmax_plus_one), 1, "a sink of zero, by hand", golden=0),
     Case("softcap", attend(softcap, **MASK), 1, "tanh of the score", golden=0),
