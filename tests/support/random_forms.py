@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from random_models import Writer, _b, _m, _n, normal
 
 
@@ -75,6 +76,8 @@ def divided_after(w: Writer) -> str | None:
     if high != "s" and any(x.startswith("fill") and "inf'" not in x for x in w.p.labels):
         high = "s"
     if high == "s" and any(x.startswith("fill") and "-100" not in x for x in w.p.labels):
+        high = f"s - s.amax({d}, keepdim=True)"
+    if high == "s" and w.p.dtype == torch.float16:  # it overflows
         high = f"s - s.amax({d}, keepdim=True)"
     e = w.fresh(f"torch.exp({high})", "e")
     total = w.pick(f"{e}.sum({d}, keepdim=True)", f"{e}.sum({d}).unsqueeze(-1)", f"{e}.sum({d})[..., None]")
