@@ -73,10 +73,8 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
             try:
                 site = lift_sdpa(f, n) if n.target is SDPA else lift_flex(f, n)
                 found += [] if site is None else [site]
-            except Unreadable as error:
-                found.append(Refusal(error.reason, error.node, n))
-            except VerifyError as error:
-                found.append(Refusal(f"the IR cannot say it: {error}", n, n))
+            except Exception as error:
+                found.append(Refusal(*_reason(error, n), n))
         elif n.op == "call_function" and str(n.target) in _LIBRARY:
             found.append(Refusal("one library operation holds the whole attention, on nested tensors", n, n))
     late = list(divided(f))
@@ -94,11 +92,21 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
     return found
 
 
+def _reason(error: Exception, at: fx.Node) -> tuple[str, fx.Node]:
+    """Why a site was not lifted, and where. One site that fails unforeseen must not cost the others of its graph."""
+    if isinstance(error, Unreadable):
+        return error.reason, error.node
+    if isinstance(error, VerifyError):
+        return f"the IR cannot say it: {error}", at
+    return f"reading it failed, which is a bug in attncc: {type(error).__name__}: {error}", at
+
+
 def _without_softmax(f: Facts, n: fx.Node, product: Contraction, left: bool) -> list[Lifted | Refusal]:
     try:
         site = lift_unnormalised(f, product, left)
-    except (Unreadable, VerifyError) as error:
-        return [Refusal(f"attention without a softmax: {error}", n, n)]
+    except Exception as error:
+        reason, _ = _reason(error, n)
+        return [Refusal(f"attention without a softmax: {reason}", n, n)]
     return [] if site is None else [site]
 
 
@@ -131,20 +139,16 @@ def _in_pieces(anchor: Anchor, used: Uses, weights: Weights) -> Sequence[Lifted 
     """The attentions that several products make of one softmax, or why they make none; nothing if they do not."""
     try:
         return [replace(x, escapes=used.escapes) for x in in_pieces(anchor, used.products, weights) or ()]
-    except Unreadable as error:
-        return [Refusal(error.reason, error.node, anchor.node)]
-    except VerifyError as error:
-        return [Refusal(f"the IR cannot say it: {error}", anchor.node, anchor.node)]
+    except Exception as error:
+        return [Refusal(*_reason(error, anchor.node), anchor.node)]
 
 
 def _of_product(frame: Frame, weights: Weights) -> list[Lifted | Refusal]:
     """The softmaxes whose weights a product sums with: all of them attention, or none."""
     try:
         return [lift_softmax(frame, term) for term in weights.of(frame)]
-    except Unreadable as error:
-        reason, at = error.reason, error.node
-    except VerifyError as error:
-        reason, at = f"the IR cannot say it: {error}", frame.node
+    except Exception as error:
+        reason, at = _reason(error, frame.node)
     return [Refusal(reason, at, a.node) for a in weights.anchors.values() if _reaches(frame, a)]
 
 
@@ -156,8 +160,9 @@ def _divided(frame: Frame, term: Term, total: fx.Node) -> list[Lifted | Refusal]
     escapes = tuple(x for x in (*used.escapes, *others) if x is not total)
     try:
         return [replace(lift_softmax(frame, term), escapes=escapes)]
-    except (Unreadable, VerifyError) as error:
-        return [Refusal(f"a softmax divided after its product: {error}", frame.node, node)]
+    except Exception as error:
+        reason, _ = _reason(error, frame.node)
+        return [Refusal(f"a softmax divided after its product: {reason}", frame.node, node)]
 
 
 def _reaches(frame: Frame, anchor: Anchor) -> bool:
