@@ -192,9 +192,13 @@ def _learned(
     read anything else, or write."""
     results: list[Any] = [result] if isinstance(result, torch.Tensor) else list(result)
     last = made[-len(results) :] if results else []
-    if type(result) is not type(like) or _layout(result) != _layout(like):
+    if type(result) is not type(like) or _layout(result) != _layout(like) or len(made) < len(results):
         raise _Unlike
     if [torch_private.traced_node(x) for x in results] != last or any(map(torch_private.traced_constant, results)):
+        raise _Unlike
+    if not isinstance(result, torch.Tensor) and (
+        len(made) == len(results) or not isinstance(made[-len(results) - 1].meta.get("val"), tuple | list)
+    ):
         raise _Unlike
     places = {n: _Slot(at, False) for at, n in enumerate(sources) if n is not None}
     memory = {torch_private.storage(t): _Slot(at, False) for at, t in reversed(list(enumerate(tensors)))}
@@ -216,6 +220,8 @@ def _learned(
         places[n] = here = _Slot(at, True)
         value: Any = n.meta.get("val")
         inner: _Inner | None = None
+        if isinstance(value, tuple | list) and n is not made[-len(results) - 1]:
+            raise _Unlike
         if n not in last and not isinstance(value, tuple | list):
             shape, stride, offset, dtype, device, *_ = _layout(value)
             base = memory.setdefault(torch_private.storage(value), here)

@@ -42,6 +42,8 @@ def described(reading: capture.Reading) -> list[object]:
             storage = facts.storage(n)
             first = None if storage is None else memory.setdefault(storage, at[n])
             held = (tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, first)
+        elif isinstance(value, tuple | list):
+            held = [tuple(x.shape) for x in value]
         origin, owner = reading.origin.get(n), reading.owner.get(n)
         lines.append((n.op, str(n.target), repr(args), held, origin and origin.name, owner and owner.name))
     return lines
