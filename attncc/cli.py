@@ -172,7 +172,10 @@ def demo(
 
 @app.command()
 def bench(
-    suite: Annotated[Literal["cpu", "gpu"], typer.Option("--suite", help="Which machine to measure.")] = "cpu",
+    suite: Annotated[
+        Literal["cpu", "gpu", "windows"],
+        typer.Option("--suite", help="Which machine to measure; or models with long windows, on this one."),
+    ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
     only: Annotated[str, typer.Option("--rows", metavar="WORDS", help="Rows whose names hold one of these, by commas; "
@@ -189,7 +192,7 @@ def bench(
     with clear_errors(debug):
         of_cpu = {"only": only, "dtypes": _words(dtypes), "rivals": _words(rivals), "threads": threads or [],
                   "picture": picture, "table": table}  # fmt: skip
-        if suite == "gpu" and any(of_cpu.values()):
+        if suite != "cpu" and any(of_cpu.values()):
             raise TargetError("bench: --rows, --dtypes, --rivals, --threads, --plot and --table are of --suite cpu")
         _suite(suite)(quick=quick, json=out, **(of_cpu if suite == "cpu" else {}))
 
@@ -198,7 +201,7 @@ def _words(text: str) -> list[str]:
     return [w.strip() for w in text.split(",") if w.strip()]
 
 
-def _suite(name: Literal["cpu", "gpu"]) -> Callable[..., object]:
+def _suite(name: Literal["cpu", "gpu", "windows"]) -> Callable[..., object]:
     try:
         return importlib.import_module(f"attncc.bench_{name}").run
     except ImportError as error:

@@ -62,8 +62,18 @@ class TorchKernel:
     def __call__(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
     ) -> None:
-        for out, value in zip(outputs, torch_form.run_blocked(self.attention, tensors, sizes), strict=True):
+        for out, value in zip(outputs, blocked(self.attention, tensors, sizes), strict=True):
             out.copy_(value)
+
+
+def blocked(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+    """The plain-torch form, which leaves out the keys that a block of rows does not see. Differentiable."""
+    return torch_form.run_blocked(a, tensors, sizes, bounds=_bounds(a))
+
+
+@lru_cache(maxsize=1024)
+def _bounds(a: Attention) -> Bounds:
+    return loop_bounds(optimise(a), rows=True)
 
 
 @lru_cache(maxsize=1024)

@@ -2,8 +2,9 @@
 
     for each block of rows i:   s = q[i] @ k^T;  w = normalize(score(s) where mask);  out[i] = weight(w) @ v
 
-A block holds all its keys, so no running maximum is needed; its rows are as many as a budget of elements allows, so no
-N x M object is made for all heads at once. When gradients are wanted, each block is recomputed in the backward pass.
+A block holds all keys that its rows see, so no running maximum is needed; its rows are as many as a budget of elements
+allows, so no N x M object is made for all heads at once. When gradients are wanted, each block is recomputed in the
+backward pass.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import checkpoint
 
-from attncc.ir import Access, Attention, Axis, Const, Expr, Index, Kind, Load, Op, S, Size, W
+from attncc.codegen.torch_keys import Keys, skips, visited_keys
+from attncc.ir import Access, Attention, Axis, Bounds, Const, Expr, Index, Kind, Load, Op, S, Size, W
 from attncc.ir.affine import poly
 from attncc.ir.build import TRUE
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
@@ -35,16 +37,18 @@ Ranges = Mapping[Axis, tuple[int, int]]  # axis -> first index and one past the 
 
 
 def run_blocked(
-    a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int], *, budget: int | None = None
-) -> list[torch.Tensor]:
+    a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int], *, budget: int | None = None,
+    bounds: Bounds | None = None,
+) -> list[torch.Tensor]:  # fmt: skip
     """The outputs of `a` in the order of `a.outputs`; `tensors` in the order of `a.tensors`, `sizes` of `a.sizes`.
 
-    `budget` is the number of elements a block's scores may have. Memory order of the results is not promised. A load
-    past the end of its tensor raises IndexError. Autocast regions are of no effect: the IR says what is rounded."""
+    `bounds` are loop bounds of `a`: blocks then leave out the keys that none of their rows sees. `budget` is the number
+    of elements a block's scores may have. Memory order of the results is not promised. A load past the end of its
+    tensor raises IndexError. Autocast regions are of no effect: the IR says what is rounded."""
     device = tensors[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return run_blocked(a, tensors, sizes, budget=budget)
+            return run_blocked(a, tensors, sizes, budget=budget, bounds=bounds)
     named = {t.name: x for t, x in zip(a.tensors, tensors, strict=True)}
     table = dict(zip(a.sizes, sizes, strict=True))
     whole = {x: (0, table[x.extent] if isinstance(x.extent, Size) else int(x.extent.value)) for x in a.axes}
@@ -55,6 +59,7 @@ def run_blocked(
         budget = (CPU_BUDGET if device == "cpu" else DEVICE_BUDGET) * (GRADIENT_FACTOR if differentiated else 1)
     split, rows = _split(a, whole, budget)
     recomputed = differentiated and (split > 0 or rows < whole[a.i][1])
+    skipping = skips(a, bounds, device)
 
     def part(ranges: Ranges) -> list[torch.Tensor]:
         """All rows of some batch points. The operands are brought into shape once for all their blocks."""
@@ -64,7 +69,19 @@ def run_blocked(
 
         def block(cut: Ranges) -> list[torch.Tensor]:
             start, end = cut[a.i]
-            args = (a, table, cut, tuple(named), q[..., start:end, :], k, v, *named.values())
+            keys: Keys | None = None
+            k_seen, v_seen = k, v
+            if skipping and bounds is not None:
+                keys = visited_keys(a, bounds, named, table, cut)
+                if a.empty == "mean" and a.normalizer == "softmax" and _hides_a_row(a, named, table, cut, keys):
+                    keys = None  # such a row takes the mean over all
+            if isinstance(keys, tuple):
+                cut = {**cut, a.j: keys}
+                k_seen, v_seen, keys = k[..., slice(*keys), :], v[..., slice(*keys), :], None
+            elif keys is not None:
+                keys = keys.to(k.device)
+                k_seen, v_seen = k.index_select(-2, keys), v.index_select(-2, keys)
+            args = (a, table, cut, keys, tuple(named), q[..., start:end, :], k_seen, v_seen, *named.values())
             if recomputed:  # a block keeps its inputs alone for the backward pass
                 return _checkpoint(_block, *args, use_reentrant=False, preserve_rng_state=False)
             return _block(*args)
@@ -106,14 +123,20 @@ def _along(
 class _Blocks(Evaluator):
     """The evaluator of one block: a load with affine indices is a view and no gather."""
 
-    def __init__(self, a: Attention, named: Mapping[str, torch.Tensor], table: Mapping[Size, int], ranges: Ranges):
+    def __init__(
+        self, a: Attention, named: Mapping[str, torch.Tensor], table: Mapping[Size, int], ranges: Ranges,
+        keys: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """With `keys` the key index runs over those."""
         self.axes, self.ranges = a.axes, {x.index: r for x, r in ranges.items()}
+        self.scattered = None if keys is None else a.j.index
         wide = DTYPE_OF[a.compute_dtype]
         device = named[a.q.tensor].device
         leaves: dict[Expr, torch.Tensor] = {s: torch.tensor(n, device=device) for s, n in table.items()}
         for at, axis in enumerate(a.axes):
             start, end = ranges[axis]
-            grid = torch.arange(start, end, device=device)
+            listed = keys is not None and axis == a.j
+            grid = keys if keys is not None and listed else torch.arange(start, end, device=device)
             leaves[axis.index] = grid.view([-1 if n == at else 1 for n in range(len(a.axes))])
         super().__init__(leaves, named, wide)
         self.device = device
@@ -131,7 +154,7 @@ class _Blocks(Evaluator):
         value, found = self.tensors[tensor], list[Index]()
         for x in index:  # x is about the first dimension left; the axes found are appended behind the last
             affine = _affine(x)
-            if affine is None or any(axis in found for axis in affine[0]):
+            if affine is None or any(axis in found or axis is self.scattered for axis in affine[0]):
                 return None
             steps, start = affine
             span = 1
@@ -194,13 +217,23 @@ def _operand(ev: _Blocks, a: Attention, access: Access, row: Axis, last: Axis) -
     return value.expand(*value.shape[:-2], *lengths)
 
 
+def _hides_a_row(
+    a: Attention, named: Mapping[str, torch.Tensor], table: Mapping[Size, int], ranges: Ranges, keys: Keys
+) -> bool:
+    """Whether a row of the block sees none of `keys`, which are all that it might see."""
+    listed = isinstance(keys, torch.Tensor)
+    ev = _Blocks(a, named, table, ranges, keys) if listed else _Blocks(a, named, table, {**ranges, a.j: keys})
+    seen = ev(a.mask)
+    return not bool(seen.any(-3).all() if seen.ndim else seen)
+
+
 def _block(
-    a: Attention, table: Mapping[Size, int], ranges: Ranges, names: Sequence[str],
+    a: Attention, table: Mapping[Size, int], ranges: Ranges, keys: torch.Tensor | None, names: Sequence[str],
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tensors: torch.Tensor,
 ) -> list[torch.Tensor]:  # fmt: skip
     """The outputs of one block, each with all its axes."""
-    ev = _Blocks(a, dict(zip(names, tensors, strict=True)), table, ranges)
-    full = [ranges[x][1] - ranges[x][0] for x in (*a.batch, a.i, a.j)]
+    ev = _Blocks(a, dict(zip(names, tensors, strict=True)), table, ranges, keys)
+    full = [ranges[x][1] - ranges[x][0] for x in (*a.batch, a.i)] + [k.shape[-2]]
 
     def over_ij(x: Expr) -> torch.Tensor:
         value = ev(x)

@@ -1,0 +1,238 @@
+"""`attncc bench --suite windows`: models with long windows, compiled by attncc, by Inductor and with FlexAttention.
+
+Each model is written as its kind is in the wild: with SDPA and a mask made in the graph. FlexAttention's form of the same
+has a block mask, made outside the timed call. Rounds take turns, medians count, results are compared with eager's. Memory
+is the most that a call adds to the process. A formulation that would take more than the limits, judged by its growth with
+the square of the length, is skipped, and the report says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json as json_format
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+LENGTHS = (4096, 8192, 16384, 32768)
+PEERS = ("attncc", "eager", "inductor", "flex")
+Mask = Callable[[Tensor, Tensor], Tensor]  # of rows and keys, which broadcast
+
+
+class Stack(nn.Module):
+    """Layers of attention with projections and a residual, each under its mask."""
+
+    def __init__(self, masks: Sequence[Callable[..., Tensor]], heads: int = 4, size: int = 64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.masks, self.heads, self.size = masks, heads, size
+        self.qkv = nn.ModuleList(nn.Linear(heads * size, 3 * heads * size) for _ in masks)
+        self.blocks: list[Any] | None = None  # FlexAttention's masks
+
+    def forward(self, x: Tensor, doc: Tensor) -> Tensor:
+        tokens = torch.arange(x.shape[1])
+        for n, (mask, layer) in enumerate(zip(self.masks, self.qkv, strict=True)):
+            q, k, v = layer(x).unflatten(-1, (3, self.heads, self.size)).permute(2, 0, 3, 1, 4)
+            if self.blocks is None:
+                seen = mask(tokens[:, None], tokens[None, :], doc)
+                out = scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            else:
+                out = flex_attention(q, k, v, block_mask=self.blocks[n])
+            x = x + out.transpose(1, 2).flatten(2)
+        return x
+
+    def flex(self, n: int, doc: Tensor) -> Stack:
+        """The same weights, FlexAttention's form."""
+        twin = Stack(self.masks, self.heads, self.size)
+        twin.load_state_dict(self.state_dict())
+        makers = [lambda b, h, i, j, mask=mask: mask(i, j, doc) for mask in self.masks]
+        twin.blocks = [create_block_mask(f, None, None, n, n, device="cpu") for f in makers]
+        return twin.eval()
+
+
+def causal_window(i: Tensor, j: Tensor, doc: Tensor) -> Tensor:
+    return (j <= i) & (i - j < 1024)
+
+
+def causal(i: Tensor, j: Tensor, doc: Tensor) -> Tensor:
+    return j <= i
+
+
+def local(i: Tensor, j: Tensor, doc: Tensor) -> Tensor:
+    return (i - j).abs() <= 64
+
+
+def local_and_global(i: Tensor, j: Tensor, doc: Tensor) -> Tensor:
+    return ((i - j).abs() <= 256) | (i < 16) | (j < 16)
+
+
+def documents(i: Tensor, j: Tensor, doc: Tensor) -> Tensor:
+    return (doc[i] == doc[j]) & (j <= i)
+
+
+def neighbourhood(i: Tensor, j: Tensor, doc: Tensor) -> Tensor:
+    """13 x 13 neighbours in an image of 64 columns, shifted inward at its edges."""
+    side, rows = 64, doc.shape[0] // 64
+    seen = None
+    for a, b, length in ((i // side, j // side, rows), (i % side, j % side, side)):
+        first = (a - 6).clamp(0, length - 13)
+        here = (first <= b) & (b < first + 13)
+        seen = here if seen is None else seen & here
+    assert seen is not None
+    return seen
+
+
+MODELS: dict[str, tuple[Callable[..., Tensor], ...]] = {
+    "Mistral-like, window 1024": (causal_window, causal_window),
+    "Gemma-like, window 1024 and global": (causal_window, causal),
+    "ModernBERT-like, window 128": (local, local),
+    "Longformer-like, window 512 and 16 global": (local_and_global, local_and_global),
+    "neighbourhood 13 x 13": (neighbourhood, neighbourhood),
+    "documents of about 1000": (documents, documents),
+}
+
+
+@dataclass
+class Limits:
+    """Seconds of one call, and bytes of a dense mask as floats, beyond which a formulation is not run."""
+
+    seconds: float = 3.0
+    mask_bytes: float = 2.5e9
+
+
+def run(
+    quick: bool = False, json: Path | None = None, *, only: str = "", lengths: Sequence[int] = LENGTHS,
+    peers: Sequence[str] = PEERS, rounds: int = 3, seconds: float = 3.0,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure, print, and write `json` (rows of other models that it holds stay)."""
+    kept = json_format.loads(json.read_text())["rows"] if json is not None and json.exists() else []
+    rows: list[dict[str, Any]] = [r for r in kept if only not in r["model"] or r["length"] not in lengths]
+    limits = Limits(seconds)
+    for name in MODELS:
+        if only not in name:
+            continue
+        last: dict[str, float] = {}
+        for n in lengths[:1] if quick else lengths:
+            row = measured(name, n, peers, rounds, limits, last)
+            rows.append(row)
+            print(line(row), flush=True)
+            if json is not None:
+                json.write_text(json_format.dumps({**machine(), "rows": rows}, indent=1) + "\n")
+    return {**machine(), "rows": rows}
+
+
+def machine() -> dict[str, Any]:
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.processor()}
+
+
+def example(n: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    cuts = torch.randperm(n, generator=g)[: n // 1000].sort().values
+    return torch.randn(1, n, 256, generator=g), torch.bucketize(torch.arange(n), cuts)
+
+
+@torch.no_grad()
+def measured(
+    name: str, n: int, peers: Sequence[str], rounds: int, limits: Limits, last: dict[str, float]
+) -> dict[str, Any]:
+    """One model at one length. `last` holds the seconds of each peer at half of it, and takes those of this one."""
+    torch._dynamo.reset()
+    model = Stack(MODELS[name]).eval()
+    x = example(n)
+    skipped = {p: why for p in peers if (why := _too_much(p, n, limits, last))}
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for peer in peers:
+        if peer in skipped:
+            continue
+        try:
+            calls[peer] = _call(peer, model, x)
+            calls[peer]()
+        except Exception as error:
+            skipped[peer] = f"fails: {str(error).strip().splitlines()[0][:90]}"
+            calls.pop(peer, None)
+    wanted = calls["eager"]() if "eager" in calls else None
+    error = None if wanted is None else float((calls["attncc"]() - wanted).abs().max())
+    del wanted
+    times: dict[str, list[float]] = {p: [] for p in calls}
+    memory: dict[str, float] = {}
+    for turn in range(rounds):
+        for peer, call in calls.items():
+            before = _resident("VmRSS") if turn == 0 and _forget_peak() else None
+            start = time.perf_counter()
+            call()
+            times[peer].append(time.perf_counter() - start)
+            if before is not None:
+                memory[peer] = (_resident("VmHWM") - before) / 2**20
+    medians = {p: statistics.median(t) for p, t in times.items()}
+    last.clear()
+    last.update(medians)
+    return {"model": name, "length": n, "ms": {p: t * 1e3 for p, t in medians.items()}, "peak_mb": memory,
+            "skipped": skipped, "error": error}  # fmt: skip
+
+
+def _too_much(peer: str, n: int, limits: Limits, last: dict[str, float]) -> str:
+    if peer == "attncc":
+        return ""
+    if 4 * n * n > limits.mask_bytes:  # FlexAttention sums up one to make its block mask
+        return f"its mask alone would fill {4 * n * n / 1e9:.1f} GB"
+    if last and peer not in last:
+        return "skipped at half the length"
+    expected = 4 * last.get(peer, 0.0)
+    return f"about {expected:.0f} s a call" if expected > limits.seconds else ""
+
+
+def _call(peer: str, model: Stack, x: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+    if peer == "flex":
+        model = model.flex(x[0].shape[1], x[1])
+    backend = {"attncc": "attncc", "inductor": "inductor", "flex": "inductor"}.get(peer)
+    run_it: Callable[..., Tensor] = model if backend is None else torch.compile(model, backend=backend, dynamic=False)
+    return lambda: run_it(*x)
+
+
+def _forget_peak() -> bool:
+    """Start the kernel's record of this process's peak memory anew, without what the allocator merely holds; False
+    where there is no such record."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _resident(field: str) -> float:
+    """Bytes, from /proc."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith(field))
+
+
+def line(row: dict[str, Any]) -> str:
+    parts = [f"{p} {ms:.0f} ms, {row['peak_mb'].get(p, 0):.0f} MB" for p, ms in row["ms"].items()]
+    parts += [f"{p}: {why}" for p, why in row["skipped"].items()]
+    return f"{row['model']}, {row['length']}: " + "; ".join(parts)
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown: milliseconds and megabytes of each peer."""
+    lines = ["| model | tokens | " + " | ".join(PEERS) + " | attncc's gain over the best |", "|---" * (len(PEERS) + 3) + "|"]
+    for row in report["rows"]:
+        cells = [_cell(row, p) for p in PEERS]
+        others = [ms for p, ms in row["ms"].items() if p != "attncc"]
+        gain = f"{min(others) / row['ms']['attncc']:.1f}" if others and "attncc" in row["ms"] else ""
+        lines.append(f"| {row['model']} | {row['length']} | " + " | ".join(cells) + f" | {gain} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], peer: str) -> str:
+    if peer not in row["ms"]:
+        return row["skipped"].get(peer, "")
+    return f"{row['ms'][peer]:.0f} ms, {row['peak_mb'].get(peer, 0):.0f} MB"
