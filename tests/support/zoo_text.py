@@ -188,6 +188,6 @@ TEXT = (
          "max_2d_position_embeddings": 64, "rel_pos_bins": 8, "rel_2d_pos_bins": 8},
          bbox=torch.arange(2 * 19 * 4).view(2, 19, 4) % 32), 2, "two bucketed biases, safe softmax"),
     Case("fnet", of("FNet", "eager", BERT), 0, "no attention at all"),
-    Case("convbert", encoder("ConvBert", "eager", embedding_size=32, head_ratio=2, conv_kernel_size=3), 2,
-         "span-dynamic convolution beside attention: softmax over a kernel's taps", refused=2),
+    Case("convbert", encoder("ConvBert", "eager", embedding_size=32, head_ratio=2, conv_kernel_size=3), 4,
+         "span-dynamic convolution beside attention: softmax over the taps of a window"),
 )  # fmt: skip
