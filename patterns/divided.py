@@ -45,8 +45,9 @@ def _sum_below(f: Facts, n: Any) -> tuple[fx.Node, fx.Node, int, fx.Node] | None
         if n.target in SUMS:
             of: Any = n.args[0]
             dim, exps = one_dim(f, of, argument(n, "dim")), skip_casts(of)
-            known = dim is not None and exps is not None and exps.target in EXPS
-            return (n, of, dim, exps) if known else None
+            if dim is None or exps is None or exps.target not in EXPS:
+                return None
+            return n, of, dim, exps
         inputs = [a for a in n.all_input_nodes if f.is_tensor(a)]
         if len(inputs) != 1 or not (n.target in MOVES or n.target in ELEMENTS):
             return None
