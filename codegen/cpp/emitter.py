@@ -134,6 +134,7 @@ class _Emitter:
             "PLAIN": int(self.scale is not None), "SCALE": self._real(self._log2e(self.scale)),
             "MAY_BE_HUGE": int(may_be_huge(a.score)),
             "FEW_ALONE": int(self.scale is not None and self.factor == Const(1.0)),
+            "SUMS_ROUNDED": int(self.factor == Const(1.0) and "lse" not in a.outputs),
             "CAN_SPLIT": int(a.normalizer == "softmax" and not self.early and a.empty != "mean"),
             "EVEN_AREA": int(not any(free(x) - {*a.sizes} or loads(x) for x in self.spans)),
             "OUT_OF_MEMORY": 1, "TOO_LARGE": 2, "NO_MATRIX_UNIT": 3,

@@ -52,8 +52,6 @@ def machine(isa: Isa, name: str, *, double: bool, pairs: bool, tiles: bool) -> d
     }  # fmt: skip
     if isa.vector_bytes == 64 and not double:
         defines["WIDE_512"] = 1
-    if pairs:
-        defines["ZIP_PAIRS"] = _listed(x for n in range(lanes) for x in (n, n + lanes))
     return defines
 
 

@@ -55,7 +55,6 @@
 #define ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #define EVERY_LANE 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 #define WIDE_512 1
-#define ZIP_PAIRS 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #define WIDE_INTS 0
 #define STAGED 0
 #define SLANTED 1
@@ -77,6 +76,7 @@
 #define SCALE 1.4426950408889634f
 #define MAY_BE_HUGE 1
 #define FEW_ALONE 0
+#define SUMS_ROUNDED 0
 #define CAN_SPLIT 1
 #define EVEN_AREA 0
 #define OUT_OF_MEMORY 1
@@ -971,7 +971,6 @@ static size_t v_scratch(const Call& c) { return (size_t)padded_e(c) * KEYS * 2; 
 static size_t p_scratch() { return (size_t)QUERIES * KEYS * 2; }
 constexpr int64_t KEY_STEP = 32;
 
-typedef uint16_t vpairs __attribute__((vector_size(64)));
 typedef uint16_t half_row __attribute__((vector_size(32), aligned(2), may_alias));
 INLINE vword zero_extended(half_row x) {
     vword r;
@@ -1066,11 +1065,10 @@ INLINE real* weight_column(real*, real* spare, int64_t column) { return spare + 
 INLINE real weight_at(const real* p, int64_t k, int64_t lane) {
     return from_bf16(((const uint16_t*)(p + k / 2 * LANES + lane))[k & 1]);
 }
-INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) {
-    vpairs both;
-    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(x), "v"(w));
-    *(vpairs*)(p + k / 2 * LANES) = __builtin_shufflevector(both, both, ZIP_PAIRS);
-}
+// To bfloat16, in place. Where nobody asks for the sums, weights are summed as the product takes them, so that the ratio of
+// the two does not see the rounding. In integers, because the matrix unit takes a port that floats would need.
+INLINE vreal rounded(vreal w) { return (vreal)(((vword)w + 0x8000) & 0xffff0000); }
+INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) { *(vword*)(p + k / 2 * LANES) = (vword)x | (vword)w >> 16; }
 // Zeros from where the weights of n keys end to the end of what the product reads.
 INLINE void end_weights(real* p, int64_t n) {
     for (int64_t k = round_to(n, 2); k < round_to(n, 32); k += 2) store(p + k / 2 * LANES, vreal{});
@@ -1763,9 +1761,10 @@ struct Sums {
     vmask seen;
 };
 template <bool MASKED> INLINE vreal weight_of(const Column& x, int64_t k, vreal m, vreal& sum, vmask& seen) {
-    const vreal w = exp2_weight(logit_at<MASKED>(x, k, seen) * LATE - m);
+    vreal w = exp2_weight(logit_at<MASKED>(x, k, seen) * LATE - m);
+    if (SUMS_ROUNDED) w = rounded(w);
     sum += w;
-    return linear_weight(x.c, x.u, x.r, x.j0 + k, w);
+    return SUMS_ROUNDED ? w : rounded(linear_weight(x.c, x.u, x.r, x.j0 + k, w));
 }
 template <bool MASKED>
 INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, Sums& sums) {
@@ -1833,8 +1832,8 @@ static void weigh_known(const Column& x, const Tile& t, int64_t from, int64_t to
         weights<true>(x, to, n, safe, inverse, s);
     }
     int64_t k = 0;
-    for (; k + 2 <= n; k += 2) put_weights(p, k, load(s + k * LANES), load(s + (k + 1) * LANES));
-    if (k < n) put_weights(p, k, load(s + k * LANES), vreal{});
+    for (; k + 2 <= n; k += 2) put_weights(p, k, rounded(load(s + k * LANES)), rounded(load(s + (k + 1) * LANES)));
+    if (k < n) put_weights(p, k, rounded(load(s + k * LANES)), vreal{});
 }
 
 // A maximum need not be one: weights are right against any number that keeps their sum in range. So the first block of a row

@@ -73,6 +73,7 @@
 #define SCALE 1.4426950408889634f
 #define MAY_BE_HUGE 1
 #define FEW_ALONE 0
+#define SUMS_ROUNDED 0
 #define CAN_SPLIT 1
 #define EVEN_AREA 0
 #define OUT_OF_MEMORY 1
@@ -986,6 +987,7 @@ static void value_product(const Call& c, const Tile& t, int64_t v, int64_t colum
 }
 INLINE real* weight_column(real* scores, real*, int64_t column) { return scores + column * KEYS * LANES; }
 INLINE real weight_at(const real* p, int64_t k, int64_t lane) { return p[k * LANES + lane]; }
+INLINE vreal rounded(vreal w) { return w; }
 INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) { store(p + k * LANES, w); store(p + (k + 1) * LANES, x); }
 INLINE void end_weights(real*, int64_t) {}
 #define WEIGHTS_OVERWRITE 1  // their scores
@@ -1430,9 +1432,10 @@ struct Sums {
     vmask seen;
 };
 template <bool MASKED> INLINE vreal weight_of(const Column& x, int64_t k, vreal m, vreal& sum, vmask& seen) {
-    const vreal w = exp2_weight(logit_at<MASKED>(x, k, seen) * LATE - m);
+    vreal w = exp2_weight(logit_at<MASKED>(x, k, seen) * LATE - m);
+    if (SUMS_ROUNDED) w = rounded(w);
     sum += w;
-    return linear_weight(x.c, x.u, x.r, x.j0 + k, w);
+    return SUMS_ROUNDED ? w : rounded(linear_weight(x.c, x.u, x.r, x.j0 + k, w));
 }
 template <bool MASKED>
 INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, Sums& sums) {
@@ -1500,8 +1503,8 @@ static void weigh_known(const Column& x, const Tile& t, int64_t from, int64_t to
         weights<true>(x, to, n, safe, inverse, s);
     }
     int64_t k = 0;
-    for (; k + 2 <= n; k += 2) put_weights(p, k, load(s + k * LANES), load(s + (k + 1) * LANES));
-    if (k < n) put_weights(p, k, load(s + k * LANES), vreal{});
+    for (; k + 2 <= n; k += 2) put_weights(p, k, rounded(load(s + k * LANES)), rounded(load(s + (k + 1) * LANES)));
+    if (k < n) put_weights(p, k, rounded(load(s + k * LANES)), vreal{});
 }
 
 // A maximum need not be one: weights are right against any number that keeps their sum in range. So the first block of a row

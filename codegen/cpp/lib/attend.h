@@ -56,9 +56,10 @@ struct Sums {
     vmask seen;
 };
 template <bool MASKED> INLINE vreal weight_of(const Column& x, int64_t k, vreal m, vreal& sum, vmask& seen) {
-    const vreal w = exp2_weight(logit_at<MASKED>(x, k, seen) * LATE - m);
+    vreal w = exp2_weight(logit_at<MASKED>(x, k, seen) * LATE - m);
+    if (SUMS_ROUNDED) w = rounded(w);
     sum += w;
-    return linear_weight(x.c, x.u, x.r, x.j0 + k, w);
+    return SUMS_ROUNDED ? w : rounded(linear_weight(x.c, x.u, x.r, x.j0 + k, w));
 }
 template <bool MASKED>
 INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, Sums& sums) {
@@ -126,8 +127,8 @@ static void weigh_known(const Column& x, const Tile& t, int64_t from, int64_t to
         weights<true>(x, to, n, safe, inverse, s);
     }
     int64_t k = 0;
-    for (; k + 2 <= n; k += 2) put_weights(p, k, load(s + k * LANES), load(s + (k + 1) * LANES));
-    if (k < n) put_weights(p, k, load(s + k * LANES), vreal{});
+    for (; k + 2 <= n; k += 2) put_weights(p, k, rounded(load(s + k * LANES)), rounded(load(s + (k + 1) * LANES)));
+    if (k < n) put_weights(p, k, rounded(load(s + k * LANES)), vreal{});
 }
 
 // A maximum need not be one: weights are right against any number that keeps their sum in range. So the first block of a row

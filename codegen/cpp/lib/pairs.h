@@ -11,7 +11,6 @@ static size_t v_scratch(const Call& c) { return (size_t)padded_e(c) * KEYS * 2; 
 static size_t p_scratch() { return (size_t)QUERIES * KEYS * 2; }
 constexpr int64_t KEY_STEP = 32;
 
-typedef uint16_t vpairs __attribute__((vector_size(64)));
 typedef uint16_t half_row __attribute__((vector_size(32), aligned(2), may_alias));
 INLINE vword zero_extended(half_row x) {
     vword r;
@@ -106,11 +105,10 @@ INLINE real* weight_column(real*, real* spare, int64_t column) { return spare + 
 INLINE real weight_at(const real* p, int64_t k, int64_t lane) {
     return from_bf16(((const uint16_t*)(p + k / 2 * LANES + lane))[k & 1]);
 }
-INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) {
-    vpairs both;
-    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(x), "v"(w));
-    *(vpairs*)(p + k / 2 * LANES) = __builtin_shufflevector(both, both, ZIP_PAIRS);
-}
+// To bfloat16, in place. Where nobody asks for the sums, weights are summed as the product takes them, so that the ratio of
+// the two does not see the rounding. In integers, because the matrix unit takes a port that floats would need.
+INLINE vreal rounded(vreal w) { return (vreal)(((vword)w + 0x8000) & 0xffff0000); }
+INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) { *(vword*)(p + k / 2 * LANES) = (vword)x | (vword)w >> 16; }
 // Zeros from where the weights of n keys end to the end of what the product reads.
 INLINE void end_weights(real* p, int64_t n) {
     for (int64_t k = round_to(n, 2); k < round_to(n, 32); k += 2) store(p + k / 2 * LANES, vreal{});
