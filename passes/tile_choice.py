@@ -131,7 +131,7 @@ class Terms:
         self.grid = tuple(grid)
         self.rows, self.keys = ([Index(f"{name}{n}") for n in range(len(grid))] for name in ("row.", "key."))
         self.extents: dict[Expr, Expr] = dict(zip((*self.rows, *self.keys), map(const, (*grid, *grid)), strict=True))
-        tokens = {a.i.index: self._token(self.rows), a.j.index: self._token(self.keys)}
+        tokens: dict[Expr, Expr] = {a.i.index: self._token(self.rows), a.j.index: self._token(self.keys)}
         known = [x for x in members_of("and", a.mask) if not loads(x) and not free(x) & {*a.sizes}]
         self.read_data = len(known) < len(members_of("and", a.mask))
         self.along: dict[int, torch.Tensor] = {}
