@@ -45,7 +45,7 @@ def _oracle(spec: str, device: str) -> Built:
 
 @contextmanager
 def _kernels(kind: str) -> Any:
-    dynamo.op.install(kernels.build, dynamo.torch_form.run_blocked)  # forget the kernels of another kind
+    dynamo.op.install(kernels.build, kernels.blocked)  # forget the kernels of another kind
     if kind == "oracle":
         with mock.patch.object(kernels, "built", _oracle), mock.patch.object(dynamo, "built", _oracle):
             yield
@@ -93,15 +93,16 @@ Door = Callable[..., dynamo.Collected]
 
 def check(p: Program, seed: int, kind: str = "oracle", door: Door = through_dynamo) -> list[Site]:
     """Raises Mismatch where the compiled program differs from the program in float64 by more than a small multiple of
-    what the program itself does in float32; gives what was said of each site."""
+    what the program itself does in its dtype; gives what was said of each site, nothing for a program that torch cannot
+    run."""
     calls = [p.sizes] if not p.dynamic or door is through_trace else [p.sizes, _longer(p.sizes)]
     module = p.module(seed)
     data = [p.data(s, seed + n) for n, s in enumerate(calls)]
     eager, exact = copy.deepcopy(module), copy.deepcopy(module).double()
     try:
         want = [_outputs(eager, x) for x in copy.deepcopy(data)]
-    except Exception as error:
-        raise RuntimeError(f"eager: {error}") from error
+    except RuntimeError:  # a view of what has no such strides, a fill that float16 does not hold
+        return []
     best = [_outputs(exact, tree_map_only(torch.Tensor, _double, x)) for x in copy.deepcopy(data)]
     got: list[Any] = []
     with _kernels(kind):
