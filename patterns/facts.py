@@ -41,6 +41,7 @@ class Facts:
         self.live = self._live()
         self.shared: dict[object, Expr] = {}  # what readers found that others need not read again
         self.made: set[fx.Node] = set()
+        self.tables: dict[object, fx.Node] = {}  # made for all sites that read the same
 
     def _live(self) -> frozenset[fx.Node]:
         """Nodes that the output needs, or a write to what is an input or is read; a trace also keeps what the model
@@ -70,12 +71,12 @@ class Facts:
                 found.add(n)
         return frozenset(found)
 
-    def make(self, target: Any, args: tuple[Any, ...], at: int) -> fx.Node:
+    def make(self, target: Any, args: tuple[Any, ...], at: int, **kwargs: Any) -> fx.Node:
         """A node that the graph does not have, computed just before position `at`: an operand that a kernel needs in
         another form than the model has it. It is no user of its inputs until something is fused that reads it."""
         with self.graph.inserting_before(self.nodes[at]):
-            n = self.graph.call_function(target, args)
-        n.meta["val"] = target(*fx.map_arg(args, self.value))
+            n = self.graph.call_function(target, args, kwargs)
+        n.meta["val"] = target(*fx.map_arg(args, self.value), **kwargs)
         self.order[n], self.by_name[n.name] = at, n
         self.made.add(n)
         return n

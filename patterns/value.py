@@ -20,6 +20,7 @@ from attncc.patterns.contractions import DOT, ROUNDED, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts, written_args
 from attncc.patterns.moves import Point, move
+from attncc.patterns.relative import by_distance
 from attncc.patterns.sources import SOURCES
 
 #: Deeper than this an expression is a computation of its own, not a score: it is loaded instead.
@@ -85,8 +86,11 @@ class Reader:
         except Unreadable as error:
             value = None  # an input is gone by then, but this result may still be there
             self.lost = self.lost or error
-        if value is None or (not self.given and (self._better_loaded(value) or self._worth_a_table(n, value))):
+        if value is None:
             return self._load_later(n, at, when)
+        if not self.given and (self._better_loaded(value) or self._worth_a_table(n, value)):
+            table = by_distance(self.facts, n, value, at, self.pair, self.extents)
+            return self._load_later(n, at, when) if table is None else table
         return value
 
     def _load_later(self, n: fx.Node, at: Point, when: int) -> Expr:
@@ -204,7 +208,8 @@ def _lies_better(f: Facts, value: Expr, at: Point) -> bool:
     """Whether a copy is the better one to read: its last dimension is the last index, its computed source's is not."""
     if not isinstance(value, Load) or value.tensor.startswith(DOT) or not value.index or not at:
         return False
-    computed = f.by_name[value.tensor].op == "call_function"
+    source = f.by_name[value.tensor]
+    computed = source.op == "call_function" and source not in f.made  # a table was made to be read
     return computed and isinstance(at[-1], Index) and value.index[-1] is not at[-1]
 
 
