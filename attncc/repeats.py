@@ -121,9 +121,9 @@ class Repeats:
             n.meta["val"] = x
             torch_private.stands_for(n, x)
             self._owned[id(x)] = x
-        several = {n.args[0] if n.target is operator.getitem else n for n in made[-len(results) :]}
+        several = {next(iter(n.all_input_nodes)) if n.target is operator.getitem else n for n in made[-len(results) :]}
         if not isinstance(like, torch.Tensor) and len(several) == 1:  # the parts of one operation, asked for by it
-            several.pop().meta["val"] = list(results)  # type: ignore[union-attr]
+            several.pop().meta["val"] = list(results)
         if len(made) > len(results):
             self._unfilled.append((made, steps, tensors))
         return like

@@ -124,8 +124,8 @@ class Facts:
             return divide(args[0], args[1], {})[0]
         if type(x).__name__ in ("Mod", "PythonMod"):
             return mod(*args)
-        if x.is_Pow and x.args[1].is_Integer and 0 < int(x.args[1]) <= 4:
-            return reduce(mul, args[:1] * int(x.args[1]))
+        if isinstance(x, sympy.Pow) and isinstance(x.exp, sympy.Integer) and 0 < int(x.exp) <= 4:
+            return reduce(mul, args[:1] * int(x.exp))
         opaque = Size(f"z{len(self.symbols)}")
         known = next((s for s, e in self.symbols.items() if e == x), opaque)
         self.symbols[known] = x
