@@ -87,8 +87,8 @@ def test_the_grid_is_read_off_the_mask() -> None:
 
 
 def test_tiles_hold_one_residue_of_a_dilation() -> None:
-    a = grid(neighbourhood("i // 32", "j // 32", 32, 7, 1, 2) + " and " + neighbourhood("i % 32", "j % 32", 32, 7, 1, 2),
-             (32, 32))  # fmt: skip
+    y, x = (neighbourhood(f"i {how} 32", f"j {how} 32", 32, 7, 1, 2) for how in ("//", "%"))
+    a = grid(f"{y} and {x}", (32, 32))
     best = tiles_of(Terms(a, grid_of(a) or ()), 64)[0]
     assert grid_of(a) == (16, 2, 16, 2) and best[1] == best[3] == 1
 
