@@ -49,8 +49,9 @@ def line(done: Done) -> str:
 
 
 def _ordered(report: Done) -> list[Done]:
-    names = {r.row.name: n for n, r in enumerate([*rows(quick=False), *rows(quick=True)])}
-    return sorted(report["rows"], key=lambda r: (EVERY.index(r["dtype"]), r["threads"], names.get(r["row"], 99)))
+    names = [r.row.name for r in (*rows(quick=False), *rows(quick=True))]
+    place = {n: names.index(n) for n in names}
+    return sorted(report["rows"], key=lambda r: (EVERY.index(r["dtype"]), r["threads"], place.get(r["row"], 99)))
 
 
 def markdown(report: Done) -> str:

@@ -135,6 +135,9 @@ def test_reports() -> None:
     assert "| dense 1024 | 2 | 50 GF/s | 50% | 2.00 | 4.00 | SDPA x2.00 (>= 2.5) missed by 20% |" in text
     assert text.index("### f32, 1 thread") < text.index("### bf16, 1 thread")
     assert "- flex: too slow (dense 1024)" in text
+    assert text.index("| dense 1024 | 2 | 50 GF/s | 50% | 0.80") < text.index("| Swin & <others> |")
+    ordered = markdown({"rows": [done(n, "f32", 1.0) for n in ("BERT 32", "causal 1024", "dense 1024")]})
+    assert ordered.index("dense 1024") < ordered.index("causal 1024") < ordered.index("BERT 32")
     assert "missed by 20%" in line(part[0])
     drawn = ElementTree.fromstring(plot(report))
     bars = [x for x in drawn.iter("{http://www.w3.org/2000/svg}rect") if x.get("fill", "").startswith("#")]
