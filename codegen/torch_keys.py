@@ -51,7 +51,8 @@ def visited_keys(
     if bounds.rows:
         scan = Evaluator({**leaves, a.i.index: torch.arange(first, end)}, tensors, DTYPE_OF[a.compute_dtype])
         for r in bounds.rows:
-            each = torch.atleast_1d(scan(r.expr).to(torch.int64))
+            each = scan(r.expr).to(torch.int64)
+            each = each.reshape(1) if each.ndim == 0 else each
             leaves[r.index] = each.amin(-1, keepdim=True) if r.op == "min" else each.amax(-1, keepdim=True)
     ev = Evaluator(leaves, tensors, DTYPE_OF[a.compute_dtype])
     j = torch.arange(keys)

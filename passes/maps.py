@@ -134,13 +134,18 @@ def _table(m: BlockMap, a: Attention, tensors: Mapping[str, torch.Tensor], sizes
     return words_of(torch.cat(found, -3), m.block // width)
 
 
+def _split(x: torch.Tensor, size: int) -> torch.Tensor:
+    """The last dimension in runs of `size`."""
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
 def words_of(keys: torch.Tensor, block: int) -> torch.Tensor:
     """Bits (..., 2, columns) -> i64 (..., 2, words), a bit for each `block` columns: any of them, and all of them."""
     short = -keys.shape[-1] % (block * 64)
     some, every = keys.unbind(-2)
-    some = torch.nn.functional.pad(some, (0, short), value=False).unflatten(-1, (-1, block)).any(-1)
-    every = torch.nn.functional.pad(every, (0, short), value=True).unflatten(-1, (-1, block)).all(-1)
-    bits = torch.stack([some, every], -2).unflatten(-1, (-1, 64)).to(torch.int64)
+    some = _split(torch.nn.functional.pad(some, (0, short), value=False), block).any(-1)
+    every = _split(torch.nn.functional.pad(every, (0, short), value=True), block).all(-1)
+    bits = _split(torch.stack([some, every], -2), 64).to(torch.int64)
     return (bits << torch.arange(64, device=keys.device)).sum(-1).contiguous()
 
 

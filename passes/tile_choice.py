@@ -168,7 +168,7 @@ class Terms:
             return float(self.grid[n])
         if (n, rows, block) not in self._counted:
             seen = _in_runs(self.along[n], rows).any(1)
-            seen = seen.unflatten(-1, (-1, block)).any(-1)
+            seen = seen.reshape(len(seen), -1, block).any(-1)
             self._counted[n, rows, block] = float(seen.sum()) * block / len(seen)
         return self._counted[n, rows, block]
 
@@ -202,7 +202,7 @@ class Terms:
 def _in_runs(seen: torch.Tensor, rows: int) -> torch.Tensor:
     """(N, keys) -> (runs of `rows`, rows, keys); the last run repeats its last row."""
     short = -len(seen) % rows
-    return torch.cat([seen, seen[-1:].expand(short, -1)]).unflatten(0, (-1, rows))
+    return torch.cat([seen, seen[-1:].expand(short, -1)]).reshape(-1, rows, seen.shape[-1])
 
 
 def visited(a: Attention, bounds: Bounds, tile_rows: int) -> float:

@@ -67,7 +67,7 @@ class TileOrder:
         """A view of `x` whose dimensions in place of `dim` are those of the tiles, then those inside a tile."""
         dim %= x.ndim
         cut = [n for g, w in zip(self.grid, self.tile, strict=True) for n in (g // w, w)]
-        parts = x.unflatten(dim, cut)
+        parts = x.view(*x.shape[:dim], *cut, *x.shape[dim + 1 :])
         order = [dim + n for n in (*range(0, len(cut), 2), *range(1, len(cut), 2))]
         return parts.permute(*range(dim), *order, *range(dim + len(cut), parts.ndim))
 
