@@ -60,6 +60,14 @@ def products(f: Facts, score: Expr, c: Index, rows: frozenset[Expr]) -> Iterator
         yield Product(x, node, q, q_at, k, k_at, row, (d, product.extent))
 
 
+class Overwritten(Unreadable):
+    """A product that does not hold any more what it was, since the model wrote to it; `by` was the last to do so."""
+
+    def __init__(self, node: fx.Node, by: fx.Node) -> None:
+        super().__init__(node, "a product that the model writes to between computing it and the attention")
+        self.by = by
+
+
 def stored(f: Facts, x: Expr, use: int) -> Expr | None:
     """A product that is not the site's own, as a load of what the model computes anyway."""
     if not isinstance(x, Load) or not x.tensor.startswith(DOT):
@@ -68,6 +76,7 @@ def stored(f: Facts, x: Expr, use: int) -> Expr | None:
     product = contraction(f, n)
     if product is None or product.bias is not None or product.alpha != 1.0:
         raise Unreadable(n, "a second product cannot be kept apart from the rest")
-    if f.writes(n, f.order[n], use):
-        raise Unreadable(n, "a product that the model writes to between computing it and the attention")
+    writes = f.writes(n, f.order[n], use)
+    if writes:
+        raise Overwritten(n, writes[-1])
     return Load(n.name, x.index, "float")

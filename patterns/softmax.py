@@ -17,7 +17,7 @@ from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame
 from attncc.patterns.guards import unguarded, vanishes
 from attncc.patterns.mixed import mixed_product
-from attncc.patterns.products import Product, products, stored
+from attncc.patterns.products import Overwritten, Product, products, stored
 from attncc.patterns.reasons import of_scores
 from attncc.patterns.rowsums import row_sums
 from attncc.patterns.terms import Term
@@ -99,10 +99,23 @@ def _reorders(x: Expr, c: Index, columns: Expr) -> bool:
 
 
 def _score(frame: Frame, term: Term) -> tuple[Expr, Product]:
-    """The score with the product of queries and keys as `s`, and that product."""
+    """The score with the product of queries and keys as `s`, and that product. Another product that was written to in
+    place is read as the write left it."""
+    leaves: frozenset[fx.Node] = frozenset()
+    while True:
+        try:
+            return _score_over(frame, term, leaves)
+        except Overwritten as error:
+            if error.by in leaves:
+                raise
+            leaves |= {error.by}
+
+
+def _score_over(frame: Frame, term: Term, leaves: frozenset[fx.Node]) -> tuple[Expr, Product]:
+    """The same where the values of `leaves` are loaded."""
     f, anchor, c = frame.facts, term.anchor, frame.c
     when = anchor.read_at(f)
-    reader = frame.reader(pair=frozenset({c}))
+    reader = frame.reader(frozenset({c}), leaves)
     rough = reader.value_at(anchor.scores, term.at, when)
     found = next(iter(products(f, rough, c, frame.rows)), None) or mixed_product(frame, rough) \
         or windowed_product(frame, term, rough)
@@ -110,7 +123,7 @@ def _score(frame: Frame, term: Term) -> tuple[Expr, Product]:
         raise reader.lost or Unreadable(anchor.scores, of_scores(f, anchor.scores))
     score = rough
     if found.row is not None:
-        score = frame.reader(pair=frozenset({c, found.row})).value_at(anchor.scores, term.at, when)
+        score = frame.reader(frozenset({c, found.row}), leaves).value_at(anchor.scores, term.at, when)
     score = _without(score, anchor.invariant)
     return rewrite(score, lambda x: found.value if x is found.load else stored(f, x, frame.use)), found
 
