@@ -48,14 +48,18 @@ def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
     linear = list(linear_attentions(f))
     scans: list[Refusal] = []
     reads: set[fx.Node] = set()
+    every = _quadratic(f)
+    attended = {x.node for x in every if isinstance(x, Lifted)}
     for chain in recurrences(f):
+        if chain.writes & attended:  # a residual stream that attention adds to
+            continue
         reads |= chain.reads
         if isinstance(chain.found, Recognised):
             linear.append(chain.found)
         else:
             scans.append(Refusal(chain.found, chain.node, chain.first))
     covered = {n for site in linear for n in site.covered}
-    quadratic = [x for x in _quadratic(f) if x.node not in reads if isinstance(x, Lifted) or x.anchor not in covered]
+    quadratic = [x for x in every if x.node not in reads and (isinstance(x, Lifted) or x.anchor not in covered)]
     taken = {site.node for site in quadratic} | reads
     found = [*quadratic, *scans, *(site for site in linear if taken.isdisjoint({site.node, site.anchor}))]
     taken |= {n for site in found for n in (site.node, site.anchor)} | covered

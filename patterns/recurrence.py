@@ -74,11 +74,12 @@ class _Unproven(Exception):
 @dataclass(frozen=True)
 class Recurrence:
     """A state that is carried over time: the linear attention that it is, or the reason why it cannot be shown to be
-    one. `reads` are the products that read the state."""
+    one. `reads` are the products that read the state, `writes` those that are added to it."""
 
     node: fx.Node
     first: fx.Node
     reads: frozenset[fx.Node]
+    writes: frozenset[fx.Node]
     found: Recognised | str
 
 
@@ -87,7 +88,8 @@ def recurrences(f: Facts) -> Iterator[Recurrence]:
     for chain in _chains(f):
         reads = frozenset(x for step in chain for x in step.reads)
         if reads:
-            yield Recurrence(chain[-1].node, chain[0].node, reads, _found(f, chain))
+            writes = frozenset(_through(f, step.written) for step in chain)
+            yield Recurrence(chain[-1].node, chain[0].node, reads, writes, _found(f, chain))
 
 
 def _found(f: Facts, chain: list[Update]) -> Recognised | str:

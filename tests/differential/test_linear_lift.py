@@ -208,3 +208,17 @@ def test_a_quotient_by_another_sum_stays_outside(core: Callable[..., Q]) -> None
     assert isinstance(site, Recognised)
     assert site.linear.over is None
     agrees(site, facts, values(shadow, inputs))
+
+
+def test_a_residual_stream_is_no_recurrence() -> None:
+    """Two layers of attention that add to one stream, projected by a tensor that is no parameter."""
+
+    def layers(x: Q, w: Q) -> Q:
+        for _ in range(2):
+            q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in (x @ w).chunk(3, -1))
+            x = x + ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return x
+
+    facts, *_ = read(layers, torch.randn(B, N, H * D), torch.randn(H * D, 3 * H * D))  # type: ignore[arg-type]
+    sites = lift_all(facts)
+    assert len(sites) == 2 and not any(isinstance(x, Refusal | Recognised) for x in sites)
