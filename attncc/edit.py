@@ -179,6 +179,8 @@ class Editor:
         with self.graph.inserting_before(owner):
             for n in parts:
                 self.copies[n] = self.graph.node_copy(n, lambda x: self._held(x, owner))  # type: ignore[arg-type]
+                if n.target is torch.ops.aten.view.default:  # a fused part may lie otherwise than what it replaces
+                    self.copies[n].target = torch.ops.aten.reshape.default
                 self.copies[n].meta.update({k: owner.meta[k] for k in _COPIED if k in owner.meta})
         if results is None:
             last = next(s for s, o in self.reading.origin.items() if o is owner)
