@@ -116,6 +116,13 @@ _BOUNDED = (*_ADDS, *_CLAMPS)
 EXPS = (aten.exp.default, aten.exp_.default)
 
 
+def is_maximum(n: fx.Node) -> bool:
+    """Whether a node is the maximum along dimensions of a tensor."""
+    if getattr(n.target, "__name__", "") == "getitem" and n.args[1] == 0:
+        n = n.all_input_nodes[0]
+    return n.target in _MAXES
+
+
 def _reduction(f: Facts, n: fx.Node | None, targets: tuple[object, ...]) -> tuple[fx.Node, fx.Node, int] | None:
     """(reduction, what it reduces, dimension) where `n` is a reduction with one of the ops that keeps its dimension, or
     has it put back: without, it would broadcast along another one."""

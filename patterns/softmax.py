@@ -9,8 +9,9 @@ from torch import fx
 
 from attncc.ir.affine import linear_in, poly
 from attncc.ir.attention import Empty
-from attncc.ir.build import ONE, TRUE, ZERO, sub
-from attncc.ir.expr import Const, Expr, Index, Load, Op, free, loads, rewrite
+from attncc.ir.build import ONE, TRUE, ZERO, op, sub
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite
+from attncc.patterns.anchors import is_maximum
 from attncc.patterns.assemble import Lifted, Lse, Parts, assemble
 from attncc.patterns.contractions import DOT
 from attncc.patterns.facts import Facts
@@ -37,6 +38,8 @@ def lift_softmax(frame: Frame, term: Term) -> Lifted:
             raise Unreadable(anchor.node, "a softmax with two sinks")
         parts = replace(parts, sink=_sink(frame.over(term.mixed), term, offset))
     lse = row_sums(parts, anchor, term.at, frame.use)
+    if lse is None and parts.sink is None and parts.normalizer == "softmax":
+        parts = replace(parts, score=_without_maxima(frame.facts, parts.score, frame.c))
     return attention_of(parts if lse is None else replace(parts, outputs=("out", "lse")), frame, term, lse)
 
 
@@ -126,6 +129,30 @@ def _score_over(frame: Frame, term: Term, leaves: frozenset[fx.Node]) -> tuple[E
         score = frame.reader(frozenset({c, found.row}), leaves).value_at(anchor.scores, term.at, when)
     score = _without(score, anchor.invariant)
     return rewrite(score, lambda x: found.value if x is found.load else stored(f, x, frame.use)), found
+
+
+def _without_maxima(f: Facts, x: Expr, c: Index) -> Expr:
+    """The score less a row's maximum that it is taken from or that is taken from it, which cancels in the quotient.
+
+    Not so other terms that are alike for every key: a huge one leaves nothing of the scores that it is added to."""
+
+    def alike(y: Expr) -> bool:
+        return isinstance(y, Load) and c not in free(y) and is_maximum(f.by_name[y.tensor])
+
+    match x:
+        case Op("add", (a, b)) if alike(a) or alike(b):
+            return _without_maxima(f, b if alike(a) else a, c)
+        case Op("sub", (a, b)) if alike(b):
+            return _without_maxima(f, a, c)
+        case Op("sub", (a, b)) if alike(a):
+            return op("neg", _without_maxima(f, b, c))
+        case Op("mul" | "div", (a, Const() as factor)):
+            return op(x.name, _without_maxima(f, a, c), factor)
+        case Op(name, (a,)) if name in ROUNDINGS:
+            inner = _without_maxima(f, a, c)
+            return x if inner is a else inner
+        case _:
+            return x
 
 
 def _without(score: Expr, invariant: frozenset[fx.Node]) -> Expr:

@@ -181,6 +181,12 @@ def channels_max_minus(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return (energy.softmax(-1) @ v.mT).mT
 
 
+def less_a_columns_maximum(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """A maximum that is not alike for every key does not cancel."""
+    scores = q @ k.mT * SCALE
+    return (scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v
+
+
 def class_token(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return torch.cat([(q[:, :, :1] @ k.mT * SCALE).softmax(-1) @ v, v[:, :, 1:]], 2)
 
@@ -311,6 +317,7 @@ FORMS = (
     Case("cosine", attend(cosine, temperature=randoms(H)), 1, "normalised, clamped scale"),
     Case("channels", attend(channels, temperature=randoms(H)), 1, "over channels", golden=0),
     Case("channels-max-minus", attend(channels_max_minus), 1, "softmax(max - x)"),
+    Case("less-column-maximum", attend(less_a_columns_maximum), 1, "the maximum of each key's column", kept=1),
     Case("class-token", attend(class_token), 1, "one query"),
     Case("windows", attend(windows), 1, "rolled windows, finite mask", golden=0),
     Case("halo", attend(halo), 1, "unfolded keys, zeros stay", golden=0),
