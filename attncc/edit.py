@@ -17,8 +17,9 @@ from attncc.ir.evaluate import DTYPE_OF
 from attncc.ir.expr import Const, Expr, Op, Size
 from attncc.patterns.anchors import SDPA
 from attncc.patterns.assemble import Lifted, Lse
-from attncc.patterns.facts import Facts, argument, written_args
+from attncc.patterns.facts import Facts
 from attncc.patterns.flex import FLEX
+from attncc.patterns.schema import argument, written_args
 from attncc.together import sources
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {

@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from attncc.ir.attention import Empty, Normalizer
-from attncc.patterns.facts import Facts, argument
+from attncc.patterns.facts import Facts
+from attncc.patterns.schema import argument
 
 aten = torch.ops.aten
 
@@ -83,11 +84,10 @@ def _tensor(x: Any) -> fx.Node | None:
     return x if isinstance(x, fx.Node) else None
 
 
-def one_dim(f: Facts, n: fx.Node, dim: object) -> int | None:
+def one_dim(f: Facts, n: fx.Node, dim: Any) -> int | None:
     """One dimension out of an int or a list of one."""
-    if isinstance(dim, list | tuple):
-        dim = dim[0] if len(dim) == 1 else None
-    return dim % max(f.rank(n), 1) if isinstance(dim, int) else None
+    dims: tuple[Any, ...] = (dim,) if isinstance(dim, int) else tuple(dim or ())
+    return int(dims[0]) % max(f.rank(n), 1) if len(dims) == 1 else None
 
 
 def _softmax(f: Facts, n: fx.Node) -> Anchor | None:

@@ -18,6 +18,7 @@ from attncc.patterns.facts import Facts
 from attncc.patterns.masks import split_mask
 from attncc.patterns.moves import Point
 from attncc.patterns.operands import Source
+from attncc.patterns.schema import hint
 
 
 @dataclass(frozen=True)
@@ -251,8 +252,7 @@ def _layout(p: Parts, rows: list[Expr | None], names: dict[Expr, Index]) -> tupl
     for x, name in zip(rows, order, strict=True):
         for dim, at in enumerate(p.q.at):
             if at is x:
-                stride = value.stride(dim)
-                strides[name] = int(stride.node.hint if isinstance(stride, torch.SymInt) else stride)
+                strides[name] = hint(value.stride(dim)) or 0
     if len(strides) == len(order) and all(strides.values()):
         order.sort(key=lambda name: -strides[name])
     return (*order, "e")

@@ -14,8 +14,9 @@ from torch import fx
 from attncc.ir.build import ONE, ZERO, add, cast, const, floordiv, mod, mul, op
 from attncc.ir.expr import Const, Expr, Load
 from attncc.patterns.elements import operand
-from attncc.patterns.facts import Facts, argument
+from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point, broadcast, fitted
+from attncc.patterns.schema import argument
 
 if TYPE_CHECKING:
     from attncc.patterns.value import Reader
@@ -181,7 +182,12 @@ def mixture(f: Facts, n: fx.Node) -> Contraction | None:
     if few[0] is product.rhs:
         return product
     maps = product.maps
-    return replace(product, lhs=product.rhs, rhs=product.lhs, maps=lambda at, c: maps(at, c)[::-1])
+
+    def swapped(at: Point, c: Expr) -> tuple[Point, Point]:
+        lhs, rhs = maps(at, c)
+        return rhs, lhs
+
+    return replace(product, lhs=product.rhs, rhs=product.lhs, maps=swapped)
 
 
 _MOST_HEADS = 256

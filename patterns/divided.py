@@ -18,9 +18,10 @@ from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op
 from attncc.patterns.anchors import DIVISIONS, EXPS, SUMS, Anchor, one_dim, skip_casts, without_maximum
 from attncc.patterns.contractions import DOT, contraction
 from attncc.patterns.elements import ELEMENTS
-from attncc.patterns.facts import Facts, argument
+from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame, framed
 from attncc.patterns.moves import MOVES
+from attncc.patterns.schema import argument
 from attncc.patterns.terms import Term
 from attncc.patterns.value import Reader, Unreadable
 

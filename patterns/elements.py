@@ -10,8 +10,8 @@ from torch import fx
 
 from attncc.ir.build import add, and_, cast, const, eq, ge, gt, le, lt, maximum, minimum, mul, not_, op, or_, sub, where
 from attncc.ir.expr import Const, Expr, Kind
-from attncc.patterns.facts import argument
 from attncc.patterns.moves import Point, broadcast
+from attncc.patterns.schema import argument
 
 if TYPE_CHECKING:
     from attncc.patterns.value import Reader
@@ -213,10 +213,6 @@ def _elu(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     if x is None or any(argument(n, name) != 1 for name in ("alpha", "scale", "input_scale")):
         return None
     return where(gt(x, const(0.0)), x, sub(op("exp", x), const(1.0)))
-
-
-def _safe_log(x: Expr) -> Expr:
-    return op("log", x)
 
 
 def _ne(a: Expr, b: Expr) -> Expr:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property, reduce
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[reportMissingTypeStubs]
 import torch
 from torch import fx
 
@@ -15,6 +15,7 @@ from attncc.ir.affine import divide
 from attncc.ir.build import add, const, maximum, minimum, mod, mul
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Expr, Size
+from attncc.patterns.schema import formula, is_operator, op_name, storage_id, written_args
 
 
 class Facts:
@@ -105,7 +106,7 @@ class Facts:
         if isinstance(s, fx.Node):
             s = self.value(s)
         if isinstance(s, torch.SymInt):
-            return self._sympy(s.node.expr)
+            return self._sympy(formula(s))
         if isinstance(s, bool) or not isinstance(s, int):
             raise TypeError(f"{s!r} is no integer")
         return const(s)
@@ -132,13 +133,7 @@ class Facts:
         return known
 
     def storage(self, n: fx.Node) -> int | None:
-        value = self.value(n)
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            return None
-        try:
-            return value.untyped_storage()._cdata
-        except NotImplementedError:  # a tensor inside vmap has none
-            return None
+        return storage_id(self.value(n))
 
     def aliases(self, a: fx.Node, b: fx.Node) -> bool:
         found = self.storage(a)
@@ -150,36 +145,6 @@ class Facts:
         return [] if storage is None else [w for at, w in self._writes.get(storage, ()) if after < at < before]
 
 
-#: In-place ops that change what a tensor looks like and not what it holds.
-_METADATA = {"detach_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "requires_grad_"}
-
-
-def written_args(n: fx.Node) -> list[fx.Node]:
-    """The arguments whose contents a node's schema says it writes to."""
-    if n.op != "call_function" or not isinstance(n.target, torch._ops.OpOverload):
-        return []
-    if n.target._opname in _METADATA:
-        return []
-    found: list[fx.Node] = []
-    for at, arg in enumerate(n.target._schema.arguments):
-        if arg.alias_info is None or not arg.alias_info.is_write:
-            continue
-        value = n.args[at] if at < len(n.args) else n.kwargs.get(arg.name)
-        items = value if isinstance(value, list | tuple) else [value]
-        found += [x for x in items if isinstance(x, fx.Node)]
-    return found
-
-
 def _opaque(n: fx.Node) -> bool:
     """Whether a node is no plain operator: it may do anything."""
-    named = getattr(n.target, "__name__", "")
-    return n.op == "call_function" and not isinstance(n.target, torch._ops.OpOverload) and named != "getitem"
-
-
-def argument(n: fx.Node, name: str) -> Any:
-    """A node's argument by its schema name, defaults included."""
-    schema = n.target._schema  # type: ignore[union-attr]
-    for at, arg in enumerate(schema.arguments):
-        if arg.name == name:
-            return n.args[at] if at < len(n.args) else n.kwargs.get(name, arg.default_value)
-    raise KeyError(f"{n.target} has no argument {name}")
+    return n.op == "call_function" and not is_operator(n) and op_name(n) != "getitem"

@@ -13,9 +13,10 @@ from torch import fx
 
 from attncc.ir.attention import W
 from attncc.ir.expr import Const, Expr, Load, Op
-from attncc.patterns.facts import Facts, argument
+from attncc.patterns.facts import Facts
 from attncc.patterns.masks import split_mask
 from attncc.patterns.moves import Point
+from attncc.patterns.schema import argument
 from attncc.patterns.value import Reader
 
 aten = torch.ops.aten

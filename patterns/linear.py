@@ -29,6 +29,7 @@ from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES, Point
 from attncc.patterns.normalisers import Weighted, divided, multiplied
 from attncc.patterns.products import mentioned
+from attncc.patterns.schema import op_name
 from attncc.patterns.value import Reader, Unreadable
 
 _SEARCH = 24
@@ -144,11 +145,13 @@ def _lift(
     mapped = [bool(s) or _is_feature(x.phi) for s, x in zip(softmaxes, (q_factor, k_factor), strict=True)]
     projected = all(_is_projected(f, x) for x in (other, k, v))
     wide = _is_wider(inner.extent, outer.extent)
-    names, reason = {i: "i", j: "j", d: "d", e: "e"}, f"{LEFT}, O(N) already"
+    names: dict[Expr, str] = {i: "i", j: "j", d: "d", e: "e"}
+    reason = f"{LEFT}, O(N) already"
     if over is None and not all(mapped) and not (softmaxes[1] and wide) and not (projected and wide):
         if not projected or not _is_wider(outer.extent, inner.extent):
             return None
-        names, reason = {e: "i", d: "j", j: "d", i: "e"}, _WRITTEN_OUT
+        names = {e: "i", d: "j", j: "d", i: "e"}
+        reason = _WRITTEN_OUT
         q_factor = _factor(f, v, v_at, extents, read, {j, e})
         v_factor = _factor(f, other, q_at, extents, use, {i, d}, v=True)
     batch = [x for x in own if x not in names]
@@ -222,15 +225,11 @@ def _carried(f: Facts, n: fx.Node) -> Iterator[fx.Node]:
             continue
         seen.add(x)
         yield x
-        if x.op == "call_function" and (x.target in MOVES or x.target in ELEMENTS or _opname(x) in _PARTS):
+        if x.op == "call_function" and (x.target in MOVES or x.target in ELEMENTS or op_name(x) in _PARTS):
             stack += x.all_input_nodes
 
 
 _PARTS = {"getitem", "split", "split_with_sizes", "chunk", "unbind"}
-
-
-def _opname(n: fx.Node) -> str:
-    return getattr(n.target, "_opname", getattr(n.target, "__name__", ""))
 
 
 def data_nodes(f: Facts) -> set[fx.Node]:
@@ -247,7 +246,7 @@ def feature_softmaxes(f: Facts, n: fx.Node) -> frozenset[fx.Node]:
     """The softmaxes that an operand is, moved or changed element by element: of a tensor, not of scores."""
     return frozenset(
         x for x in _carried(f, n)
-        if _opname(x) in ("softmax", "_softmax")
+        if op_name(x) in ("softmax", "_softmax")
         and not any(contraction(f, y) is not None for y in _carried(f, x.all_input_nodes[0]))
     )  # fmt: skip
 
@@ -255,7 +254,7 @@ def feature_softmaxes(f: Facts, n: fx.Node) -> frozenset[fx.Node]:
 def _is_projected(f: Facts, n: fx.Node) -> bool:
     """Whether an operand is a projection of tokens by a layer, possibly normalised or shaped after it."""
     for x in _carried(f, n):
-        name = _opname(x)
+        name = op_name(x)
         if name in ("linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "layer_norm", "batch_norm"):
             return True
         if name in ("matmul", "mm") and any(a in f.parameters for a in x.all_input_nodes):

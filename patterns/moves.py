@@ -11,7 +11,8 @@ from torch import fx
 from attncc.ir.affine import Extents, divide, less_than, long_division, poly, simplify
 from attncc.ir.build import ONE, ZERO, add, const, mod, mul, sub
 from attncc.ir.expr import Expr
-from attncc.patterns.facts import Facts, argument
+from attncc.patterns.facts import Facts
+from attncc.patterns.schema import argument, dim_argument
 
 Point = tuple[Expr, ...]
 Move = tuple[fx.Node, Point]
@@ -55,9 +56,13 @@ def _last_two(f: Facts, n: fx.Node) -> Sequence[int]:
     return [*order[:-2], *reversed(order[-2:])]
 
 
+def _dims(x: Any) -> list[int]:
+    return [x] if isinstance(x, int) else list(x)
+
+
 def _movedim_order(f: Facts, n: fx.Node) -> Sequence[int]:
     rank = f.rank(n)
-    source, target = (([x] if isinstance(x, int) else list(x)) for x in n.args[1:3])  # type: ignore[union-attr]
+    source, target = _dims(n.args[1]), _dims(n.args[2])
     order: list[int] = [-1] * rank
     for s, t in zip(source, target, strict=True):
         order[t % rank] = s % rank
@@ -191,7 +196,7 @@ def _getitem(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
     if not isinstance(parts, fx.Node) or parts.target not in _PARTS or not isinstance(which, int):
         return None
     source: Any = parts.args[0]
-    d = argument(parts, "dim") % f.rank(source)
+    d = dim_argument(parts, f.rank(source))
     if parts.target is aten.unbind.int:
         count = f.value(source).shape[d]
         return source, (*at[:d], const(which % int(count)), *at[d:])
@@ -222,8 +227,8 @@ def _roll(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
         return None
     out = list(at)
     shape = f.shape(source)
-    for shift, d in zip(shifts, dims, strict=True):
-        d %= len(shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        d: int = dim % len(shape)
         out[d] = simplify(mod(sub(out[d], f.size(shift)), shape[d]), ext)
     return source, tuple(out)
 
@@ -250,10 +255,10 @@ def _repeat(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
 
 def _repeat_interleave(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
     source: Any = n.args[0]
-    dim, repeats = argument(n, "dim"), argument(n, "repeats")
-    if dim is None or not isinstance(repeats, int):
+    repeats = argument(n, "repeats")
+    if argument(n, "dim") is None or not isinstance(repeats, int):
         return None
-    d = dim % f.rank(source)
+    d = dim_argument(n, f.rank(source))
     return source, (*at[:d], divide(at[d], const(repeats), ext)[0], *at[d + 1 :])
 
 

@@ -16,6 +16,7 @@ from attncc.patterns.contractions import DOT, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES, Point, broadcast
+from attncc.patterns.schema import op_name
 from attncc.patterns.value import Reader, Unreadable
 
 _STEPS = 8
@@ -92,7 +93,7 @@ def _ends(f: Facts, n: fx.Node) -> list[fx.Node]:
             if user in seen or user not in f.live or steps > _STEPS or not f.is_tensor(user):
                 continue
             seen.add(user)
-            if getattr(user.target, "_opname", "").rstrip("_") in ("div", "mul", "true_divide"):
+            if op_name(user).rstrip("_") in ("div", "mul", "true_divide"):
                 found.append(user)
             elif user.target in MOVES or user.target in ELEMENTS:
                 stack.append((user, steps + 1))
@@ -138,7 +139,7 @@ def factors(f: Facts, x: Load, d: Index) -> list[tuple[Operand, Operand]]:
         a, b = (product.lhs, left), (product.rhs, right)
         return [(a, b), (b, a)]
     summed = _sum_over(f, f.by_name[x.tensor], x.index, d)
-    if summed is None or getattr(summed[0].target, "_opname", "") != "mul":
+    if summed is None or op_name(summed[0]) != "mul":
         return []
     factors = [n for n in summed[0].args if isinstance(n, fx.Node) and f.is_tensor(n)]
     if len(factors) != 2:
@@ -176,7 +177,7 @@ def _is_key_sum(f: Facts, x: Operand, k: Operand, j: Index, extents: dict[Expr, 
 
 def _sum_over(f: Facts, n: fx.Node, at: Point, index: Index) -> Operand | None:
     """(what is summed, its point) where `n` is a sum over one dimension, which `index` then runs over."""
-    if getattr(n.target, "_opname", "") != "sum" or len(n.args) < 2:
+    if op_name(n) != "sum" or len(n.args) < 2:
         return None
     source, dims = n.args[0], n.args[1]
     dims = [dims] if isinstance(dims, int) else dims

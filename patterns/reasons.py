@@ -7,6 +7,7 @@ from torch import fx
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES
+from attncc.patterns.schema import op_name
 
 _STEPS = 40
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
@@ -72,4 +73,4 @@ def _sources(f: Facts, n: fx.Node) -> list[fx.Node]:
 def _name(n: fx.Node) -> str:
     if n.op == "placeholder":
         return "an input"
-    return getattr(n.target, "_opname", getattr(n.target, "__name__", str(n.target))).rstrip("_")
+    return op_name(n).rstrip("_")

@@ -27,6 +27,7 @@ from attncc.patterns.facts import Facts
 from attncc.patterns.linear import LEFT, Recognised, data_nodes
 from attncc.patterns.moves import MOVES, Point
 from attncc.patterns.normalisers import factors, value_of
+from attncc.patterns.schema import op_name
 from attncc.patterns.value import Unreadable
 
 _STEPS = 12
@@ -108,15 +109,11 @@ def _chains(f: Facts) -> list[list[Update]]:
     data = data_nodes(f)
     chains: dict[fx.Node, list[Update]] = {}  # by the last state
     for n in f.graph.nodes:
-        if n in f.live and n in data and _opname(n) in ("add", "add_") and f.rank(n) >= 2:
+        if n in f.live and n in data and op_name(n) in ("add", "add_") and f.rank(n) >= 2:
             update = _update(f, n, data, chains)
             if update is not None:
                 chains[n] = [*chains.pop(update.before, []), update]
     return list(chains.values())
-
-
-def _opname(n: fx.Node) -> str:
-    return getattr(n.target, "_opname", "")
 
 
 def _update(f: Facts, n: fx.Node, data: set[fx.Node], chains: dict[fx.Node, list[Update]]) -> Update | None:
@@ -146,28 +143,28 @@ def _state_behind(
         n = stack.pop(0)
         if {*f.shape(n)[-2:]} != {*shape[-2:]}:
             continue
-        if n in chains or (n.op == "placeholder" and n not in f.parameters) or _opname(n) in _ZEROS:
+        if n in chains or (n.op == "placeholder" and n not in f.parameters) or op_name(n) in _ZEROS:
             return n
-        if n.op == "call_function" and (n.target in MOVES or _opname(n) in ("mul", "mul_", "to", "_to_copy")):
+        if n.op == "call_function" and (n.target in MOVES or op_name(n) in ("mul", "mul_", "to", "_to_copy")):
             stack += [a for a in n.all_input_nodes if f.is_tensor(a) and f.rank(a) >= 2]
     return None
 
 
 def _through(f: Facts, n: fx.Node) -> fx.Node:
-    while n.op == "call_function" and (n.target in MOVES or _opname(n) in ("to", "_to_copy")):
+    while n.op == "call_function" and (n.target in MOVES or op_name(n) in ("to", "_to_copy")):
         n = n.all_input_nodes[0]
     return n
 
 
 def _is_outer(f: Facts, n: fx.Node) -> bool:
     """Whether each element of the last two dimensions is a product of something of the one and of the other."""
-    at = tuple(ZERO if s is ONE else Index(f"o{x}") for x, s in enumerate(f.shape(n)))
+    at: Point = tuple(ZERO if s is ONE else Index(f"o{x}") for x, s in enumerate(f.shape(n)))
     extents: dict[Expr, Expr] = {x: s for x, s in zip(at, f.shape(n), strict=True) if x is not ZERO}
     value = _opened(f, value_of(f, (n, at), extents, f.order[n]), extents)
     if value is None or ZERO in at[-2:]:
         return False
     seen = [free(x) & set(at[-2:]) for x in _flat(value)]
-    return all(any(part == {x} for part in seen) for x in at[-2:])
+    return all(frozenset((x,)) in seen for x in at[-2:])
 
 
 def _opened(f: Facts, x: Expr | None, extents: dict[Expr, Expr]) -> Expr | None:
@@ -206,9 +203,9 @@ def _reads(f: Facts, n: fx.Node) -> list[fx.Node]:
             seen.add(user)
             if contraction(f, user) is not None:
                 found.append(user)
-            elif _opname(user) == "mul":
-                found += [x for x in user.users if _opname(x) == "sum" and x in f.live]
-            elif user.target in MOVES or _opname(user) in ("to", "_to_copy"):
+            elif op_name(user) == "mul":
+                found += [x for x in user.users if op_name(x) == "sum" and x in f.live]
+            elif user.target in MOVES or op_name(user) in ("to", "_to_copy"):
                 stack.append(user)
     return found
 
@@ -234,7 +231,7 @@ def _lift(f: Facts, chain: list[Update]) -> Recognised:
         return declared.access(name, f.by_name[x.tensor], x.index)
 
     before = chain[0].before
-    state = None if _opname(before) in _ZEROS else (before, one.state.index)
+    state = None if op_name(before) in _ZEROS else (before, one.state.index)
 
     def axis(x: Expr) -> Axis:
         return Axis(names[x], declared.extent(one.extents[x]))
@@ -265,7 +262,7 @@ def _at_row(x: Expr | None, time: Expr) -> Expr:
 
 def _step(f: Facts, u: Update) -> Step:
     n = u.node
-    at = tuple(ZERO if s is ONE else Index(f"o{x}") for x, s in enumerate(f.shape(n)))
+    at: Point = tuple(ZERO if s is ONE else Index(f"o{x}") for x, s in enumerate(f.shape(n)))
     extents: dict[Expr, Expr] = {x: s for x, s in zip(at, f.shape(n), strict=True) if x is not ZERO}
     value = _opened(f, value_of(f, (n, at), extents, f.order[n] + 1, frozenset({u.before})), extents)
     one, other = at[-2:]

@@ -57,7 +57,7 @@ def by_distance(
     bounded: dict[Expr, Expr] = {**extents, _T: const(count)}
     formula = simplify(substitute(value, {key: sub(add(row, _T), first)}), bounded)
     others = [x for x in extents if x in free(formula) and x is not row]
-    fits = free(formula) == {_T, *others} and all(isinstance(extents[x], Const) for x in others)
+    fits = free(formula) == frozenset[Expr]((_T, *others)) and all(isinstance(extents[x], Const) for x in others)
     written = any(f.by_name.get(x.tensor) not in f.unwritten for x in loads(formula))
     if not fits or written or not loads(formula) or sum(1 for _ in walk(formula)) > _MOST_NODES:
         return None

@@ -15,8 +15,9 @@ from attncc.ir.build import ONE, ZERO, add, mul
 from attncc.ir.expr import Expr
 from attncc.patterns.anchors import Anchor, one_dim, skip_casts
 from attncc.patterns.assemble import Lse, Parts
-from attncc.patterns.facts import Facts, argument
+from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point
+from attncc.patterns.schema import argument
 
 
 def row_sums(p: Parts, anchor: Anchor, at: Point, use: int) -> Lse | None:

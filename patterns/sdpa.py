@@ -12,10 +12,11 @@ from attncc.ir.attention import S
 from attncc.ir.build import ONE, TRUE, ZERO, add, and_, cast, const, le, mul, op
 from attncc.ir.expr import Const, Expr, Index, rewrite
 from attncc.patterns.assemble import Lifted, Parts, assemble
-from attncc.patterns.facts import Facts, argument
+from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point, broadcast, fitted
 from attncc.patterns.operands import Source, operand
 from attncc.patterns.products import stored
+from attncc.patterns.schema import argument
 from attncc.patterns.value import Reader, Unreadable
 
 

@@ -12,8 +12,8 @@ from attncc.ir.affine import less_than, nonnegative, simplify
 from attncc.ir.build import ONE, ZERO, add, and_, cast, const, ge, lt, maximum, minimum, mul, sub, where
 from attncc.ir.expr import Expr, loads
 from attncc.patterns.elements import operand
-from attncc.patterns.facts import argument
 from attncc.patterns.moves import Point, broadcast
+from attncc.patterns.schema import argument, dim_argument, has_argument
 
 if TYPE_CHECKING:
     from attncc.patterns.value import Reader
@@ -23,9 +23,8 @@ aten = torch.ops.aten
 
 
 def _arange(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-    names = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
-    start = operand(r, n, argument(n, "start"), at) if "start" in names else ZERO
-    step = operand(r, n, argument(n, "step"), at) if "step" in names else ONE
+    start = operand(r, n, argument(n, "start"), at) if has_argument(n, "start") else ZERO
+    step = operand(r, n, argument(n, "step"), at) if has_argument(n, "step") else ONE
     if start is None or step is None or "float" in (start.kind, step.kind):
         return None
     return add(mul(at[0], step), start)
@@ -60,7 +59,7 @@ def clamped(r: Reader, n: fx.Node, at: Point, dim: int, when: int) -> Expr:
 
 def _cat(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     parts: Any = [p for p in n.args[0] if r.facts.value(p).numel() != 0 or r.facts.rank(p) > 1]  # type: ignore[union-attr]
-    dim = argument(n, "dim") % len(at)
+    dim = dim_argument(n, len(at))
     when = r.facts.order[n]
     offset: Expr = ZERO
     pieces: list[tuple[Expr, Expr, fx.Node]] = []
@@ -88,8 +87,8 @@ def _outside(r: Reader, x: Expr, start: Expr, end: Expr) -> bool:
 
 
 def _stack(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-    parts: Any = n.args[0]
-    dim = argument(n, "dim") % len(at)
+    parts: list[Any] = list(n.args[0])  # type: ignore[arg-type]
+    dim = dim_argument(n, len(at))
     rest = (*at[:dim], *at[dim + 1 :])
     result: Expr | None = None
     for which, part in reversed(list(enumerate(parts))):
@@ -101,8 +100,7 @@ def _stack(r: Reader, n: fx.Node, at: Point) -> Expr | None:
 def _pad(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     source: Any = n.args[0]
     pads: Any = argument(n, "pad")
-    names = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
-    if "mode" in names and argument(n, "mode") != "constant":
+    if has_argument(n, "mode") and argument(n, "mode") != "constant":
         return None
     fill = argument(n, "value")
     shape = r.facts.shape(source)
@@ -183,7 +181,7 @@ def _masked_put(r: Reader, n: fx.Node, at: Point) -> Expr | None:
 def _gather(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     source: Any = n.args[0]
     index: Any = argument(n, "index")
-    dim = argument(n, "dim") % len(at)
+    dim = dim_argument(n, len(at))
     value = r.value_at(index, at, r.facts.order[n])
     return r.value_at(source, (*at[:dim], value, *at[dim + 1 :]), r.facts.order[n])
 
@@ -191,7 +189,7 @@ def _gather(r: Reader, n: fx.Node, at: Point) -> Expr | None:
 def _index_select(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     source: Any = n.args[0]
     index: Any = argument(n, "index")
-    dim = argument(n, "dim") % len(at)
+    dim = dim_argument(n, len(at))
     value = r.value_at(index, (at[dim],), r.facts.order[n])
     return r.value_at(source, (*at[:dim], value, *at[dim + 1 :]), r.facts.order[n])
 

@@ -13,6 +13,7 @@ from attncc.patterns.contractions import Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES
+from attncc.patterns.schema import op_name
 
 _STEPS = 24
 _REDUCTIONS = ("sum", "mean", "amax", "max", "norm", "linalg_vector_norm", "var", "std", "logsumexp", "cumsum")
@@ -75,4 +76,4 @@ def _reduction(f: Facts, n: fx.Node) -> fx.Node | None:
 
 
 def _name(n: fx.Node) -> str:
-    return getattr(n.target, "_opname", getattr(n.target, "__name__", "")).rstrip("_")
+    return op_name(n).rstrip("_")

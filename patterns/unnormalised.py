@@ -21,6 +21,7 @@ from attncc.patterns.facts import Facts
 from attncc.patterns.frames import frame
 from attncc.patterns.moves import MOVES
 from attncc.patterns.products import products, stored
+from attncc.patterns.schema import op_name
 
 _SEARCH = 40  # nodes looked at behind a product
 _BENDING = {
@@ -55,7 +56,7 @@ def _scores_behind(f: Facts, n: fx.Node) -> fx.Node | None:
             continue
         if node.op != "call_function" or not (node.target in MOVES or node.target in ELEMENTS):
             continue
-        name = getattr(node.target, "_opname", "").rstrip("_")
+        name = op_name(node).rstrip("_")
         bent = bent or name in _BENDING
         stack += [(a, bent) for a in node.all_input_nodes if f.is_tensor(a)]
     return None

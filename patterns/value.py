@@ -18,9 +18,10 @@ from attncc.ir.build import ONE, cast, op
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, walk
 from attncc.patterns.contractions import DOT, ROUNDED, contraction
 from attncc.patterns.elements import ELEMENTS
-from attncc.patterns.facts import Facts, written_args
+from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point, move
 from attncc.patterns.relative import by_distance
+from attncc.patterns.schema import hint, written_args
 from attncc.patterns.sources import SOURCES
 
 #: Deeper than this an expression is a computation of its own, not a score: it is loaded instead.
@@ -45,7 +46,7 @@ class Reader:
     pair: frozenset[Expr] = frozenset()
     given: Mapping[fx.Node, Expr] = field(default_factory=dict[fx.Node, Expr])
     lost: Unreadable | None = None
-    _memo: dict[tuple[fx.Node, Point, int], Expr] = field(default_factory=dict)
+    _memo: dict[tuple[fx.Node, Point, int], Expr] = field(default_factory=dict[tuple[fx.Node, Point, int], Expr])
 
     def value_at(self, n: fx.Node, at: Point, reader: int | None = None) -> Expr:
         """The value of `n` at `at`, as the op at position `reader` of the graph saw it."""
@@ -171,7 +172,6 @@ class Reader:
             return True
         return value.kind == "float" and (costly or floats) and not self.pair <= indices
 
-
     def _worth_a_table(self, n: fx.Node, value: Expr) -> bool:
         """Whether to stop at a small tensor that several heads or batches share, because each element is a lookup
         through another tensor or a long formula: the model computes it once, a kernel would for each of them."""
@@ -192,11 +192,10 @@ class Reader:
     def _is_small(self, n: fx.Node) -> bool:
         count = 1
         for s in self.facts.value(n).shape:
-            if isinstance(s, torch.SymInt):
-                if not s.node.has_hint():
-                    return False
-                s = s.node.hint
-            count *= int(s)
+            size = hint(s)
+            if size is None:
+                return False
+            count *= size
         return count <= _TABLE
 
 

@@ -1,0 +1,81 @@
+"""What a node's operator says of itself, and the few parts of torch without public API that reading a graph needs."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+#: In-place ops that change what a tensor looks like and not what it holds.
+_METADATA = {"detach_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "requires_grad_"}
+
+
+def op_name(n: fx.Node) -> str:
+    """The name of a node's operator without its overload, with the underscore of an in-place one."""
+    target: Any = n.target
+    return str(getattr(target, "_opname", getattr(target, "__name__", ""))) if n.op == "call_function" else ""
+
+
+def is_operator(n: fx.Node) -> bool:
+    return n.op == "call_function" and isinstance(n.target, OpOverload)
+
+
+def has_argument(n: fx.Node, name: str) -> bool:
+    return any(arg.name == name for arg in _arguments(n))
+
+
+def argument(n: fx.Node, name: str) -> Any:
+    """A node's argument by its schema name, defaults included."""
+    for at, arg in enumerate(_arguments(n)):
+        if arg.name == name:
+            return n.args[at] if at < len(n.args) else n.kwargs.get(name, arg.default_value)
+    raise KeyError(f"{n.target} has no argument {name}")
+
+
+def dim_argument(n: fx.Node, rank: int) -> int:
+    """The argument `dim`, counted from the front."""
+    dim: int = argument(n, "dim")
+    return dim % rank
+
+
+def written_args(n: fx.Node) -> list[fx.Node]:
+    """The arguments whose contents a node's schema says it writes to."""
+    if not is_operator(n) or op_name(n) in _METADATA:
+        return []
+    found: list[fx.Node] = []
+    for at, arg in enumerate(_arguments(n)):
+        if arg.alias_info is None or not arg.alias_info.is_write:
+            continue
+        value = n.args[at] if at < len(n.args) else n.kwargs.get(arg.name)
+        items = value if isinstance(value, list | tuple) else [value]
+        found += [x for x in items if isinstance(x, fx.Node)]
+    return found
+
+
+def _arguments(n: fx.Node) -> list[Any]:
+    return list(cast(Any, n.target)._schema.arguments)
+
+
+def formula(s: torch.SymInt) -> Any:
+    """The sympy expression that a symbolic size stands for."""
+    return cast(Any, s).node.expr
+
+
+def hint(s: int | torch.SymInt) -> int | None:
+    """The size that the example had, None where a symbol has none."""
+    if isinstance(s, int):
+        return s
+    node = cast(Any, s).node
+    return int(node.hint) if node.has_hint() else None
+
+
+def storage_id(value: object) -> int | None:
+    """What tensors that share memory have in common; None for what has no memory of its own to speak of."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return None
+    try:
+        return cast(Any, value.untyped_storage())._cdata
+    except NotImplementedError:  # a tensor inside vmap has none
+        return None
