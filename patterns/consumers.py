@@ -58,6 +58,7 @@ def uses(f: Facts, anchor: Anchor, weights: Weights) -> Uses:
     others: list[fx.Node] = []
     escapes: list[fx.Node] = []
     seen: set[fx.Node] = {anchor.node}
+    carried: set[fx.Node] = set()
     stack = [anchor.node]
     while stack:
         n = stack.pop(0)
@@ -76,11 +77,13 @@ def uses(f: Facts, anchor: Anchor, weights: Weights) -> Uses:
             if (mixes is not None and n is mixes.lhs) or _carries(f, user, n):
                 seen.add(user)
                 stack.append(user)
+                carried.add(user)
             elif product is None and user not in escapes and not _is_size(user):
                 escapes.append(user)
     products.sort(key=lambda x: f.order[x.node])
     alone = any(x is not None and x.extent is ONE for x in (contraction(f, n) for n in others))
-    return Uses(tuple(products), tuple(others), tuple(escapes), alone)
+    ends = [x for x in others if x not in carried] if escapes else others  # else a mixture is all there is to tell
+    return Uses(tuple(products), tuple(ends), tuple(escapes), alone)
 
 
 def _sums_over(found: Frame, anchor: Anchor, weights: Weights) -> bool:

@@ -79,7 +79,7 @@ class Frame:
         inner = {**self.extents, d: depth}
         e, i = self.e, found.row
         alone = mentioned(found.q_at) - mentioned(found.k_at) - {d}
-        if alone - set(self.out) and found.row not in alone:
+        if found.row is not None and alone - set(self.out) and found.row not in alone:
             raise Unreadable(self.product.node, "the weights are mixed over queries, not over heads")
         whole = frozenset[Expr](x for x in (i, self.c, d, e) if x is not None)
 

@@ -42,6 +42,7 @@ _GOES = {
     "sort": "it goes to sort, as a router's does",
     "sum": "what it weighs is summed element by element, as branches, levels and sampling points are",
     "mean": "it is averaged first (mean)",
+    "layer_norm": "it is normalised once more (layer_norm)",
     "the output": "it goes to the output",
 }
 

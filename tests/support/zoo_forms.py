@@ -23,6 +23,19 @@ def talking_after(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return torch.einsum("bhij,hg->bgij", weights, extra["mix"]) @ v
 
 
+def talking_twice_to_one_query(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Class attention: one token attends, heads mixed before and after the softmax."""
+    scores = torch.einsum("bhij,hg->bgij", q[:, :, :1] @ k.mT * SCALE, extra["mix"])
+    weights = torch.einsum("bhij,hg->bgij", scores.softmax(-1), extra["mix"].T)
+    return (weights @ v).expand(-1, -1, q.shape[2], -1)
+
+
+def talking_and_normalised(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Mixed heads normalised over heads: no weighted sum of softmaxes any more."""
+    weights = torch.einsum("bhij,hg->bgij", (q @ k.mT * SCALE).softmax(-1), extra["mix"])
+    return F.layer_norm(weights.movedim(1, -1), (H,)).movedim(-1, 1) @ v
+
+
 def two_softmaxes_of_one_product(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     """Both directions of a bidirectional cross attention."""
     scores = q @ k.mT * SCALE
@@ -291,6 +304,8 @@ FORMS = (
          golden=0),
     Case("talking-after", attend(talking_after, mix=randoms(H, H)), 1, "heads mixed after the softmax", dtypes=WIDE,
          golden=0, backward=True),
+    Case("talking-to-one-query", attend(talking_twice_to_one_query, mix=randoms(H, H)), 1, "class attention", dtypes=WIDE),
+    Case("talking-normalised", attend(talking_and_normalised, mix=randoms(H, H)), 0, "heads normalised", refused=1),
     Case("both-directions", attend(two_softmaxes_of_one_product), 2, "a softmax and one of the transpose", golden=1),
     Case("subtracted", attend(subtracted), 2, "two softmaxes subtracted", dtypes=WIDE, golden=1, backward=True),
     Case("sigmoid", attend(sigmoid), 1, "sigmoid in place of softmax"),
