@@ -42,6 +42,7 @@ class Editor:
         self.graph = reading.module.graph
         self.order = {n: at for at, n in enumerate(self.graph.nodes)}
         self.copies: dict[fx.Node, fx.Node] = {}
+        self.taken: dict[fx.Node, fx.Node] = {}  # what was replaced, by what
         self.size_nodes: dict[Expr, fx.Node] = {}
         owner = reading.owner
         self.effects = {owner[s] for s in reading.shadow.graph.nodes if s in owner and _acts(s)}
@@ -72,6 +73,7 @@ class Editor:
         new.meta.update({k: old.meta[k] for k in _COPIED if k in old.meta})
         new.meta["example_value"] = old.meta.get("example_value")
         old.replace_all_uses_with(new)
+        self.taken[old], self.order[new] = new, self.position(old)
         self._remove(old)
 
     def position(self, n: fx.Node) -> int:
@@ -143,7 +145,7 @@ class Editor:
     def place(self, shadow: fx.Node) -> fx.Node:
         """The Dynamo node for a shadow node, its composite owner expanded if need be."""
         node = self._node(shadow)
-        if node._erased:
+        if node._erased or node in self.taken.values():
             raise EditError("another site has taken its place already")
         return node
 
@@ -162,7 +164,7 @@ class Editor:
             found = self.copies.get(shadow)
         if found is None:
             raise EditError(f"no node of the captured graph holds {shadow.name}")
-        return found
+        return self.taken.get(found, found)
 
     def _held(self, shadow: fx.Node, before: fx.Node) -> int | fx.Node:
         """The same for tensors and sizes: a size that no node of Dynamo's holds is computed."""
