@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from attncc.passes.area import Area
 from attncc.passes.bounds import loop_bounds
 from attncc.passes.drop_rounding import drop_rounding
 from attncc.passes.fold_predicates import fold_predicates
-from attncc.passes.spans import spanned
+from attncc.passes.spans import Spanned, spanned
 from attncc.passes.tile_choice import InTiles, in_tiles
 from attncc.progress import step
 from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, KernelError, detect_isa
@@ -109,11 +109,20 @@ def built(spec: str, device: str) -> Built:
 
 def _skipping(a: Attention, plain: Built) -> Built:
     """`plain`; where the mask reads data by key, with a second kernel for large calls, whose bounds read tables."""
-    found = spanned(a, dense=False)
-    if plain.language == "torch" or not (found.spans or found.maps):
+    if plain.language == "torch":
         return plain
-    kernel = Tabled(plain.kernel, found, lambda: _cpp(found.attention, found.bounds).kernel)
+    kernel = plain.kernel
+    tried = Spanned(a, loop_bounds(a))
+    for by_looking in ("none", "quick"):
+        found = spanned(a, by_looking=by_looking)
+        if (found.spans, found.maps) != (tried.spans, tried.maps):
+            kernel = Tabled(kernel, found, partial(_cpp_kernel, found.attention, found.bounds))
+        tried = found
     return replace(plain, kernel=kernel)
+
+
+def _cpp_kernel(a: Attention, bounds: Bounds) -> Kernel:
+    return _cpp(a, bounds).kernel
 
 
 def _in_tiles(a: Attention, bounds: Bounds, plain: Built) -> Built:

@@ -2,18 +2,23 @@
 
 Documents, padding and block masks bound a kernel's key loop through small tables (`attncc.passes.spans`), or on a GPU
 through lists that kernels of its own make. Both cost a few launches a call, so a call uses them from a size on where
-they are nothing beside the attention itself.
+they are nothing beside the attention itself. A mask given as a tensor, one value a pair, is summarised by looking at
+all of it, a hundredth of the attention over several heads; where that shows little, calls go on without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
 from attncc.ir import Attention
+from attncc.ir.attention import DTYPES
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.terms import loads
+from attncc.passes.maps import BlockMap, by_pair, map_tables, share
 from attncc.passes.spans import Spanned, tables
 from attncc.runtime.op import Kernel
 
@@ -21,6 +26,10 @@ from attncc.runtime.op import Kernel
 WORTHWHILE = 1 << 20
 #: Bytes of documents, padding or block masks that are kept to see whether the next call has the same.
 MOST_KEPT = 1 << 26
+#: Of the time that attending to a pair takes: what looking at it costs a byte, and what leaving its mask alone saves.
+LOOKING_COSTS, FULL_SAVES = 0.25, 0.3
+#: Calls for which a mask that showed little is not looked at again, at most.
+MOST_RESTS = 64
 
 
 class BySize:
@@ -39,12 +48,16 @@ class BySize:
         if extent(a.i.extent, table) * extent(a.j.extent, table) < WORTHWHILE:
             self.plain(tensors, sizes, outputs)
             return
+        more = self.more(tensors, sizes)
+        if more is None:
+            self.plain(tensors, sizes, outputs)
+            return
         if self._large is None:
             self._large = self._build()
-        self._large([*tensors, *self.more(tensors, sizes)], sizes, outputs)
+        self._large([*tensors, *more], sizes, outputs)
 
-    def more(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-        """What the kernel for large calls is given beside the tensors of the attention."""
+    def more(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor] | None:
+        """What the kernel for large calls is given beside the tensors of the attention, None for `plain` instead."""
         return []
 
 
@@ -56,23 +69,72 @@ class Tabled(BySize):
     def __init__(self, plain: Kernel, found: Spanned, build: Callable[[], Kernel]) -> None:
         super().__init__(found.attention, plain, build)
         self.found = found
+        self._dense = tuple(m for m in found.maps if by_pair(m.literal, found.attention))
+        self._cheap = replace(found, maps=tuple(m for m in found.maps if m not in self._dense))
         given = found.attention.tensors
         self._own = len(given) - len(found.spans) - len(found.maps)
         self._names = [t.name for t in given[: self._own]]
-        read = {x.tensor for n in (*found.spans, *found.maps) for x in loads(*n.sources)}
-        self._sources = [n for n, name in enumerate(self._names) if name in read]
-        self._last: tuple[list[int], list[torch.Tensor], list[torch.Tensor]] | None = None
+        self._sources, self._looked_at = (
+            [n for n, name in enumerate(self._names) if name in {x.tensor for t in made for x in loads(*t.sources)}]
+            for made in ((*self._cheap.spans, *self._cheap.maps), self._dense)
+        )
+        self._last: tuple[list[int], list[torch.Tensor], dict[str, torch.Tensor]] | None = None
+        self._rest: dict[tuple[int, ...], _Rest] = {}
 
-    def more(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+    def more(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor] | None:
+        named = dict(zip(self._names, tensors, strict=True))
+        seen = self._summaries(tensors, named, sizes) if self._dense else {}
+        if seen is None:
+            return None
+        made = self._tables(tensors, named, sizes) | seen
+        return [made[t.name] for t in self.attention.tensors[self._own :]]
+
+    def _tables(
+        self, tensors: Sequence[torch.Tensor], named: dict[str, torch.Tensor], sizes: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
         sources = [tensors[n] for n in self._sources]
         last = self._last
         if last is not None and last[0] == list(sizes) and all(map(_same, last[1], sources)):
             return last[2]
-        made = tables(self.found, dict(zip(self._names, tensors, strict=True)), sizes)
-        result = [made[t.name] for t in self.attention.tensors[self._own :]]
+        made = tables(self._cheap, named, sizes)
         if sum(x.nbytes for x in sources) <= MOST_KEPT:
-            self._last = list(sizes), [x.clone() for x in sources], result
-        return result
+            self._last = list(sizes), [x.clone() for x in sources], made
+        return made
+
+    def _summaries(
+        self, tensors: Sequence[torch.Tensor], named: dict[str, torch.Tensor], sizes: Sequence[int]
+    ) -> dict[str, torch.Tensor] | None:
+        """The maps of what holds one value a pair, None where the mask that lies there lately showed too little."""
+        place = tuple(tensors[n].data_ptr() for n in self._looked_at)
+        rest = self._rest.get(place, _Rest())
+        if rest.left:
+            rest.left -= 1
+            return None
+        made = map_tables(self._dense, self.attention, named, sizes)
+        if any(_pays(m, made[m.tensor.name], self.attention, sizes) for m in self._dense):
+            self._rest.pop(place, None)
+            return made
+        if len(self._rest) >= 256:  # places that never come back must not pile up
+            self._rest.clear()
+        self._rest[place] = _Rest(rest.after, min(2 * rest.after, MOST_RESTS))
+        return None
+
+
+@dataclass
+class _Rest:
+    """For how many more calls a mask is not looked at; `after` it has shown too little once more, for how many."""
+
+    left: int = 0
+    after: int = 1
+
+
+def _pays(m: BlockMap, made: torch.Tensor, a: Attention, sizes: Sequence[int]) -> bool:
+    """Whether what a map saves is more than what looking at the mask costs."""
+    table = size_table(a, sizes)
+    heads = prod(extent(x.extent, table) for x in a.batch if x.index not in m.index)
+    read = sum(DTYPES[a.tensor(x.tensor).dtype][1] for x in loads(m.literal))
+    left, full = share(made, m, extent(a.j.extent, table))
+    return 1 - left + full * FULL_SAVES > LOOKING_COSTS * read / heads
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

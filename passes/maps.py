@@ -9,23 +9,29 @@ matrix is made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from math import prod
 
 import torch
 
-from attncc.ir import Attention, Const, Expr, Load, Op, Tensor
+from attncc.ir import Attention, Const, Expr, Load, Op, Size, Tensor
+from attncc.ir.affine import Poly, poly
 from attncc.ir.bounds import TILE_LO, Bits
 from attncc.ir.build import ONE, ZERO, add, const, floordiv
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.rewrite import rewrite
-from attncc.ir.terms import free
+from attncc.ir.terms import free, loads, walk
 from attncc.passes.predicates import mentions
 
 #: Keys of a block where the literal has no blocks of its own.
 BLOCK = 16
-_SLICE = 1 << 22  # pairs looked at at a time
+#: Operations on each pair that looking at it may take: a cast, a comparison, and one more.
+MOST_COMPUTED = 3
+_SLICE = 1 << 20  # pairs looked at at a time, few enough to stay in a cache
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,25 @@ def blocks_of(literal: Expr, index: Expr) -> tuple[Expr, int] | None:
     return rewrite(hidden, lambda x: index if x is number else None), sizes.pop()
 
 
+def by_pair(literal: Expr, a: Attention) -> bool:
+    """Whether a map of the literal looks at every pair of a row and a key, having no blocks."""
+    return blocks_of(literal, a.j.index) is None
+
+
+def quick(literal: Expr, a: Attention) -> bool:
+    """Whether looking at a pair costs little beside attending to it: nothing is gathered, and little computed."""
+    indices = {x.index for x in (*a.batch, a.i, a.j)}
+    read = loads(literal)
+    computed = sum(isinstance(x, Op) and mentions(x, a.j.index) for x in walk(literal))
+    return computed <= MOST_COMPUTED and bool(read) and all(_straight(x, indices) for x in read)
+
+
+def share(words: torch.Tensor, m: BlockMap, keys: int) -> tuple[float, float]:
+    """The shares of pairs that the map leaves, and that it proves to be seen by every row."""
+    some, every = (keys_in(x, m.block, keys).to(torch.float32).mean() for x in words.unbind(-2))
+    return float(some), float(every)
+
+
 def map_tables(
     maps: Sequence[BlockMap], a: Attention, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int] = ()
 ) -> dict[str, torch.Tensor]:
@@ -112,26 +137,103 @@ def _table(m: BlockMap, a: Attention, tensors: Mapping[str, torch.Tensor], sizes
     if by_key is not None and m.block % by_key[1] == 0:
         literal, width = by_key
         columns = -(-keys // width)
-    leaves: dict[Expr, torch.Tensor] = {s: torch.tensor(v, device=device) for s, v in table.items()}
-    for at, axis in enumerate(axes):
-        view = [1] * (len(axes) + 2)
-        view[at] = -1
-        leaves[axis.index] = torch.arange(counts[at], device=device).view(view)
-    leaves[a.j.index] = torch.arange(columns, device=device)
-    pairs = columns
-    for c in counts:
-        pairs *= c
-    step = max(1, _SLICE // max(1, pairs * group)) * group
+    names: list[Expr] = [*(x.index for x in axes), a.i.index, a.j.index]
+    sized: dict[Expr, torch.Tensor] = {s: torch.tensor(v, device=device) for s, v in table.items()}
+    step = max(1, _SLICE // max(1, prod(counts) * columns * group)) * group
+    whole = rows // group * group
+    room = cache(_room)
     found: list[torch.Tensor] = []
-    for first in range(0, rows, step):
-        here = torch.arange(first, min(first + step, rows), device=device)
-        ev = Evaluator({**leaves, a.i.index: here[:, None]}, tensors, DTYPE_OF[a.compute_dtype])
-        seen = ev(literal).expand(*counts, len(here), columns)
-        short = -len(here) % group  # the last group repeats its last row
-        seen = torch.cat([seen, seen[..., -1:, :].expand(*counts, short, columns)], -2)
-        seen = seen.reshape(*counts, -1, group, columns)
-        found.append(torch.stack([seen.any(-2), seen.all(-2)], -2))
+    cuts = [*range(0, whole, step), *([whole] if whole < rows else []), rows]
+    for first, end in pairwise(cuts):
+        ranges = [*((0, c) for c in counts), (first, end), (0, columns)]
+        leaves = {x: _along(at, len(names), *r, device) for at, (x, r) in enumerate(zip(names, ranges, strict=True))}
+        ev = Evaluator({**sized, **leaves}, tensors, DTYPE_OF[a.compute_dtype])
+        ev.known |= _views(literal, ev, dict(zip(names, ranges, strict=True)), table)
+        shape = (*counts, end - first, columns)
+        found.append(torch.stack(_seen(literal, ev, shape, min(group, end - first), room), -2))
     return words_of(torch.cat(found, -3), m.block // width)
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+Room = Callable[[tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
+
+
+def _seen(
+    literal: Expr, ev: Evaluator, shape: tuple[int, ...], group: int, room: Room
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether some row and whether every row of each group sees a key, u8[.., groups, columns] of 0 and 1."""
+    match literal:
+        case Op("not", (x,)):
+            some, every = _seen(x, ev, shape, group, room)
+            return 1 - every, 1 - some
+        case Op(("lt" | "le" | "eq" | "ne") as name, (a, b)) if a.kind == "float":
+            x, y = ev(a), ev(b)
+            # into floats, which torch does five times as fast as into bytes, in memory that is there already
+            seen = room(torch.broadcast_shapes(x.shape, y.shape), ev.compute, x.device)
+            getattr(torch, name)(x, y, out=seen)
+        case _:
+            seen = ev(literal).view(torch.uint8)
+    seen = seen.expand(shape).unflatten(-2, (-1, group))
+    return seen.amax(-2).to(torch.uint8), seen.amin(-2).to(torch.uint8)
+
+
+def _along(at: int, rank: int, first: int, end: int, device: torch.device) -> torch.Tensor:
+    view = [1] * rank
+    view[at] = -1
+    return torch.arange(first, end, device=device).view(view)
+
+
+def _views(
+    literal: Expr, ev: Evaluator, ranges: Mapping[Expr, tuple[int, int]], table: Mapping[Expr, int]
+) -> dict[Expr, torch.Tensor]:
+    """The loads of `literal` that need no gather."""
+    found: dict[Expr, torch.Tensor] = {}
+    for x in loads(literal):
+        view = _view(x, ev.tensors[x.tensor], ranges, table)
+        if view is not None:
+            found[x] = view.to(torch.bool if x.kind == "bool" else torch.int64 if x.kind == "int" else ev.compute)
+    return found
+
+
+def _straight(x: Load, indices: Set[Expr]) -> list[tuple[Expr | None, Poly]] | None:
+    """Of each dimension the index it goes along, one step a step, and what is added; None where it is anything else."""
+    found: list[tuple[Expr | None, Poly]] = []
+    for n in x.index:
+        rest = poly(n)
+        along = [m[0] for m, c in rest.items() if len(m) == 1 and c == 1 and m[0] in indices]
+        for index in along:
+            del rest[(index,)]
+        if len(along) > 1 or not all(isinstance(f, Size) for m in rest for f in m):
+            return None
+        found.append((along[0] if along else None, rest))
+    moving = [index for index, _ in found if index is not None]
+    return found if len(set(moving)) == len(moving) else None
+
+
+def _view(
+    x: Load, source: torch.Tensor, ranges: Mapping[Expr, tuple[int, int]], table: Mapping[Expr, int]
+) -> torch.Tensor | None:
+    """What a straight load gives over the ranges of the indices, as a view of its tensor; None for any other load."""
+    straight = _straight(x, ranges.keys())
+    if straight is None:
+        return None
+    order: list[Expr] = []
+    for dim, (index, rest) in reversed(list(enumerate(straight))):
+        offset = sum(c * prod(table[f] for f in m) for m, c in rest.items())
+        if index is None:
+            source = source.select(dim, offset)
+        else:
+            first, end = ranges[index]
+            source = source.narrow(dim, first + offset, end - first)
+            order.insert(0, index)
+    source = source.permute([order.index(index) for index in ranges if index in order])
+    for at, index in enumerate(ranges):
+        if index not in order:
+            source = source.unsqueeze(at)
+    return source
 
 
 def _split(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -142,9 +244,9 @@ def _split(x: torch.Tensor, size: int) -> torch.Tensor:
 def words_of(keys: torch.Tensor, block: int) -> torch.Tensor:
     """Bits (..., 2, columns) -> i64 (..., 2, words), a bit for each `block` columns: any of them, and all of them."""
     short = -keys.shape[-1] % (block * 64)
-    some, every = keys.unbind(-2)
-    some = _split(torch.nn.functional.pad(some, (0, short), value=False), block).any(-1)
-    every = _split(torch.nn.functional.pad(every, (0, short), value=True), block).all(-1)
+    some, every = keys.to(torch.uint8).unbind(-2)
+    some = _split(torch.nn.functional.pad(some, (0, short), value=0), block).amax(-1)
+    every = _split(torch.nn.functional.pad(every, (0, short), value=1), block).amin(-1)
     bits = _split(torch.stack([some, every], -2), 64).to(torch.int64)
     return (bits << torch.arange(64, device=keys.device)).sum(-1).contiguous()
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -25,7 +26,7 @@ from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.terms import free
 from attncc.passes.bounds import analyse
-from attncc.passes.maps import BlockMap, block_map, blocks_of, map_tables
+from attncc.passes.maps import BlockMap, block_map, blocks_of, by_pair, map_tables, quick
 from attncc.passes.predicates import map_literals, mentions, reads
 
 _FIRST, _END, _SOLID_FIRST, _SOLID_END = range(4)
@@ -60,14 +61,18 @@ class Spanned:
     rows_exact: bool = False
 
 
-def spanned(a: Attention, group: int = 64, *, dense: bool = True) -> Spanned:
+#: Which literals are looked at pair by pair: all that have no span and no blocks; those where that is `quick`; none.
+Looked = Literal["all", "quick", "none"]
+
+
+def spanned(a: Attention, group: int = 64, *, by_looking: Looked = "all") -> Spanned:
     """`a` with tables for the literals of its mask that read data by key, and its bounds. Rows may be scanned.
 
     A literal whose row and key sides part gets a `Span`, any other a `BlockMap`, whose bounds hold for tiles that do
     not cross a multiple of `group` rows.
 
-    A map of a literal without blocks looks at every pair. Without `dense` such literals are left alone: they neither
-    bound the visit nor give full keys, and what the rest of the mask says stands."""
+    A map of a literal without blocks looks at every pair. Those that `by_looking` leaves out neither bound the visit
+    nor give full keys, and what the rest of the mask says stands."""
     j = a.j.index
     if not reads(a.mask, j):
         plain = analyse(a, rows=True)
@@ -84,7 +89,7 @@ def spanned(a: Attention, group: int = 64, *, dense: bool = True) -> Spanned:
             span = _span(literal, a, _fresh(f"span{len(spans)}", taken))
             if span is not None:
                 spans[literal] = span
-            elif dense or blocks_of(literal, j) is not None:
+            elif not by_pair(literal, a) or by_looking == "all" or (by_looking == "quick" and quick(literal, a)):
                 maps[literal] = block_map(literal, a, _fresh(f"map{len(maps)}", taken), group)
         return literal
 

@@ -124,6 +124,7 @@ class _Emitter:
         narrow = not double and fits_32_bits(a, a.score, a.mask, a.weight, *([a.sink] if a.sink else []))
         defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles) | {
             "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged), "SLANTED": len(self.p.diagonals.tables),
+            "STAGED_BY_SCORE": int(not self.p.staged.keys().isdisjoint(loads(a.score, a.weight))),
             "MAX_SPANS": max(len(self.bounds.visit), 1), "MAX_FULLS": max(len(self.full), 1),
             "MAX_STRIPES": max((len(x.stripes) for x in (*self.bounds.visit, *self.full)), default=0),
             "MAX_BITS": max((len(x.bits) for x in (*self.bounds.visit, *self.full)), default=0),

@@ -55,6 +55,7 @@
 #define WIDE_INTS 0
 #define STAGED 0
 #define SLANTED 1
+#define STAGED_BY_SCORE 0
 #define MAX_SPANS 1
 #define MAX_FULLS 1
 #define MAX_STRIPES 0
@@ -1573,7 +1574,8 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
         if (t.few) few_score_product(c, b, t, at, scores);
         else score_product(c, t, v, columns, at, scores);
         for (int64_t x = 0; x < columns; ++x) {
-            if (STAGED) bring_near(c, u, t.values[v + x], at.count, near);
+            if (STAGED && (STAGED_BY_SCORE || from > 0 || to < at.count))
+                bring_near(c, u, t.values[v + x], at.count, near);
             if (SLANTED) bring_slanted(c, b, u, t, (v + x) * LANES, at.count, slanted);
             soften(c, b, t, at, u, v + x, stage, from, to, scores + x * KEYS * LANES, weight_column(scores, spare, x),
                    keep + (v + x) * LANES);

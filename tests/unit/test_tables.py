@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
-from bounds_cases import attention, data
+from bounds_cases import attention, blocks, data, tiled, visible
 
 import attncc.tables
 from attncc.codegen import torch_form
 from attncc.ir import Attention, interpret
+from attncc.passes.maps import BlockMap, block_map, keys_in, map_tables
 from attncc.passes.spans import spanned, tables
 from attncc.tables import Tabled
 
@@ -32,7 +34,7 @@ class Recorded:
 def test_large_calls_make_tables(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(attncc.tables, "WORTHWHILE", 1000)
     a = attention("doc[b, min(i, M - 1)] == doc[b, j] and j <= i and blocks[h, min(i // 8, 7), min(j // 8, 7)]")
-    found = spanned(a, dense=False)
+    found = spanned(a, by_looking="none")
     assert len(found.spans) == len(found.maps) == 1
     plain, skipping = Recorded(a), Recorded(found.attention)
     built: list[int] = []
@@ -56,7 +58,7 @@ def test_tables_are_made_again_only_for_other_sources(monkeypatch) -> None:  # t
     """Layers pass the same documents; a write that leaves no trace in the tensor is seen."""
     monkeypatch.setattr(attncc.tables, "WORTHWHILE", 1000)
     a = attention("doc[b, min(i, M - 1)] == doc[b, j] and j <= i")
-    found = spanned(a, dense=False)
+    found = spanned(a, by_looking="none")
     made: list[int] = []
 
     def counted(*args):  # type: ignore[no-untyped-def]
@@ -80,9 +82,70 @@ def test_tables_are_made_again_only_for_other_sources(monkeypatch) -> None:  # t
     assert agrees() and len(made) == 2
 
 
-def test_dense_literals_get_no_map_unless_asked() -> None:
+def test_masks_given_as_tensors_are_looked_at_only_where_asked() -> None:
     a = attention("dense[b, i, j] and j <= i")
-    found = spanned(a, dense=False)
+    found = spanned(a, by_looking="none")
     assert not found.maps and not found.spans and len(found.bounds.visit) == 1
     assert repr(found.bounds.visit[0].hi) == "i1"
-    assert len(spanned(a).maps) == 1
+    assert len(spanned(a).maps) == len(spanned(a, by_looking="quick").maps) == 1
+    gathered = attention("pad[b, max(i - j, 0)] and j <= i")
+    assert not spanned(gathered, by_looking="quick").maps and len(spanned(gathered).maps) == 1
+
+
+def test_a_mask_that_shows_little_is_looked_at_more_and_more_rarely(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """A band of the same memory, later on, is found; a random mask is passed over for 1, 2, 4 .. calls."""
+    monkeypatch.setattr(attncc.tables, "WORTHWHILE", 1000)
+    a, sizes, tensors = attention("dense[b, i, j] and j <= i"), (1, 300, 300, 0), data(1, 300, 300)
+    found = spanned(a, by_looking="quick")
+    plain, skipping = Recorded(a), Recorded(found.attention)
+    kernel = Tabled(plain, found, lambda: skipping)
+    looked: list[int] = []
+
+    def counted(*args):  # type: ignore[no-untyped-def]
+        looked.append(len(plain.calls))
+        return map_tables(*args)
+
+    monkeypatch.setattr(attncc.tables, "map_tables", counted)
+    out = torch.empty(1, 4, 300, 8)
+
+    def run() -> None:
+        kernel([tensors[t.name] for t in a.tensors], sizes, [out])
+        wanted = interpret(a, tensors, sizes)["out"]
+        torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+
+    for _ in range(9):
+        run()
+    assert looked == [0, 2, 5] and not skipping.calls
+    i = torch.arange(300)
+    tensors["dense"].copy_((i[:, None] - i).abs() < 9)
+    for _ in range(3):
+        run()
+    assert looked == [0, 2, 5, 10, 10] and len(skipping.calls) == 2
+
+
+@pytest.mark.parametrize(
+    "literal",
+    ["dense[b, i, j]", "not dense[b, i, j]", "float(doc[b, j]) < float(pos[i])", "dense[b, i, j + 3]",
+     "float(dense[b, i, j]) != 0.0", "not float(dense[b, i, j]) < 0.5", "dense[0, i + 2, j]", "dense[b, j, i]",
+     "float(start[b, i]) * 0.5 <= float(doc[b, j])"],
+)  # fmt: skip
+def test_maps_against_the_mask(literal: str) -> None:
+    """By views of tensors of any strides, and by results of comparisons in floats."""
+    sizes, (b, n, m) = (2, 70, 130, 0), (2, 70, 130)
+    a, tensors = attention(literal), data(b, n + 9, m + 9)
+    dense = torch.rand(2, 150, 150, generator=torch.Generator().manual_seed(1)) > 0.5
+    for at, value in ((32, True), (90, False)):
+        dense[:, :80, at : at + 40] = dense[:, at : at + 40, :80] = value
+    tensors["dense"] = dense.mT
+    (found,) = block_maps(a)
+    words = map_tables([found], a, tensors, sizes)[found.tensor.name]
+    mask = visible(a, sizes, tensors)[:, 0]
+    for at, how in enumerate(("any", "all")):
+        wanted = blocks(tiled(mask, 64, how), found.block, how)
+        got = blocks(keys_in(words[..., at, :], found.block, m), found.block)
+        assert torch.equal(got.expand_as(wanted), wanted)
+        assert "dense" not in literal or (wanted.any() and not wanted.all())
+
+
+def block_maps(a: Attention) -> list[BlockMap]:
+    return [block_map(a.mask, a, "map", 64)]
