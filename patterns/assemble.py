@@ -15,10 +15,11 @@ from attncc.ir.expr import Const, Expr, Index, Load, Size, free, loads, rewrite,
 from attncc.ir.verify import verify
 from attncc.patterns.contractions import contraction
 from attncc.patterns.facts import Facts
-from attncc.patterns.masks import split_mask
+from attncc.patterns.masks import hides_by_score, split_mask
 from attncc.patterns.moves import Point
 from attncc.patterns.operands import Source
 from attncc.patterns.schema import hint
+from attncc.patterns.value import Unreadable
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def assemble(
     names |= {p.j: Index("j"), p.d: Index("d")}
     names |= {x: Index(n) for x, n in ((p.i, "i"), (p.e, "e")) if x is not None}
     masked = split_mask(p.score, half=p.half, infinite_empty=p.empty)
+    if hides_by_score(masked.score):
+        raise Unreadable(anchor, "which keys are hidden depends on the scores themselves, which a mask cannot say")
     mask = and_(masked.mask, p.mask)
     if p.empty == "zero":  # a row of -inf gives zero, where a plain softmax gives NaN: hide what data makes -inf
         mask = and_(mask, *(lt(NEG_INF, x) for x in loads(masked.score) if x.kind == "float" and not _learned(p, x)))

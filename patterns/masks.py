@@ -2,7 +2,9 @@
 
 Only fills that no real score can outweigh count as masks: -inf, finite values of -1e9 and below put in a score's place,
 and of -1e30 and below added to it (smaller ones leave something of the score in a row that is all hidden; the lowest
-finite value of the scores' own type counts too). Anything milder (-100, -1e4) is a bias and keeps its meaning.
+finite value of the scores' own type counts too). Anything milder (-100, -1e4) is a bias and keeps its meaning. A choice
+by the score itself (a threshold, the k largest) is part of the score: which keys it hides is known when all is computed,
+and a row in which it hides every visible one weighs them with those that a finite mask hides.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from attncc.ir.attention import Empty
+from attncc.ir.attention import Empty, S
 from attncc.ir.build import add, and_, not_, op
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Op
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, walk
 
 _PUT, _ADDED = -1e9, -1e30
 _FILL_F16 = -65504.0
@@ -44,6 +46,9 @@ def split_mask(score: Expr, *, half: bool, infinite_empty: Empty) -> Masked:
     bare, found = _strip(score, limit)
     infinite = [h for h in found if h.fill == float("-inf")]
     finite = [h for h in found if h.fill != float("-inf")]
+    if finite and _chosen(bare, limit):
+        bare, found = _strip(score, float("-inf"))
+        return Masked(bare, _all(found), infinite_empty if found else "zero")
     if not finite:
         return Masked(bare, _all(infinite), infinite_empty if found else "zero")
     if not infinite and _agree(finite):
@@ -55,6 +60,18 @@ def split_mask(score: Expr, *, half: bool, infinite_empty: Empty) -> Masked:
     # Rows hidden by several different finite masks weigh keys by how often they are hidden: keep them as they are.
     bare, found = _strip(score, float("-inf"))
     return Masked(bare, _all(found), infinite_empty if found else "zero")
+
+
+def hides_by_score(score: Expr) -> bool:
+    """Whether a score is -inf where a predicate of the score itself says so."""
+    return _chosen(score, float("-inf"))
+
+
+def _chosen(score: Expr, limit: float) -> bool:
+    return any(
+        isinstance(x, Op) and x.name == "where" and S in free(x.args[0]) and any(_is_fill(y, limit) for y in x.args[1:])
+        for x in walk(score)
+    )
 
 
 def _agree(finite: list[_Hidden]) -> bool:
@@ -77,10 +94,10 @@ def _strip(x: Expr, limit: float) -> tuple[Expr, list[_Hidden]]:
             bare, found = _strip(a, limit)
             # a fill that is not above the limit ends on it, however often it was added
             return bare, [_Hidden(h.visible, max(h.fill, float(low)), h.added and h.fill > low) for h in found]
-        case Op("where", (c, a, b)) if _is_fill(b, limit):
+        case Op("where", (c, a, b)) if _is_fill(b, limit) and S not in free(c):
             bare, found = _strip(a, limit)
             return bare, [_Hidden(c, _number(b), added=False), *found]
-        case Op("where", (c, a, b)) if _is_fill(a, limit):
+        case Op("where", (c, a, b)) if _is_fill(a, limit) and S not in free(c):
             bare, found = _strip(b, limit)
             return bare, [_Hidden(not_(c), _number(a), added=False), *found]
         case Op("add", (a, b)):

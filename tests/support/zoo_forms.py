@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -296,6 +297,19 @@ def dilated(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(gap % 3 == 0) & (gap >= 0))
 
 
+def threshold(q: Q, k: Q, v: Q, extra: Extra, fill: float = -1e9) -> Q:
+    """Weak scores count for nothing; where all of a row are weak, what the mask hides counts as much as they do."""
+    scores = q @ k.mT * SCALE
+    scores = torch.where(scores > 0.5, scores, fill)
+    return scores.masked_fill(~extra["mask"], fill).softmax(-1).nan_to_num(0.0) @ v
+
+
+def strongest(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    scores = (q @ k.mT * SCALE).masked_fill(~extra["mask"], -1e9)
+    least = scores.topk(4, -1).values[..., -1:]
+    return scores.masked_fill(scores < least, -1e9).softmax(-1) @ v
+
+
 RELATIVE = torch.arange(N)[:, None] - torch.arange(N)[None] + N - 1
 MASK = {"mask": CAUSAL}
 WIDE = (torch.float32, torch.bfloat16)
@@ -307,6 +321,9 @@ FORMS = (
     Case("talking-to-one-query", attend(talking_twice_to_one_query, mix=randoms(H, H)), 1,
          "class attention", dtypes=WIDE),
     Case("talking-normalised", attend(talking_and_normalised, mix=randoms(H, H)), 0, "heads normalised", refused=1),
+    Case("threshold", attend(threshold, **MASK), 1, "a predicate of the score under a mask", golden=0),
+    Case("threshold-infinite", attend(partial(threshold, fill=-torch.inf), **MASK), 0, "rows that hide all", refused=1),
+    Case("strongest", attend(strongest, **MASK), 1, "the k largest of the scores", kept=1),
     Case("both-directions", attend(two_softmaxes_of_one_product), 2, "a softmax and one of the transpose", golden=1),
     Case("subtracted", attend(subtracted), 2, "two softmaxes subtracted", dtypes=WIDE, golden=1, backward=True),
     Case("sigmoid", attend(sigmoid), 1, "sigmoid in place of softmax"),
