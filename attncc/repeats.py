@@ -1,8 +1,12 @@
 """Operations like one that was traced before are copied, not traced: equal layers cost one trace.
 
-A Dynamo node with the target and arguments of an earlier one (equal constants, tensors of equal shapes, strides and
-dtypes) gives the same ATen nodes on its own arguments. Its result is the fake tensor that Dynamo made for it, so that
-views alias what they alias in the model; inner nodes get fake tensors laid out in memory as those of the first were.
+A Dynamo node with the target and arguments of an earlier one (equal constants and sizes, tensors of equal shapes,
+strides and dtypes) gives the same ATen nodes on its own arguments. Its result is the fake tensor that Dynamo made for
+it, so that views alias what they alias in the model; the nodes on the way there get fake tensors that lie in memory as
+those of the first did. Sizes that are symbols are equal where their formulas are: a copy reads the nodes of the first.
+
+Nothing is copied that the looks of the arguments do not decide: what writes, what draws numbers from data, what a
+transform or a constant of the trace changes. It is then traced, each time.
 """
 
 from __future__ import annotations
@@ -18,36 +22,47 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from attncc import torch_private
+from attncc.patterns.schema import formula
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """The tensor argument number `at`, or the node number `at` of the copy where `inner`."""
+class _Given:
+    """The tensor argument number `at` of the operation."""
 
     at: int
-    inner: bool
 
 
 @dataclass(frozen=True)
-class _Inner:
-    """The value of one copied node: a view of `base` (a `_Slot`), or memory of its own where that is None."""
+class _Made:
+    """What step number `at` of the copy makes."""
 
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
+    at: int
+
+
+_Source = _Given | _Made
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """How a step's value lies: a view of `base`, or memory of its own where that is None."""
+
+    shape: Sequence[int | torch.SymInt]
+    stride: Sequence[int | torch.SymInt]
+    offset: int | torch.SymInt
     dtype: torch.dtype
     device: torch.device
-    base: _Slot | None
+    base: _Source | None
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One node of the copy. `value` is none for a result, and for a node that gives several tensors."""
+    """One node of the copy, its tensors being `_Source`s. `value` is none for a result, which Dynamo has a tensor for,
+    and for a node that gives several tensors."""
 
     target: Any
     args: Any
     kwargs: Any
-    value: _Inner | None
+    value: _Memory | None
 
 
 class _Unlike(Exception):
@@ -76,7 +91,8 @@ class Repeats:
         tensors: list[torch.Tensor] = []
         with torch_private.unobserved():
             try:
-                looks = (n.op, n.target, self._looks((args, kwargs), tensors), _layout(like), torch.is_grad_enabled())
+                modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+                looks = (n.op, n.target, self._looks((args, kwargs), tensors), _layout(like), modes)
             except _Unlike:
                 looks = None
             if looks is not None and self._steps.get(looks):
@@ -86,14 +102,10 @@ class Repeats:
     def _first(self, looks: object, tensors: list[torch.Tensor], like: Any, trace: Callable[[], Any]) -> Any:
         """Trace an operation, and learn from what that made."""
         self._steps[looks] = ()
-        graph = torch_private.traced_graph()
         sources = [torch_private.traced_node(t) for t in tensors]
-        before = next(iter(reversed(graph.nodes)))
+        before = next(iter(reversed(torch_private.traced_graph().nodes)))
         result = trace()
-        made: list[fx.Node] = []
-        while (end := made[-1].prev if made else next(iter(reversed(graph.nodes)))) is not before:
-            made.append(end)
-        made.reverse()
+        made = [n for n in _since(before) if not _is_number(n)]
         try:
             with torch_private.unobserved():
                 steps = _learned(made, sources, tensors, result, like)
@@ -108,7 +120,7 @@ class Repeats:
         made: list[fx.Node] = []
 
         def node(x: Any) -> Any:
-            return (made if x.inner else sources)[x.at] if isinstance(x, _Slot) else x
+            return sources[x.at] if isinstance(x, _Given) else made[x.at] if isinstance(x, _Made) else x
 
         for step in steps:
             args, kwargs = fx.node.map_aggregate((step.args, step.kwargs), node)  # type: ignore[misc]
@@ -116,30 +128,30 @@ class Repeats:
         return self._own(made, steps, tensors, like)
 
     def _own(self, made: list[fx.Node], steps: tuple[_Step, ...], tensors: list[torch.Tensor], like: Any) -> Any:
+        """Let Dynamo's tensors stand for the last of the nodes that were made."""
         results = [like] if isinstance(like, torch.Tensor) else like
         for n, x in zip(made[-len(results) :], results, strict=True):
             n.meta["val"] = x
             torch_private.stands_for(n, x)
             self._owned[id(x)] = x
-        several = {next(iter(n.all_input_nodes)) if n.target is operator.getitem else n for n in made[-len(results) :]}
-        if not isinstance(like, torch.Tensor) and len(several) == 1:  # the parts of one operation, asked for by it
-            several.pop().meta["val"] = list(results)
+        if not isinstance(like, torch.Tensor):  # the parts of one operation, asked for by it
+            made[-len(results) - 1].meta["val"] = list(results)
         if len(made) > len(results):
             self._unfilled.append((made, steps, tensors))
         return like
 
     def fill(self, mode: FakeTensorMode) -> None:
-        """Give every inner node its value. After the trace: inside it, making one would be traced too."""
+        """Give every node on the way to a result its value. After the trace: inside it, making one would be traced."""
         with mode, torch.no_grad():
             for made, steps, tensors in self._unfilled:
                 for n, step in zip(made, steps, strict=True):
                     x = step.value
-                    if x is None:  # a result, or several at once
+                    if x is None:
                         continue
                     if x.base is None:
                         n.meta["val"] = torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device=x.device)
                         continue
-                    base: torch.Tensor = made[x.base.at].meta["val"] if x.base.inner else tensors[x.base.at]
+                    base = tensors[x.base.at] if isinstance(x.base, _Given) else made[x.base.at].meta["val"]
                     n.meta["val"] = torch.as_strided(base.detach(), x.shape, x.stride, x.offset)
 
     def _looks(self, x: Any, tensors: list[torch.Tensor]) -> object:
@@ -156,6 +168,8 @@ class Repeats:
             return next(at for at, t in enumerate(tensors) if torch_private.storage(t) == held), _layout(x)
         if isinstance(x, _PLAIN):
             return (type(x), x)
+        if isinstance(x, torch.SymInt):
+            return _length(x)
         if isinstance(x, float):
             return (float, repr(x))
         if isinstance(x, slice):
@@ -173,16 +187,40 @@ _PLAIN = (
 
 
 def _layout(x: Any) -> tuple[object, ...]:
-    """All that an operation may ask of a fake tensor, or of several. Raises _Unlike for symbolic sizes and for memory
-    that is not strided."""
+    """All that an operation may ask of a fake tensor, or of several. Raises _Unlike for memory that is not strided."""
     if isinstance(x, tuple | list):
         return tuple(_layout(y) for y in x)
     if not isinstance(x, FakeTensor) or x.layout != torch.strided:
         raise _Unlike
-    shape, stride, offset = tuple(x.shape), x.stride(), x.storage_offset()
-    if not all(type(n) is int for n in (*shape, *stride, offset)):
-        raise _Unlike
-    return (shape, stride, offset, x.dtype, x.device, x.requires_grad, x.is_conj(), x.is_neg(), x.is_inference())
+    lengths = tuple(_length(n) for n in (*x.shape, *x.stride(), x.storage_offset()))
+    return (x.dim(), lengths, x.dtype, x.device, x.requires_grad, x.is_conj(), x.is_neg(), x.is_inference())
+
+
+def _length(n: int | torch.SymInt) -> object:
+    """A key of a number: symbols of one formula are one number wherever they stand in a graph."""
+    return ("size", formula(n)) if isinstance(n, torch.SymInt) else n
+
+
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_SIZES = {
+    torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default,
+    torch.ops.aten.sym_storage_offset.default,
+}  # fmt: skip
+
+
+def _is_number(n: fx.Node) -> bool:
+    """Whether a node is a number that the shapes of tensors decide, so that equal formulas make it the same one."""
+    return isinstance(n.meta.get("val"), _NUMBERS) and (
+        n.target in _SIZES or all(isinstance(a.meta.get("val"), _NUMBERS) for a in n.all_input_nodes)
+    )
+
+
+def _since(before: fx.Node) -> list[fx.Node]:
+    """The nodes that the trace in progress made after one."""
+    found: list[fx.Node] = []
+    while (n := before.next if not found else found[-1].next).op != "root":
+        found.append(n)
+    return found
 
 
 def _learned(
@@ -190,43 +228,47 @@ def _learned(
 ) -> tuple[_Step, ...]:
     """The steps that make `made` from `tensors`, the last of which give `result`. Raises _Unlike where they do not,
     read anything else, or write."""
-    results: list[Any] = [result] if isinstance(result, torch.Tensor) else list(result)
+    results: list[torch.Tensor] = [result] if isinstance(result, torch.Tensor) else list(result)
     last = made[-len(results) :] if results else []
-    if type(result) is not type(like) or _layout(result) != _layout(like) or len(made) < len(results):
+    several = None if isinstance(result, torch.Tensor) else made[-len(results) - 1 :][0]
+    if type(result) is not type(like) or _layout(result) != _layout(like) or several in last:
         raise _Unlike
     if [torch_private.traced_node(x) for x in results] != last or any(map(torch_private.traced_constant, results)):
         raise _Unlike
-    if not isinstance(result, torch.Tensor) and (
-        len(made) == len(results) or not isinstance(made[-len(results) - 1].meta.get("val"), tuple | list)
-    ):
+    if several is not None and any(n.target is not operator.getitem or n.args[0] is not several for n in last):
         raise _Unlike
-    places = {n: _Slot(at, False) for at, n in enumerate(sources) if n is not None}
-    memory = {torch_private.storage(t): _Slot(at, False) for at, t in reversed(list(enumerate(tensors)))}
-    bases = {_Slot(at, False): t for at, t in enumerate(tensors)}
-    for at, x in enumerate(results, len(made) - len(results)):
-        place = memory.setdefault(torch_private.storage(x), _Slot(at, True))
-        bases.setdefault(place, x)
+    places: dict[fx.Node, _Source] = {n: _Given(at) for at, n in enumerate(sources) if n is not None}
+    memory = _Bases([*((_Given(at), t) for at, t in enumerate(tensors)),
+                     *((_Made(at), x) for at, x in enumerate(results, len(made) - len(results)))])  # fmt: skip
 
-    def known(n: fx.Node) -> _Slot:
-        if n not in places:
+    def place(n: fx.Node) -> _Source | fx.Node:
+        if n not in places and not isinstance(n.meta.get("val"), _NUMBERS):
             raise _Unlike
-        return places[n]
+        return places.get(n, n)  # a number is the same one in each copy
 
     steps: list[_Step] = []
     for at, n in enumerate(made):
         if not (n.target is operator.getitem or (isinstance(n.target, OpOverload) and not n.target._schema.is_mutable)):
             raise _Unlike
-        args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), known)  # type: ignore[misc]
-        places[n] = here = _Slot(at, True)
-        value: Any = n.meta.get("val")
-        inner: _Inner | None = None
-        if isinstance(value, tuple | list) and n is not made[-len(results) - 1]:
-            raise _Unlike
-        if n not in last and not isinstance(value, tuple | list):
-            shape, stride, offset, dtype, device, *_ = _layout(value)
-            base = memory.setdefault(torch_private.storage(value), here)
-            if bases.setdefault(base, value).dtype != dtype:
-                raise _Unlike
-            inner = _Inner(shape, stride, offset, dtype, device, None if base is here else base)  # type: ignore[arg-type]
-        steps.append(_Step(n.target, args, kwargs, inner))
+        args, kwargs = fx.node.map_arg((n.args, dict(n.kwargs)), place)  # type: ignore[misc]
+        places[n] = _Made(at)
+        inner = n not in last and n is not several
+        steps.append(_Step(n.target, args, kwargs, memory.of(_Made(at), n.meta.get("val")) if inner else None))
     return tuple(steps)
+
+
+class _Bases:
+    """The first tensor of each memory."""
+
+    def __init__(self, known: Sequence[tuple[_Source, torch.Tensor]]) -> None:
+        self._first: dict[int, tuple[_Source, torch.dtype]] = {}
+        for at, x in known:
+            self._first.setdefault(torch_private.storage(x), (at, x.dtype))
+
+    def of(self, at: _Made, x: Any) -> _Memory:
+        _layout(x)  # raises for what is no single strided tensor
+        base, dtype = self._first.setdefault(torch_private.storage(x), (at, x.dtype))
+        if dtype != x.dtype:
+            raise _Unlike
+        known = None if base == at else base
+        return _Memory(tuple(x.shape), x.stride(), x.storage_offset(), x.dtype, x.device, known)

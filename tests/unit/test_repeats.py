@@ -27,23 +27,27 @@ def shadow(function: Callable[..., Any], *inputs: Any, dynamic: bool | None = No
 
 
 def described(reading: capture.Reading) -> list[object]:
-    """Every node of a shadow: what it computes of which nodes, how its value lies in memory, the first node that shares
-    that memory, and the nodes of Dynamo's graph that it comes from."""
-    at: dict[fx.Node, int] = {}
-    memory: dict[int, int] = {}
+    """Every node of a shadow that is no size: what it computes of which nodes and sizes, how its value lies in memory,
+    the first node that shares that memory, and the nodes of Dynamo's graph that it comes from."""
+    at: dict[fx.Node, object] = {}
+    count = 0
+    memory: dict[int, object] = {}
     facts = reading.facts()
     lines: list[object] = []
     for n in reading.shadow.graph.nodes:
-        at[n] = len(at)
-        args = fx.map_arg((n.args, dict(n.kwargs)), lambda x: ("node", at[x]))
         value = n.meta.get("val")
+        if n.op != "placeholder" and isinstance(value, torch.SymInt | torch.SymBool):
+            at[n] = str(value)
+            continue
+        at[n] = count = count + 1
+        args = fx.map_arg((n.args, dict(n.kwargs)), lambda x: ("node", at[x]))
         held: object = None
         if isinstance(value, Tensor):
             storage = facts.storage(n)
             first = None if storage is None else memory.setdefault(storage, at[n])
-            held = (tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, first)
+            held = (str((value.shape, value.stride(), value.storage_offset())), value.dtype, first)
         elif isinstance(value, tuple | list):
-            held = [tuple(x.shape) for x in value]
+            held = [str(x.shape) for x in value]
         origin, owner = reading.origin.get(n), reading.owner.get(n)
         lines.append((n.op, str(n.target), repr(args), held, origin and origin.name, owner and owner.name))
     return lines
@@ -87,14 +91,15 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("function", [layers, unsqueezed])
 @pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("dynamic", [None, True])
 def test_copies_are_what_a_trace_gives(
-    function: Callable[..., Any], gradients: bool, monkeypatch: pytest.MonkeyPatch
+    function: Callable[..., Any], gradients: bool, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = torch.randn(2, 6, 8), torch.randn(8, 24, requires_grad=gradients)
     with torch.set_grad_enabled(gradients):
-        copied = described(shadow(function, *inputs))
+        copied = described(shadow(function, *inputs, dynamic=dynamic))
         monkeypatch.setattr(repeats.Repeats, "run", lambda self, n, args, kwargs, trace: trace())
-        assert copied == described(shadow(function, *inputs))
+        assert copied == described(shadow(function, *inputs, dynamic=dynamic))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -107,7 +112,8 @@ def test_models_read_as_if_traced(name: str, dynamic: bool | None, monkeypatch: 
         assert copied == described(shadow(model, ids, dynamic=dynamic))
 
 
-def test_equal_layers_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_equal_layers_are_traced_once(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operations that are traced do not grow with the number of layers."""
 
     def traced(layers: int) -> int:
@@ -124,7 +130,8 @@ def test_equal_layers_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(capture._Shadow, "call_function", counted)
         with torch.no_grad():
-            shadow(transformers.LlamaModel(config).eval(), torch.randint(1, 40, (1, 9)), use_cache=False)
+            model, ids = transformers.LlamaModel(config).eval(), torch.randint(1, 40, (2, 9))
+            shadow(model, ids, dynamic=dynamic, use_cache=False)
         monkeypatch.setattr(capture._Shadow, "call_function", plain)
         return len(calls)
 
