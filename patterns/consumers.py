@@ -16,6 +16,7 @@ from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame, frame
 from attncc.patterns.moves import move
+from attncc.patterns.reasons import compares
 from attncc.patterns.terms import Term, terms
 from attncc.patterns.value import Unreadable
 
@@ -67,23 +68,34 @@ def uses(f: Facts, anchor: Anchor, weights: Weights) -> Uses:
                 continue
             product = contraction(f, user)
             mixes = mixture(f, user)
-            if product is not None and n in (product.lhs, product.rhs):
-                found = frame(f, product, left=n is product.lhs)
-                seen.add(user)
-                if _sums_over(found, anchor, weights):
-                    products.append(found)
-                    continue
-                others.append(user)
+            side = None if product is None else _factor(product, n, seen)
+            pooled = False  # elements weighted and summed, and no row has keys to choose from
+            if product is not None and side is not None:
+                found = frame(f, product, left=side is product.lhs)
+                pooled = side is not n and not found.rows and not compares(f, anchor.scores)
+                if not pooled:
+                    seen.add(user)
+                    if _sums_over(found, anchor, weights):
+                        products.append(found)
+                        continue
+                    others.append(user)
             if (mixes is not None and n is mixes.lhs) or _carries(f, user, n):
                 seen.add(user)
                 stack.append(user)
                 carried.add(user)
-            elif product is None and user not in escapes and not _is_size(user):
+            elif (product is None or pooled) and user not in escapes and not _is_size(user):
                 escapes.append(user)
     products.sort(key=lambda x: f.order[x.node])
     alone = any(x is not None and x.extent is ONE for x in (contraction(f, n) for n in others))
     ends = [x for x in others if x not in carried] if escapes else others  # else a mixture is all there is to tell
     return Uses(tuple(products), tuple(ends), tuple(escapes), alone)
+
+
+def _factor(product: Contraction, n: fx.Node, seen: set[fx.Node]) -> fx.Node | None:
+    """The factor of a product that holds the weights which `n` does: `n` itself, or, where the product is written out
+    and `n` holds what it sums, the one that was met on the way."""
+    sides = (product.lhs, product.rhs)
+    return n if n in sides else next((x for x in sides if x in seen), None)
 
 
 def _sums_over(found: Frame, anchor: Anchor, weights: Weights) -> bool:
@@ -97,10 +109,12 @@ def _sums_over(found: Frame, anchor: Anchor, weights: Weights) -> bool:
 #: What gives several tensors, each a part of the one.
 _SEVERAL = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.tensor_split"}
 
+_PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
+
 
 def _carries(f: Facts, user: fx.Node, n: fx.Node) -> bool:
     """Whether `user` holds the values of `n`, moved or changed element by element."""
-    if str(getattr(user.target, "overloadpacket", "")) in _SEVERAL:
+    if str(getattr(user.target, "overloadpacket", "")) in _SEVERAL or user.target in _PADS:
         return True
     return user.op == "call_function" and f.is_tensor(user) and (_moves(f, user) or user.target in ELEMENTS)
 

@@ -17,6 +17,7 @@ from attncc.patterns.elements import operand
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point, broadcast, fitted
 from attncc.patterns.schema import argument
+from attncc.patterns.written_out import written_out
 
 if TYPE_CHECKING:
     from attncc.patterns.value import Reader
@@ -156,6 +157,46 @@ def spelled_out(equation: str, *ranks: int) -> tuple[str, ...]:
     return (*written, out.replace("...", "".join(most)))
 
 
+def _summed(f: Facts, n: fx.Node) -> Contraction | None:
+    """A sum of products over one dimension, written out."""
+    w = written_out(f, n)
+    if w is None or w.squared:
+        return None
+    a, b = w.factors
+
+    def maps(at: Point, c: Expr) -> tuple[Point, Point]:
+        inside = (*at[: w.dim], c, *at[w.dim + w.kept :])
+        return a.at(inside), b.at(inside)
+
+    return Contraction(n, a.node, b.node, w.extent, maps, alpha=w.scale)
+
+
+def _inner(f: Facts, n: fx.Node) -> Contraction | None:
+    a: Any = n.args[0]
+    b: Any = n.args[1]
+    ra = f.rank(a)
+    if ra == 0 or f.rank(b) == 0 or ra == f.rank(b) == 1:
+        return None
+
+    def maps(at: Point, c: Expr) -> tuple[Point, Point]:
+        return (*at[: ra - 1], c), (*at[ra - 1 :], c)
+
+    return Contraction(n, a, b, f.shape(a)[-1], maps)
+
+
+def _tensordot(f: Facts, n: fx.Node) -> Contraction | None:
+    a: Any = n.args[0]
+    b: Any = n.args[1]
+    pairs: Any = n.args[2:4]
+    first, second = ([d % f.rank(x) for d in dims] for x, dims in zip((a, b), pairs, strict=True))
+    letters = iter(string.ascii_letters)
+    left, right = [next(letters) for _ in range(f.rank(a))], [next(letters) for _ in range(f.rank(b))]
+    for x, y in zip(first, second, strict=True):
+        right[y] = left[x]
+    out = [c for c in (*left, *right) if not (c in left and c in right)]
+    return summed_pair(f, n, (a, b), ("".join(left), "".join(right), "".join(out))) if out else None
+
+
 _RULES: dict[object, Callable[[Facts, fx.Node], Contraction | None]] = {
     aten.matmul.default: _matmul,
     aten.mm.default: _matmul,
@@ -164,6 +205,10 @@ _RULES: dict[object, Callable[[Facts, fx.Node], Contraction | None]] = {
     aten.baddbmm.default: _baddbmm,
     aten.addmm.default: _baddbmm,
     aten.einsum.default: _einsum,
+    aten.sum.dim_IntList: _summed,
+    aten.mean.dim: _summed,
+    aten.inner.default: _inner,
+    aten.tensordot.default: _tensordot,
 }
 
 

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from attncc.ir.build import add, and_, cast, const, eq, ge, gt, le, lt, maximum, minimum, mul, not_, op, or_, sub, where
+from attncc.ir.build import (
+    ZERO, add, and_, cast, const, eq, ge, gt, le, lt, maximum, minimum, mul, not_, op, or_, sub, where,
+)  # fmt: skip
 from attncc.ir.expr import Const, Expr, Kind
+from attncc.patterns import activations
 from attncc.patterns.moves import Point, broadcast
 from attncc.patterns.schema import argument
 
@@ -135,7 +138,9 @@ def _pow(r: Reader, n: fx.Node, at: Point) -> Expr | None:
         return None
     base, power = (cast(a, "float") for a in args)
     if isinstance(power, Const) and power.value == 2.0:
-        return mul(base, base)
+        return activations.square(base)
+    if isinstance(base, Const) and base.value > 0:
+        return activations.power_of(float(base.value), power)
     return op("pow", base, power)
 
 
@@ -208,11 +213,38 @@ def _rsub(a: Expr, b: Expr) -> Expr:
     return sub(b, a)
 
 
-def _elu(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-    x = operand(r, n, n.args[0], at)
-    if x is None or any(argument(n, name) != 1 for name in ("alpha", "scale", "input_scale")):
+def _activation(f: Callable[..., Expr], *settings: str) -> Rule:
+    """A function of one number and of arguments that are numbers."""
+
+    def rule(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+        x = operand(r, n, n.args[0], at)
+        given = [argument(n, name) for name in settings]
+        if x is None or any(not isinstance(g, int | float | str) for g in given):
+            return None
+        return f(cast(x, "float"), *given)
+
+    return rule
+
+
+def _prelu(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+    x, slope = operand(r, n, n.args[0], at), n.args[1]
+    if x is None or not isinstance(slope, fx.Node) or r.facts.value(slope).numel() != 1:
         return None
-    return where(gt(x, const(0.0)), x, sub(op("exp", x), const(1.0)))
+    below = r.value_at(slope, (ZERO,) * r.facts.rank(slope), r.facts.order[n])
+    return where(gt(x, const(0.0)), x, mul(x, below))
+
+
+def _addcmul(name: str) -> Rule:
+    """x + value * a * b, or x + value * a / b."""
+
+    def rule(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+        args, scale = _args(r, n, at, 3), argument(n, "value")
+        if args is None or not isinstance(scale, int | float):
+            return None
+        x, a, b = (cast(y, "float") for y in args)
+        return add(x, mul(op(name, a, b), const(float(scale))))
+
+    return rule
 
 
 def _ne(a: Expr, b: Expr) -> Expr:
@@ -238,6 +270,15 @@ def _both(base: str, *overloads: str) -> list[object]:
 
 _TS = ("Tensor", "Scalar", "default", "Tensor_mode", "Scalar_mode", "Tensor_Tensor", "Tensor_Scalar")
 
+#: Functions of one number by the name of their op, with the arguments that they take beside it.
+_ACTIVATIONS: dict[Callable[..., Expr], tuple[str, ...]] = {
+    activations.elu: ("alpha", "scale", "input_scale"), activations.celu: ("alpha",), activations.selu: (),
+    activations.leaky_relu: ("negative_slope",), activations.silu: (), activations.softplus: ("beta", "threshold"),
+    activations.log_sigmoid: (), activations.mish: (), activations.gelu: ("approximate",), activations.exp2: (),
+    activations.hardsigmoid: (), activations.hardswish: (), activations.threshold: ("threshold", "value"),
+    activations.trunc: (),
+}  # fmt: skip
+
 #: The table: op name -> rule; every overload and in-place form of the name follows it.
 _RULES: dict[str, Rule] = {
     "add": _binary(add), "sub": _binary(sub), "subtract": _binary(sub), "rsub": _binary(_rsub),
@@ -246,8 +287,13 @@ _RULES: dict[str, Rule] = {
     "neg": _unary(lambda x: op("neg", x), floats=False), "abs": _unary(lambda x: op("abs", x), floats=False),
     "minimum": _binary(minimum), "maximum": _binary(maximum),
     "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp, "relu": _unary(_relu, floats=False),
-    "elu": _elu, "pow": _pow,
-    "square": _unary(lambda x: mul(x, x)),
+    "pow": _pow, "clip": _clamp, "prelu": _prelu, "addcmul": _addcmul("mul"), "addcdiv": _addcmul("div"),
+    **{f.__name__: _activation(f, *settings) for f, settings in _ACTIVATIONS.items()},
+    "log2": _unary(lambda x: activations.logarithm(2.0, x)), "log10": _unary(lambda x: activations.logarithm(10.0, x)),
+    "expm1": _unary(lambda x: sub(op("exp", x), const(1.0))), "relu6": _unary(lambda x: activations.clipped(x, 0, 6)),
+    "hardtanh": _activation(activations.clipped, "min_val", "max_val"),
+    "sign": _unary(activations.sign, floats=False), "sgn": _unary(activations.sign, floats=False),
+    "square": _unary(activations.square),
     **{name: _unary(_named(name)) for name in
        ("exp", "log", "log1p", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "floor", "ceil", "round", "sin", "cos")},
     "isnan": _unary(_named("isnan")),

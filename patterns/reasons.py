@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from attncc.patterns.contractions import contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES
@@ -35,6 +36,12 @@ def of_scores(f: Facts, scores: fx.Node) -> str:
         return f"{_NONE}: its scores come into this graph from outside, as after a graph break"
     first = next((x for x in names if x != "an input"), None)
     return _NONE if first is None else f"{_NONE}: its scores come from {first}"
+
+
+def compares(f: Facts, scores: fx.Node) -> bool:
+    """Whether scores hold a product of two tensors of which none is learned."""
+    products = (contraction(f, x) for x in _sources(f, scores))
+    return any(p is not None and f.parameters.isdisjoint((p.lhs, p.rhs)) for p in products)
 
 
 _GOES = {

@@ -26,7 +26,9 @@ from attncc.patterns.schema import op_name
 _SEARCH = 40  # nodes looked at behind a product
 _BENDING = {
     "sigmoid", "exp", "relu", "tanh", "clamp_min", "clamp", "pow", "square", "maximum", "tril", "triu", "masked_fill",
-    "where", "mul",
+    "where", "mul", "elu", "celu", "selu", "leaky_relu", "silu", "softplus", "log_sigmoid", "mish", "gelu", "exp2",
+    "hardsigmoid", "hardswish", "threshold", "hardtanh", "relu6", "prelu", "abs", "sign", "erf", "log", "log1p", "sin",
+    "cos", "clamp_max", "clip", "minimum", "addcmul",
 }  # fmt: skip
 
 
