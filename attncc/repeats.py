@@ -152,7 +152,7 @@ class Repeats:
                         n.meta["val"] = torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device=x.device)
                         continue
                     base = tensors[x.base.at] if isinstance(x.base, _Given) else made[x.base.at].meta["val"]
-                    n.meta["val"] = torch.as_strided(base.detach(), x.shape, x.stride, x.offset)
+                    n.meta["val"] = torch.as_strided(base, x.shape, x.stride, x.offset)
 
     def _looks(self, x: Any, tensors: list[torch.Tensor]) -> object:
         """A key of an argument, in which tensors are equal by layout and by what they share memory with. They are

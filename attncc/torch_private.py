@@ -11,7 +11,14 @@ import torch
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor
+from torch.fx.experimental.proxy_tensor import (
+    _ProxyTensor,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    set_proxy_slot,
+    track_tensor,
+)
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 
@@ -109,7 +116,12 @@ def stands_for(n: fx.Node, x: torch.Tensor) -> None:
     """Let a tensor be, in the trace in progress, what a node of its graph holds."""
     mode = get_proxy_mode()
     assert mode is not None
-    track_tensor(x, fx.Proxy(n, mode.tracer), constant=None, tracer=mode.tracer)
+    tracer: Any = mode.tracer
+    sizes = [s for s in (*x.shape, *x.stride(), x.storage_offset()) if isinstance(s, torch.SymInt)]
+    if all(symbol in tracer.sympy_expr_tracker for s in sizes for symbol in s.node.expr.free_symbols):
+        set_proxy_slot(x, tracer, _ProxyTensor(fx.Proxy(n, tracer), None))  # sizes are made of their symbols when used
+    else:
+        track_tensor(x, fx.Proxy(n, tracer), constant=None, tracer=tracer)
 
 
 def inside_transform() -> bool:
