@@ -5,7 +5,8 @@
 
 The normal form of the mask is a disjunction, so the keys that any row of a tile sees are a union; the normal form of
 its negation gives the keys that some row does not see, and what is left is seen by all of them. Both sides are covers,
-so `visit` may only be too large and `full` only too small.
+so `visit` may only be too large and `full` only too small. Taking covers from each other makes many pieces, of which
+`full` keeps a few; `hidden` is the covers as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from attncc.passes.maps import BlockMap
 from attncc.passes.predicates import Clause, NormalForm, TooManyClauses, with_clamps
 
 MAX_INTERVALS = 8
+MAX_HIDDEN = 16
 #: Covers with both ends that `full` is cut by; beyond, each clause of the mask gives its own full keys, which is no
 #: less sound but misses keys that different clauses show to different rows.
 MAX_SPLITS = 3
@@ -86,10 +88,11 @@ def analyse(
     seen = covers(a.mask if outer is None else outer, positive=True)
     if seen is None:
         return Analysis(unskipped(m), False)
-    visit, merged = _visit(seen, m, at_tile)
+    visit, merged = _union(seen, m, at_tile, MAX_INTERVALS)
     full: list[Interval] = []
     mask = a.mask if inner is None else inner
     hidden = covers(mask, positive=False)
+    gaps = None if hidden is None else _union([_without_bits(c) for c in hidden], m, at_tile, MAX_HIDDEN)[0]
     if hidden is not None and sum(c.lo is not None and c.hi is not None for c in hidden) <= MAX_SPLITS:
         full = _full(hidden, m, at_tile)
     else:
@@ -100,11 +103,19 @@ def analyse(
     parts = tuple(x for x in dict.fromkeys(full) if not _whole(x) and not _held(x, whole, at_tile))
     exact = not merged and outer is None and all(c.exact for c in seen)
     parts = parts[:MAX_INTERVALS]
-    bounds = Bounds(visit, whole, _residue(visit), exact, _used(scans, visit, whole, parts), parts)
+    read = _used(scans, visit, whole, parts, gaps or ())
+    bounds = Bounds(visit, whole, _residue(visit), exact, read, parts, gaps)
     return Analysis(bounds, not merged and all(c.rows_exact for c in seen))
 
 
-def _visit(covers: list[Cover], m: Expr, extents: Extents) -> tuple[tuple[Interval, ...], bool]:
+def _without_bits(c: Cover) -> Cover:
+    """The cover of a hidden clause, whose bits say where it never holds."""
+    return replace(c, bits=tuple(replace(n, outside=True) for n in c.bits))
+
+
+def _union(covers: list[Cover], m: Expr, extents: Extents, most: int) -> tuple[tuple[Interval, ...], bool]:
+    """The covers as intervals, those inside others left out, and whether there were more than `most`, so that the last
+    became one."""
     intervals: list[Interval] = []
     for c in covers:
         lo = ZERO if c.lo is None else c.lo
@@ -118,13 +129,13 @@ def _visit(covers: list[Cover], m: Expr, extents: Extents) -> tuple[tuple[Interv
     for at, x in enumerate(intervals):
         if not any(_inside(x, y, extents) for y in [*kept, *intervals[at + 1 :]]):
             kept.append(x)
-    merged = len(kept) > MAX_INTERVALS
+    merged = len(kept) > most
     if merged:
-        rest = kept[MAX_INTERVALS - 1 :]
+        rest = kept[most - 1 :]
         lo, hi = rest[0].lo, rest[0].hi
         for x in rest[1:]:
             lo, hi = minimum(lo, x.lo), maximum(hi, x.hi)
-        kept = [*kept[: MAX_INTERVALS - 1], Interval(lo, hi)]
+        kept = [*kept[: most - 1], Interval(lo, hi)]
     return tuple(kept), merged
 
 

@@ -96,7 +96,7 @@ def blocks_of(literal: Expr, index: Expr) -> tuple[Expr, int] | None:
 
 def by_pair(literal: Expr, a: Attention) -> bool:
     """Whether a map of the literal looks at every pair of a row and a key, having no blocks."""
-    return blocks_of(literal, a.j.index) is None
+    return mentions(literal, a.i.index) and blocks_of(literal, a.j.index) is None
 
 
 def quick(literal: Expr, a: Attention) -> bool:

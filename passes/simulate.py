@@ -29,11 +29,12 @@ class TileInterval:
 
 @dataclass(frozen=True)
 class Tiles:
-    """`visit` and `full` of all tiles. Batch axes that the bounds do not mention have extent 1; `repeat` is how many
+    """`visit`, `full` and `hidden` of all tiles. Batch axes that the bounds do not mention have extent 1; `repeat` is how many
     batch points stand for one. `rows` is the number of rows of each tile."""
 
     visit: tuple[TileInterval, ...]
     full: tuple[TileInterval, ...]
+    hidden: tuple[TileInterval, ...] | None
     rows: torch.Tensor
     shape: tuple[int, ...]
     repeat: int
@@ -87,7 +88,7 @@ def simulate(
         if n > x.rows and x.rows % tile_rows:
             raise ValueError(f"{x.tensor} has bits for {x.rows} rows, which tiles of {tile_rows} do not divide")
         words = (tensors or {})[x.tensor][tuple(value(i) for i in x.index)]
-        return keys_in(words, x.block, m)
+        return keys_in(words, x.block, m) ^ x.outside
 
     def all_bits(x: Interval) -> torch.Tensor | None:
         return reduce(torch.logical_and, map(bits, x.bits)) if x.bits else None
@@ -99,12 +100,14 @@ def simulate(
         )
 
     full = (*bounds.full, *bounds.full_parts)
-    return Tiles(all_of(bounds.visit), all_of(full), end - first, full_shape[:-1], repeat)
+    hidden = None if bounds.hidden is None else all_of(bounds.hidden)
+    return Tiles(all_of(bounds.visit), all_of(full), hidden, end - first, full_shape[:-1], repeat)
 
 
 def _expressions(bounds: Bounds) -> list[Expr]:
     found: list[Expr] = [r.expr for r in bounds.rows]
-    return found + [n for x in (*bounds.visit, *bounds.full, *bounds.full_parts) for n in x.expressions]
+    every = (*bounds.visit, *bounds.full, *bounds.full_parts, *(bounds.hidden or ()))
+    return found + [n for x in every for n in x.expressions]
 
 
 def keys_of(intervals: tuple[TileInterval, ...], shape: tuple[int, ...], m: int) -> torch.Tensor:
@@ -118,6 +121,12 @@ def keys_of(intervals: tuple[TileInterval, ...], shape: tuple[int, ...], m: int)
             here &= torch.remainder(j - offset, step) < width
         inside |= here if x.bits is None else here & x.bits
     return inside
+
+
+def full_keys(tiles: Tiles, m: int) -> torch.Tensor:
+    """The keys that every row of a tile sees, as a boolean (*batch, tiles, m), as far as bounds tell."""
+    found = keys_of(tiles.full, tiles.shape, m)
+    return found if tiles.hidden is None else found | ~keys_of(tiles.hidden, tiles.shape, m)
 
 
 def count(intervals: tuple[TileInterval, ...], shape: tuple[int, ...], block: int = 1, m: int = 0) -> torch.Tensor:

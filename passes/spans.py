@@ -24,6 +24,7 @@ from attncc.ir.affine import expr, poly
 from attncc.ir.build import FALSE, TRUE, ZERO, and_, const, le, lt, sub
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
+from attncc.ir.rewrite import rewrite
 from attncc.ir.terms import free
 from attncc.passes.bounds import analyse
 from attncc.passes.maps import BlockMap, block_map, blocks_of, by_pair, map_tables, quick
@@ -133,8 +134,8 @@ def _span(literal: Expr, a: Attention, name: str) -> Span | None:
     i, j = a.i.index, a.j.index
     if mentions(literal, i):
         sides = _sides(literal, i, j)
-    else:  # pages come in several runs, which a map can hold
-        sides = (None, ZERO, literal) if blocks_of(literal, j) is None else None
+    else:
+        sides = None if _comes_in_runs(literal, j) else (None, ZERO, literal)
     if sides is None:
         return None
     axes = [x for x in a.batch if x.index in free(literal)]
@@ -142,6 +143,13 @@ def _span(literal: Expr, a: Attention, name: str) -> Span | None:
         axes.append(a.i)
     tensor = Tensor(name, "i32", (*(x.extent for x in axes), const(4)))
     return Span(tensor, tuple(x.index for x in axes), *sides)
+
+
+def _comes_in_runs(literal: Expr, j: Expr) -> bool:
+    """Whether a literal of keys alone should hold in several runs, which a map can hold: pages, and places counted from
+    the start of the key's own segment."""
+    counted = rewrite(literal, lambda x: Load("loaded", (), x.kind) if isinstance(x, Load) else None)
+    return blocks_of(literal, j) is not None or mentions(counted, j)
 
 
 def _sides(literal: Expr, i: Expr, j: Expr) -> tuple[str, Expr, Expr] | None:

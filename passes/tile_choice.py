@@ -85,8 +85,10 @@ def in_tiles(a: Attention, bounds: Bounds, tile_rows: int = 64) -> InTiles | str
         name += "_"
     moved = replace(moved, tensors=(*a.tensors, Tensor(name, "i64", tuple(const(n) for n in table.shape))))
     at = floordiv(TILE_LO, const(tile_rows))
-    some, every = (Interval(ZERO, a.j.extent, bits=(Bits(name, (at, n), BLOCK, tile_rows),)) for n in (ZERO, ONE))
-    return InTiles(moved, Bounds((some,), full_parts=(every,)), order, table, before, after)
+    some, hidden = (
+        Interval(ZERO, a.j.extent, bits=(Bits(name, (at, n), BLOCK, tile_rows, outside=n is ONE),)) for n in (ZERO, ONE)
+    )
+    return InTiles(moved, Bounds((some,), hidden=(hidden,)), order, table, before, after)
 
 
 def _symbolic(a: Attention) -> str | None:

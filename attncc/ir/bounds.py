@@ -3,8 +3,8 @@
 A tile is the rows `i0 <= i < i1` (never empty) of one batch point. Bounds are expressions over the batch indices, the
 sizes, `i0`, `i1`, and loads at those; kernels print them before their key loop.
 
-What a kernel must know: `visit` and `full`. What it may use to skip more, or leave alone: `Interval.stripe`, `residue`,
-`full_parts`. A kernel that walks blocks of keys goes from block to block by the stripe: where a stripe is wider than
+What a kernel must know: `visit` and `full`, or `visit` and `hidden`. What it may use to skip more, or leave alone:
+`Interval.stripe`, `residue`, `full_parts`. A kernel that walks blocks of keys goes from block to block by the stripe: where a stripe is wider than
 a block (S2, a neighbourhood in row-major order), the next block begins at the next key of the stripe; a narrower one (a
 dilation) is left to the mask, or to a token order that makes it dense (`attncc.passes.tile_layout`).
 What only appears where the caller asked for it: `Bounds.rows` (a caller whose kernel cannot scan rows does not ask).
@@ -33,7 +33,8 @@ class Stripe:
 
 @dataclass(frozen=True)
 class Bits:
-    """Keys whose bit is set in a table of i64: bit `j // block % 64` of tensor[*index, j // block // 64].
+    """Keys whose bit is set in a table of i64: bit `j // block % 64` of tensor[*index, j // block // 64]; or, with
+    `outside`, those whose bit is not.
 
     `index` speaks of batch indices and `i0`: a tile must lie inside the `rows` rows that an entry was made for."""
 
@@ -41,6 +42,7 @@ class Bits:
     index: tuple[Expr, ...]
     block: int
     rows: int
+    outside: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Bounds:
     further to keys with (j - offset) % step == 0. `exact` says that `visit` is the smallest union of intervals that
     covers the visible keys, so nothing is left to gain. No `full` interval means every visited key evaluates the mask.
     `full_parts` are more full keys: of each interval those in its one stripe, or of its one set of bits, alone.
+    `hidden` covers every key that some row of the tile does not see, so that all others are full: more than `full` and
+    `full_parts` have, for kernels that can go from gap to gap; None where it is not known.
     `rows` are the values read from data per row that the intervals mention by name.
     """
 
@@ -100,12 +104,13 @@ class Bounds:
     exact: bool = False
     rows: tuple[RowBound, ...] = ()
     full_parts: tuple[Interval, ...] = ()
+    hidden: tuple[Interval, ...] | None = None
 
 
 def everything(m: Expr) -> Bounds:
     """Bounds that skip nothing, over `m` keys, for a mask that is all true."""
     whole = (Interval(ZERO, m),)
-    return Bounds(whole, whole, exact=True)
+    return Bounds(whole, whole, exact=True, hidden=())
 
 
 def unskipped(m: Expr) -> Bounds:

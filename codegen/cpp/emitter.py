@@ -4,7 +4,7 @@
     score, mask     -> logit (in powers of two for softmax), masked keys -inf
     sink            -> first_logit, the maximum a row starts with
     weight          -> linear_weight where linear in w, else weight after a first pass for the sums
-    bounds          -> find_spans, the keys a tile visits and those it need not mask
+    bounds          -> find_spans, the keys a tile visits and those of them that it must mask
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class _Emitter:
     def __init__(self, a: Attention, bounds: Bounds, isa: str) -> None:
         a = replace(a, score=folded(a.score), weight=folded(a.weight))
         self.a, self.bounds, self.name, self.isa = a, bounds, isa, TABLE[isa]
-        self.full = (*bounds.full, *bounds.full_parts)
-        self.spans = [n for x in (*bounds.visit, *self.full) for n in x.expressions]
+        self.hidden = (Interval(Const(0), a.j.extent),) if bounds.hidden is None else bounds.hidden
+        self.spans = [n for x in (*bounds.visit, *self.hidden) for n in x.expressions]
         self.folded = folded_axes(a, [*self.spans, *(x.expr for x in bounds.rows)])
         self.held = tuple(x for x in a.batch if x not in self.folded)
         self.p = Printer(a, [x.index for x in self.folded])
@@ -116,7 +116,8 @@ class _Emitter:
     def _header(self) -> str:
         lines = ["attncc: a C++ kernel for " + self.name, "", *_equation(self.a), ""]
         lines += print_attention(self.a).splitlines()
-        lines += ["", *(f"visit {_shown(x)}" for x in self.bounds.visit), *(f"full  {_shown(x)}" for x in self.full)]
+        lines += ["", *(f"visit  {_shown(x)}" for x in self.bounds.visit)]
+        lines += [f"hidden {_shown(x)}" for x in self.hidden]
         return "\n".join(f"// {line}".rstrip() for line in lines) + "\n"
 
     def _config(self) -> str:
@@ -125,9 +126,9 @@ class _Emitter:
         defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles) | {
             "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged), "SLANTED": len(self.p.diagonals.tables),
             "STAGED_BY_SCORE": int(not self.p.staged.keys().isdisjoint(loads(a.score, a.weight))),
-            "MAX_SPANS": max(len(self.bounds.visit), 1), "MAX_FULLS": max(len(self.full), 1),
-            "MAX_STRIPES": max((len(x.stripes) for x in (*self.bounds.visit, *self.full)), default=0),
-            "MAX_BITS": max((len(x.bits) for x in (*self.bounds.visit, *self.full)), default=0),
+            "MAX_SPANS": max(len(self.bounds.visit), 1), "MAX_HIDDEN": max(len(self.hidden), 1),
+            "MAX_STRIPES": max((len(x.stripes) for x in (*self.bounds.visit, *self.hidden)), default=0),
+            "MAX_BITS": max((len(x.bits) for x in (*self.bounds.visit, *self.hidden)), default=0),
             "ROW_AXES": 1 + len(self.folded),
             "HAS_OUT": int("out" in a.outputs), "HAS_LSE": int("lse" in a.outputs), "HAS_SINK": int(a.sink is not None),
             "IS_SOFTMAX": int(a.normalizer == "softmax"), "NORMALIZED_EARLY": int(self.early),
@@ -258,7 +259,7 @@ class _Emitter:
                 "}",
             ]
             names[x.index] = x.name
-        for call, intervals, tail in (("visit", self.bounds.visit, ", from, to"), ("see_all", self.full, ", c.M")):
+        for call, intervals, tail in (("visit", self.bounds.visit, ", from, to"), ("hide", self.hidden, ", c.M")):
             for x in intervals:
                 ends = f"{self.p.scalar(x.lo, names)}, {self.p.scalar(x.hi, names)}{tail}"
                 stripes = (", ".join(self.p.scalar(n, names) for n in (s.step, s.offset, s.width)) for s in x.stripes)
@@ -269,7 +270,7 @@ class _Emitter:
 
     def _bits(self, x: Bits, names: dict[Expr, str]) -> str:
         place = [f"{self.p.scalar(n, names)} * c.s_{x.tensor}[{dim}]" for dim, n in enumerate(x.index)]
-        return f"Bits{{{' + '.join([f'c.t_{x.tensor}', *place])}, {x.block}}}"
+        return f"Bits{{{' + '.join([f'c.t_{x.tensor}', *place])}, {x.block}, {'false' if x.outside else 'true'}}}"
 
     def _logit(self) -> str:
         a = self.a
@@ -351,7 +352,11 @@ _UNUSED = "(void)c; (void)u; (void)r; (void)j;"
 
 def _shown(x: Interval) -> str:
     stripes = "".join(f", (j - ({s.offset!r})) % {s.step!r} < {s.width!r}" for s in x.stripes)
-    bits = "".join(f", {b.tensor}[{', '.join(map(repr, b.index))}] holds j // {b.block}" for b in x.bits)
+    verbs = ("lacks" if b.outside else "holds" for b in x.bits)
+    bits = "".join(
+        f", {b.tensor}[{', '.join(map(repr, b.index))}] {verb} j // {b.block}"
+        for b, verb in zip(x.bits, verbs, strict=True)
+    )
     return f"{x.lo!r} <= j < {x.hi!r}{stripes}{bits}"
 
 

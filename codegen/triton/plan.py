@@ -150,6 +150,7 @@ def _chooses(x: Expr) -> bool:
 
 def plan(a: Attention, bounds: Bounds, config: TritonConfig) -> Plan:
     """Raises ValueError for what `unsupported` names."""
+    bounds = _of_runs(bounds)
     table: dict[Expr, Expr] = {x.index: ZERO for x in a.batch if x.extent is ONE_}
     if table:
         a, bounds = a.substitute(table), _bounds_at(bounds, table)
@@ -186,6 +187,12 @@ def _const(axis: Axis) -> int:
 
 def _whole(a: Attention) -> Interval:
     return Interval(ZERO, a.j.extent)
+
+
+def _of_runs(b: Bounds) -> Bounds:
+    """`b` without what these kernels do not use, the keys that some row does not see, and the rows read for it alone."""
+    named = set[Expr]().union(*(free(n) for x in (*b.visit, *b.full, *b.full_parts) for n in x.expressions))
+    return replace(b, hidden=None, rows=tuple(r for r in b.rows if r.index in named))
 
 
 def _bounds_at(b: Bounds, table: dict[Expr, Expr]) -> Bounds:

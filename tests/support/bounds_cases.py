@@ -10,7 +10,7 @@ import torch
 from attncc.ir import Attention, Bounds, parse_attention, verify
 from attncc.ir.evaluate import Evaluator
 from attncc.ir.interpret import extent, size_table
-from attncc.passes.simulate import keys_of, simulate
+from attncc.passes.simulate import full_keys, keys_of, simulate
 
 DATA = """
 tensor doc: i64[B, M]
@@ -99,7 +99,7 @@ def check_sound(
     some, every = tiled(mask, tile_rows, "any"), tiled(mask, tile_rows, "all")
     tiles = simulate(a, bounds, sizes, tensors, tile_rows)
     visited = keys_of(tiles.visit, tiles.shape, mask.shape[-1]).expand_as(some)
-    full = keys_of(tiles.full, tiles.shape, mask.shape[-1]).expand_as(some)
+    full = full_keys(tiles, mask.shape[-1]).expand_as(some)
     assert bool((visited | ~some).all()), f"a visible key is not visited: {a.mask}"
     assert bool((every | ~full).all()), f"a hidden key counts as full: {a.mask}"
     return visited, some, full, every

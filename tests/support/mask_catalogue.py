@@ -1,8 +1,8 @@
 """The closed-form masks of the field, as predicates for 256 rows and 256 keys of 2 batches and 4 heads.
 
-Each has the tensors it reads, and what is true of its loop bounds: the blocks visited are the fewest that cover the
-mask, or at most `excess` times as many; the blocks that need no mask are all found, or at least the share `full`; and
-`why`.
+Each has the tensors it reads, and what is true of its loop bounds: the blocks of keys that a tile visits are the fewest
+that cover the mask, or at most `more` blocks more; those that need no mask are all found, but in a tile of rows on both
+sides of row `meet`; and `why`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Mask:
     text: str
     declared: str = ""
     data: Data = lambda g: {}
-    excess: float = 1.0
-    full: float = 1.0
+    more: int = 0
+    meet: int = 0
     why: str = ""
 
     def attention(self, batch: str = "b = 2, h = 4") -> Attention:
@@ -134,6 +134,12 @@ def spans_of_heads(g: torch.Generator) -> dict[str, torch.Tensor]:
     return {"span": torch.tensor([16, 40, 64, 200])}
 
 
+def band(before: int, after: int) -> torch.Tensor:
+    """Keys from `before` keys before the row's own to `after` after it; twice as far in the second batch."""
+    apart = torch.arange(N) - torch.arange(N)[:, None]
+    return torch.stack([(-n * before <= apart) & (apart <= n * after) for n in (1, 2)])
+
+
 CATALOGUE: dict[str, Mask] = {
     "1 full": Mask("0 <= j"),
     "2 causal": Mask("j <= i"),
@@ -144,12 +150,11 @@ CATALOGUE: dict[str, Mask] = {
     "7 share question": Mask("doc[b, i] == doc[b, j] and j <= i or doc[b, j] == 0", DOC, documents),
     "8 causal blockwise": Mask(
         "doc[b, i] == doc[b, j] and j <= i or (doc[b, i] == last[b] and doc[b, j] != last[b])",
-        f"{DOC}; last: i64[2]", documents, full=0.85,
-        why="keys that two clauses show to different rows count as partial",
+        f"{DOC}; last: i64[2]", documents,
     ),
     "9 prefix": Mask("j < 70 or j <= i"),
-    "10 prefix documents": Mask("doc[b, i] == doc[b, j] and (j - start[b, j] < 9 or j <= i)", DOC_START, documents, 1.6,
-        why="the heads of all documents are covered from the first to the last"),
+    "10 prefix documents": Mask("doc[b, i] == doc[b, j] and (j - start[b, j] < 9 or j <= i)", DOC_START, documents,
+        more=1, why="the last block of a document may hold the head of the next, so that it is a block with a head"),
     "11 global and sliding": Mask("abs(i - j) <= 30 or i < 10 or j < 10"),
     "12 block causal documents": Mask("doc[b, i] == doc[b, j] and j < (i // 32 + 1) * 32", DOC, documents),
     "13 uniform blocks": Mask("blocks[h, i // 32, j // 32]", "blocks: bool[4, 8, 8]", block_map),
@@ -185,7 +190,7 @@ CATALOGUE: dict[str, Mask] = {
         f"{DOC}; pad: bool[2, {N}]; image: i64[2, {N}]", falcon,
     ),
     "27 text dense, visual blocks": Mask("i < 64 or j < 64 or blocks[h, i // 32, j // 32]", "blocks: bool[4, 8, 8]",
-        block_map, full=0.99, why="keys that two clauses show to different rows count as partial"),
+        block_map, meet=64, why="a map says which blocks all rows of a tile see, those of text among them"),
     "28 sliding tiles, 3-D": Mask(
         neighbourhood("i // 64", "j // 64", 4, 2, 2) + " and " + neighbourhood("i // 8 % 8", "j // 8 % 8", 8, 4, 4)
         + " and " + neighbourhood("i % 8", "j % 8", 8, 4, 4)
@@ -196,9 +201,21 @@ CATALOGUE: dict[str, Mask] = {
     "32 bidirectional window": Mask("i - j <= 20 and j - i <= 40"),
     "33 static cache": Mask("j <= position[i]", f"position: i64[{N}]",
         lambda g: {"position": torch.arange(N) // 2 + 20}),
+    "34 ring cache, not full yet": Mask(
+        f"0 <= position[i] - (position[i] - j) % {N} and (position[i] - j) % {N} < 100", f"position: i64[{N}]",
+        lambda g: {"position": torch.arange(N) // 2},
+    ),
+    "tensor": Mask("seen[b, i, j]", f"seen: bool[2, {N}, {N}]", lambda g: {"seen": band(20, 60)}),
+    "tensor, beside documents": Mask(
+        "doc[b, i] == doc[b, j] and seen[b, i, j]", f"{DOC}; seen: bool[2, {N}, {N}]",
+        lambda g: documents(g) | {"seen": torch.rand(2, N, N, generator=g) > 0.2},
+    ),
+    "tensor of floats, and sinks": Mask(
+        "-1.0 < bias[b, h, i, j] or j < 4 and j <= i", f"bias: f32[2, 4, {N}, {N}]",
+        lambda g: {"bias": torch.where(band(40, 0)[:, None], 0.0, -1e30).expand(2, 4, N, N)},
+    ),
     "34 ring cache": Mask(
         f"0 <= position[i] - (position[i] - j) % {N} and (position[i] - j) % {N} < 100", f"position: i64[{N}]",
-        lambda g: {"position": torch.arange(N) + 100}, full=0.0,
-        why="what is left of a ring is found as a stripe, which gives no full keys",
+        lambda g: {"position": torch.arange(N) + 100},
     ),
 }  # fmt: skip

@@ -91,20 +91,22 @@ INLINE void weights(const Column& x, int64_t from, int64_t to, vreal m, vreal in
     }
 }
 
-// The longest run of keys of the block that every row of the tile sees, of the first few of each span (which has one stripe
-// or table at most, so that `first_key` is exact).
+// The longest run of keys of the block that every row of the tile sees, of the first few.
 INLINE void full_run(const Tile& t, int64_t j0, int64_t count, int64_t& from, int64_t& to) {
+    const int64_t end = j0 + count;
     from = to = count;
-    for (int64_t n = 0; n < t.fulls; ++n) {
-        int64_t j = j0;
-        for (int round = 0; round < ROUNDS; ++round) {
-            const int64_t lo = first_key(t.full[n], j);
-            if (lo >= t.full[n].hi || lo >= j0 + count) break;
-            j = run_end(t.full[n], lo);
-            const int64_t hi = j < j0 + count ? j : j0 + count;
-            if (hi - lo > to - from) from = lo - j0, to = hi - j0;
-            if (!t.full[n].stripes && !t.full[n].tables) break;
+    int64_t j = j0;
+    for (int round = 0; round < 2 * ROUNDS && j < end; ++round) {
+        int64_t next = end, past = j;
+        for (int64_t n = 0; n < t.hides; ++n) {
+            const Span& s = t.hidden[n];
+            if (s.hi <= j) continue;
+            const int64_t first = first_key(s, j);
+            if (first == j) past = run_end(s, j) > past ? run_end(s, j) : past;
+            else if (first < s.hi && first < next) next = first;
         }
+        if (past == j && next - j > to - from) from = j - j0, to = next - j0;
+        j = past == j ? next : past;
     }
 }
 

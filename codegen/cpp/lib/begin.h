@@ -28,7 +28,7 @@ static void place(const Call& c, const Tiling& g, const Batch& b, int64_t n, int
     const int64_t taken = t.g0 + g.folded < groups ? g.folded : groups - t.g0;
     t.rows = (t.i1 - t.i0) * taken;
     t.columns = (t.rows + LANES - 1) / LANES;
-    t.spans = t.fulls = 0;
+    t.spans = t.hides = 0;
     t.lo = to;
     t.hi = from;
     find_spans(c, b, t, from, to);

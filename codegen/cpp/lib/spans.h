@@ -1,10 +1,11 @@
-// ---- spans: keys lo <= j < hi, of which those in every stripe and all bits count -------------------------------------------------
+// ---- spans: keys lo <= j < hi, of which those in every stripe and all bits count ------------------------------------
 struct Stripe {
     int64_t step, offset, width;  // (j - offset) % step < width
 };
 struct Bits {
-    const int64_t* words;  // bit j / block says whether key j counts
+    const int64_t* words;  // bit j / block says whether key j counts: it is set, or it is not
     int64_t block;
+    bool set;
 };
 struct Span {
     int64_t lo, hi, stripes, tables;
@@ -38,7 +39,7 @@ INLINE int64_t first_key(const Span& s, int64_t j) {
         const int64_t before = j;
         for (int64_t n = 0; n < s.tables && j < s.hi; ++n) {
             const Bits& x = s.bits[n];
-            const int64_t at = next_bit(x.words, j / x.block, (s.hi + x.block - 1) / x.block, true) * x.block;
+            const int64_t at = next_bit(x.words, j / x.block, (s.hi + x.block - 1) / x.block, x.set) * x.block;
             j = at > j ? at : j;
         }
         for (int64_t n = 0; n < s.stripes; ++n) {
@@ -60,7 +61,7 @@ INLINE int64_t run_end(const Span& s, int64_t j) {
     }
     for (int64_t n = 0; n < s.tables; ++n) {
         const Bits& x = s.bits[n];
-        const int64_t at = next_bit(x.words, j / x.block, (s.hi + x.block - 1) / x.block, false) * x.block;
+        const int64_t at = next_bit(x.words, j / x.block, (s.hi + x.block - 1) / x.block, !x.set) * x.block;
         end = at < end ? at : end;
     }
     return end > j ? end : j + 1;

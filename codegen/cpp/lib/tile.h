@@ -3,8 +3,8 @@ struct Tile {
     int64_t rows, columns;  // queries, and vectors of them; lanes past the last query repeat it
     int64_t i0, i1, g0;  // rows i0 <= i < i1 of the groups from g0 on
     int64_t lo, hi;      // hull of the visit
-    int64_t spans, fulls;
-    Span span[MAX_SPANS], full[MAX_FULLS];
+    int64_t spans, hides;
+    Span span[MAX_SPANS], hidden[MAX_HIDDEN];  // keys that it visits, and those that some row does not see
     bool few;    // its queries lie in rows: see few.h
     int64_t climbing;  // bit v: scores of column v have left the range of `LARGE` and `SMALL`
     bool fresh;  // no key block has been added yet, so `o` is not set
@@ -25,11 +25,11 @@ INLINE void visit(Tile& t, int64_t lo, int64_t hi, int64_t from, int64_t to, Fil
     t.hi = s.hi > t.hi ? s.hi : t.hi;
     ++t.spans;
 }
-template <class... Filters> INLINE void see_all(Tile& t, int64_t lo, int64_t hi, int64_t keys, Filters... filters) {
-    Span& s = t.full[t.fulls];
+template <class... Filters> INLINE void hide(Tile& t, int64_t lo, int64_t hi, int64_t keys, Filters... filters) {
+    Span& s = t.hidden[t.hides];
     s = {lo < 0 ? 0 : lo, hi < keys ? hi : keys, 0, 0, {}, {}};
     (add(s, filters), ...);
-    t.fulls += s.hi > s.lo;
+    t.hides += s.hi > s.lo;
 }
 
 // The first key from `j` on that the tile visits, or its end; and the end of the run that begins there, gaps too small
