@@ -11,7 +11,7 @@ from torch import fx
 from attncc.ir.build import ONE
 from attncc.ir.expr import Index, free
 from attncc.patterns.anchors import Anchor
-from attncc.patterns.contractions import contraction, mixture
+from attncc.patterns.contractions import Contraction, contraction, mixture
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame, frame

@@ -60,7 +60,9 @@ def of_points(r: Reader, n: fx.Node, at: Point) -> Expr | None:
 
 def _is_square(n: fx.Node) -> bool:
     name = op_name(n)
-    return name == "square" or (name == "pow" and n.args[1] == 2) or (name == "mul" and n.args[0] is n.args[1])
+    if name == "pow":
+        return isinstance(n.args[1], int | float) and n.args[1] == 2
+    return name == "square" or (name == "mul" and n.args[0] is n.args[1])
 
 
 def _squared(r: Reader, n: fx.Node, a: fx.Node, b: fx.Node, dim: int, at: Point) -> Expr:

@@ -15,12 +15,13 @@ from torch import fx
 from attncc.ir.attention import W
 from attncc.ir.build import ONE, ZERO
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op
-from attncc.patterns.anchors import DIVISIONS, EXPS, SUMS, Anchor, one_dim, skip_casts, without_maximum
+from attncc.patterns.anchors import DIVISIONS, Anchor, without_maximum
 from attncc.patterns.contractions import DOT, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame, framed
 from attncc.patterns.moves import MOVES
+from attncc.patterns.reductions import EXPS, SUMS, exponent, one_dim, skip_casts
 from attncc.patterns.schema import argument
 from attncc.patterns.terms import Term
 from attncc.patterns.value import Reader, Unreadable
@@ -88,9 +89,11 @@ def _quotient(
         if weight is summed and isinstance(weight, Load) and weight.tensor == exps.name:
             if frame.c not in weight.index or sink is math.nan:
                 return None
-            x = exps.args[0]
-            assert isinstance(x, fx.Node)
-            anchor = without_maximum(f, Anchor(exps, x, weight.index.index(frame.c), reader=exps, sink=sink))
+            power = exponent(exps)
+            if power is None:
+                return None
+            x, base = power
+            anchor = without_maximum(f, Anchor(exps, x, weight.index.index(frame.c), reader=exps, sink=sink, base=base))
             return frame, Term(anchor, weight.index, W, {})
     return None
 

@@ -9,7 +9,24 @@ import torch
 from torch import fx
 
 from attncc.ir.build import (
-    ZERO, add, and_, cast, const, eq, ge, gt, le, lt, maximum, minimum, mul, not_, op, or_, sub, where,
+    ZERO,
+    add,
+    and_,
+    cast,
+    const,
+    eq,
+    ge,
+    gt,
+    le,
+    lt,
+    maximum,
+    minimum,
+    mul,
+    not_,
+    op,
+    or_,
+    sub,
+    where,
 )  # fmt: skip
 from attncc.ir.expr import Const, Expr, Kind
 from attncc.patterns import activations

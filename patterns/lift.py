@@ -71,7 +71,7 @@ def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
 
 def _quadratic(f: Facts) -> list[Lifted | Refusal]:
     """Every site that weighs each key for each query."""
-    found = _lifted(f, anchors(f))
+    found, weighed = _lifted(f, anchors(f))
     for n in f.graph.nodes:
         if n.target is SDPA or n.target is FLEX:
             try:
@@ -84,7 +84,7 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
     late = list(divided(f))
     for frame, term, total in late:
         found += _divided(frame, term, total)
-    taken = {site.node for site in found} | {frame.product.node for frame, *_ in late}
+    taken = {site.node for site in found} | {frame.product.node for frame, *_ in late} | weighed
     for n in f.graph.nodes:
         weighted = weighted_by_scores(f, n) if n not in taken and n in f.live else None
         if weighted is not None:
@@ -114,8 +114,8 @@ def _without_softmax(f: Facts, n: fx.Node, product: Contraction, left: bool) -> 
     return [] if site is None else [site]
 
 
-def _lifted(f: Facts, found: list[Anchor]) -> list[Lifted | Refusal]:
-    """What becomes of each softmax: the attentions that it is, or why it is none."""
+def _lifted(f: Facts, found: list[Anchor]) -> tuple[list[Lifted | Refusal], set[fx.Node]]:
+    """What becomes of each softmax: the attentions that it is, or why it is none; and the products that they weigh."""
     weights = Weights({a.node.name: a for a in found})
     sites: list[Lifted | Refusal] = []
     products: dict[fx.Node, list[Lifted | Refusal]] = {}
@@ -136,7 +136,7 @@ def _lifted(f: Facts, found: list[Anchor]) -> list[Lifted | Refusal]:
         failed = [frame.node for frame in used.products if frame.node not in {x.node for x in lifted}]
         escapes = (*used.escapes, *failed)
         sites += [replace(x, escapes=escapes) for x in lifted] or own[:1] or [_unused(anchor, used)]
-    return sites
+    return sites, set(products)
 
 
 def _in_pieces(anchor: Anchor, used: Uses, weights: Weights) -> Sequence[Lifted | Refusal]:

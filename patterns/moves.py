@@ -28,6 +28,16 @@ def _same(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
     return n.args[0], at  # type: ignore[return-value]
 
 
+def _lifted(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    """A constant as the trace holds it, which the model's own graph does not: a number can be read there."""
+    source: Any = n.args[0]
+    held = source.args[0] if source.target in _FRESH else source
+    return (source, at) if held.op != "get_attr" or f.value(held).numel() == 1 else None
+
+
+_FRESH = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
+
+
 def _permute(order: Callable[[Facts, fx.Node], Sequence[int]]) -> Rule:
     def rule(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
         source = n.args[0]
@@ -265,8 +275,9 @@ def _repeat_interleave(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | 
 #: The table: add a line for a new op. Every rule returns None where it cannot tell, and the op's result is then loaded.
 MOVES: dict[object, Rule] = {
     **dict.fromkeys(
-        [aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh.default,
-         aten.lift_fresh_copy.default, aten.detach_.default], _same),
+        [aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default],
+        _same),
+    **dict.fromkeys([*_FRESH, aten.detach_.default], _lifted),
     **dict.fromkeys([aten.transpose.int, aten.swapaxes.default, aten.swapdims.default], _permute(_transpose_order)),
     aten.permute.default: _permute(lambda f, n: n.args[1]),  # type: ignore[arg-type,return-value]
     **dict.fromkeys([aten.t.default, aten.mT.default, aten.adjoint.default], _permute(_last_two)),

@@ -13,10 +13,11 @@ from torch import fx
 from attncc.ir.affine import poly
 from attncc.ir.build import ONE, ZERO, add, mul
 from attncc.ir.expr import Expr
-from attncc.patterns.anchors import Anchor, one_dim, skip_casts
+from attncc.patterns.anchors import Anchor
 from attncc.patterns.assemble import Lse, Parts
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point
+from attncc.patterns.reductions import one_dim, skip_casts
 from attncc.patterns.schema import argument
 
 
@@ -24,7 +25,8 @@ def row_sums(p: Parts, anchor: Anchor, at: Point, use: int) -> Lse | None:
     """The live `logsumexp` of the anchor's scores, if there is one and it can be had from the attention read `at`."""
     f = p.facts
     found = [n for n in _users(f, anchor.scores) if _is_row_sum(f, n, anchor)]
-    if len(found) != 1 or p.sink is not None or p.normalizer != "softmax" or p.half or p.summed:
+    powers = anchor.shares == "powers" and anchor.base is None
+    if len(found) != 1 or not powers or p.sink is not None or p.normalizer != "softmax" or p.half or p.summed:
         return None
     (node,) = found
     sources = (p.q.node, p.k.node, p.v.node)

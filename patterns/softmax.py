@@ -11,7 +11,6 @@ from attncc.ir.affine import linear_in, poly
 from attncc.ir.attention import Empty
 from attncc.ir.build import ONE, TRUE, ZERO, op, sub
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite
-from attncc.patterns.anchors import is_maximum
 from attncc.patterns.assemble import Lifted, Lse, Parts, assemble
 from attncc.patterns.contractions import DOT
 from attncc.patterns.facts import Facts
@@ -20,7 +19,9 @@ from attncc.patterns.guards import unguarded, vanishes
 from attncc.patterns.mixed import mixed_product
 from attncc.patterns.products import Overwritten, Product, products, stored
 from attncc.patterns.reasons import of_scores
+from attncc.patterns.reductions import is_maximum
 from attncc.patterns.rowsums import row_sums
+from attncc.patterns.shares import as_softmax
 from attncc.patterns.terms import Term
 from attncc.patterns.value import Unreadable
 from attncc.patterns.windowed import windowed_product
@@ -53,6 +54,7 @@ def parts_of(frame: Frame, term: Term) -> Parts:
     frame = frame.over(term.mixed)
     score, found = _score(frame, term)
     weight = rewrite(term.weight, lambda x: stored(f, x, frame.use))
+    score, weight = as_softmax(anchor, score, weight)
     bare = unguarded(f, frame.reader(), weight, score, frame.c)
     empty: Empty = "zero" if bare is not None else anchor.empty or "nan"
     return replace(

@@ -11,6 +11,7 @@ from torch import fx
 from attncc.ir.affine import less_than, nonnegative, simplify
 from attncc.ir.build import ONE, ZERO, add, and_, cast, const, ge, lt, maximum, minimum, mul, sub, where
 from attncc.ir.expr import Expr, loads
+from attncc.patterns import distances
 from attncc.patterns.elements import operand
 from attncc.patterns.moves import Point, broadcast
 from attncc.patterns.schema import argument, dim_argument, has_argument
@@ -241,4 +242,7 @@ SOURCES: dict[object, Rule] = {
     aten.take_along_dim.default: _gather,
     aten.index_select.default: _index_select,
     aten.embedding.default: _embedding,
+    aten.sum.dim_IntList: distances.of_sum,
+    aten.mean.dim: distances.of_sum,
+    aten.cdist.default: distances.of_points,
 }

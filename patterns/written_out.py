@@ -159,7 +159,8 @@ class _Search:
             return None
         if at((probe := Index("p"),) * self.f.rank(x)) != (probe,) * self.f.rank(x):
             return None
-        self.difference = (Factor(sides[0], self._broadcast(sides[0], at)), Factor(sides[1], self._broadcast(sides[1], at)))
+        a, b = (Factor(s, self._broadcast(s, at)) for s in sides)
+        self.difference = (a, b)
         return True
 
     def outer(self, x: fx.Node, at: Callable[[Point], Point], steps: int) -> bool | None:
