@@ -173,13 +173,14 @@ def demo(
 @app.command()
 def bench(
     suite: Annotated[
-        Literal["cpu", "gpu", "windows"],
-        typer.Option("--suite", help="Which machine to measure; or models with long windows, on this one."),
+        Literal["cpu", "gpu", "windows", "compile"],
+        typer.Option("--suite", help="Which machine to measure; or on this one, models with long windows, or what "
+                     "compiling costs."),
     ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
     only: Annotated[str, typer.Option("--rows", metavar="WORDS", help="Rows whose names hold one of these, by commas; "
-                                      "`none` measures nothing (cpu).")] = "",
+                                      "`none` measures nothing (cpu, compile).")] = "",
     dtypes: Annotated[str, typer.Option("--dtypes", metavar="TYPES", help="Of f32,bf16,f16 (cpu).")] = "",
     rivals: Annotated[str, typer.Option("--rivals", metavar="NAMES", help="By commas: sdpa, sdpa gqa, inductor, flex, "
                                         "flex + mask, plain, read (cpu).")] = "",
@@ -192,16 +193,21 @@ def bench(
     with clear_errors(debug):
         of_cpu = {"only": only, "dtypes": _words(dtypes), "rivals": _words(rivals), "threads": threads or [],
                   "picture": picture, "table": table}  # fmt: skip
-        if suite != "cpu" and any(of_cpu.values()):
-            raise TargetError("bench: --rows, --dtypes, --rivals, --threads, --plot and --table are of --suite cpu")
-        _suite(suite)(quick=quick, json=out, **(of_cpu if suite == "cpu" else {}))
+        taken = {"cpu": of_cpu, "compile": {"only": only}}.get(suite, {})
+        foreign = [f"--{_OPTION.get(name, name)}" for name, value in of_cpu.items() if value and name not in taken]
+        if foreign:
+            raise TargetError(f"bench: --suite {suite} has no {', '.join(foreign)}")
+        _suite(suite)(quick=quick, json=out, **taken)
+
+
+_OPTION = {"only": "rows", "picture": "plot"}
 
 
 def _words(text: str) -> list[str]:
     return [w.strip() for w in text.split(",") if w.strip()]
 
 
-def _suite(name: Literal["cpu", "gpu", "windows"]) -> Callable[..., object]:
+def _suite(name: str) -> Callable[..., object]:
     try:
         return importlib.import_module(f"attncc.bench_{name}").run
     except ImportError as error:

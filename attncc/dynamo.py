@@ -86,6 +86,7 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, meas
         reading = capture.read(gm, inputs)
         for body, arguments in reading.bodies:
             rewrite(body, arguments, found, measure=measure)
+        step("finding attention")
         facts = reading.facts()
         lifted = lift_all(facts)
         if not lifted:
@@ -119,7 +120,9 @@ def _edited(
               for site in joint.sites}  # fmt: skip
     plans = [_plan(site, joints[id(site)], facts) if isinstance(site, Lifted) else None for site in lifted]
     planned = {id(site): plan for site, plan in zip(lifted, plans, strict=True)}
+    step("building kernels")
     build_all((p.spec, p.device) for p in plans if isinstance(p, Plan))
+    step("editing the graph")
     editor = Editor(reading, facts)
     verdicts: dict[fx.Node, Choice] = {}
     said: set[fx.Node] = set()
@@ -153,6 +156,7 @@ def _settled(
     pairs = [(site, plan) for site in joint.sites if isinstance(plan := plans[id(site)], Plan)]
     nodes = dict.fromkeys(site.node for site in joint.sites)
     verdict = _verdict(joint, [plan for _, plan in pairs], facts, measure)
+    step("editing the graph")
     found = dict.fromkeys(nodes, verdict)
     places = dict.fromkeys(_target(site) for site, _ in pairs)
     for place in places if verdict.fused else ():
