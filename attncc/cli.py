@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 import attncc
+from attncc.mask_image import LEGEND, mask_image
 from attncc.progress import reporting
 from attncc.report import WIDTH, Report, Site
 from attncc.runtime.store import Store, StoreError
@@ -69,6 +70,8 @@ def inspect(
     kernel: Annotated[int | None, typer.Option("--kernel", metavar="N", help="Print the kernel of site N.")] = None,
     graph: Annotated[Literal["before", "after"] | None, typer.Option(help="Print the model's graph.")] = None,
     mask: Annotated[int | None, typer.Option("--mask", metavar="N", help="Draw the mask of site N.")] = None,
+    picture: Annotated[Path | None, typer.Option("--picture", metavar="PATH", help="Draw each mask and what the kernel "
+                                                 "visits, into a folder; or one (--mask N) into FILE.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     every: Annotated[bool, typer.Option("--all", help="One row a site, where equal layers would share one.")] = False,
     debug: Debug = False,
@@ -83,7 +86,7 @@ def inspect(
             print(json.dumps(report.to_dict(), indent=2))
             return
         parts = {"ir": ir, "kernel": kernel is not None, "graph": graph is not None, "mask": mask is not None}
-        if not any(parts.values()):
+        if not any(parts.values()) and picture is None:
             print_report(report, every=every)
         if ir:
             for site in report.sites:
@@ -98,6 +101,28 @@ def inspect(
         if mask is not None:
             site = pick(report, mask, target)
             print_text(console, _part(site, site.picture, "picture of a mask", target))
+        if picture is not None:
+            draw(report, picture, target, mask)
+
+
+def draw(report: Report, path: Path, target: str, number: int | None) -> None:
+    """Into the file `path` site `number`, or the only one; into the folder `path` every site that has a mask."""
+    found = [s for s in report.sites if s.picture is not None] if number is None else [pick(report, number, target)]
+    if not found:
+        raise TargetError(f"{target}: no site has a mask to draw")
+    for site in found:
+        _part(site, site.picture, "picture of a mask", target)
+    single = path.suffix.lower() == ".png"
+    if single and len(found) > 1:
+        raise TargetError(f"{target}: {len(found)} sites have masks; say which with --mask N, or name a folder")
+    try:
+        (path.parent if single else path).mkdir(parents=True, exist_ok=True)
+        for site in found:
+            file = path if single else path / f"site-{site.index}.png"
+            file.write_bytes(mask_image(site))
+            print(f"{file}: {LEGEND}")
+    except OSError as error:
+        raise TargetError(f"{path}: {one_line(error)}") from error
 
 
 def examine(target: Target) -> Report:

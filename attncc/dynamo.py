@@ -220,7 +220,8 @@ def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool) -
 def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, facts: Facts) -> Site:
     shown = optimise(site.attention)
     made = built(plan.spec, plan.device) if isinstance(plan, Plan) else None
-    area, picture = (None, None) if collecting.get() is None else sites.extent_of(site, shown, facts)
+    sizes = None if collecting.get() is None else sites.sizes_of(site, facts)
+    area, picture = (None, None) if sizes is None else sites.extent_of(shown, sizes)
     area = area if made is None else made.area(area)
     return Site(
         place.index, "fused" if verdict.fused else "kept", verdict.reason, place.path, place.where,
@@ -230,7 +231,7 @@ def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, f
         became=made.shown if made is not None and verdict.fused else "original graph", speedup=verdict.speedup,
         ir=plan.spec if isinstance(plan, Plan) else print_attention(shown),
         kernel=None if made is None else made.source, language=None if made is None else made.language,
-        picture=picture,
+        picture=picture, sizes=sizes,
     )  # fmt: skip
 
 

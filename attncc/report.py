@@ -26,7 +26,8 @@ class Site:
     `fused` runs an attncc kernel, `kept` was understood but left to SDPA or the original graph, `refused` was not
     understood. `shapes` maps operand names to dimensions, symbols as text. `visible`, `visited` and `total` count
     scores of the whole site: those the mask lets through, those the kernel computes, and all. `speedup` is the time of
-    the best alternative over the time of the kernel, as measured on this machine.
+    the best alternative over the time of the kernel, as measured on this machine. `sizes` are the values that the sizes
+    of `ir` had when the graph was captured.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Site:
     kernel: str | None = None
     language: str | None = None
     picture: str | None = None
+    sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.status not in COLOURS:
@@ -56,7 +58,8 @@ class Site:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; shapes as lists."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return values | {"shapes": {name: list(shape) for name, shape in self.shapes.items()}}
+        sizes = None if self.sizes is None else list(self.sizes)
+        return values | {"shapes": {name: list(shape) for name, shape in self.shapes.items()}, "sizes": sizes}
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def alike(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
     groups: dict[str, list[Site]] = {}
     for site in sites:
         path = re.sub(r"\d+", "#", site.path)
-        key = replace(site, index=0, path=path, speedup=None, ir=None, kernel=None, picture=None)
+        key = replace(site, index=0, path=path, speedup=None, ir=None, kernel=None, picture=None, sizes=None)
         groups.setdefault(repr(key), []).append(site)
     return [tuple(group) for group in groups.values()]
 

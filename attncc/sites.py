@@ -76,19 +76,17 @@ def mask(a: Attention) -> str:
     return "all" if a.mask is TRUE else print_expr(a.mask)
 
 
-def extent_of(site: Lifted, a: Attention, facts: Facts) -> tuple[Area | None, str | None]:
-    """How much of the scores the mask leaves, at the sizes the graph was captured with, and a picture of it.
-
-    Nothing where the sizes are known only from data; no area where the bounds read data."""
+def sizes_of(site: Lifted, facts: Facts) -> tuple[int, ...] | None:
+    """The sizes that the graph was captured with; None where they are known only from data."""
     try:
-        sizes = tuple(hint(x, facts) for x in site.sizes)
+        return tuple(hint(x, facts) for x in site.sizes)
     except Untimeable:
-        return None, None
-    return _extent(a, sizes)
+        return None
 
 
 @lru_cache(maxsize=256)
-def _extent(a: Attention, sizes: tuple[int, ...]) -> tuple[Area | None, str | None]:
+def extent_of(a: Attention, sizes: tuple[int, ...]) -> tuple[Area | None, str | None]:
+    """How much of the scores the mask leaves, and a picture of it. No area where the bounds read data."""
     bounds = loop_bounds(a)
     read = any(loads(*(n for x in bounds.visit for n in (x.lo, x.hi))))
     found = None if read else area(a, bounds, sizes)

@@ -139,20 +139,26 @@ def picture(
     n, m = extent(a.i.extent, table), extent(a.j.extent, table)
     given = tensors or {}
 
-    def known(literal: Expr) -> Expr:
-        return TRUE if any(isinstance(x, Load) and x.tensor not in given for x in walk(literal)) else literal
-
     columns = min(width, m)
     lines = max(1, min(n, round(columns * n / m / 2), width))
-    mask = map_literals(a.mask, known)
-    rows, keys = _sampled(n, lines), _sampled(m, columns)
+    mask = with_known_loads(a.mask, given)
+    rows, keys = sampled(n, lines), sampled(m, columns)
     seen = mask_at(a, mask, table, given, (), (), rows.flatten(), keys.flatten()).float()
     cells = seen.view(*rows.shape, *keys.shape).mean((1, 3))
     shades = (cells * (len(_SHADES) - 1)).ceil().to(torch.int64).clamp(max=len(_SHADES) - 1)
     return "\n".join("".join(_SHADES[int(x)] for x in line) for line in shades)
 
 
-def _sampled(count_of: int, cells: int) -> torch.Tensor:
+def with_known_loads(mask: Expr, tensors: Mapping[str, torch.Tensor]) -> Expr:
+    """`mask` as if what reads other tensors allowed everything."""
+
+    def known(literal: Expr) -> Expr:
+        return TRUE if any(isinstance(x, Load) and x.tensor not in tensors for x in walk(literal)) else literal
+
+    return map_literals(mask, known)
+
+
+def sampled(count_of: int, cells: int) -> torch.Tensor:
     """(cells, samples) positions, spread evenly over each cell."""
     at = torch.arange(cells)[:, None] + (torch.arange(_SAMPLES) + 0.5) / _SAMPLES
     return (at * count_of / cells).to(torch.int64).clamp(max=count_of - 1)
