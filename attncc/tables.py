@@ -14,15 +14,16 @@ from math import prod
 
 import torch
 
-from attncc.ir import Attention
+from attncc.ir import Attention, Expr
 from attncc.ir.attention import DTYPES
 from attncc.ir.interpret import extent, size_table
-from attncc.ir.terms import loads
+from attncc.ir.terms import free, loads
 from attncc.passes.maps import BlockMap, by_pair, map_tables, share
 from attncc.passes.spans import Spanned, tables
 from attncc.runtime.op import Kernel
 
 #: Pairs of a row and a key from which on tables are made: 1024 x 1024, some milliseconds for a kernel that skips none.
+#: On a CPU, numbers of keys and values as well: 8 heads of 1024 keys of 64, half a millisecond of reading.
 WORTHWHILE = 1 << 20
 #: Bytes of documents, padding or block masks that are kept to see whether the next call has the same.
 MOST_KEPT = 1 << 26
@@ -44,17 +45,18 @@ class BySize:
     def __call__(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
     ) -> None:
-        a, table = self.attention, size_table(self.attention, sizes)
-        if extent(a.i.extent, table) * extent(a.j.extent, table) < WORTHWHILE:
-            self.plain(tensors, sizes, outputs)
-            return
-        more = self.more(tensors, sizes)
+        more = self.more(tensors, sizes) if self.work(sizes) >= WORTHWHILE else None
         if more is None:
             self.plain(tensors, sizes, outputs)
             return
         if self._large is None:
             self._large = self._build()
         self._large([*tensors, *more], sizes, outputs)
+
+    def work(self, sizes: Sequence[int]) -> int:
+        """Pairs of a row and a key."""
+        table = size_table(self.attention, sizes)
+        return extent(self.attention.i.extent, table) * extent(self.attention.j.extent, table)
 
     def more(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor] | None:
         """What the kernel for large calls is given beside the tensors of the attention, None for `plain` instead."""
@@ -80,6 +82,14 @@ class Tabled(BySize):
         )
         self._last: tuple[list[int], list[torch.Tensor], dict[str, torch.Tensor]] | None = None
         self._rest: dict[tuple[int, ...], _Rest] = {}
+
+    def work(self, sizes: Sequence[int]) -> int:
+        """Pairs, or what there is to read of keys and values: a cache is mostly empty, and read for one row."""
+        a, table = self.attention, size_table(self.attention, sizes)
+        held = set[Expr]().union(*(free(x) for x in (*a.k.index, *a.v.index)))
+        heads = prod(extent(x.extent, table) for x in a.batch if x.index in held)
+        read = heads * extent(a.j.extent, table) * (extent(a.d.extent, table) + extent(a.e.extent, table))
+        return max(super().work(sizes), read)
 
     def more(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor] | None:
         named = dict(zip(self._names, tensors, strict=True))

@@ -29,8 +29,8 @@ class TileInterval:
 
 @dataclass(frozen=True)
 class Tiles:
-    """`visit`, `full` and `hidden` of all tiles. Batch axes that the bounds do not mention have extent 1; `repeat` is how many
-    batch points stand for one. `rows` is the number of rows of each tile."""
+    """`visit`, `full` and `hidden` of all tiles. Batch axes that the bounds do not mention have extent 1; `repeat` is
+    how many batch points stand for one. `rows` is the number of rows of each tile."""
 
     visit: tuple[TileInterval, ...]
     full: tuple[TileInterval, ...]

@@ -21,10 +21,10 @@ import torch
 
 from attncc.ir import Attention, Bounds, Expr, Load, Op, Tensor
 from attncc.ir.affine import expr, poly
-from attncc.ir.build import FALSE, TRUE, ZERO, and_, const, le, lt, sub
+from attncc.ir.build import FALSE, ONE, TRUE, ZERO, and_, const, le, lt, sub
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
-from attncc.ir.rewrite import rewrite
+from attncc.ir.rewrite import rewrite, substitute
 from attncc.ir.terms import free
 from attncc.passes.bounds import analyse
 from attncc.passes.maps import BlockMap, block_map, blocks_of, by_pair, map_tables, quick
@@ -75,6 +75,8 @@ def spanned(a: Attention, group: int = 64, *, by_looking: Looked = "all") -> Spa
     A map of a literal without blocks looks at every pair. Those that `by_looking` leaves out neither bound the visit
     nor give full keys, and what the rest of the mask says stands."""
     j = a.j.index
+    if a.i.extent is ONE:
+        a = replace(a, mask=substitute(a.mask, {a.i.index: ZERO}))
     if not reads(a.mask, j):
         plain = analyse(a, rows=True)
         return Spanned(a, plain.bounds, rows_exact=plain.rows_exact)
@@ -212,8 +214,8 @@ def _packed(first: torch.Tensor, last: torch.Tensor, count: torch.Tensor, m: int
 
 def _where_true(key: torch.Tensor) -> Found:
     m = key.shape[-1]
-    ones = key.to(torch.int32)
-    return ones.argmax(-1), m - 1 - ones.flip(-1).argmax(-1), ones.sum(-1)
+    at = torch.arange(m, dtype=torch.int32, device=key.device)
+    return torch.where(key, at, m).amin(-1), torch.where(key, at, -1).amax(-1), key.sum(-1)
 
 
 def _equal(row: torch.Tensor, key: torch.Tensor) -> Found:

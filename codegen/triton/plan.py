@@ -190,7 +190,7 @@ def _whole(a: Attention) -> Interval:
 
 
 def _of_runs(b: Bounds) -> Bounds:
-    """`b` without what these kernels do not use, the keys that some row does not see, and the rows read for it alone."""
+    """`b` without what these kernels do not use: the keys that some row does not see, and the rows read for them."""
     named = set[Expr]().union(*(free(n) for x in (*b.visit, *b.full, *b.full_parts) for n in x.expressions))
     return replace(b, hidden=None, rows=tuple(r for r in b.rows if r.index in named))
 

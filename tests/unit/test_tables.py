@@ -32,7 +32,7 @@ class Recorded:
 
 
 def test_large_calls_make_tables(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(attncc.tables, "WORTHWHILE", 1000)
+    monkeypatch.setattr(attncc.tables, "WORTHWHILE", 2000)
     a = attention("doc[b, min(i, M - 1)] == doc[b, j] and j <= i and blocks[h, min(i // 8, 7), min(j // 8, 7)]")
     found = spanned(a, by_looking="none")
     assert len(found.spans) == len(found.maps) == 1
