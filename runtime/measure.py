@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import cast
 
 import torch
@@ -34,7 +34,7 @@ Call = Callable[[], object]
 #: (call, repeats) -> seconds of one call
 Sampler = Callable[[Call, int], float]
 
-_measuring = Lock()
+_measuring = RLock()
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def compare(candidates: Mapping[str, Call], budget_s: float, sample: Sampler = o
     """Time the candidates for about `budget_s` seconds, warm-up excluded.
 
     Each is called once to warm up (what that raises removes it), then all take turns, at least three times. One
-    measurement at a time in a process."""
+    measurement at a time in a process; a candidate may measure something of its own while it warms up."""
     failed: dict[str, str] = {}
     samples: dict[str, list[float]] = {}
     with _measuring:

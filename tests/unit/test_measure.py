@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from itertools import chain, cycle, repeat
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -172,6 +173,23 @@ def test_a_remembered_winner_that_is_not_offered_is_measured_again(tmp_path: Pat
     assert choose(store, where(), calls, ["ours"], 0.01, clock.sample).winner == "sdpa"
     store.remember(where().key, {"winner": "ours"})  # not a decision
     assert choose(store, where(), calls, ["ours"], 0.01, clock.sample).winner == "sdpa"
+
+
+def test_a_candidate_may_measure_while_it_warms_up() -> None:
+    clock, inner = Clock(), list[str]()
+
+    def call() -> None:
+        if not inner:  # as a kernel does that has two orders of its tokens to choose from
+            parts = {n: clock.candidate(n, repeat(t)) for n, t in (("a", 2e-3), ("b", 1e-3))}
+            inner.append(compare(parts, 0.01, clock.sample).winner)
+        clock.now += 1e-3
+
+    done: list[Timings] = []
+    calls = {"ours": call, "sdpa": clock.candidate("sdpa", repeat(2e-3))}
+    thread = Thread(target=lambda: done.append(compare(calls, 0.01, clock.sample)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert done and done[0].winner == "ours" and inner == ["b"]
 
 
 def test_the_real_clock_orders_what_is_far_apart() -> None:
