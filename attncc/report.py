@@ -199,6 +199,8 @@ def _result(sites: Sequence[Site]) -> Text:
         text.append(f"\ncomputes {site.visited / site.total:.0%} of the scores", style="default")
         if site.visible is not None:
             text.append(f", {site.visible / site.total:.0%} visible", style="default")
+            most = site.total / max(site.visible, 1)
+            text.append(f"\nat most {most:.3g} times as fast by leaving scores out", style="default")
     if site.reason:
         text.append(f"\n{site.reason}", style="default")
     return text

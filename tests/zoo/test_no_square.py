@@ -16,7 +16,7 @@ from attncc.dynamo import Collected, collecting
 N = 1024  # from here on kernels make tables for documents and padding
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50,
-    "max_position_embeddings": 2 * N, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "max_position_embeddings": 2 * N + 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 GROUPED: dict[str, Any] = SMALL | {"num_key_value_heads": 1}
 T5: dict[str, Any] = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_kv": 16, "d_ff": 32, "vocab_size": 50}
