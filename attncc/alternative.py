@@ -55,7 +55,7 @@ def trial(sites: Sequence[Lifted], facts: Facts, *, seed: int = 0) -> Trial:
         for n in sorted(sources(site.tensors, facts), key=facts.order.__getitem__):
             if n not in known:
                 known[n] = made_up(facts.value(n), generator)
-    made = [n for n in between([n for s in sites for n in s.tensors], set(known)) if n in facts.made]
+    made = [n for n in between([n for s in sites for n in s.tensors], set(known), facts) if n in facts.made]
     module, inputs = _unfused(sites, facts, known)
     return Trial(tuple(sites), known, [[hint(x, facts) for x in s.sizes] for s in sites], made, module, inputs)
 
@@ -112,7 +112,7 @@ def _unfused(
     """The graph of what depends on the operands, and its inputs: operands and everything computed beforehand."""
     given = {n for site in sites for n in sources(operands(site), facts)}
     results = list(dict.fromkeys(site.node for site in sites))
-    needed = between(results, set(known))
+    needed = between(results, set(known), facts)
     moving: set[fx.Node] = set(given)
     for n in needed:
         if n not in known and any(a in moving for a in n.all_input_nodes):

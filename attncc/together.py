@@ -56,7 +56,7 @@ class _Scores:
         self.nodes: set[fx.Node] = set()
         self.users: list[fx.Node] = list(site.escapes)
         stops = sources(site.tensors, facts)
-        inside = between([site.node], stops)
+        inside = between([site.node], stops, facts)
         within = set(inside)
         moving = sources(operands(site), facts)
         for n in inside:
@@ -94,14 +94,19 @@ def sources(tensors: Iterable[fx.Node], facts: Facts) -> set[fx.Node]:
     return found
 
 
-def between(nodes: Sequence[fx.Node], stops: set[fx.Node]) -> list[fx.Node]:
-    """Everything that some nodes of a graph are computed from, back to `stops`, in graph order."""
+def between(nodes: Sequence[fx.Node], stops: set[fx.Node], facts: Facts) -> list[fx.Node]:
+    """Everything that some nodes of a graph are computed from, back to `stops`, in graph order, with what is written
+    into tensors made on the way."""
     seen: set[fx.Node] = set()
     stack = list(nodes)
+    last = max(facts.order[n] for n in nodes) if nodes else 0
     while stack:
         n = stack.pop()
         if n not in seen:
             seen.add(n)
             if n not in stops:
-                stack += n.all_input_nodes
-    return [n for n in nodes[0].graph.nodes if n in seen]
+                inputs = n.all_input_nodes
+                stack += inputs
+                if n.op == "call_function" and not any(facts.aliases(n, a) for a in inputs):
+                    stack += facts.writes(n, facts.order[n], last)
+    return [n for n in nodes[0].graph.nodes if n in seen] if nodes else []

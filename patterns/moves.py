@@ -12,7 +12,7 @@ from attncc.ir.affine import Extents, divide, less_than, long_division, poly, si
 from attncc.ir.build import ONE, ZERO, add, const, mod, mul, sub
 from attncc.ir.expr import Expr
 from attncc.patterns.facts import Facts
-from attncc.patterns.schema import argument, dim_argument
+from attncc.patterns.schema import argument, dim_argument, hint
 
 Point = tuple[Expr, ...]
 Move = tuple[fx.Node, Point]
@@ -163,14 +163,14 @@ def _slice(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
     start = argument(n, "start")
     step: Any = argument(n, "step")
     source: Any = n.args[0]
-    offset = _start(f, source, d, start)
+    offset = slice_start(f, source, d, start)
     if offset is None:
         return None
     moved = add(mul(at[d], f.size(step)), offset)
     return source, (*at[:d], simplify(moved, ext), *at[d + 1 :])
 
 
-def _start(f: Facts, source: fx.Node, d: int, start: object) -> Expr | None:
+def slice_start(f: Facts, source: fx.Node, d: int, start: object) -> Expr | None:
     """The first index of a slice, negatives counted from the end. None where its sign is not known."""
     if start is None:
         return ZERO
@@ -180,20 +180,21 @@ def _start(f: Facts, source: fx.Node, d: int, start: object) -> Expr | None:
             return const(start)
         value = f.value(source).shape[d]
         return add(length, const(start)) if isinstance(value, torch.SymInt) else const(max(int(value) + start, 0))
-    return f.size(start)
+    first = f.size(start)
+    return add(length, first) if less_than(first, ZERO, {}) else first
 
 
 def _narrow(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
     d = _dim(f, n, argument(n, "dim"))
     source: Any = n.args[0]
-    offset = _start(f, source, d, argument(n, "start"))
+    offset = slice_start(f, source, d, argument(n, "start"))
     return None if offset is None else (source, (*at[:d], simplify(add(at[d], offset), ext), *at[d + 1 :]))
 
 
 def _select(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
     source: Any = n.args[0]
     d = argument(n, "dim") % f.rank(source)
-    offset = _start(f, source, d, argument(n, "index"))
+    offset = slice_start(f, source, d, argument(n, "index"))
     return None if offset is None else (source, (*at[:d], offset, *at[d:]))
 
 
@@ -227,6 +228,28 @@ def _of_grid(f: Facts, grid: fx.Node, which: int, at: Point) -> Move | None:
 
 _GRIDS = {aten.meshgrid.default, aten.meshgrid.indexing}
 _PARTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.split.sizes}
+
+
+def _as_strided(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
+    """A view by strides, windows that overlap among them, of a tensor without gaps: the place in memory is taken apart
+    by the strides of that tensor."""
+    source: Any = n.args[0]
+    whole, part, shape = f.value(source), f.value(n), f.shape(source)
+    order = [hint(stride) for stride in whole.stride()]
+    if whole.storage_offset() != part.storage_offset() or None in order:
+        return None
+    place, last = ZERO, ZERO
+    for x, length, stride in zip(at, f.shape(n), map(f.size, part.stride()), strict=True):
+        place, last = add(place, mul(x, stride)), add(last, mul(sub(length, ONE), stride))
+    out: list[Expr] = [ZERO] * len(shape)
+    dims = sorted((d for d in range(len(shape)) if shape[d] is not ONE), key=lambda d: order[d] or 0)
+    unit: Expr = ONE
+    for d in dims:
+        if poly(f.size(whole.stride(d))) != poly(unit):
+            return None
+        unit = mul(unit, shape[d])
+        place, out[d] = (ZERO, simplify(place, ext)) if d == dims[-1] else divide(simplify(place, ext), shape[d], ext)
+    return (source, tuple(out)) if less_than(last, unit, {}) else None
 
 
 def _roll(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
@@ -292,6 +315,7 @@ MOVES: dict[object, Rule] = {
     aten.slice.Tensor: _slice,
     aten.narrow.default: _narrow,
     aten.select.int: _select,
+    aten.as_strided.default: _as_strided,
     aten.roll.default: _roll,
     aten.flip.default: _flip,
     **dict.fromkeys([aten.repeat.default, aten.tile.default], _repeat),

@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from attncc.ir.affine import linear_in, poly
-from attncc.ir.attention import Empty
+from attncc.ir.attention import Attention, Empty, W
 from attncc.ir.build import ONE, TRUE, ZERO, op, sub
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite, substitute
 from attncc.patterns.assemble import Lifted, Lse, Parts, assemble
 from attncc.patterns.contractions import DOT
 from attncc.patterns.facts import Facts
@@ -18,10 +18,12 @@ from attncc.patterns.frames import Frame
 from attncc.patterns.guards import unguarded, vanishes
 from attncc.patterns.mixed import mixed_product
 from attncc.patterns.products import Overwritten, Product, products, stored
+from attncc.patterns.reach import Reach
 from attncc.patterns.reasons import of_scores
 from attncc.patterns.reductions import is_maximum
 from attncc.patterns.rowsums import row_sums
 from attncc.patterns.shares import as_softmax
+from attncc.patterns.sliding import slid
 from attncc.patterns.terms import Term
 from attncc.patterns.value import Unreadable
 from attncc.patterns.windowed import windowed_product
@@ -32,6 +34,9 @@ def lift_softmax(frame: Frame, term: Term) -> Lifted:
     anchor = term.anchor
     if frame.facts.shape(anchor.scores)[anchor.dim] is ONE:
         raise Unreadable(anchor.node, "a softmax over a single key is always 1")
+    slide = slid(frame, term)
+    if slide is not None:
+        return attention_of(_parts(slide.frame, slide.term, slide.score, slide.found), slide.frame, slide.term)
     offset = _offset(frame, term)
     parts = parts_of(frame, term)
     if poly(frame.facts.shape(anchor.scores)[anchor.dim]) != poly(frame.product.extent):
@@ -46,13 +51,16 @@ def lift_softmax(frame: Frame, term: Term) -> Lifted:
 
 def parts_of(frame: Frame, term: Term) -> Parts:
     """What an attention is made of that sums the columns of a softmax at which the product reads it."""
+    frame = frame.over(term.mixed)
+    return _parts(frame, term, *_score(frame, term))
+
+
+def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
     f, anchor, product = frame.facts, term.anchor, frame.product
     if product.bias is not None or product.alpha != 1.0:
         raise Unreadable(product.node, "the product with the values also scales or adds")
     if any(_drops(f, x) for x in loads(term.weight)):
         raise Unreadable(anchor.node, "dropout is on")
-    frame = frame.over(term.mixed)
-    score, found = _score(frame, term)
     weight = rewrite(term.weight, lambda x: stored(f, x, frame.use))
     score, weight = as_softmax(anchor, score, weight)
     bare = unguarded(f, frame.reader(), weight, score, frame.c)
@@ -68,7 +76,16 @@ def attention_of(parts: Parts, frame: Frame, term: Term, lse: Lse | None = None)
     site = assemble(parts, frame.node, term.anchor.node, lse=lse)
     if site.attention.mask is not TRUE and not vanishes(parts.weight):
         raise Unreadable(frame.product.node, "keys that the mask hides are given weight after the softmax")
+    a = site.attention
+    if a.empty == "nan" and a.weight is not W and _sees_itself(a):  # there is no such row
+        return replace(site, attention=replace(a, empty="zero"))
     return site
+
+
+def _sees_itself(a: Attention) -> bool:
+    """Whether each query sees the key at its own place."""
+    reach = Reach({x.index: x.extent for x in a.axes})
+    return a.i.extent is a.j.extent and reach.proves((), substitute(a.mask, {a.j.index: a.i.index}))
 
 
 def _drops(f: Facts, x: Load) -> bool:

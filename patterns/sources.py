@@ -116,6 +116,10 @@ def _pad(r: Reader, n: fx.Node, at: Point) -> Expr | None:
         if not less_than(x, shape[dim], r.extents):
             inside = and_(inside, lt(x, shape[dim]))
     when = r.facts.order[n]
+    fill = 0 if fill is None else fill
+    if r.reach is not None:
+        number = cast(const(fill), "float" if r.facts.dtype(n).is_floating_point else "int")
+        return r.selected(inside, lambda: r.value_at(source, tuple(point), when), lambda: number)
     value = r.value_at(source, tuple(point), when)
     if loads(value):
         for dim, length in enumerate(shape):
@@ -123,7 +127,7 @@ def _pad(r: Reader, n: fx.Node, at: Point) -> Expr | None:
             x = x if nonnegative(x, r.extents) else maximum(x, ZERO)
             point[dim] = x if less_than(x, length, r.extents) else minimum(x, sub(length, ONE))
         value = r.value_at(source, tuple(point), when)
-    return where(inside, value, cast(const(0 if fill is None else fill), value.kind))
+    return where(inside, value, cast(const(fill), value.kind))
 
 
 def _wrapped(r: Reader, x: Expr, length: Expr) -> Expr | None:

@@ -7,27 +7,33 @@ a load named `dot:<node>` so that a caller can recognise it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from attncc.ir.attention import DTYPES
-from attncc.ir.build import ONE, cast, op
-from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, walk
-from attncc.patterns.contractions import DOT, ROUNDED, contraction
+from attncc.ir.build import ONE, ZERO, cast, not_, op, where
+from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, loads, walk
+from attncc.patterns.contractions import DOT, ROUNDED, Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point, move
+from attncc.patterns.reach import Context, Reach
 from attncc.patterns.relative import by_distance
 from attncc.patterns.schema import hint, written_args
 from attncc.patterns.sources import SOURCES
+from attncc.patterns.writes import Place, place
 
 #: Deeper than this an expression is a computation of its own, not a score: it is loaded instead.
 _MAX_NODES = 400
 #: A formula of more nodes than this is a computation of its own; a table of more elements than this is no small one.
 _LONG, _TABLE = 24, 1 << 22
+#: What gives a tensor whose elements nobody has set: they may be taken for anything.
+_UNSET = {
+    getattr(torch.ops.aten, name).default for name in ("new_empty", "empty_like", "new_empty_strided", "empty_strided")
+} | {torch.ops.aten.empty.memory_format}
 _COSTLY = frozenset({"exp", "log", "log1p", "tanh", "sigmoid", "pow", "erf", "sqrt", "rsqrt", "sin", "cos"})
 
 
@@ -37,7 +43,8 @@ class Reader:
 
     `extents` bounds every index; `leaves` are nodes to stop at (a softmax, when its consumer is read). `given` says
     what some nodes are: the arguments of a graph of scalars, in which nothing else can be loaded from outside.
-    `lost` is the first formula that was not read because an input of it is gone."""
+    `lost` is the first formula that was not read because an input of it is gone. With `reach`, values are read where the
+    conditions of `context` hold, and loads may lie outside of their tensors elsewhere."""
 
     facts: Facts
     use: int
@@ -46,21 +53,29 @@ class Reader:
     pair: frozenset[Expr] = frozenset()
     given: Mapping[fx.Node, Expr] = field(default_factory=dict[fx.Node, Expr])
     lost: Unreadable | None = None
-    _memo: dict[tuple[fx.Node, Point, int], Expr] = field(default_factory=dict[tuple[fx.Node, Point, int], Expr])
+    reach: Reach | None = None
+    context: Context = ()
+    _memo: dict[tuple[fx.Node, Point, int, Context], Expr] = field(
+        default_factory=dict[tuple[fx.Node, Point, int, Context], Expr]
+    )
 
     def value_at(self, n: fx.Node, at: Point, reader: int | None = None) -> Expr:
         """The value of `n` at `at`, as the op at position `reader` of the graph saw it."""
         when = self.use if reader is None else reader
-        key = (n, at, when)
+        if self.reach is not None:
+            at = tuple(self.reach.simplified(x, self.context) for x in at)
+        key = (n, at, when, self.context)
         found = self._memo.get(key)
         if found is None:
-            found = self._memo[key] = self._shared(n, at, when)
+            found = self._shared(n, at, when)
+            self._memo[key] = found = found if self.reach is None else self.reach.branch(found, self.context)
         return found
 
     def _shared(self, n: fx.Node, at: Point, when: int) -> Expr:
         """What any reader with the same extents finds, so that layers that share a mask read it once."""
         f = self.facts
-        if self.given or n not in f.unwritten or any(f.order[leaf] <= f.order[n] for leaf in self.leaves):
+        alone = bool(self.given) or self.reach is not None or n not in f.unwritten
+        if alone or any(f.order[leaf] <= f.order[n] for leaf in self.leaves):
             return self._read(n, at, when)
         key = (n, at, self.pair, tuple(self.extents.items()))
         found = f.shared.get(key)
@@ -77,7 +92,7 @@ class Reader:
     def _read(self, n: fx.Node, at: Point, when: int) -> Expr:
         writes = self.facts.writes(n, self.facts.order[n], when)
         if writes:
-            return self._after_write(writes[-1], n, at)
+            return self._after_write(writes[-1], n, at, when)
         if n in self.leaves:
             return self.load(n, at)
         if n in self.given:
@@ -89,7 +104,7 @@ class Reader:
             self.lost = self.lost or error
         if value is None:
             return self._load_later(n, at, when)
-        if not self.given and (self._better_loaded(value) or self._worth_a_table(n, value)):
+        if not self.given and (self._better_loaded(value) or (self.reach is None and self._worth_a_table(n, value))):
             table = by_distance(self.facts, n, value, at, self.pair, self.extents)
             return self._load_later(n, at, when) if table is None else table
         return value
@@ -100,7 +115,7 @@ class Reader:
             raise Unreadable(n, "a tensor that the model writes to between reading it and the attention")
         return self.load(n, at)
 
-    def _after_write(self, write: fx.Node, n: fx.Node, at: Point) -> Expr:
+    def _after_write(self, write: fx.Node, n: fx.Node, at: Point, when: int) -> Expr:
         """The value of a tensor that `write` changed in place: the write's own formula if it covers all of it."""
         target = written_args(write)[0]
         same = target is n or (
@@ -110,9 +125,64 @@ class Reader:
         )
         if same and self.facts.is_tensor(write):
             return self.value_at(write, at, self.facts.order[write] + 1)
+        if self.pair and self.pair <= frozenset[Expr]().union(*map(free, at)) and (value := self._written(write, target, n, at, when)) is not None:
+            return value
         if any(self.facts.aliases(n, leaf) for leaf in self.leaves):
             raise Unreadable(write, "a part of the weights is written to before they meet the values")
         return self._load_later(n, at, self.facts.order[write] + 1)
+
+    def _written(self, write: fx.Node, target: fx.Node, n: fx.Node, at: Point, when: int) -> Expr | None:
+        """The same where the write changed a part, if scores or weights are in it, or it holds an element a pair of
+        query and key: what was written there, and what was before elsewhere. None for others, which are loaded."""
+        f = self.facts
+        moved = move(f, n, at, self.extents)
+        try:
+            if moved is not None and f.aliases(n, moved[0]):
+                value = self.value_at(*moved, when)
+            else:
+                part = place(f, n, target, at, self.extents) if f.is_tensor(write) else None
+                value = None if part is None else self._of_part(write, part, n, at)
+        except Unreadable:
+            return None
+        if value is None or any(self._is_own(x) for x in loads(value)):
+            return value
+        return value if len(self.pair) > 1 and not isinstance(value, Load) and _is_short(value) else None
+
+    def _of_part(self, write: fx.Node, part: Place, n: fx.Node, at: Point) -> Expr:
+        f = self.facts
+        when = f.order[write]
+        unset = n.target in _UNSET and not f.writes(n, f.order[n], when)
+        kind = DTYPES[f.dtype_name(n) or "f32"][0]
+
+        def before() -> Expr:
+            return cast(ZERO, kind) if unset else self.value_at(n, at, when)
+
+        def new() -> Expr:
+            value = self.value_at(write, part.at, when + 1)
+            if self.reach is None and not all(self._is_own(x) for x in loads(value)):
+                value = self.value_at(write, part.kept(f.shape(write), self.extents), when + 1)
+            return cast(value, kind)
+
+        return self.selected(part.inside, new, before)
+
+    def selected(self, c: Expr, yes: Callable[[], Expr], no: Callable[[], Expr]) -> Expr:
+        """One value where a condition holds, another elsewhere, each read where it is."""
+        if self.reach is None:
+            return where(c, yes(), no())
+        known = self.context
+        found: list[Expr] = []
+        try:
+            for condition, value in ((c, yes), (not_(c), no)):
+                self.context = (*known, condition)
+                if self.reach.possible(self.context):
+                    found.append(value())
+        finally:
+            self.context = known
+        return found[0] if len(found) == 1 or found[0] is found[1] else where(self.reach.needed(c, known), *found)
+
+    def _is_own(self, x: Load) -> bool:
+        """Whether a load is one of scores or weights, which will not be loaded."""
+        return x.tensor.startswith(DOT) or x.tensor in self._leaf_names
 
     def _compute(self, n: fx.Node, at: Point, when: int) -> Expr | None:
         """The value by the op's rule, None where there is none or it must not be applied."""
@@ -133,10 +203,21 @@ class Reader:
             return None
         product = contraction(f, n)
         if product is not None:
-            return product.value(self, at)
+            spread = self._spread(product, at)
+            return product.value(self, at) if spread is None else self._typed(n, spread)
         rule = ELEMENTS.get(n.target) or SOURCES.get(n.target)
         result = None if rule is None else rule(self, n, at)
         return None if result is None else self._typed(n, result)
+
+    def _spread(self, product: Contraction, at: Point) -> Expr | None:
+        """The other factor of a product of one term a sum whose one factor is all ones: that is how some models bring
+        a mask of the keys into the shape of their scores."""
+        if product.extent is not ONE or product.bias is not None or product.alpha != 1.0 or self.given:
+            return None
+        when, one = self.facts.order[product.node], Const(1.0)
+        sides = list(zip((product.lhs, product.rhs), product.maps(at, ZERO), strict=True))
+        values = [self.value_at(n, x, when) for n, x in sides]
+        return values[1] if values[0] is one else values[0] if values[1] is one else None
 
     def _typed(self, n: fx.Node, x: Expr) -> Expr:
         """`x` as the node's dtype holds it: kinds cast, narrow floats rounded where an op computed something."""
@@ -179,7 +260,7 @@ class Reader:
             return False
         nodes = list(walk(value))
         held = [x for x in nodes if isinstance(x, Load)]
-        if any(x.tensor.startswith(DOT) or x.tensor in self._leaf_names for x in held):
+        if any(self._is_own(x) for x in held):
             return False
         indirect = any(isinstance(y, Load) for x in held for y in walk(*x.index))
         shared = any(x not in nodes and size is not ONE for x, size in self.extents.items())
@@ -197,6 +278,10 @@ class Reader:
                 return False
             count *= size
         return count <= _TABLE
+
+
+def _is_short(x: Expr) -> bool:
+    return sum(1 for _ in walk(x)) <= _MAX_NODES
 
 
 def _is_mask(x: Expr) -> bool:

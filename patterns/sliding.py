@@ -1,0 +1,345 @@
+"""Sliding windows in chunks (Longformer; Beltagy et al., 2020, arXiv 2004.05150): a softmax over columns, of which column
+t of row i is key i + t - w, whose weights are skewed before they meet chunks of values that overlap.
+
+    out[i] = sum_c skewed[i, c] * v[chunk(i) + c],    skewed[i, c] = p[i, c - shift(i)] where that is a column, else 0
+           = sum_t p[i, t] * v[i + t + offset]
+           = sum_j softmax_j(score(i, j - i - offset) where j - i - offset is a column) * v[j]
+
+The change of variable from columns to keys is made where it is proven: each column is a key of its own for every row,
+and columns whose key is outside of the sequence are hidden. It needs no more than that each of them is a linear index;
+how the model skews (by padding and reshaping, by strides) and how it puts its scores together (by writing into parts
+of a tensor) is read as index arithmetic, and simplified where the conditions of each part hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from typing import Any
+
+import torch
+from torch import fx
+
+from attncc.ir.affine import expr, less_than, linear_in, nonnegative, plus, poly, scaled, simplify
+from attncc.ir.attention import S
+from attncc.ir.build import NEG_INF, ONE, ZERO, add, and_, eq, floordiv, ge, le, lt, maximum, minimum, mod, mul, sub, where
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, Size, free, loads, rewrite, substitute, walk
+from attncc.patterns.contractions import DOT, Contraction, contraction
+from attncc.patterns.facts import Facts
+from attncc.patterns.frames import Frame
+from attncc.patterns.moves import Move, Point, move
+from attncc.patterns.products import Product, mentioned
+from attncc.patterns.reach import Context, Reach
+from attncc.patterns.schema import argument, has_argument
+from attncc.patterns.terms import Term
+from attncc.patterns.value import Reader, Unreadable
+
+aten = torch.ops.aten
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
+_COLUMN, _ROW, _KEY = Index("t"), Index("row"), Index("key")
+_OTHER_KEYS = "the softmax covers other keys than the product sums over"
+
+
+@dataclass(frozen=True)
+class Slid:
+    """The same attention over the rows and keys of the whole sequence: `found` is its product of queries and keys, and
+    `score` its score, -inf outside of the window."""
+
+    frame: Frame
+    term: Term
+    score: Expr
+    found: Product
+
+
+def slid(frame: Frame, term: Term) -> Slid | None:
+    """An attention whose weights are selected by the place of the key in its row, over whole rows and keys; None for all
+    others. Raises Unreadable where something that this needs is not proven."""
+    guards, _ = _selected(term.weight, frame.c)
+    return _Slide(frame, term).slid() if guards and not term.mixed else None
+
+
+def _selected(weight: Expr, c: Index) -> tuple[list[Expr], Expr]:
+    """(conditions, rest) of a weight that is zero where conditions on the key and other indices are not met."""
+    guards: list[Expr] = []
+    while isinstance(weight, Op) and weight.name == "where":
+        condition, yes, no = weight.args
+        if c not in free(condition) or loads(condition) or no is not Const(0.0):
+            break
+        guards.append(condition)
+        weight = yes
+    return guards, weight
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Dimension `dim` of `node` read at `at` is `rows`, as one index, + t + `offset`."""
+
+    node: fx.Node
+    at: Point
+    dim: int
+    rows: tuple[Index, ...]
+    offset: Expr
+
+
+class _Slide:
+    def __init__(self, frame: Frame, term: Term) -> None:
+        self.frame, self.term, self.f = frame, term, frame.facts
+        guards, weight = _selected(term.weight, frame.c)
+        reach, context, dim = Reach(frame.extents), tuple(guards), term.anchor.dim
+        at = [reach.simplified(x, context) for x in term.at]
+        self.columns = self.f.shape(term.anchor.scores)[dim]
+        line = linear_in(at[dim], frame.c)
+        if line is None or line[0] != {(): 1} or any(frame.c in free(x) for d, x in enumerate(at) if d != dim):
+            raise Unreadable(term.anchor.node, "the softmax runs over another axis than the product sums over")
+        own = {x: s for x, s in frame.extents.items() if x is not frame.c}
+        self.extents: dict[Expr, Expr] = {**own, _COLUMN: self.columns}
+        self.reach = Reach(self.extents)
+        place = sub(_COLUMN, expr(line[1]))  # where column t is among what the product sums over
+        covered = and_(ge(place, ZERO), lt(place, frame.product.extent), *(substitute(g, {frame.c: place}) for g in guards))
+        below = and_(ge(at[dim], ZERO), lt(at[dim], self.columns))
+        if not self.reach.proves((), simplify(covered, self.extents)) or not reach.proves(context, below):
+            raise Unreadable(term.anchor.node, _OTHER_KEYS)
+        self.by_column: dict[Expr, Expr] = {frame.c: place}
+        self.at = tuple(self._of_column(x) for x in at)
+        self.weight = self._of_column(reach.simplified(weight, context))
+
+    def _of_column(self, x: Expr) -> Expr:
+        return simplify(substitute(x, self.by_column), self.extents)
+
+    def slid(self) -> Slid:
+        frame, anchor, p = self.frame, self.term.anchor, self.values
+        key, keys = self.key, self.f.shape(p.node)[p.dim]
+        score, found = self._score((ge(key, ZERO), lt(key, keys)))
+        for beyond in (lt(key, ZERO), ge(key, keys)):
+            if self.reach.possible((beyond,)) and not _hidden(self._read((beyond,))):
+                raise Unreadable(anchor.node, "columns whose key is outside of the sequence are not hidden")
+        first = add(_ROW, p.offset)
+        window = and_(le(first, _KEY), lt(_KEY, add(first, self.columns)))
+        return Slid(
+            self._whole_frame(keys), replace(self.term, at=self._points(self.at), weight=self._whole(self.weight)),
+            where(simplify(window, self.whole), self._whole(score), NEG_INF), found,
+        )  # fmt: skip
+
+    def _read(self, context: Context) -> Expr:
+        """The scores of columns of which the conditions are known."""
+        anchor, pair = self.term.anchor, frozenset[Expr]({_COLUMN, self.values.rows[-1]})
+        reader = Reader(self.f, self.frame.use, dict(self.extents), pair=pair, reach=self.reach, context=context)
+        score = reader.value_at(anchor.scores, self.at, anchor.read_at(self.f))
+        self.lost = reader.lost
+        return score
+
+    def _score(self, context: Context) -> tuple[Expr, Product]:
+        """The score with the product of queries and keys as `s`, and that product."""
+        score, scores = self._read(context), self.term.anchor.scores
+        found = next(self._products(score), None)
+        if found is None:
+            raise self.lost or Unreadable(scores, "the softmax's input is no product of queries and keys")
+        score = self.reach.simplified(score, context, _Same(self, found))
+        if any(x.tensor == found.load.tensor for x in loads(score)):
+            raise Unreadable(scores, "scores that are put together of several products")
+        return score, found
+
+    @property
+    def key(self) -> Expr:
+        """The index of the key that a column is."""
+        return self.values.at[self.values.dim]
+
+    @cached_property
+    def values(self) -> _Position:
+        """Where the values are read: below a pad that makes room at the ends of the sequence, if there is one."""
+        n, at = self.frame.values, tuple(self._of_column(x) for x in self.frame.values_at)
+        best: _Position | None = None
+        for node, point, padded in _chain(self.f, n, at, self.extents, self.frame.use):
+            found = self._position(node, point) if best is None or padded else None
+            best = found or best
+        if best is None:
+            raise Unreadable(n, "values that are not read at a distance from their row")
+        return best
+
+    def _position(self, n: fx.Node, at: Point) -> _Position | None:
+        moving = [d for d, x in enumerate(at) if _COLUMN in free(x)]
+        line = linear_in(at[moving[0]], _COLUMN) if len(moving) == 1 else None
+        if line is None or line[0] != {(): 1}:
+            return None
+        outs = [x for x in self.frame.out if isinstance(x, Index)]
+        rows = [x for x in outs if any(x in free(y) for m in line[1] for y in m)]
+        first = outs.index(rows[0]) if rows else 0
+        offset = plus(line[1], poly(self.flat(rows)), -1)
+        if not rows or rows != outs[first : first + len(rows)] or not all(isinstance(y, Size) for m in offset for y in m):
+            return None
+        return _Position(n, at, moving[0], tuple(rows), expr(offset))
+
+    def flat(self, rows: Sequence[Index]) -> Expr:
+        return reduce(lambda i, x: add(mul(i, self.extents[x]), x), rows, ZERO)
+
+    @cached_property
+    def whole(self) -> dict[Expr, Expr]:
+        """The extents of the indices that the result has."""
+        p = self.values
+        rows = reduce(mul, (self.extents[x] for x in p.rows))
+        kept = {x: s for x, s in self.extents.items() if x is not _COLUMN and x not in p.rows}
+        return {**kept, _ROW: rows, _KEY: self.f.shape(p.node)[p.dim]}
+
+    @cached_property
+    def _digits(self) -> dict[Expr, Expr]:
+        """What rows in chunks, and columns, are of whole rows and keys."""
+        p = self.values
+        table: dict[Expr, Expr] = {_COLUMN: sub(sub(_KEY, _ROW), p.offset)}
+        left: Expr = _ROW
+        for x in reversed(p.rows[1:]):
+            table[x], left = mod(left, self.extents[x]), floordiv(left, self.extents[x])
+        return {**table, p.rows[0]: left}
+
+    def _point(self, x: Expr) -> Expr:
+        return simplify(substitute(x, self._digits), self.whole)
+
+    def _points(self, at: Point) -> Point:
+        return tuple(self._point(x) for x in at)
+
+    def _whole(self, x: Expr) -> Expr:
+        """An expression over whole rows and keys, whose loads stay inside of their tensors outside of the window too."""
+
+        def kept(y: Expr) -> Expr | None:
+            if not isinstance(y, Load):
+                return None
+            shape = self.f.shape(self.f.by_name[y.tensor.removeprefix(DOT)])
+            return Load(y.tensor, tuple(self._inside(i, s) for i, s in zip(y.index, shape, strict=True)), y.kind)
+
+        return rewrite(self._point(x), kept)
+
+    def _inside(self, x: Expr, length: Expr) -> Expr:
+        x = x if nonnegative(x, self.whole) else maximum(x, ZERO)
+        return x if less_than(x, length, self.whole) else minimum(x, sub(length, ONE))
+
+    def _whole_frame(self, keys: Expr) -> Frame:
+        frame, p = self.frame, self.values
+        first = frame.out.index(p.rows[0])
+        last = frame.out.index(p.rows[-1])
+        return replace(
+            frame, product=replace(frame.product, extent=keys), c=_KEY, extents=self.whole,
+            out=(*frame.out[:first], _ROW, *frame.out[last + 1 :]),
+            shape=(*frame.shape[:first], self.whole[_ROW], *frame.shape[last + 1 :]),
+            weights_at=(*(x for x in frame.out if x in mentioned(frame.weights_at) and x not in p.rows), _ROW, _KEY),
+            values=p.node, values_at=self._points(p.at),
+        )  # fmt: skip
+
+    def _products(self, score: Expr) -> Iterator[Product]:
+        """Products in the score of one row and one key, read where both are plain."""
+        d = Index("d")
+        for x in loads(score):
+            if not x.tensor.startswith(DOT) or _COLUMN not in mentioned(x.index):
+                continue
+            product = contraction(self.f, self.f.by_name[x.tensor.removeprefix(DOT)])
+            assert product is not None
+            sides = self.sides(product, x.index, d)
+            chosen = [self._plainest(n, at, {**self.extents, d: product.extent}) for n, at in sides]
+            keyed = [_KEY in mentioned(at) for _, at in chosen]
+            if sum(keyed) == 1:
+                (k, k_at), (q, q_at) = chosen if keyed[0] else reversed(chosen)
+                if _ROW in mentioned(q_at) and _ROW not in mentioned(k_at) and self._is_read_inside(k, k_at):
+                    yield Product(x, product.node, q, q_at, k, k_at, _ROW, (d, product.extent))
+
+    def sides(self, product: Contraction, at: Point, d: Index) -> list[tuple[fx.Node, Point]]:
+        left, right = product.maps(at, d)
+        return [(product.lhs, left), (product.rhs, right)]
+
+    def _plainest(self, n: fx.Node, at: Point, extents: dict[Expr, Expr]) -> tuple[fx.Node, Point]:
+        """The tensor on the way from an operand to its source at which its index over whole rows and keys is shortest."""
+        bounds = {**self.whole, **{x: s for x, s in extents.items() if x not in self.extents}}
+        read = [
+            (node, tuple(simplify(substitute(x, self._digits), bounds) for x in point))
+            for node, point, _ in _chain(self.f, n, at, extents, self.frame.use)
+        ]
+        return min(read, key=lambda found: sum(isinstance(x, Op) for x in walk(*found[1])))
+
+    def _is_read_inside(self, n: fx.Node, at: Point) -> bool:
+        pairs = zip(at, self.f.shape(n), strict=True)
+        return all(_KEY not in free(x) or (nonnegative(x, self.whole) and less_than(x, s, self.whole)) for x, s in pairs)
+
+
+class _Same:
+    """Recognises the product of queries and keys wherever it is read, as `s`: another place in the tensor of scores may
+    hold the same row and key."""
+
+    def __init__(self, slide: _Slide, found: Product) -> None:
+        self.slide, self.found = slide, found
+        self.sources = self._read(found.load)
+
+    def _read(self, x: Load) -> dict[fx.Node, Point]:
+        """The point at which each tensor on the way to the sources is read."""
+        slide, (d, depth) = self.slide, self.found.contracted
+        product = contraction(slide.f, self.found.node)
+        assert product is not None
+        read: dict[fx.Node, Point] = {}
+        for side, (n, at) in enumerate(slide.sides(product, x.index, d)):
+            for node, point, _ in _chain(slide.f, n, at, {**slide.extents, d: depth}, slide.frame.use):
+                if node is (self.found.q, self.found.k)[side] or node is (self.found.k, self.found.q)[side]:
+                    read[node] = point
+        return read
+
+    def __call__(self, x: Load, context: Context) -> Expr | None:
+        if x.tensor != self.found.load.tensor:
+            return Load(x.tensor, tuple(self._plain(i, context) for i in x.index), x.kind)
+        if x is self.found.load:
+            return S
+        read = self._read(x)
+        pairs = [(a, b) for n, at in self.sources.items() for a, b in zip(at, read[n], strict=True)]
+        equal = all(a is b or self.slide.reach.proves(context, eq(a, b)) for a, b in pairs)
+        return S if equal else None
+
+
+    def _plain(self, x: Expr, context: Context) -> Expr:
+        """The index of the key, or of the row, where it is that."""
+        slide = self.slide
+        if isinstance(x, Const | Index) or not free(x) & {_COLUMN, *slide.values.rows}:
+            return x
+        known = (slide.key, slide.flat(slide.values.rows))
+        return next((y for y in known if x is y or slide.reach.proves(context, eq(x, y))), x)
+
+
+def _chain(
+    f: Facts, n: fx.Node, at: Point, extents: dict[Expr, Expr], use: int
+) -> Iterator[tuple[fx.Node, Point, bool]]:
+    """The tensors that a value comes from, moved, with the index in each and whether it was just below a pad (where the
+    index may lie outside), as far as they hold the same until `use`."""
+    yield n, at, False
+    while True:
+        padded = n.target in _PADS
+        found = _below_pad(f, n, at, extents) if padded else move(f, n, at, extents)
+        if found is None or f.dtype(found[0]) != f.dtype(n) or f.writes(found[0], f.order[n], use):
+            return
+        n, at = found
+        yield n, at, padded
+
+
+def _below_pad(f: Facts, n: fx.Node, at: Point, extents: dict[Expr, Expr]) -> Move | None:
+    """Where the element comes from, if it was not filled in."""
+    source: Any = n.args[0]
+    pads: Any = argument(n, "pad")
+    if has_argument(n, "mode") and argument(n, "mode") != "constant":
+        return None
+    point = list(at)
+    for pair in range(len(pads) // 2):
+        point[-1 - pair] = simplify(sub(point[-1 - pair], f.size(pads[2 * pair])), extents)
+    return source, tuple(point)
+
+
+def _hidden(x: Expr) -> bool:
+    """Whether a score is -inf in any case, or NaN."""
+    match x:
+        case Const(value):
+            return value == -math.inf
+        case Op("add", (a, b)):
+            return _hidden(a) or _hidden(b)
+        case Op("sub", (a, _)):
+            return _hidden(a)
+        case Op("where", (_, a, b)):
+            return _hidden(a) and _hidden(b)
+        case Op("mul" | "div", (a, Const(by))):
+            return by > 0 and _hidden(a)
+        case Op(name, (a,)) if name in ROUNDINGS:
+            return _hidden(a)
+        case _:
+            return False
