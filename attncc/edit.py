@@ -19,6 +19,7 @@ from attncc.patterns.anchors import SDPA
 from attncc.patterns.assemble import Lifted, Lse
 from attncc.patterns.facts import Facts
 from attncc.patterns.flex import FLEX
+from attncc.patterns.memory import noticed, order_in_memory
 from attncc.patterns.schema import argument, written_args
 from attncc.together import sources
 
@@ -62,7 +63,8 @@ class Editor:
         with self.graph.inserting_before(early):
             calls = [self.call(site, a, target) for site, a in parts]
             outs = [self.output(outputs, site, a, target) for outputs, (site, a) in zip(calls, parts, strict=True)]
-            made = [functools.reduce(lambda x, y: call(torch.ops.aten.add.Tensor, (x, y)), outs)]
+            whole = functools.reduce(lambda x, y: call(torch.ops.aten.add.Tensor, (x, y)), outs)
+            made = [self.laid_out(whole, first.node)]
             if first.lse is not None:
                 made.append(self._lse(calls[0], first, parts[0][1], first.lse, target))
         for old, new in zip(placed, made, strict=True):
@@ -75,6 +77,17 @@ class Editor:
         old.replace_all_uses_with(new)
         self.taken[old], self.order[new] = new, self.position(old)
         self._remove(old)
+
+    def laid_out(self, made: fx.Node, shadow: fx.Node) -> fx.Node:
+        """What takes the place of `shadow`, in memory as that was if somebody would notice."""
+        if not noticed(self.facts, shadow):
+            return made
+        order = order_in_memory(self.facts.value(shadow))
+        call, plain = self.graph.call_function, order == tuple(range(len(order)))
+        made = made if plain else call(torch.ops.aten.permute.default, (made, list(order)))
+        made = call(torch.ops.aten.contiguous.default, (made,))
+        back = [order.index(d) for d in range(len(order))]
+        return made if plain else call(torch.ops.aten.permute.default, (made, back))
 
     def position(self, n: fx.Node) -> int:
         return self.order.get(n, len(self.order))
@@ -125,7 +138,8 @@ class Editor:
         dtype = self.facts.dtype(lse.node)
         if dtype != DTYPE_OF[a.compute_dtype]:
             x = call(torch.ops.aten.to.dtype, (x, dtype))
-        return call(torch.ops.aten.reshape.default, (x, [self._size(s, target) for s in self.facts.shape(lse.node)]))
+        x = call(torch.ops.aten.reshape.default, (x, [self._size(s, target) for s in self.facts.shape(lse.node)]))
+        return call(torch.ops.aten.contiguous.default, (x,))
 
     def permuted(self, x: fx.Node, site: Lifted, order: Sequence[int], before: fx.Node) -> fx.Node:
         """A tensor over (*batch, i) of a site with its axes in another order; as it is for none."""

@@ -32,7 +32,7 @@ def merge(editor: Editor, parts: Parts) -> None:
         every = call(aten.stack.default, (sums,))
         whole = call(aten.logsumexp.default, (every, [0]))
         made = [
-            editor.output(out, site, a, last, _factor(editor, site, rows, whole, last))
+            editor.laid_out(editor.output(out, site, a, last, _factor(editor, site, rows, whole, last)), site.node)
             for (site, a), out, rows in zip(parts, outputs, sums, strict=True)
         ]
     for old, new in zip(targets, made, strict=True):

@@ -16,6 +16,7 @@ from attncc.ir.verify import verify
 from attncc.patterns.contractions import contraction
 from attncc.patterns.facts import Facts
 from attncc.patterns.masks import hides_by_score, split_mask
+from attncc.patterns.memory import noticed, order_in_memory
 from attncc.patterns.moves import Point
 from attncc.patterns.operands import Source
 from attncc.patterns.schema import hint
@@ -139,7 +140,7 @@ def assemble(
         score=score, mask=mask, sink=sink, weight=weight, normalizer=p.normalizer, outputs=p.outputs,
         # a sink outweighs every finite fill, so a row that sees nothing else gives zero
         empty="zero" if p.sink is not None else masked.empty, dtype=NAME_OF[p.dtype],
-        layout=_layout(p, [*batch, p.i], names),
+        layout=_layout(p, node, [*batch, p.i], names),
     )  # fmt: skip
     attention, sizes, factors = renamer.close(attention)
     positions = {x: n for n, x in enumerate([*own, p.i, p.e]) if x is not None}
@@ -247,15 +248,13 @@ class _Renamer:
         return closed, tuple(origin.get(s, s) for s in used), {k: v for k, v in factors.items() if isinstance(k, Size)}
 
 
-def _layout(p: Parts, rows: list[Expr | None], names: dict[Expr, Index]) -> tuple[str, ...]:
-    """The rows in the order in which the queries lie in memory, as SDPA lays its output out."""
-    value = p.facts.value(p.q.node)
+def _layout(p: Parts, node: fx.Node, rows: list[Expr | None], names: dict[Expr, Index]) -> tuple[str, ...]:
+    """The rows in the order in which the queries lie in memory, as SDPA lays its output out; in that of the node that
+    is replaced where somebody would notice."""
     order = [("i" if x is None or x is p.i else names[x].name) for x in rows]
-    strides: dict[str, int] = {}
-    for x, name in zip(rows, order, strict=True):
-        for dim, at in enumerate(p.q.at):
-            if at is x:
-                strides[name] = hint(value.stride(dim)) or 0
-    if len(strides) == len(order) and all(strides.values()):
-        order.sort(key=lambda name: -strides[name])
-    return (*order, "e")
+    whole = len(p.out) == p.facts.rank(node)  # rows in chunks lie as one axis does
+    like, at = (node, p.out) if whole and noticed(p.facts, node) else (p.q.node, p.q.at)
+    value = p.facts.value(like)
+    found = [name for dim in order_in_memory(value) for x, name in zip(rows, order, strict=True) if at[dim] is x]
+    repeated = any(hint(value.stride(dim)) == 0 for dim, x in enumerate(at) if x in rows)
+    return (*(found if len(found) == len(order) and not repeated else order), "e")

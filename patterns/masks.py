@@ -3,7 +3,7 @@
 Only fills that no real score can outweigh count as masks: -inf, finite values of -1e9 and below put in a score's place,
 and of -1e30 and below added to it (smaller ones leave something of the score in a row that is all hidden; the lowest
 finite value of the scores' own type counts too). Anything milder (-100, -1e4) is a bias and keeps its meaning. A choice
-by the score itself (a threshold, the k largest) is part of the score: which keys it hides is known when all is computed,
+by the score itself (a threshold, the k largest) is part of the score: which keys it hides is known when all is done,
 and a row in which it hides every visible one weighs them with those that a finite mask hides.
 """
 

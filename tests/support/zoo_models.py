@@ -8,12 +8,13 @@ from zoo_flex import FLEX
 from zoo_forms import FORMS
 from zoo_joint import JOINT
 from zoo_library import LIBRARY
+from zoo_memory import MEMORY
 from zoo_others import OTHERS
 from zoo_spellings import SPELLINGS
 from zoo_text import TEXT
 from zoo_vision import VISION
 
-CASES: tuple[Case, ...] = (*SPELLINGS, *FORMS, *JOINT, *FLEX, *LIBRARY, *OTHERS, *TEXT, *VISION, *DIFFUSION)
+CASES: tuple[Case, ...] = (*SPELLINGS, *FORMS, *JOINT, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *TEXT, *VISION, *DIFFUSION)
 
 assert len({case.name for case in CASES}) == len(CASES)
 
@@ -27,6 +28,7 @@ QUICK = frozenset({
     "sink-column", "sink-gate", "softcap", "alibi", "bucketed", "relative-keys", "relative-shift", "decomposed",
     "channels", "class-token", "windows", "halo", "axial", "top-k", "sorted-groups", "under-autocast", "with-weights",
     "flex", "flex-documents", "flex-merged", "flex-dynamic", "flex-by-tables",
+    "memory-arithmetic", "memory-copy", "memory-channels", "memory-view-dynamic",
     "padded-cross", "dilated", "multihead-attention", "transformer-encoder",
     "transformer-encoder-post-norm", "decoding", "llama-static-cache", "linear-attention", "router",
     "branches", "sampling", "classifier", "pseudo-inverse", "changed-weights", "slots",
