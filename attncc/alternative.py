@@ -37,7 +37,8 @@ class Trial:
         values = dict(self.known)
         for n in self.made:
             target: Any = n.target
-            values[n] = target(*fx.map_arg(n.args, values.__getitem__))  # type: ignore[arg-type]
+            args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), values.__getitem__)  # type: ignore[misc]
+            values[n] = target(*args, **kwargs)
         return [[values[n] for n in site.tensors] for site in self.sites]
 
 
@@ -54,7 +55,8 @@ def trial(sites: Sequence[Lifted], facts: Facts, *, seed: int = 0) -> Trial:
             raise Untimeable("autocast")
         for n in sorted(sources(site.tensors, facts), key=facts.order.__getitem__):
             if n not in known:
-                known[n] = made_up(facts.value(n), generator)
+                value = facts.value(n)
+                known[n] = made_up(value, generator) if isinstance(value, torch.Tensor) else _number(value)
     made = [n for n in between([n for s in sites for n in s.tensors], set(known), facts) if n in facts.made]
     module, inputs = _unfused(sites, facts, known)
     return Trial(tuple(sites), known, [[hint(x, facts) for x in s.sizes] for s in sites], made, module, inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -80,6 +81,31 @@ def test_the_table_holds_a_number_a_distance(both: bool, keys: int, dtype: torch
     exact, own = run(*(t.double() for t in given)), run(*given)
     error, rounding = (own - exact).abs().max(), torch.finfo(dtype).eps * exact.abs().max()
     assert (got - exact).abs().max() <= 2 * error + 4 * rounding
+
+
+@pytest.mark.parametrize(("both", "fewer"), [(True, 0), (False, 8)])
+def test_lengths_may_be_symbols(both: bool, fewer: int) -> None:
+    """One graph for all lengths; the table is made from the length of each call, and no tensor of pairs is."""
+
+    def run(x: Tensor, w: Tensor, table: Tensor) -> Tensor:
+        return layers(x, w, table, both, x.shape[1] - fewer)
+
+    _, w, table = operands(torch.float32)
+    found = Collected()
+    token = collecting.set(found)
+    torch._dynamo.reset()
+    try:
+        function = torch.compile(run, backend="attncc", dynamic=True, options=FAST)
+        for length in (37, 19, 64):
+            given = torch.randn(3, length, 32), w, table
+            exact = run(*(t.double() for t in given))
+            error, rounding = (run(*given) - exact).abs().max(), torch.finfo(torch.float32).eps * exact.abs().max()
+            assert (function(*given) - exact).abs().max() <= 2 * error + 4 * rounding
+    finally:
+        collecting.reset(token)
+    assert [s.status for s in found.sites] == ["fused"] * 2 and len(found.after) == 1
+    assert all(re.search(r"f32\[4, -1 \+ .*n1\]", s.ir or "") for s in found.sites), found.sites[0].ir
+    assert found.after[0].count("aten.index.Tensor") == 1 and "permute(2, 0, 1)" not in found.after[0]
 
 
 def test_a_learned_bias_gets_its_gradient() -> None:
