@@ -31,6 +31,8 @@ MOST_KEPT = 1 << 26
 LOOKING_COSTS, FULL_SAVES = 0.25, 0.3
 #: Calls for which a mask that showed little is not looked at again, at most.
 MOST_RESTS = 64
+#: Sizes and places in memory that are remembered: those that never come back must not pile up.
+MOST_PLACES = 256
 
 
 class BySize:
@@ -41,11 +43,18 @@ class BySize:
         self.attention, self.plain = a, plain
         self._build = build
         self._large: Kernel | None = None
+        self._work: dict[tuple[int, ...], int] = {}
 
     def __call__(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
     ) -> None:
-        more = self.more(tensors, sizes) if self.work(sizes) >= WORTHWHILE else None
+        known = tuple(sizes)
+        work = self._work.get(known)
+        if work is None:
+            if len(self._work) >= MOST_PLACES:
+                self._work.clear()
+            work = self._work[known] = self.work(sizes)
+        more = self.more(tensors, sizes) if work >= WORTHWHILE else None
         if more is None:
             self.plain(tensors, sizes, outputs)
             return
@@ -124,7 +133,7 @@ class Tabled(BySize):
         if any(_pays(m, made[m.tensor.name], self.attention, sizes) for m in self._dense):
             self._rest.pop(place, None)
             return made
-        if len(self._rest) >= 256:  # places that never come back must not pile up
+        if len(self._rest) >= MOST_PLACES:
             self._rest.clear()
         self._rest[place] = _Rest(rest.after, min(2 * rest.after, MOST_RESTS))
         return None
@@ -144,7 +153,8 @@ def _pays(m: BlockMap, made: torch.Tensor, a: Attention, sizes: Sequence[int]) -
     heads = prod(extent(x.extent, table) for x in a.batch if x.index not in m.index)
     read = sum(DTYPES[a.tensor(x.tensor).dtype][1] for x in loads(m.literal))
     left, full = share(made, m, extent(a.j.extent, table))
-    return 1 - left + full * FULL_SAVES > LOOKING_COSTS * read / heads
+    unmasked = 0.0 if m.else_all else full * FULL_SAVES
+    return 1 - left + unmasked > LOOKING_COSTS * read / heads
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

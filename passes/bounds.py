@@ -56,7 +56,7 @@ def analyse(
     """`outer` and `inner` stand in for the mask where it reads data by key: the mask implies `outer`, which bounds the
     visit, and `inner` implies the mask, and gives full keys. `maps` are those of literals of both."""
     m = a.j.extent
-    if a.mask is TRUE:
+    if a.mask is TRUE and outer in (None, TRUE):
         return Analysis(everything(m), True)
     extents: dict[Expr, Expr] = {x.index: x.extent for x in a.axes}
     form = NormalForm(a.i.index, a.j.index, extents)

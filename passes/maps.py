@@ -37,13 +37,15 @@ _SLICE = 1 << 20  # pairs looked at at a time, few enough to stay in a cache
 @dataclass(frozen=True)
 class BlockMap:
     """i64[*batch axes the literal mentions, groups of `group` rows, 2, words]: a bit for each `block` keys, of what
-    some row sees, then of what all rows see. A literal that does not mention the row has one group."""
+    some row sees, then of what all rows see. A literal that does not mention the row has one group. With `else_all` a
+    row that sees nothing sees everything."""
 
     tensor: Tensor
     index: tuple[Expr, ...]
     literal: Expr
     group: int
     block: int
+    else_all: bool = False
 
     @property
     def sources(self) -> tuple[Expr, ...]:
@@ -150,7 +152,7 @@ def _table(m: BlockMap, a: Attention, tensors: Mapping[str, torch.Tensor], sizes
         ev = Evaluator({**sized, **leaves}, tensors, DTYPE_OF[a.compute_dtype])
         ev.known |= _views(literal, ev, dict(zip(names, ranges, strict=True)), table)
         shape = (*counts, end - first, columns)
-        found.append(torch.stack(_seen(literal, ev, shape, min(group, end - first), room), -2))
+        found.append(torch.stack(_seen(literal, ev, shape, min(group, end - first), room, m.else_all), -2))
     return words_of(torch.cat(found, -3), m.block // width)
 
 
@@ -162,12 +164,12 @@ Room = Callable[[tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
 
 
 def _seen(
-    literal: Expr, ev: Evaluator, shape: tuple[int, ...], group: int, room: Room
+    literal: Expr, ev: Evaluator, shape: tuple[int, ...], group: int, room: Room, else_all: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Whether some row and whether every row of each group sees a key, u8[.., groups, columns] of 0 and 1."""
     match literal:
         case Op("not", (x,)):
-            some, every = _seen(x, ev, shape, group, room)
+            some, every = _seen(x, ev, shape, group, room, False)  # what may see all is no negation
             return 1 - every, 1 - some
         case Op(("lt" | "le" | "eq" | "ne") as name, (a, b)) if a.kind == "float":
             x, y = ev(a), ev(b)
@@ -176,7 +178,10 @@ def _seen(
             getattr(torch, name)(x, y, out=seen)
         case _:
             seen = ev(literal).view(torch.uint8)
-    seen = seen.expand(shape).unflatten(-2, (-1, group))
+    seen = seen.expand(shape)
+    if else_all and not (empty := 1 - seen.amax(-1, keepdim=True)).logical_not().all():
+        seen = torch.maximum(seen, empty)
+    seen = seen.unflatten(-2, (-1, group))
     return seen.amax(-2).to(torch.uint8), seen.amin(-2).to(torch.uint8)
 
 

@@ -6,7 +6,9 @@ holds. With both in a table,
     outer = first[i] <= j <= last[i]                          implied by the literal: bounds the visit
     inner = the same where every key between them holds       implies the literal: bounds the full keys
 
-which is exact for what is contiguous (documents in order, padding at one end) and sound for anything. A table costs
+which is exact for what is contiguous (documents in order, padding at one end) and sound for anything. What is added to
+the scores masks too where it is as low as a mask's fill: of a row that any key is added more to, those keys weigh
+nothing, and no row sees one of them that need not see all. A table costs
 O(N log N) for N keys and holds four numbers a row, or four alone where the literal does not depend on the row. What is
 not contiguous, block masks above all, gets a map of bits (`attncc.passes.maps`).
 """
@@ -19,9 +21,9 @@ from typing import Literal
 
 import torch
 
-from attncc.ir import Attention, Bounds, Expr, Load, Op, Tensor
+from attncc.ir import Attention, Bounds, Expr, Load, Op, Tensor, W
 from attncc.ir.affine import expr, poly
-from attncc.ir.build import FALSE, ONE, TRUE, ZERO, and_, const, le, lt, sub
+from attncc.ir.build import FALSE, ONE, TRUE, ZERO, add, and_, const, le, lt, sub
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.rewrite import rewrite, substitute
@@ -37,13 +39,14 @@ _FIRST, _END, _SOLID_FIRST, _SOLID_END = range(4)
 class Span:
     """One table, i32[*batch axes the literal mentions, N if it mentions the row, 4]: first key, end, and the same where
     no key between them is missing. No keys are M and 0. `relation` compares `row` with `key` (`row relation key`);
-    without a relation `key` is the literal itself, a boolean."""
+    without a relation `key` is the literal itself, a boolean. With `else_all` a row without such keys has all."""
 
     tensor: Tensor
     index: tuple[Expr, ...]
     relation: str | None
     row: Expr
     key: Expr
+    else_all: bool = False
 
     @property
     def sources(self) -> tuple[Expr, ...]:
@@ -62,6 +65,8 @@ class Spanned:
     rows_exact: bool = False
 
 
+#: What is added to a score counts as a mask from here on down: models add the lowest number there is, or -1e30.
+FILL = -9e29
 #: Which literals are looked at pair by pair: all that have no span and no blocks; those where that is `quick`; none.
 Looked = Literal["all", "quick", "none"]
 
@@ -77,7 +82,8 @@ def spanned(a: Attention, group: int = 64, *, by_looking: Looked = "all") -> Spa
     j = a.j.index
     if a.i.extent is ONE:
         a = replace(a, mask=substitute(a.mask, {a.i.index: ZERO}))
-    if not reads(a.mask, j):
+    fills = _fills(a)
+    if not reads(a.mask, j) and not fills:
         plain = analyse(a, rows=True)
         return Spanned(a, plain.bounds, rows_exact=plain.rows_exact)
     spans: dict[Expr, Span] = {}
@@ -91,9 +97,10 @@ def spanned(a: Attention, group: int = 64, *, by_looking: Looked = "all") -> Spa
         if reads(literal, j) and literal not in spans and literal not in maps:
             span = _span(literal, a, _fresh(f"span{len(spans)}", taken))
             if span is not None:
-                spans[literal] = span
+                spans[literal] = replace(span, else_all=literal in fills)
             elif not by_pair(literal, a) or by_looking == "all" or (by_looking == "quick" and quick(literal, a)):
-                maps[literal] = block_map(literal, a, _fresh(f"map{len(maps)}", taken), group)
+                made = block_map(literal, a, _fresh(f"map{len(maps)}", taken), group)
+                maps[literal] = replace(made, else_all=literal in fills)
         return literal
 
     def with_spans(literal: Expr, first: int, end: int, otherwise: Expr) -> Expr:
@@ -102,7 +109,7 @@ def spanned(a: Attention, group: int = 64, *, by_looking: Looked = "all") -> Spa
         return literal if literal in maps or not reads(literal, j) else otherwise
 
     mask = map_literals(a.mask, find)
-    outer = map_literals(mask, lambda x: with_spans(x, _FIRST, _END, TRUE))
+    outer = map_literals(and_(mask, *map(find, fills)), lambda x: with_spans(x, _FIRST, _END, TRUE))
     inner = map_literals(mask, lambda x: with_spans(x, _SOLID_FIRST, _SOLID_END, FALSE))
     found = analyse(a, rows=True, outer=outer, inner=inner, maps=maps)
     tables = (*spans.values(), *maps.values())
@@ -118,6 +125,25 @@ def tables(
     """Every table of `found` by name, made from the attention's own `tensors`, on their device."""
     a = found.attention
     return span_tables(found.spans, a, tensors, sizes) | map_tables(found.maps, a, tensors, sizes)
+
+
+def _fills(a: Attention) -> list[Expr]:
+    """What every key holds that weighs anything, of a row where any key holds it: what data adds to its score is more
+    than a mask's fill."""
+    if a.mask is not TRUE or a.normalizer != "softmax" or a.weight is not W:
+        return []
+    added: Expr | None = None
+    rest = [a.score]
+    while rest:
+        x = rest.pop()
+        if isinstance(x, Op) and x.name == "add":
+            rest += x.args
+        elif isinstance(x, Load) and mentions(x, a.j.index):
+            added = x if added is None else add(added, x)
+    if added is None:
+        return []
+    literal = lt(const(FILL), added)
+    return [substitute(literal, {a.i.index: ZERO}) if a.i.extent is ONE else literal]
 
 
 def _between(span: Span, first: int, end: int, j: Expr) -> Expr:
@@ -197,17 +223,20 @@ def span_tables(
         else:
             row = ev(span.row).expand(*counts, n)
             found = _RELATIONS[span.relation](row.contiguous(), key.contiguous())
-        result[span.tensor.name] = _packed(*found, m)
+        result[span.tensor.name] = _packed(*found, m, else_all=span.else_all)
     return result
 
 
 Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # first key, last key, how many
 
 
-def _packed(first: torch.Tensor, last: torch.Tensor, count: torch.Tensor, m: int) -> torch.Tensor:
+def _packed(
+    first: torch.Tensor, last: torch.Tensor, count: torch.Tensor, m: int, *, else_all: bool
+) -> torch.Tensor:
     """No keys are (m, 0), which the smallest first key and the largest end over several rows pass over."""
     none, solid = count == 0, count == last - first + 1
-    lo, hi = torch.where(none, m, first), torch.where(none, 0, last + 1)
+    nothing = (0, m) if else_all else (m, 0)
+    lo, hi = torch.where(none, nothing[0], first), torch.where(none, nothing[1], last + 1)
     inside = (torch.where(solid, lo, m), torch.where(solid, hi, 0))
     return torch.stack([lo, hi, *inside], -1).to(torch.int32).contiguous()
 
