@@ -23,11 +23,15 @@ class Diagonals:
 
     def place(self, x: Expr) -> int | None:
         """The number of the table of `x`, or None."""
-        if x.kind != "float" or not {self.i, self.j} <= free(x) or not self.by_distance(x):
+        if not self.tabled(x):
             return None
         if not loads(x) and sum(isinstance(n, Op) for n in walk(x)) <= _LEAST:
             return None
         return self.tables.setdefault(x, len(self.tables))
+
+    def tabled(self, x: Expr) -> bool:
+        """Whether `x` may be a table."""
+        return x.kind == "float" and {self.i, self.j} <= free(x) and self.by_distance(x)
 
     def by_distance(self, x: Expr) -> bool:
         """Whether `x` is the same at (i + 1, j + 1)."""

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 
 from attncc.codegen.cpp import prepared
-from attncc.codegen.cpp.expressions import Printer, fits_32_bits, literal
-from attncc.codegen.cpp.fold import folded, may_be_huge
+from attncc.codegen.cpp.expressions import Level, Printer, fits_32_bits, literal
+from attncc.codegen.cpp.fold import folded, may_be_huge, spread
 from attncc.codegen.cpp.isa import TABLE, machine
 from attncc.codegen.cpp.operands import NotAffine, Operand, folded_axes, operand
 from attncc.codegen.cpp.prepared import function
@@ -24,13 +24,14 @@ from attncc.codegen.cpp.weights import linear_factor, selects, vanishes
 from attncc.ir import Attention, Axis, Bounds, Const, Expr, Interval, Op, S, print_attention
 from attncc.ir.bounds import Bits
 from attncc.ir.build import TRUE, mul
-from attncc.ir.expr import free, loads
+from attncc.ir.expr import free, loads, walk
 
 _ELEMENT = {
     "f64": "double", "f32": "float", "bf16": "bf16", "f16": "f16", "i64": "int64_t", "i32": "int32_t",
     "i16": "int16_t", "i8": "int8_t", "u8": "uint8_t", "bool": "bool",
 }  # fmt: skip
 _INDENT = "    "
+_FEW = 16  # rows of a matrix unit's tile, the most that are few
 
 
 def unsupported(a: Attention) -> str | None:
@@ -81,11 +82,16 @@ class _Emitter:
         self.q, self.k, self.v = _operands(a)
         self.factor = linear_factor(a.weight) if a.normalizer == "softmax" else None
         self.early = a.normalizer == "softmax" and self.factor is None
-        self.scale = self._plain_scale()
         # bfloat16 operands alone gain from bfloat16 products; everything else runs in the compute type.
         bf16 = {a.tensor(x.tensor).dtype for x in (a.q, a.k, a.v)} == {"bf16"}
         self.pairs = bf16 and self.isa.pairs
         self.tiles = self.pairs and self.isa.tiles
+        self.near = self.pairs and any(isinstance(x, Op) and x.name == "tanh" for x in walk(a.score))
+        self.scale = self._plain_scale()
+        self.base_two = None
+        if a.normalizer == "softmax" and self.scale is None:
+            most = float.fromhex("0x1.fffffffffffffp1023" if self.p.double else "0x1.fffffep127")
+            self.base_two = spread(a.score, math.log2(math.e), self._apart, most)
 
     def _plain_scale(self) -> float | None:
         """c > 0 with score = s * c, which needs no pass of its own."""
@@ -123,7 +129,8 @@ class _Emitter:
     def _config(self) -> str:
         a, double = self.a, self.p.double
         narrow = not double and fits_32_bits(a, a.score, a.mask, a.weight, *([a.sink] if a.sink else []))
-        defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles) | {
+        wide = isinstance(a.e.extent, Const) and int(a.e.extent.value) >= 128
+        defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles, wide=wide) | {
             "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged), "SLANTED": len(self.p.diagonals.tables),
             "STAGED_BY_SCORE": int(not self.p.staged.keys().isdisjoint(loads(a.score, a.weight))),
             "MAX_SPANS": max(len(self.bounds.visit), 1), "MAX_HIDDEN": max(len(self.hidden), 1),
@@ -134,7 +141,8 @@ class _Emitter:
             "IS_SOFTMAX": int(a.normalizer == "softmax"), "NORMALIZED_EARLY": int(self.early),
             "EMPTY_ZERO": 0, "EMPTY_MEAN": 1, "EMPTY_NAN": 2, "EMPTY": f"EMPTY_{a.empty.upper()}",
             "PLAIN": int(self.scale is not None), "SCALE": self._real(self._log2e(self.scale)),
-            "MAY_BE_HUGE": int(may_be_huge(a.score)),
+            "MAY_BE_HUGE": int(may_be_huge(a.score)), "HAS_NEAR": int(self.near),
+            "MOST_FEW": self._most_few,
             "FEW_ALONE": int(self.scale is not None and self.factor == Const(1.0)),
             "SUMS_ROUNDED": int(self.factor == Const(1.0) and "lse" not in a.outputs),
             "CAN_SPLIT": int(a.normalizer == "softmax" and not self.early and a.empty != "mean"),
@@ -149,19 +157,26 @@ class _Emitter:
         lines += [f"typedef {'int32_t' if narrow else 'int64_t'} lane_int;  // what every integer of a lane fits"]
         return "\n".join(lines) + "\n"
 
+    @property
+    def _most_few(self) -> int:
+        """Rows of a tile of few queries (see few.h, few_tiles.h) at most. Code for more takes the compiler long."""
+        rows = self.a.i.extent
+        if isinstance(rows, Const) and rows.value > _FEW:
+            return 0
+        extents = [x.extent for x in (self.a.i, *self.folded)]
+        known = [int(x.value) for x in extents if isinstance(x, Const)]
+        return min(math.prod(known), _FEW) if len(known) == len(extents) else _FEW
+
     def _log2e(self, scale: float | None) -> float:
         if self.a.normalizer != "softmax":
             return 1.0
         if scale is not None:
             return scale * math.log2(math.e)
-        return 1.0 if self._base_two_folds else math.log2(math.e)
+        return 1.0 if self.base_two is not None else math.log2(math.e)
 
-    @property
-    def _base_two_folds(self) -> bool:
-        """Whether the score ends with a constant factor that takes base 2 in for nothing."""
-        x = self.a.score
-        product = isinstance(x, Op) and x.name == "mul" and any(isinstance(k, Const) for k in x.args)
-        return self.scale is None and product
+    def _apart(self, x: Expr) -> bool:
+        """Whether no pair of row and key has to work `x` out: it is the row's, or their distance's."""
+        return x.kind == "float" and (self.p.level(x) in (Level.UNIFORM, Level.ROW) or self.p.diagonals.tabled(x))
 
     def _real(self, x: float) -> str:
         return literal(Const(float(x)), double=self.p.double)
@@ -274,20 +289,18 @@ class _Emitter:
 
     def _logit(self) -> str:
         a = self.a
-        x = S if self.scale is not None else a.score
-        if a.normalizer == "softmax" and self._base_two_folds:
-            x = _times(x, math.log2(math.e))
-        unmasked = self.p.statements({"x": x})
+        x = S if self.scale is not None else self.base_two or a.score
+        unmasked = self.p.statements({"x": x}, near=self.near)
         masked = self.p.statements({"seen": a.mask})
-        lines = [_UNUSED, "(void)s; (void)visible;"]
+        lines = [_UNUSED, "(void)s; (void)visible; (void)reach;"]
         if a.mask is not TRUE:
             lines += ["if (MASKED) {", *(f"{_INDENT}{line}" for line in masked), f"{_INDENT}visible = seen;", "}"]
         lines += unmasked
         pointwise = {"softmax": "x", "none": "x", "sigmoid": "sigmoid_of(x)", "relu": "x < 0 ? vreal{} : x"}
         lines.append(f"return {pointwise[a.normalizer]};")
         head = (
-            "template <bool MASKED>\n"
-            f"INLINE vreal logit({_PLACE}, vreal s, vmask& visible)"
+            "template <bool MASKED, bool NEAR>\n"
+            f"INLINE vreal logit({_PLACE}, vreal s, vmask& visible, vreal& reach)"
         )  # fmt: skip
         return function(head, lines)
 

@@ -112,9 +112,10 @@ class Printer:
         """`x` as a C++ scalar; it mentions no row."""
         return _Scope(self, inside=Level.UNIFORM, names=names).scalar(x)
 
-    def statements(self, roots: dict[str, Expr]) -> list[str]:
-        """Lines that define each root as a vector of the given name, inside the key loop."""
-        scope = _Scope(self, inside=Level.BOTH, shared=_shared(roots.values()))
+    def statements(self, roots: dict[str, Expr], *, near: bool = False) -> list[str]:
+        """Lines that define each root as a vector of the given name, inside the key loop; `near`: where it may be that
+        arguments of tanh are small."""
+        scope = _Scope(self, inside=Level.BOTH, shared=_shared(roots.values()), near=near)
         for name, x in roots.items():
             value = scope.vector(x)
             scope.lines.append(f"const {VECTOR[x.kind]} {name} = {value};")
@@ -156,9 +157,10 @@ class _Scope:
 
     def __init__(
         self, p: Printer, inside: Level, shared: set[Expr] | None = None, names: dict[Expr, str] | None = None,
-        prefix: str = "x",
+        prefix: str = "x", *, near: bool = False,
     ) -> None:  # fmt: skip
         self.p, self.inside, self.shared, self.prefix = p, inside, shared or set[Expr](), prefix
+        self.near = near
         self.names: dict[tuple[Expr, bool], str] = {}
         self.leaves: dict[Expr, str] = names or {}
         self.lines: list[str] = []
@@ -177,7 +179,7 @@ class _Scope:
         if level in (Level.UNIFORM, Level.KEY):
             return f"{_SPLAT[x.kind]}({self.scalar(x)})"
         if self.inside == Level.BOTH and (at := self.p.diagonals.place(x)) is not None:
-            return f"load(u.slanted + {at} * KEYS * LANES + (j - u.j0) * u.slant)"
+            return f"load(u.slanted + {at} * SLANT_ROOM + (j - u.j0) * u.slant)"
         if level == Level.ROW and self.inside == Level.BOTH:
             return f"r.{self.p.row(x)}"
         if (x, True) in self.names:
@@ -220,6 +222,8 @@ class _Scope:
                 return self.leaves.get(x) or f"lane_values(t, {self.p.rows.index(x)}, at)"
             case Load(tensor, index):
                 return self._gather(x, tensor, index)
+            case Op("tanh", (arg,)) if self.near:
+                return f"tanh_in<NEAR>({self.vector(arg)}, reach)"
             case Op(name, args):
                 return _vector_op(name, x, [self.vector(a) for a in args])
             case _:

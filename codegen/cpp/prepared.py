@@ -59,7 +59,7 @@ def staged(p: Printer) -> str:
 def slanted(p: Printer) -> str:
     """The tables of diagonals at the distances in the lanes of `distance`."""
     lines = ["(void)c; (void)b; (void)u; (void)t; (void)at; (void)distance; (void)to;", *p.slants()]
-    lines += [f"store(to + {n} * KEYS * LANES, x{n});" for n in range(len(p.diagonals.tables))]
+    lines += [f"store(to + {n} * SLANT_ROOM, x{n});" for n in range(len(p.diagonals.tables))]
     return function(
         "INLINE void slanted_at(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at,\n"
         "                       vint distance, real* to)",

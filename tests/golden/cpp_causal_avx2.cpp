@@ -23,7 +23,8 @@
 // dtype  f32
 // layout b, i, hk, g, e
 //
-// visit 0 <= j < i1
+// visit  0 <= j < i1
+// hidden 0 <= j < N
 
 #include <math.h>
 #include <omp.h>
@@ -35,6 +36,7 @@
 #define QUERIES 64
 #define KEYS 96
 #define GROUP_TILES 8
+#define SLANT_ROOM 768
 #define TILE_ROWS 6
 #define TILE_VECTORS 2
 #define PAIRS 0
@@ -57,7 +59,7 @@
 #define SLANTED 1
 #define STAGED_BY_SCORE 0
 #define MAX_SPANS 1
-#define MAX_FULLS 1
+#define MAX_HIDDEN 1
 #define MAX_STRIPES 0
 #define MAX_BITS 0
 #define ROW_AXES 2
@@ -71,8 +73,10 @@
 #define EMPTY_NAN 2
 #define EMPTY EMPTY_ZERO
 #define PLAIN 0
-#define SCALE 1.4426950408889634f
+#define SCALE 1.0f
 #define MAY_BE_HUGE 1
+#define HAS_NEAR 0
+#define MOST_FEW 16
 #define FEW_ALONE 0
 #define SUMS_ROUNDED 0
 #define CAN_SPLIT 1
@@ -236,6 +240,18 @@ INLINE vreal tanh_of(vreal x) {
 #endif
 #endif
 }
+// The same up to 3/4, relative error 1e-5, in a third of the time; `reach` becomes the highest square of an argument.
+constexpr real NEAR_REACH = 0.5625f;
+template <bool NEAR> INLINE vreal tanh_in(vreal x, vreal& reach) {
+    if (!NEAR) return tanh_of(x);
+    const vreal y = x * x;
+    reach = high(y, reach);
+    vreal p = splat(-3.54526787e-02f);
+    p = p * y + 1.27426892e-01f;
+    p = p * y + -3.32696697e-01f;
+    p = p * y + 9.99988984e-01f;
+    return x * p;
+}
 INLINE real tanh_of(real x) { return FN(__builtin_tanh)(x); }
 INLINE vreal sigmoid_of(vreal x) {
 #ifdef WIDE_512
@@ -283,7 +299,11 @@ INLINE vreal exp2_weight(vreal x) {
     p = p * f + 0.693153073203f;
     p = p * f + 0.999999925064f;
 #endif
+#if TILES
+    return ldexp_of(p, x);  // flushes what is not normal: see enter_matrix_unit
+#else
     return __builtin_ia32_scalefps512_mask(p, x, vreal{}, __builtin_ia32_cmpps512_mask(x, splat(-100), 5, -1, 4), 4);
+#endif
 #else
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     const vreal c = low(splat(126), high(splat(-126), x));
@@ -703,13 +723,14 @@ struct Uniform {
 struct RowValues { vint r0; vint r1; };
 struct Tile;
 
-// ---- spans: keys lo <= j < hi, of which those in every stripe and all bits count -------------------------------------------------
+// ---- spans: keys lo <= j < hi, of which those in every stripe and all bits count ------------------------------------
 struct Stripe {
     int64_t step, offset, width;  // (j - offset) % step < width
 };
 struct Bits {
-    const int64_t* words;  // bit j / block says whether key j counts
+    const int64_t* words;  // bit j / block says whether key j counts: it is set, or it is not
     int64_t block;
+    bool set;
 };
 struct Span {
     int64_t lo, hi, stripes, tables;
@@ -743,7 +764,7 @@ INLINE int64_t first_key(const Span& s, int64_t j) {
         const int64_t before = j;
         for (int64_t n = 0; n < s.tables && j < s.hi; ++n) {
             const Bits& x = s.bits[n];
-            const int64_t at = next_bit(x.words, j / x.block, (s.hi + x.block - 1) / x.block, true) * x.block;
+            const int64_t at = next_bit(x.words, j / x.block, (s.hi + x.block - 1) / x.block, x.set) * x.block;
             j = at > j ? at : j;
         }
         for (int64_t n = 0; n < s.stripes; ++n) {
@@ -765,7 +786,7 @@ INLINE int64_t run_end(const Span& s, int64_t j) {
     }
     for (int64_t n = 0; n < s.tables; ++n) {
         const Bits& x = s.bits[n];
-        const int64_t at = next_bit(x.words, j / x.block, (s.hi + x.block - 1) / x.block, false) * x.block;
+        const int64_t at = next_bit(x.words, j / x.block, (s.hi + x.block - 1) / x.block, !x.set) * x.block;
         end = at < end ? at : end;
     }
     return end > j ? end : j + 1;
@@ -789,14 +810,15 @@ struct Tile {
     int64_t rows, columns;  // queries, and vectors of them; lanes past the last query repeat it
     int64_t i0, i1, g0;  // rows i0 <= i < i1 of the groups from g0 on
     int64_t lo, hi;      // hull of the visit
-    int64_t spans, fulls;
-    Span span[MAX_SPANS], full[MAX_FULLS];
+    int64_t spans, hides;
+    Span span[MAX_SPANS], hidden[MAX_HIDDEN];  // keys that it visits, and those that some row does not see
     bool few;    // its queries lie in rows: see few.h
-    int64_t climbing;  // bit v: scores of column v have left the range of `LARGE` and `SMALL`
+    bool near;   // every argument of tanh so far was within what tanh_near is right for
     bool fresh;  // no key block has been added yet, so `o` is not set
     real *q, *o; // [columns][D][LANES] and [columns][E][LANES]
     RowValues values[QUERIES / LANES];
     alignas(128) real m[QUERIES], l[QUERIES];     // running maximum and sum, in powers of two
+    alignas(128) real level[QUERIES], expected[QUERIES];  // of the logits of the last block and of the next, about
     alignas(128) mask_int seen[QUERIES];          // whether any key was visible
     alignas(128) lane_int lane[ROW_AXES][QUERIES];  // i, then the folded batch axes
 };
@@ -811,12 +833,14 @@ INLINE void visit(Tile& t, int64_t lo, int64_t hi, int64_t from, int64_t to, Fil
     t.hi = s.hi > t.hi ? s.hi : t.hi;
     ++t.spans;
 }
-template <class... Filters> INLINE void see_all(Tile& t, int64_t lo, int64_t hi, int64_t keys, Filters... filters) {
-    Span& s = t.full[t.fulls];
+template <class... Filters> INLINE void hide(Tile& t, int64_t lo, int64_t hi, int64_t keys, Filters... filters) {
+    Span& s = t.hidden[t.hides];
     s = {lo < 0 ? 0 : lo, hi < keys ? hi : keys, 0, 0, {}, {}};
     (add(s, filters), ...);
-    t.fulls += s.hi > s.lo;
+    t.hides += s.hi > s.lo;
 }
+
+INLINE bool lies_in_rows(const Tile& t) { return MOST_FEW > 0 && t.few; }
 
 // The first key from `j` on that the tile visits, or its end; and the end of the run that begins there, gaps too small
 // to gain by taken in.
@@ -864,17 +888,18 @@ static RowValues row_values(const Call& c, const Batch& b, const Uniform& u, con
 static void find_spans(const Call& c, const Batch& b, Tile& t, int64_t from, int64_t to) {
     (void)c; (void)b;
     visit(t, 0, t.i1, from, to);
+    hide(t, 0, c.z_N, c.M);
 }
 
-template <bool MASKED>
-INLINE vreal logit(const Call& c, const Uniform& u, const RowValues& r, int64_t j, vreal s, vmask& visible) {
+template <bool MASKED, bool NEAR>
+INLINE vreal logit(const Call& c, const Uniform& u, const RowValues& r, int64_t j, vreal s, vmask& visible, vreal& reach) {
     (void)c; (void)u; (void)r; (void)j;
-    (void)s; (void)visible;
+    (void)s; (void)visible; (void)reach;
     if (MASKED) {
         const vmask seen = (narrow(splat_int(j) <= r.r0) & narrow(r.r1 == splat_int(value(c.t_doc[u.u0 * c.s_doc[0] + j * c.s_doc[1]]))));
         visible = seen;
     }
-    const vreal x = ((s * splat(0.125f)) - load(u.slanted + 0 * KEYS * LANES + (j - u.j0) * u.slant));
+    const vreal x = ((s * splat(0.18033688011112042f)) - load(u.slanted + 0 * SLANT_ROOM + (j - u.j0) * u.slant));
     return x;
 }
 
@@ -903,8 +928,9 @@ static vreal first_logit(const Call& c, const Batch& b, const Uniform& u, const 
 INLINE void slanted_at(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at,
                        vint distance, real* to) {
     (void)c; (void)b; (void)u; (void)t; (void)at; (void)distance; (void)to;
-    const vreal x0 = (gather_real(c.t_slope, to_long((splat_int(u.u1) + lane_values(t, 1, at))) * c.s_slope[0]) * to_real(distance));
-    store(to + 0 * KEYS * LANES, x0);
+    const vreal y0 = (gather_real(c.t_slope, to_long((splat_int(u.u1) + lane_values(t, 1, at))) * c.s_slope[0]) * to_real(distance));
+    const vreal x0 = pick((absolute(y0) == splat(real(INFINITY))), y0, maximum(minimum((y0 * splat(1.4426950408889634f)), splat(3.4028234663852886e+38f)), splat(-3.4028234663852886e+38f)));
+    store(to + 0 * SLANT_ROOM, x0);
 }
 
 static void bring_near(const Call& c, const Uniform& u, const RowValues& r, int64_t count, real* near) {
@@ -1200,12 +1226,13 @@ static void value_few(const Call& c, const Batch& b, Tile& t, const Block& at, c
 }
 
 // `f`, or `g` in the matrix unit, with the number of rows rounded up to one there is code for.
+#define UP_TO(most) (MOST_FEW <= most || t.rows <= most)
 #define IN_ROWS(f, ...) \
-    (t.rows == 1 ? f<1>(__VA_ARGS__) : t.rows == 2 ? f<2>(__VA_ARGS__) : t.rows <= 4 ? f<4>(__VA_ARGS__) : f<FEW>(__VA_ARGS__))
+    (UP_TO(1) ? f<1>(__VA_ARGS__) : UP_TO(2) ? f<2>(__VA_ARGS__) : UP_TO(4) ? f<4>(__VA_ARGS__) : f<FEW>(__VA_ARGS__))
 #if TILES
 #define BY_ROWS(f, g, ...) \
-    (!few_in_tiles(c, t.rows) ? IN_ROWS(f, __VA_ARGS__) : t.rows <= 4 ? g<4>(__VA_ARGS__) \
-     : t.rows <= 8 ? g<8>(__VA_ARGS__) : g<16>(__VA_ARGS__))
+    (!few_in_tiles(c, t.rows) ? IN_ROWS(f, __VA_ARGS__) : UP_TO(4) ? g<4>(__VA_ARGS__) \
+     : UP_TO(8) ? g<8>(__VA_ARGS__) : g<16>(__VA_ARGS__))
 #else
 #define BY_ROWS(f, g, ...) IN_ROWS(f, __VA_ARGS__)
 #endif
@@ -1270,7 +1297,7 @@ static void place(const Call& c, const Tiling& g, const Batch& b, int64_t n, int
     const int64_t taken = t.g0 + g.folded < groups ? g.folded : groups - t.g0;
     t.rows = (t.i1 - t.i0) * taken;
     t.columns = (t.rows + LANES - 1) / LANES;
-    t.spans = t.fulls = 0;
+    t.spans = t.hides = 0;
     t.lo = to;
     t.hi = from;
     find_spans(c, b, t, from, to);
@@ -1290,9 +1317,8 @@ INLINE void next_row(const Call& c, const Tile& t, Row& r) {
 
 // Loads the queries of a placed tile and everything of its rows that no key changes.
 static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
-    t.fresh = true;
-    t.climbing = 0;
-    t.few = is_few(c, t.rows);
+    t.fresh = t.near = true;
+    t.few = MOST_FEW > 0 && is_few(c, t.rows);
     Row at = first_row(c, t);
     for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
         const q_element* rows[LANES];
@@ -1302,7 +1328,7 @@ static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
             set_lane(t, v + l, at.g, at.i);
             if (v + l + 1 < t.rows) next_row(c, t, at);
         }
-        if (t.few) load_few(c, rows, t.q);
+        if (lies_in_rows(t)) load_few(c, rows, t.q);
         else load_queries(c, rows, t.q + v * q_rows(c));
     }
     const Uniform u = uniform(c, b, t);
@@ -1311,6 +1337,8 @@ static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
         const vreal sink = with_sink ? first_logit(c, b, u, t, v) : splat(-INFINITY);
         const vreal safe = sink == -INFINITY ? vreal{} : sink;
         store(t.m + v, sink);
+        store(t.level + v, splat(NAN));
+        store(t.expected + v, splat(NAN));
         store(t.l + v, exp2_of(sink - safe));
         *(vmask*)(t.seen + v) = vmask{};
     }
@@ -1349,28 +1377,58 @@ static void finish(const Call& c, const Batch& b, Tile& t) {
     }
 }
 
-// ---- tables of a block that the distance between row and key gives: see slanted_at ----------------------------------
-// Where the lanes from `at` on hold neighbouring rows, one number a distance, and lanes of the next key begin one before;
-// elsewhere a vector a key. Distances are those of some row and key, so that nothing is loaded that lies outside.
-static void bring_slanted(const Call& c, const Batch& b, Uniform& u, const Tile& t, int64_t at, int64_t count, real* out) {
-    const int64_t last = (at + LANES < t.rows ? at + LANES : t.rows) - 1;
-    bool neighbours = t.lane[0][last] - t.lane[0][at] == last - at;
-    for (int n = 1; n < ROW_AXES; ++n) neighbours = neighbours && t.lane[n][at] == t.lane[n][last];
-    if (neighbours) {
-        const int64_t least = t.lane[0][at] - (u.j0 + count - 1), most = t.lane[0][last] - u.j0;
-        for (int64_t x = 0; x < count + LANES - 1; x += LANES) {
-            alignas(64) lane_int lanes[LANES];
-            EACH_LANE(lanes[l] = (lane_int)(least + x + l < most ? least + x + l : most))
-            vint distance;
-            memcpy(&distance, lanes, sizeof distance);
-            slanted_at(c, b, u, t, at, distance, out + x);
-        }
-        u.slanted = out + count - 1;
+// ---- tables of what the distance between row and key gives: see slanted_at ------------------------------------------
+// One number a distance, for the rows of one group: distance x is at[x - lo]. Neighbouring tiles and blocks meet nearly the
+// same distances, so a table follows the visits and only what is new is worked out.
+struct Slants {
+    int64_t group, lo, hi;
+    real* at;
+};
+static size_t slanted_size() { return SLANTED * SLANT_ROOM * sizeof(real); }
+
+// Distances [from, to), which are those of some row and key, so that nothing is loaded that lies outside.
+static void fill_slants(const Call& c, const Batch& b, const Uniform& u, const Tile& t, const Slants& x, int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; n += LANES) {
+        alignas(64) lane_int lanes[LANES];
+        EACH_LANE(lanes[l] = (lane_int)(n + l < to ? n + l : to - 1))
+        vint distance;
+        memcpy(&distance, lanes, sizeof distance);
+        slanted_at(c, b, u, t, 0, distance, x.at + (n - x.lo));
+    }
+}
+
+// Makes `x` hold distances [from, to) of a tile whose rows are of one group.
+static void reach_slants(const Call& c, const Batch& b, const Uniform& u, const Tile& t, Slants& x, int64_t from, int64_t to) {
+    constexpr int64_t most = SLANT_ROOM - LANES;
+    if (x.group == t.g0 && x.lo <= from && to <= x.hi) return;
+    if (x.group != t.g0 || from > x.hi || to < x.lo) x.group = t.g0, x.lo = x.hi = from;
+    const int64_t lo = from < x.lo ? from : to - most > x.lo ? to - most : x.lo;
+    const int64_t hi = to > x.hi ? to : lo + most < x.hi ? lo + most : x.hi;
+    const int64_t kept_lo = lo > x.lo ? lo : x.lo, kept_hi = hi < x.hi ? hi : x.hi;
+    for (int64_t n = 0; n < SLANTED && lo != x.lo; ++n)
+        memmove(x.at + n * SLANT_ROOM + (kept_lo - lo), x.at + n * SLANT_ROOM + (kept_lo - x.lo), (kept_hi - kept_lo) * sizeof(real));
+    x.lo = lo;
+    x.hi = hi;
+    // The ends are whole vectors: the lower one first keeps what it overlaps for the distances that were there.
+    real saved[SLANTED + 1][LANES];
+    for (int64_t n = 0; n < SLANTED; ++n) memcpy(saved[n], x.at + n * SLANT_ROOM + (kept_lo - lo), sizeof saved[n]);
+    fill_slants(c, b, u, t, x, lo, kept_lo);
+    for (int64_t n = 0; n < SLANTED; ++n) memcpy(x.at + n * SLANT_ROOM + (kept_lo - lo), saved[n], sizeof saved[n]);
+    fill_slants(c, b, u, t, x, kept_hi, hi);
+}
+
+// Points `u` to what the lanes from `at` on need for a block: a table of diagonals, where lanes of the next key begin one
+// before, if they hold neighbouring rows; elsewhere a vector a key.
+static void bring_slanted(const Call& c, const Batch& b, Uniform& u, const Tile& t, int64_t at, int64_t count, Slants& x) {
+    if (t.rows == t.i1 - t.i0) {
+        reach_slants(c, b, u, t, x, t.i0 - (u.j0 + count - 1), t.i1 - u.j0);
+        u.slanted = x.at + (t.i0 + at - u.j0 - x.lo);
         u.slant = -1;
     } else {
+        x.group = -1;
         for (int64_t k = 0; k < count; ++k)
-            slanted_at(c, b, u, t, at, lane_values(t, 0, at) - splat_int(u.j0 + k), out + k * LANES);
-        u.slanted = out;
+            slanted_at(c, b, u, t, at, lane_values(t, 0, at) - splat_int(u.j0 + k), x.at + k * LANES);
+        u.slanted = x.at;
         u.slant = LANES;
     }
 }
@@ -1399,6 +1457,26 @@ INLINE vreal scaled(vreal x) {
 }
 static constexpr real LATE = PLAIN ? SCALE : 1;  // what `scaled` leaves to do
 
+template <bool VALUE> struct Known {
+    constexpr bool operator()() const { return VALUE; }
+};
+
+// What the matrix unit reads once a strip is weighed, asked for meanwhile: its sums, then the next strip's queries.
+struct Soon {
+    const char *at, *end, *next, *last;
+    void ask(int64_t lines) {
+        for (int64_t n = 0; n < lines && TILES; ++n, at += 64) {
+            if (at >= end) at = next, end = last;
+            if (at >= end) return;
+            __builtin_prefetch(at, 0, 3);
+        }
+    }
+};
+static Soon soon_of(const Call& c, const Tile& t, int64_t v, int64_t columns) {
+    const real *o = t.o + v * LANES * o_rows(c), *q = t.q + (v + columns) * LANES * q_rows(c);
+    return {(const char*)o, (const char*)(o + columns * LANES * o_rows(c)), (const char*)q, (const char*)(q + columns * LANES * q_rows(c))};
+}
+
 // One column of queries against one block of keys: the first key, and the scores, a row a key.
 struct Column {
     const Call& c;
@@ -1407,9 +1485,9 @@ struct Column {
     int64_t j0;
     const real* s;
 };
-template <bool MASKED> INLINE vreal logit_at(const Column& x, int64_t k, vmask& seen) {
+template <bool MASKED, bool NEAR> INLINE vreal logit_at(const Column& x, int64_t k, vmask& seen, vreal& reach) {
     vmask visible = splat_mask(true);
-    vreal y = scaled(logit<MASKED>(x.c, x.u, x.r, x.j0 + k, load(x.s + k * LANES), visible));
+    vreal y = scaled(logit<MASKED, NEAR>(x.c, x.u, x.r, x.j0 + k, load(x.s + k * LANES), visible, reach));
     if (!MASKED) return y;
     seen |= visible;
     return pick(visible, y, splat(-INFINITY));
@@ -1418,40 +1496,42 @@ template <bool MASKED> INLINE vreal logit_at(const Column& x, int64_t k, vmask& 
 // The highest logit of keys [from, to), -inf where none is visible.
 template <bool MASKED> INLINE vreal highest(const Column& x, int64_t from, int64_t to, vreal most) {
     vmask seen;
+    vreal reach;
     vreal top[4] = {most, most, most, most};
     int64_t k = from;
     for (; k + 4 <= to; k += 4)
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) top[n] = high(logit_at<MASKED>(x, k + n, seen) * LATE, top[n]);
-    for (; k < to; ++k) top[0] = high(logit_at<MASKED>(x, k, seen) * LATE, top[0]);
+        for (int n = 0; n < 4; ++n) top[n] = high(logit_at<MASKED, false>(x, k + n, seen, reach) * LATE, top[n]);
+    for (; k < to; ++k) top[0] = high(logit_at<MASKED, false>(x, k, seen, reach) * LATE, top[0]);
     return high(high(top[0], top[1]), high(top[2], top[3]));
 }
 
 // Weights of keys [from, to) against the maximum m, and their sums. Only the last range of a block may end between fours.
 struct Sums {
-    vreal part[4];
+    vreal part[4], reach;
     vmask seen;
 };
-template <bool MASKED> INLINE vreal weight_of(const Column& x, int64_t k, vreal m, vreal& sum, vmask& seen) {
-    vreal w = exp2_weight(logit_at<MASKED>(x, k, seen) * LATE - m);
+template <bool MASKED, bool NEAR> INLINE vreal weight_of(const Column& x, int64_t k, vreal m, vreal& sum, Sums& all) {
+    vreal w = exp2_weight(logit_at<MASKED, NEAR>(x, k, all.seen, all.reach) * LATE - m);
     if (SUMS_ROUNDED) w = rounded(w);
     sum += w;
     return SUMS_ROUNDED ? w : rounded(linear_weight(x.c, x.u, x.r, x.j0 + k, w));
 }
-template <bool MASKED>
-INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, Sums& sums) {
+template <bool MASKED, bool NEAR>
+INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, Sums& sums, Soon& soon) {
     if (!MASKED && to > from) sums.seen = splat_mask(true);
     int64_t k = from;
     for (; k + 4 <= to; k += 4) {
         vreal w[4];
+        soon.ask(4);
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) w[n] = weight_of<MASKED>(x, k + n, m, sums.part[n], sums.seen);
+        for (int n = 0; n < 4; ++n) w[n] = weight_of<MASKED, NEAR>(x, k + n, m, sums.part[n], sums);
         put_weights(p, k, w[0], w[1]);
         put_weights(p, k + 2, w[2], w[3]);
     }
     for (; k < to; k += 2) {
-        const vreal w = weight_of<MASKED>(x, k, m, sums.part[0], sums.seen);
-        put_weights(p, k, w, k + 1 < to ? weight_of<MASKED>(x, k + 1, m, sums.part[1], sums.seen) : vreal{});
+        const vreal w = weight_of<MASKED, NEAR>(x, k, m, sums.part[0], sums);
+        put_weights(p, k, w, k + 1 < to ? weight_of<MASKED, NEAR>(x, k + 1, m, sums.part[1], sums) : vreal{});
     }
 }
 
@@ -1461,27 +1541,29 @@ INLINE void weights(const Column& x, int64_t from, int64_t to, vreal m, vreal in
     for (int64_t k = from; k < to; ++k) {
         const vreal raw = load(s + k * LANES);
         vmask visible = splat_mask(true);
-        vreal w = logit<MASKED>(x.c, x.u, x.r, x.j0 + k, raw, visible);
+        vreal reach, w = logit<MASKED, false>(x.c, x.u, x.r, x.j0 + k, raw, visible, reach);
         if (IS_SOFTMAX) w = exp2_of(scaled(w) * LATE - m) * inverse;
         w = weight(x.c, x.u, x.r, x.j0 + k, raw, w);
         store(s + k * LANES, MASKED ? pick(visible, w, vreal{}) : w);
     }
 }
 
-// The longest run of keys of the block that every row of the tile sees, of the first few of each span (which has one stripe
-// or table at most, so that `first_key` is exact).
+// The longest run of keys of the block that every row of the tile sees, of the first few.
 INLINE void full_run(const Tile& t, int64_t j0, int64_t count, int64_t& from, int64_t& to) {
+    const int64_t end = j0 + count;
     from = to = count;
-    for (int64_t n = 0; n < t.fulls; ++n) {
-        int64_t j = j0;
-        for (int round = 0; round < ROUNDS; ++round) {
-            const int64_t lo = first_key(t.full[n], j);
-            if (lo >= t.full[n].hi || lo >= j0 + count) break;
-            j = run_end(t.full[n], lo);
-            const int64_t hi = j < j0 + count ? j : j0 + count;
-            if (hi - lo > to - from) from = lo - j0, to = hi - j0;
-            if (!t.full[n].stripes && !t.full[n].tables) break;
+    int64_t j = j0;
+    for (int round = 0; round < 2 * ROUNDS && j < end; ++round) {
+        int64_t next = end, past = j;
+        for (int64_t n = 0; n < t.hides; ++n) {
+            const Span& s = t.hidden[n];
+            if (s.hi <= j) continue;
+            const int64_t first = first_key(s, j);
+            if (first == j) past = run_end(s, j) > past ? run_end(s, j) : past;
+            else if (first < s.hi && first < next) next = first;
         }
+        if (past == j && next - j > to - from) from = j - j0, to = next - j0;
+        j = past == j ? next : past;
     }
 }
 
@@ -1510,12 +1592,14 @@ static void weigh_known(const Column& x, const Tile& t, int64_t from, int64_t to
 
 // A maximum need not be one: weights are right against any number that keeps their sum in range. So the first block of a row
 // is weighed against 0, which saves a pass over the scores; out of this range, or once a later sum is too large, the block
-// is weighed again, against its own maximum, and so are at once all later ones of these rows.
-static constexpr real LARGE = 1048576, SMALL = 1 / LARGE;
+// is weighed again, against its own maximum. Scores that climb, as towards the diagonal, are foreseen: the sum of a block
+// tells its level, which rises by as much to the next.
+static constexpr real LARGE = 1048576, SMALL = 1 / LARGE, CLIMB = 10, STEEPEST = 4096;
+INLINE vreal exponent_of(vreal x) { return __builtin_convertvector(((vmask)x >> MANTISSA) - BIAS, vreal); }
 
 // Column v of a tile: scores in `s` become weights in `p`, and `keep` what its rows' earlier sums are worth now.
 static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, const Uniform& u, int64_t v, Stage stage,
-                   int64_t from, int64_t to, real* s, real* p, real* keep) {
+                   int64_t from, int64_t to, real* s, real* p, real* keep, Soon& soon) {
     const int64_t n = at.count, lane = v * LANES;
     const Column x = {c, u, t.values[v], at.j0, s};
     if (!IS_SOFTMAX || stage == WEIGHTS || stage == EMPTIES) {
@@ -1528,42 +1612,60 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
     vreal m = pick(m_old == splat(-INFINITY), vreal{}, m_old), factor, sum;
     Sums sums;
     auto top = [&] { return highest<true>(x, to, n, highest<false>(x, from, to, highest<true>(x, 0, from, m_old))); };
-    bool again = t.climbing >> v & 1;
-    if (again) m = top();
-    for (;; again = true) {
+    const vreal expected = load(t.expected + lane);
+    const vmask climbing = expected - m > splat(CLIMB);
+    bool again = false;
+    if (!none(climbing)) {
+        again = to - from < n;  // masked keys may be those it climbs to
+        m = again ? top() : pick(climbing, expected, m);
+    }
+    for (;;) {
         for (int i = 0; i < 4; ++i) sums.part[i] = vreal{};
         sums.seen = *(const vmask*)(t.seen + lane);
         const vreal safe = pick(m == splat(-INFINITY), vreal{}, m);
-        weigh<true>(x, 0, from, safe, p, sums);
-        weigh<false>(x, from, to, safe, p, sums);
-        weigh<true>(x, to, n, safe, p, sums);
+        auto weigh_all = [&](auto near) {
+            sums.reach = vreal{};
+            weigh<true, near()>(x, 0, from, safe, p, sums, soon);
+            weigh<false, near()>(x, from, to, safe, p, sums, soon);
+            weigh<true, near()>(x, to, n, safe, p, sums, soon);
+            if (near() && !none(sums.reach > splat(NEAR_REACH))) t.near = false;
+        };
+        if (HAS_NEAR && t.near) {
+            weigh_all(Known<HAS_NEAR>{});
+            if (!t.near) continue;
+        } else weigh_all(Known<false>{});
         factor = pick(m_old - safe < splat(-100), vreal{}, exp2_of(m_old - safe));
         sum = (sums.part[0] + sums.part[1]) + (sums.part[2] + sums.part[3]);
         if (again || none((sum > splat(LARGE)) | (sums.seen & (l_old * factor + sum < splat(SMALL))))) break;
-        if (WEIGHTS_OVERWRITE && t.few) few_score_product(c, b, t, at, s);
+        if (WEIGHTS_OVERWRITE && lies_in_rows(t)) few_score_product(c, b, t, at, s);
         else if (WEIGHTS_OVERWRITE) score_product(c, t, v, 1, at, s);
         m = top();
-        t.climbing |= (int64_t)1 << v;
+        again = true;
     }
     end_weights(p, n);
+    const vreal level = m + exponent_of(sum), risen = level - load(t.level + lane);
+    store(t.level + lane, level);
+    store(t.expected + lane, level + pick((risen > vreal{}) & (risen < splat(STEEPEST)), risen, vreal{}));
     m = pick(sums.seen | (m_old != splat(-INFINITY)), m, m_old);
-    if (!PRODUCT_KEEPS && !t.few && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
+    if (!PRODUCT_KEEPS && !lies_in_rows(t) && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
     store(t.m + lane, m);
     store(t.l + lane, l_old * factor + sum);
     store(keep, factor);
     *(vmask*)(t.seen + lane) = sums.seen;
 }
 
-static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stage stage, real* scores, real* spare) {
+static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stage stage, real* scores, real* spare,
+                   Slants& slants) {
     int64_t from, to;
     full_run(t, at.j0, at.count, from, to);
-    if (t.few && FEW_ALONE && stage == ONLINE && from == 0 && to == at.count) return few_attention(c, b, t, at, scores);
+    const bool all_seen = from == 0 && to == at.count;
+    if (lies_in_rows(t) && FEW_ALONE && stage == ONLINE && all_seen) return few_attention(c, b, t, at, scores);
     // Ranges meet at multiples of four keys.
     from = (from + 3) / 4 * 4;
     to = to == at.count ? to : to / 4 * 4;
     if (from >= to) from = to = at.count;
     alignas(128) real keep[QUERIES];
-    alignas(128) real near[STAGED * KEYS * LANES + 1], slanted[SLANTED * KEYS * LANES + 1];
+    alignas(128) real near[STAGED * KEYS * LANES + 1];
     Uniform u = uniform(c, b, t);
     u.near = near;
     u.j0 = at.j0;
@@ -1571,17 +1673,18 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
     // A few columns at a time, so that their scores stay in the nearest cache until they are used.
     for (int64_t v = 0; v < t.columns; v += STRIP) {
         const int64_t columns = v + STRIP < t.columns ? STRIP : t.columns - v;
-        if (t.few) few_score_product(c, b, t, at, scores);
+        if (lies_in_rows(t)) few_score_product(c, b, t, at, scores);
         else score_product(c, t, v, columns, at, scores);
+        Soon soon = soon_of(c, t, v, columns);
         for (int64_t x = 0; x < columns; ++x) {
             if (STAGED && (STAGED_BY_SCORE || from > 0 || to < at.count))
                 bring_near(c, u, t.values[v + x], at.count, near);
-            if (SLANTED) bring_slanted(c, b, u, t, (v + x) * LANES, at.count, slanted);
+            if (SLANTED) bring_slanted(c, b, u, t, (v + x) * LANES, at.count, slants);
             soften(c, b, t, at, u, v + x, stage, from, to, scores + x * KEYS * LANES, weight_column(scores, spare, x),
-                   keep + (v + x) * LANES);
+                   keep + (v + x) * LANES, soon);
         }
         if (stage == SUMS || !HAS_OUT) continue;
-        if (t.few) few_value_product(c, b, t, at, p, keep);
+        if (lies_in_rows(t)) few_value_product(c, b, t, at, p, keep);
         else value_product(c, t, v, columns, at, p, keep);
     }
     if (stage != SUMS && HAS_OUT) t.fresh = false;
@@ -1648,6 +1751,7 @@ static int64_t area(const Call& c, const Plan& p, int64_t n) {
 struct Scratch {
     Tile* tiles;
     real *scores, *weights, *k, *v, *q, *o;
+    Slants slants;
 };
 static size_t round_up(size_t n) { return (n + 127) / 128 * 128; }
 static bool reserve(const Call& c, Scratch& s) {
@@ -1655,7 +1759,7 @@ static bool reserve(const Call& c, Scratch& s) {
     static thread_local size_t held = 0;
     const size_t column = GROUP_TILES * QUERIES * sizeof(real);
     const size_t sizes[] = {GROUP_TILES * sizeof(Tile), KEYS * QUERIES * sizeof(real), p_scratch(), k_scratch(c),
-                            v_scratch(c), column * q_rows(c), column * o_rows(c)};
+                            v_scratch(c), column * q_rows(c), column * o_rows(c), slanted_size()};
     size_t total = 0;
     for (size_t n : sizes) total += round_up(n) + 128;
     if (total > held) {
@@ -1673,6 +1777,7 @@ static bool reserve(const Call& c, Scratch& s) {
     s.v = (real*)take(sizes[4]);
     s.q = (real*)take(sizes[5]);
     s.o = (real*)take(sizes[6]);
+    s.slants.at = (real*)take(sizes[7]);
     return true;
 }
 
@@ -1710,17 +1815,18 @@ static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stag
                     if (from >= j1 || from >= t.hi) break;
                     to = run_end(t, from, j1);
                 }
-                if (t.few) {
+                if (lies_in_rows(t)) {
                     Block raw = {};
                     raw.j0 = from;
                     raw.count = to - from;
-                    attend(c, x.b, t, raw, stage, w.scores, w.weights);
+                    attend(c, x.b, t, raw, stage, w.scores, w.weights, w.slants);
                     continue;
                 }
                 if (!ready) whole = load_block(c, k, v, j0, j1 - j0, w.k, w.v);
                 ready = true;
                 const int64_t begin = (from - j0) / KEY_STEP * KEY_STEP;
-                attend(c, x.b, t, part_of(c, whole, begin, to - j0), stage, w.scores, w.weights);
+                attend(c, x.b, t, part_of(c, whole, begin, to - j0), stage, w.scores, w.weights,
+                       w.slants);
             }
         }
     }
@@ -1729,6 +1835,7 @@ static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stag
 static void run_item(const Call& c, const Plan& p, int64_t number, Scratch& w, char* parts) {
     const Item x = item_at(c, p, number);
     const int64_t count = x.last - x.first;
+    w.slants.group = -1;
     for (int64_t n = 0; n < count; ++n) {
         Tile& t = w.tiles[n];
         t.q = w.q + n * QUERIES * q_rows(c);
@@ -1746,7 +1853,7 @@ static void run_item(const Call& c, const Plan& p, int64_t number, Scratch& w, c
     }
     for (int64_t n = 0; n < count; ++n) {
         Tile& t = w.tiles[n];
-        if (t.few && !t.fresh) end_few(c, t);
+        if (lies_in_rows(t) && !t.fresh) end_few(c, t);
         if (p.splits == 1) {
             finish(c, x.b, t);
             continue;
@@ -1837,12 +1944,12 @@ static int32_t run(const Call& c) {
             }
         }
 #if TILES
-        enter_matrix_unit();
+        const uint32_t before = enter_matrix_unit();
 #endif
         if (ready)
             for (int64_t n = from; n < to; ++n) run_item(c, p, n, w, parts);
 #if TILES
-        leave_matrix_unit();
+        leave_matrix_unit(before);
 #endif
         if (p.splits > 1) {
 #pragma omp barrier

@@ -22,6 +22,26 @@ INLINE vreal scaled(vreal x) {
 }
 static constexpr real LATE = PLAIN ? SCALE : 1;  // what `scaled` leaves to do
 
+template <bool VALUE> struct Known {
+    constexpr bool operator()() const { return VALUE; }
+};
+
+// What the matrix unit reads once a strip is weighed, asked for meanwhile: its sums, then the next strip's queries.
+struct Soon {
+    const char *at, *end, *next, *last;
+    void ask(int64_t lines) {
+        for (int64_t n = 0; n < lines && TILES; ++n, at += 64) {
+            if (at >= end) at = next, end = last;
+            if (at >= end) return;
+            __builtin_prefetch(at, 0, 3);
+        }
+    }
+};
+static Soon soon_of(const Call& c, const Tile& t, int64_t v, int64_t columns) {
+    const real *o = t.o + v * LANES * o_rows(c), *q = t.q + (v + columns) * LANES * q_rows(c);
+    return {(const char*)o, (const char*)(o + columns * LANES * o_rows(c)), (const char*)q, (const char*)(q + columns * LANES * q_rows(c))};
+}
+
 // One column of queries against one block of keys: the first key, and the scores, a row a key.
 struct Column {
     const Call& c;
@@ -30,9 +50,9 @@ struct Column {
     int64_t j0;
     const real* s;
 };
-template <bool MASKED> INLINE vreal logit_at(const Column& x, int64_t k, vmask& seen) {
+template <bool MASKED, bool NEAR> INLINE vreal logit_at(const Column& x, int64_t k, vmask& seen, vreal& reach) {
     vmask visible = splat_mask(true);
-    vreal y = scaled(logit<MASKED>(x.c, x.u, x.r, x.j0 + k, load(x.s + k * LANES), visible));
+    vreal y = scaled(logit<MASKED, NEAR>(x.c, x.u, x.r, x.j0 + k, load(x.s + k * LANES), visible, reach));
     if (!MASKED) return y;
     seen |= visible;
     return pick(visible, y, splat(-INFINITY));
@@ -41,40 +61,42 @@ template <bool MASKED> INLINE vreal logit_at(const Column& x, int64_t k, vmask& 
 // The highest logit of keys [from, to), -inf where none is visible.
 template <bool MASKED> INLINE vreal highest(const Column& x, int64_t from, int64_t to, vreal most) {
     vmask seen;
+    vreal reach;
     vreal top[4] = {most, most, most, most};
     int64_t k = from;
     for (; k + 4 <= to; k += 4)
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) top[n] = high(logit_at<MASKED>(x, k + n, seen) * LATE, top[n]);
-    for (; k < to; ++k) top[0] = high(logit_at<MASKED>(x, k, seen) * LATE, top[0]);
+        for (int n = 0; n < 4; ++n) top[n] = high(logit_at<MASKED, false>(x, k + n, seen, reach) * LATE, top[n]);
+    for (; k < to; ++k) top[0] = high(logit_at<MASKED, false>(x, k, seen, reach) * LATE, top[0]);
     return high(high(top[0], top[1]), high(top[2], top[3]));
 }
 
 // Weights of keys [from, to) against the maximum m, and their sums. Only the last range of a block may end between fours.
 struct Sums {
-    vreal part[4];
+    vreal part[4], reach;
     vmask seen;
 };
-template <bool MASKED> INLINE vreal weight_of(const Column& x, int64_t k, vreal m, vreal& sum, vmask& seen) {
-    vreal w = exp2_weight(logit_at<MASKED>(x, k, seen) * LATE - m);
+template <bool MASKED, bool NEAR> INLINE vreal weight_of(const Column& x, int64_t k, vreal m, vreal& sum, Sums& all) {
+    vreal w = exp2_weight(logit_at<MASKED, NEAR>(x, k, all.seen, all.reach) * LATE - m);
     if (SUMS_ROUNDED) w = rounded(w);
     sum += w;
     return SUMS_ROUNDED ? w : rounded(linear_weight(x.c, x.u, x.r, x.j0 + k, w));
 }
-template <bool MASKED>
-INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, Sums& sums) {
+template <bool MASKED, bool NEAR>
+INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, Sums& sums, Soon& soon) {
     if (!MASKED && to > from) sums.seen = splat_mask(true);
     int64_t k = from;
     for (; k + 4 <= to; k += 4) {
         vreal w[4];
+        soon.ask(4);
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) w[n] = weight_of<MASKED>(x, k + n, m, sums.part[n], sums.seen);
+        for (int n = 0; n < 4; ++n) w[n] = weight_of<MASKED, NEAR>(x, k + n, m, sums.part[n], sums);
         put_weights(p, k, w[0], w[1]);
         put_weights(p, k + 2, w[2], w[3]);
     }
     for (; k < to; k += 2) {
-        const vreal w = weight_of<MASKED>(x, k, m, sums.part[0], sums.seen);
-        put_weights(p, k, w, k + 1 < to ? weight_of<MASKED>(x, k + 1, m, sums.part[1], sums.seen) : vreal{});
+        const vreal w = weight_of<MASKED, NEAR>(x, k, m, sums.part[0], sums);
+        put_weights(p, k, w, k + 1 < to ? weight_of<MASKED, NEAR>(x, k + 1, m, sums.part[1], sums) : vreal{});
     }
 }
 
@@ -84,7 +106,7 @@ INLINE void weights(const Column& x, int64_t from, int64_t to, vreal m, vreal in
     for (int64_t k = from; k < to; ++k) {
         const vreal raw = load(s + k * LANES);
         vmask visible = splat_mask(true);
-        vreal w = logit<MASKED>(x.c, x.u, x.r, x.j0 + k, raw, visible);
+        vreal reach, w = logit<MASKED, false>(x.c, x.u, x.r, x.j0 + k, raw, visible, reach);
         if (IS_SOFTMAX) w = exp2_of(scaled(w) * LATE - m) * inverse;
         w = weight(x.c, x.u, x.r, x.j0 + k, raw, w);
         store(s + k * LANES, MASKED ? pick(visible, w, vreal{}) : w);
@@ -135,12 +157,14 @@ static void weigh_known(const Column& x, const Tile& t, int64_t from, int64_t to
 
 // A maximum need not be one: weights are right against any number that keeps their sum in range. So the first block of a row
 // is weighed against 0, which saves a pass over the scores; out of this range, or once a later sum is too large, the block
-// is weighed again, against its own maximum, and so are at once all later ones of these rows.
-static constexpr real LARGE = 1048576, SMALL = 1 / LARGE;
+// is weighed again, against its own maximum. Scores that climb, as towards the diagonal, are foreseen: the sum of a block
+// tells its level, which rises by as much to the next.
+static constexpr real LARGE = 1048576, SMALL = 1 / LARGE, CLIMB = 10, STEEPEST = 4096;
+INLINE vreal exponent_of(vreal x) { return __builtin_convertvector(((vmask)x >> MANTISSA) - BIAS, vreal); }
 
 // Column v of a tile: scores in `s` become weights in `p`, and `keep` what its rows' earlier sums are worth now.
 static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, const Uniform& u, int64_t v, Stage stage,
-                   int64_t from, int64_t to, real* s, real* p, real* keep) {
+                   int64_t from, int64_t to, real* s, real* p, real* keep, Soon& soon) {
     const int64_t n = at.count, lane = v * LANES;
     const Column x = {c, u, t.values[v], at.j0, s};
     if (!IS_SOFTMAX || stage == WEIGHTS || stage == EMPTIES) {
@@ -153,42 +177,60 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
     vreal m = pick(m_old == splat(-INFINITY), vreal{}, m_old), factor, sum;
     Sums sums;
     auto top = [&] { return highest<true>(x, to, n, highest<false>(x, from, to, highest<true>(x, 0, from, m_old))); };
-    bool again = t.climbing >> v & 1;
-    if (again) m = top();
-    for (;; again = true) {
+    const vreal expected = load(t.expected + lane);
+    const vmask climbing = expected - m > splat(CLIMB);
+    bool again = false;
+    if (!none(climbing)) {
+        again = to - from < n;  // masked keys may be those it climbs to
+        m = again ? top() : pick(climbing, expected, m);
+    }
+    for (;;) {
         for (int i = 0; i < 4; ++i) sums.part[i] = vreal{};
         sums.seen = *(const vmask*)(t.seen + lane);
         const vreal safe = pick(m == splat(-INFINITY), vreal{}, m);
-        weigh<true>(x, 0, from, safe, p, sums);
-        weigh<false>(x, from, to, safe, p, sums);
-        weigh<true>(x, to, n, safe, p, sums);
+        auto weigh_all = [&](auto near) {
+            sums.reach = vreal{};
+            weigh<true, near()>(x, 0, from, safe, p, sums, soon);
+            weigh<false, near()>(x, from, to, safe, p, sums, soon);
+            weigh<true, near()>(x, to, n, safe, p, sums, soon);
+            if (near() && !none(sums.reach > splat(NEAR_REACH))) t.near = false;
+        };
+        if (HAS_NEAR && t.near) {
+            weigh_all(Known<HAS_NEAR>{});
+            if (!t.near) continue;
+        } else weigh_all(Known<false>{});
         factor = pick(m_old - safe < splat(-100), vreal{}, exp2_of(m_old - safe));
         sum = (sums.part[0] + sums.part[1]) + (sums.part[2] + sums.part[3]);
         if (again || none((sum > splat(LARGE)) | (sums.seen & (l_old * factor + sum < splat(SMALL))))) break;
-        if (WEIGHTS_OVERWRITE && t.few) few_score_product(c, b, t, at, s);
+        if (WEIGHTS_OVERWRITE && lies_in_rows(t)) few_score_product(c, b, t, at, s);
         else if (WEIGHTS_OVERWRITE) score_product(c, t, v, 1, at, s);
         m = top();
-        t.climbing |= (int64_t)1 << v;
+        again = true;
     }
     end_weights(p, n);
+    const vreal level = m + exponent_of(sum), risen = level - load(t.level + lane);
+    store(t.level + lane, level);
+    store(t.expected + lane, level + pick((risen > vreal{}) & (risen < splat(STEEPEST)), risen, vreal{}));
     m = pick(sums.seen | (m_old != splat(-INFINITY)), m, m_old);
-    if (!PRODUCT_KEEPS && !t.few && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
+    if (!PRODUCT_KEEPS && !lies_in_rows(t) && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
     store(t.m + lane, m);
     store(t.l + lane, l_old * factor + sum);
     store(keep, factor);
     *(vmask*)(t.seen + lane) = sums.seen;
 }
 
-static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stage stage, real* scores, real* spare) {
+static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stage stage, real* scores, real* spare,
+                   Slants& slants) {
     int64_t from, to;
     full_run(t, at.j0, at.count, from, to);
-    if (t.few && FEW_ALONE && stage == ONLINE && from == 0 && to == at.count) return few_attention(c, b, t, at, scores);
+    const bool all_seen = from == 0 && to == at.count;
+    if (lies_in_rows(t) && FEW_ALONE && stage == ONLINE && all_seen) return few_attention(c, b, t, at, scores);
     // Ranges meet at multiples of four keys.
     from = (from + 3) / 4 * 4;
     to = to == at.count ? to : to / 4 * 4;
     if (from >= to) from = to = at.count;
     alignas(128) real keep[QUERIES];
-    alignas(128) real near[STAGED * KEYS * LANES + 1], slanted[SLANTED * KEYS * LANES + 1];
+    alignas(128) real near[STAGED * KEYS * LANES + 1];
     Uniform u = uniform(c, b, t);
     u.near = near;
     u.j0 = at.j0;
@@ -196,17 +238,18 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
     // A few columns at a time, so that their scores stay in the nearest cache until they are used.
     for (int64_t v = 0; v < t.columns; v += STRIP) {
         const int64_t columns = v + STRIP < t.columns ? STRIP : t.columns - v;
-        if (t.few) few_score_product(c, b, t, at, scores);
+        if (lies_in_rows(t)) few_score_product(c, b, t, at, scores);
         else score_product(c, t, v, columns, at, scores);
+        Soon soon = soon_of(c, t, v, columns);
         for (int64_t x = 0; x < columns; ++x) {
             if (STAGED && (STAGED_BY_SCORE || from > 0 || to < at.count))
                 bring_near(c, u, t.values[v + x], at.count, near);
-            if (SLANTED) bring_slanted(c, b, u, t, (v + x) * LANES, at.count, slanted);
+            if (SLANTED) bring_slanted(c, b, u, t, (v + x) * LANES, at.count, slants);
             soften(c, b, t, at, u, v + x, stage, from, to, scores + x * KEYS * LANES, weight_column(scores, spare, x),
-                   keep + (v + x) * LANES);
+                   keep + (v + x) * LANES, soon);
         }
         if (stage == SUMS || !HAS_OUT) continue;
-        if (t.few) few_value_product(c, b, t, at, p, keep);
+        if (lies_in_rows(t)) few_value_product(c, b, t, at, p, keep);
         else value_product(c, t, v, columns, at, p, keep);
     }
     if (stage != SUMS && HAS_OUT) t.fresh = false;

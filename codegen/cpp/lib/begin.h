@@ -48,9 +48,8 @@ INLINE void next_row(const Call& c, const Tile& t, Row& r) {
 
 // Loads the queries of a placed tile and everything of its rows that no key changes.
 static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
-    t.fresh = true;
-    t.climbing = 0;
-    t.few = is_few(c, t.rows);
+    t.fresh = t.near = true;
+    t.few = MOST_FEW > 0 && is_few(c, t.rows);
     Row at = first_row(c, t);
     for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
         const q_element* rows[LANES];
@@ -60,7 +59,7 @@ static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
             set_lane(t, v + l, at.g, at.i);
             if (v + l + 1 < t.rows) next_row(c, t, at);
         }
-        if (t.few) load_few(c, rows, t.q);
+        if (lies_in_rows(t)) load_few(c, rows, t.q);
         else load_queries(c, rows, t.q + v * q_rows(c));
     }
     const Uniform u = uniform(c, b, t);
@@ -69,6 +68,8 @@ static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
         const vreal sink = with_sink ? first_logit(c, b, u, t, v) : splat(-INFINITY);
         const vreal safe = sink == -INFINITY ? vreal{} : sink;
         store(t.m + v, sink);
+        store(t.level + v, splat(NAN));
+        store(t.expected + v, splat(NAN));
         store(t.l + v, exp2_of(sink - safe));
         *(vmask*)(t.seen + v) = vmask{};
     }

@@ -50,12 +50,13 @@ static void value_few(const Call& c, const Batch& b, Tile& t, const Block& at, c
 }
 
 // `f`, or `g` in the matrix unit, with the number of rows rounded up to one there is code for.
+#define UP_TO(most) (MOST_FEW <= most || t.rows <= most)
 #define IN_ROWS(f, ...) \
-    (t.rows == 1 ? f<1>(__VA_ARGS__) : t.rows == 2 ? f<2>(__VA_ARGS__) : t.rows <= 4 ? f<4>(__VA_ARGS__) : f<FEW>(__VA_ARGS__))
+    (UP_TO(1) ? f<1>(__VA_ARGS__) : UP_TO(2) ? f<2>(__VA_ARGS__) : UP_TO(4) ? f<4>(__VA_ARGS__) : f<FEW>(__VA_ARGS__))
 #if TILES
 #define BY_ROWS(f, g, ...) \
-    (!few_in_tiles(c, t.rows) ? IN_ROWS(f, __VA_ARGS__) : t.rows <= 4 ? g<4>(__VA_ARGS__) \
-     : t.rows <= 8 ? g<8>(__VA_ARGS__) : g<16>(__VA_ARGS__))
+    (!few_in_tiles(c, t.rows) ? IN_ROWS(f, __VA_ARGS__) : UP_TO(4) ? g<4>(__VA_ARGS__) \
+     : UP_TO(8) ? g<8>(__VA_ARGS__) : g<16>(__VA_ARGS__))
 #else
 #define BY_ROWS(f, g, ...) IN_ROWS(f, __VA_ARGS__)
 #endif

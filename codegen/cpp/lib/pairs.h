@@ -106,8 +106,8 @@ INLINE real weight_at(const real* p, int64_t k, int64_t lane) {
     return from_bf16(((const uint16_t*)(p + k / 2 * LANES + lane))[k & 1]);
 }
 // To bfloat16, in place. Where nobody asks for the sums, weights are summed as the product takes them, so that the ratio of
-// the two does not see the rounding. In integers, because the matrix unit takes a port that floats would need.
-INLINE vreal rounded(vreal w) { return (vreal)(((vword)w + 0x8000) & 0xffff0000); }
+// the two does not see the rounding, nor that all are cut off and none rounded up; a sink, which is not cut, would.
+INLINE vreal rounded(vreal w) { return (vreal)(((vword)w + (SUMS_ROUNDED && !HAS_SINK ? 0 : 0x8000)) & 0xffff0000); }
 INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) { *(vword*)(p + k / 2 * LANES) = (vword)x | (vword)w >> 16; }
 // Zeros from where the weights of n keys end to the end of what the product reads.
 INLINE void end_weights(real* p, int64_t n) {

@@ -59,6 +59,7 @@ static int64_t area(const Call& c, const Plan& p, int64_t n) {
 struct Scratch {
     Tile* tiles;
     real *scores, *weights, *k, *v, *q, *o;
+    Slants slants;
 };
 static size_t round_up(size_t n) { return (n + 127) / 128 * 128; }
 static bool reserve(const Call& c, Scratch& s) {
@@ -66,7 +67,7 @@ static bool reserve(const Call& c, Scratch& s) {
     static thread_local size_t held = 0;
     const size_t column = GROUP_TILES * QUERIES * sizeof(real);
     const size_t sizes[] = {GROUP_TILES * sizeof(Tile), KEYS * QUERIES * sizeof(real), p_scratch(), k_scratch(c),
-                            v_scratch(c), column * q_rows(c), column * o_rows(c)};
+                            v_scratch(c), column * q_rows(c), column * o_rows(c), slanted_size()};
     size_t total = 0;
     for (size_t n : sizes) total += round_up(n) + 128;
     if (total > held) {
@@ -84,6 +85,7 @@ static bool reserve(const Call& c, Scratch& s) {
     s.v = (real*)take(sizes[4]);
     s.q = (real*)take(sizes[5]);
     s.o = (real*)take(sizes[6]);
+    s.slants.at = (real*)take(sizes[7]);
     return true;
 }
 
@@ -121,17 +123,18 @@ static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stag
                     if (from >= j1 || from >= t.hi) break;
                     to = run_end(t, from, j1);
                 }
-                if (t.few) {
+                if (lies_in_rows(t)) {
                     Block raw = {};
                     raw.j0 = from;
                     raw.count = to - from;
-                    attend(c, x.b, t, raw, stage, w.scores, w.weights);
+                    attend(c, x.b, t, raw, stage, w.scores, w.weights, w.slants);
                     continue;
                 }
                 if (!ready) whole = load_block(c, k, v, j0, j1 - j0, w.k, w.v);
                 ready = true;
                 const int64_t begin = (from - j0) / KEY_STEP * KEY_STEP;
-                attend(c, x.b, t, part_of(c, whole, begin, to - j0), stage, w.scores, w.weights);
+                attend(c, x.b, t, part_of(c, whole, begin, to - j0), stage, w.scores, w.weights,
+                       w.slants);
             }
         }
     }
@@ -140,6 +143,7 @@ static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stag
 static void run_item(const Call& c, const Plan& p, int64_t number, Scratch& w, char* parts) {
     const Item x = item_at(c, p, number);
     const int64_t count = x.last - x.first;
+    w.slants.group = -1;
     for (int64_t n = 0; n < count; ++n) {
         Tile& t = w.tiles[n];
         t.q = w.q + n * QUERIES * q_rows(c);
@@ -157,7 +161,7 @@ static void run_item(const Call& c, const Plan& p, int64_t number, Scratch& w, c
     }
     for (int64_t n = 0; n < count; ++n) {
         Tile& t = w.tiles[n];
-        if (t.few && !t.fresh) end_few(c, t);
+        if (lies_in_rows(t) && !t.fresh) end_few(c, t);
         if (p.splits == 1) {
             finish(c, x.b, t);
             continue;
@@ -248,12 +252,12 @@ static int32_t run(const Call& c) {
             }
         }
 #if TILES
-        enter_matrix_unit();
+        const uint32_t before = enter_matrix_unit();
 #endif
         if (ready)
             for (int64_t n = from; n < to; ++n) run_item(c, p, n, w, parts);
 #if TILES
-        leave_matrix_unit();
+        leave_matrix_unit(before);
 #endif
         if (p.splits > 1) {
 #pragma omp barrier

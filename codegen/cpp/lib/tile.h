@@ -6,11 +6,12 @@ struct Tile {
     int64_t spans, hides;
     Span span[MAX_SPANS], hidden[MAX_HIDDEN];  // keys that it visits, and those that some row does not see
     bool few;    // its queries lie in rows: see few.h
-    int64_t climbing;  // bit v: scores of column v have left the range of `LARGE` and `SMALL`
+    bool near;   // every argument of tanh so far was within what tanh_near is right for
     bool fresh;  // no key block has been added yet, so `o` is not set
     real *q, *o; // [columns][D][LANES] and [columns][E][LANES]
     RowValues values[QUERIES / LANES];
     alignas(128) real m[QUERIES], l[QUERIES];     // running maximum and sum, in powers of two
+    alignas(128) real level[QUERIES], expected[QUERIES];  // of the logits of the last block and of the next, about
     alignas(128) mask_int seen[QUERIES];          // whether any key was visible
     alignas(128) lane_int lane[ROW_AXES][QUERIES];  // i, then the folded batch axes
 };
@@ -31,6 +32,8 @@ template <class... Filters> INLINE void hide(Tile& t, int64_t lo, int64_t hi, in
     (add(s, filters), ...);
     t.hides += s.hi > s.lo;
 }
+
+INLINE bool lies_in_rows(const Tile& t) { return MOST_FEW > 0 && t.few; }
 
 // The first key from `j` on that the tile visits, or its end; and the end of the run that begins there, gaps too small
 // to gain by taken in.

@@ -150,6 +150,18 @@ INLINE vreal tanh_of(vreal x) {
 #endif
 #endif
 }
+// The same up to 3/4, relative error 1e-5, in a third of the time; `reach` becomes the highest square of an argument.
+constexpr real NEAR_REACH = 0.5625f;
+template <bool NEAR> INLINE vreal tanh_in(vreal x, vreal& reach) {
+    if (!NEAR) return tanh_of(x);
+    const vreal y = x * x;
+    reach = high(y, reach);
+    vreal p = splat(-3.54526787e-02f);
+    p = p * y + 1.27426892e-01f;
+    p = p * y + -3.32696697e-01f;
+    p = p * y + 9.99988984e-01f;
+    return x * p;
+}
 INLINE real tanh_of(real x) { return FN(__builtin_tanh)(x); }
 INLINE vreal sigmoid_of(vreal x) {
 #ifdef WIDE_512
@@ -197,7 +209,11 @@ INLINE vreal exp2_weight(vreal x) {
     p = p * f + 0.693153073203f;
     p = p * f + 0.999999925064f;
 #endif
+#if TILES
+    return ldexp_of(p, x);  // flushes what is not normal: see enter_matrix_unit
+#else
     return __builtin_ia32_scalefps512_mask(p, x, vreal{}, __builtin_ia32_cmpps512_mask(x, splat(-100), 5, -1, 4), 4);
+#endif
 #else
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     const vreal c = low(splat(126), high(splat(-126), x));
