@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attncc.ir.affine import Extents, divide, less_than, long_division, poly, simplify
+from attncc.ir.affine import Extents, divide, less_than, long_division, nonnegative, poly, simplify
 from attncc.ir.build import ONE, ZERO, add, const, mod, mul, sub
 from attncc.ir.expr import Expr
 from attncc.patterns.facts import Facts
@@ -171,17 +171,18 @@ def _slice(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
 
 
 def slice_start(f: Facts, source: fx.Node, d: int, start: object) -> Expr | None:
-    """The first index of a slice, negatives counted from the end. None where its sign is not known."""
+    """The first index of a slice, negatives counted from the end. The signs of symbolic numbers are those of the
+    example: whoever traced the slice guards them. None where the example has none."""
     if start is None:
         return ZERO
-    length = f.shape(source)[d]
-    if isinstance(start, int):
-        if start >= 0:
-            return const(start)
-        value = f.value(source).shape[d]
-        return add(length, const(start)) if isinstance(value, torch.SymInt) else const(max(int(value) + start, 0))
-    first = f.size(start)
-    return add(length, first) if less_than(first, ZERO, {}) else first
+    begin: Any = f.value(start) if isinstance(start, fx.Node) else start
+    first, length = f.size(begin), f.value(source).shape[d]
+    known, whole = hint(begin), hint(length)
+    if known is None or (known < 0 and whole is None):
+        return first if nonnegative(first, {}) else None
+    if known >= 0:
+        return first
+    return add(f.size(length), first) if whole is None or whole + known >= 0 else ZERO
 
 
 def _narrow(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
