@@ -1,20 +1,23 @@
 """`attncc bench --suite windows`: models with long windows, compiled by attncc, by Inductor and with FlexAttention.
 
 Each model is written as its kind is in the wild: with SDPA and a mask made in the graph. FlexAttention's form of the
-same has a block mask, made outside the timed call. Rounds take turns, medians count, results are compared with eager's.
-Memory is the most that a call adds to the process. A formulation that would take more than the limits, judged by its
-growth with the square of the length, is skipped, and the report says so.
+same has a block mask, made outside the timed call. Rounds take turns, medians count, results are compared with eager's
+(with FlexAttention's where that is skipped). Memory is the most that a call adds to the process. A row takes a bounded
+time: a formulation that would take more seconds or bytes than the limits, by what it took at a shorter length or by an
+estimate, is skipped, and the row says why.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json as json_format
+import math
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +26,23 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from attncc.runtime.measure import on_cpu
+from attncc.targets import TargetError
+
 LENGTHS = (4096, 8192, 16384, 32768)
 PEERS = ("attncc", "eager", "inductor", "flex")
 Mask = Callable[[Tensor, Tensor], Tensor]  # of rows and keys, which broadcast
 
 
 class Stack(nn.Module):
-    """Layers of attention with projections and a residual, each under its mask."""
+    """Layers of attention with projections and a residual, each under its mask; scores capped at `cap` where given."""
 
-    def __init__(self, masks: Sequence[Callable[..., Tensor]], heads: int = 4, size: int = 64) -> None:
+    def __init__(
+        self, masks: Sequence[Callable[..., Tensor]], cap: float | None = None, heads: int = 4, size: int = 64
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.masks, self.heads, self.size = masks, heads, size
+        self.masks, self.cap, self.heads, self.size = masks, cap, heads, size
         self.qkv = nn.ModuleList(nn.Linear(heads * size, 3 * heads * size) for _ in masks)
         self.blocks: list[Any] | None = None  # FlexAttention's masks
 
@@ -44,19 +52,30 @@ class Stack(nn.Module):
             q, k, v = layer(x).unflatten(-1, (3, self.heads, self.size)).permute(2, 0, 3, 1, 4)
             if self.blocks is None:
                 seen = mask(tokens[:, None], tokens[None, :], doc)
-                out = scaled_dot_product_attention(q, k, v, attn_mask=seen)
+                out = scaled_dot_product_attention(q, k, v, attn_mask=seen) if self.cap is None else (
+                    capped_attention(q, k, v, seen, self.cap))  # fmt: skip
             else:
-                out = flex_attention(q, k, v, block_mask=self.blocks[n])
+                out = flex_attention(q, k, v, score_mod=self._score_mod(), block_mask=self.blocks[n])
             x = x + out.transpose(1, 2).flatten(2)
         return x
 
+    def _score_mod(self) -> Callable[..., Tensor] | None:
+        cap = self.cap
+        return None if cap is None else lambda s, b, h, i, j: torch.tanh(s / cap) * cap
+
     def flex(self, n: int, doc: Tensor) -> Stack:
         """The same weights, FlexAttention's form."""
-        twin = Stack(self.masks, self.heads, self.size)
+        twin = Stack(self.masks, self.cap, self.heads, self.size)
         twin.load_state_dict(self.state_dict())
         makers = [lambda b, h, i, j, mask=mask: mask(i, j, doc) for mask in self.masks]
         twin.blocks = [create_block_mask(f, None, None, n, n, device="cpu") for f in makers]
         return twin.eval()
+
+
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, cap: float) -> Tensor:
+    """As transformers spells it for Gemma 2: SDPA has no cap."""
+    scores = torch.tanh(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 / cap) * cap
+    return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
 
 
 def causal_window(i: Tensor, j: Tensor, doc: Tensor) -> Tensor:
@@ -91,42 +110,49 @@ def neighbourhood(i: Tensor, j: Tensor, doc: Tensor) -> Tensor:
     return seen
 
 
+#: Masks of the layers.
 MODELS: dict[str, tuple[Callable[..., Tensor], ...]] = {
     "Mistral-like, window 1024": (causal_window, causal_window),
-    "Gemma-like, window 1024 and global": (causal_window, causal),
+    "Gemma-like, window 1024 and global, cap": (causal_window, causal),
     "ModernBERT-like, window 128": (local, local),
     "Longformer-like, window 512 and 16 global": (local_and_global, local_and_global),
     "neighbourhood 13 x 13": (neighbourhood, neighbourhood),
     "documents of about 1000": (documents, documents),
 }
+CAPS = {"Gemma-like, window 1024 and global, cap": 50.0}
 
 
 @dataclass
 class Limits:
-    """Seconds of one call, and bytes of a dense mask as floats, beyond which a formulation is not run."""
+    """Beyond what a formulation other than attncc is not run: seconds of one call, bytes of what is square in the
+    length, and seconds that the row has taken before it."""
 
     seconds: float = 3.0
-    mask_bytes: float = 2.5e9
+    bytes: float = 4e9
+    row_seconds: float = 60.0
 
 
 def run(
-    quick: bool = False, json: Path | None = None, *, only: str = "", lengths: Sequence[int] = LENGTHS,
-    peers: Sequence[str] = PEERS, rounds: int = 3, seconds: float = 3.0,
+    quick: bool = False, json: Path | None = None, *, only: str = "", lengths: Sequence[int] = (),
+    peers: Sequence[str] = PEERS, rounds: int = 3, limits: Limits | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure, print, and write `json` (rows of other models that it holds stay)."""
+    """Measure the models whose names hold one of the words `only`, print, and write `json` (its other rows stay)."""
+    lengths = lengths or (LENGTHS[:1] if quick else LENGTHS)
+    chosen = [name for name in MODELS if not only or any(w.strip() in name for w in only.split(","))]
+    if not chosen:
+        raise TargetError(f"bench: no row is called {only!r}; rows are {', '.join(MODELS)}")
     kept = json_format.loads(json.read_text())["rows"] if json is not None and json.exists() else []
-    rows: list[dict[str, Any]] = [r for r in kept if only not in r["model"] or r["length"] not in lengths]
-    limits = Limits(seconds)
-    for name in MODELS:
-        if only not in name:
-            continue
+    rows: list[dict[str, Any]] = [r for r in kept if r["model"] not in chosen or r["length"] not in lengths]
+    limits = limits or Limits()
+    for name in chosen:
         last: dict[str, float] = {}
-        for n in lengths[:1] if quick else lengths:
+        for n in lengths:
             row = measured(name, n, peers, rounds, limits, last)
             rows.append(row)
             print(line(row), flush=True)
             if json is not None:
                 json.write_text(json_format.dumps({**machine(), "rows": rows}, indent=1) + "\n")
+    print(table({"rows": rows}))
     return {**machine(), "rows": rows}
 
 
@@ -144,14 +170,20 @@ def example(n: int) -> tuple[Tensor, Tensor]:
 def measured(
     name: str, n: int, peers: Sequence[str], rounds: int, limits: Limits, last: dict[str, float]
 ) -> dict[str, Any]:
-    """One model at one length. `last` holds the seconds of each peer at half of it, and takes those of this one."""
+    """One model at one length. `last` holds the seconds of each peer at a shorter one, as if for 4096 tokens (they grow
+    with the square at most), and takes those of this one."""
     torch._dynamo.reset()
-    model = Stack(MODELS[name]).eval()
+    start = time.perf_counter()
+    model = Stack(MODELS[name], CAPS.get(name)).eval()
     x = example(n)
-    skipped = {p: why for p in peers if (why := _too_much(p, n, limits, last))}
+    skipped: dict[str, str] = {}
     calls: dict[str, Callable[[], Tensor]] = {}
     for peer in peers:
-        if peer in skipped:
+        why = _too_much(peer, model, n, limits, last)
+        if not why and calls and time.perf_counter() - start > limits.row_seconds:
+            why = f"the row had taken {limits.row_seconds:.0f} s"
+        if why:
+            skipped[peer] = why
             continue
         try:
             calls[peer] = _call(peer, model, x)
@@ -159,9 +191,10 @@ def measured(
         except Exception as error:
             skipped[peer] = f"fails: {str(error).strip().splitlines()[0][:90]}"
             calls.pop(peer, None)
-    wanted = calls["eager"]() if "eager" in calls else None
-    error = None if wanted is None else float((calls["attncc"]() - wanted).abs().max())
-    del wanted
+    reference = next((p for p in ("eager", "flex", "inductor") if p in calls), None)
+    error = None
+    if reference is not None and "attncc" in calls:
+        error = float((calls["attncc"]() - calls[reference]()).abs().max())
     times: dict[str, list[float]] = {p: [] for p in calls}
     memory: dict[str, float] = {}
     for turn in range(rounds):
@@ -173,21 +206,34 @@ def measured(
             if before is not None:
                 memory[peer] = (_resident("VmHWM") - before) / 2**20
     medians = {p: statistics.median(t) for p, t in times.items()}
-    last.clear()
-    last.update(medians)
+    last.update({p: t * (4096 / n) ** 2 for p, t in medians.items()})
     return {"model": name, "length": n, "ms": {p: t * 1e3 for p, t in medians.items()}, "peak_mb": memory,
             "skipped": skipped, "error": error}  # fmt: skip
 
 
-def _too_much(peer: str, n: int, limits: Limits, last: dict[str, float]) -> str:
+def _too_much(peer: str, model: Stack, n: int, limits: Limits, last: dict[str, float]) -> str:
+    """Why a formulation is not run, or nothing."""
     if peer == "attncc":
         return ""
-    if 4 * n * n > limits.mask_bytes:  # FlexAttention sums up one to make its block mask
-        return f"its mask alone would fill {4 * n * n / 1e9:.1f} GB"
-    if last and peer not in last:
-        return "skipped at half the length"
-    expected = 4 * last.get(peer, 0.0)
+    square = 4 * n * n  # a dense mask as floats; FlexAttention sums up one to make its block mask
+    if model.cap is not None and peer != "flex":
+        square *= 3 * model.heads  # the scores, before and after what is done to them
+    if square > limits.bytes:
+        return f"masks and scores would fill {square / 1e9:.1f} GB"
+    if peer in last:
+        expected = last[peer] * (n / 4096) ** 2
+    elif peer == "flex":
+        expected = 0.0  # by the blocks that it visits: not known before
+    else:
+        expected = len(model.masks) * model.heads * n * n * _seconds_a_pair(model.size)
     return f"about {expected:.0f} s a call" if expected > limits.seconds else ""
+
+
+@cache
+def _seconds_a_pair(size: int) -> float:
+    """What SDPA takes for a query and a key under a mask, now."""
+    q, mask = torch.randn(1, 4, 1024, size), torch.ones(1024, 1024, dtype=torch.bool)
+    return min(on_cpu(lambda: scaled_dot_product_attention(q, q, q, attn_mask=mask), 1) for _ in range(3)) / (4 << 20)
 
 
 def _call(peer: str, model: Stack, x: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attncc import torch_private
-from attncc.alternative import Trial, Untimeable, looks, trial
+from attncc.alternative import Trial, Untimeable, hint, looks, trial
 from attncc.ir import Attention
 from attncc.ir.attention import Axis
 from attncc.ir.interpret import extent, size_table
@@ -54,6 +54,9 @@ def decide(parts: Sequence[Candidate], facts: Facts) -> Choice:
     """Measure the kernels of sites that are fused together or not at all against the sites' own operations."""
     spec = "\n".join(p.spec for p in parts)
     try:
+        too_large = _too_large(parts, [[hint(x, facts) for x in p.site.sizes] for p in parts])
+        if too_large:
+            return Choice(True, None, f"not measured: {too_large}")
         same = (spec, *(x for p in parts for x in (str(p.site.node.target), *looks(p.site, facts))))
         if same not in _decided:
             data = trial([p.site for p in parts], facts)
@@ -80,8 +83,6 @@ def _measure(parts: Sequence[Candidate], spec: str, data: Trial, tensors: list[t
     with torch.no_grad():
         if first.site.node.target is SDPA:
             return _settle(measured(("sdpa",)), {"attncc": ours, "SDPA": _eager(data)}, device)
-        if sum(_score_bytes(p, sizes) for p, sizes in zip(parts, data.sizes, strict=True)) > _MOST_SCORE_BYTES:
-            return Choice(True, None, "not measured: its scores alone would fill over a gigabyte")
         if len(parts) == 1 and not data.made and not first.site.summed:
             products = _products(first.final, data.tensors()[0], data.sizes[0])
             floor = compare({"attncc": ours, "products": products}, BUDGET_S / 3, sampler_for(device))
@@ -141,6 +142,23 @@ def _score_bytes(p: Candidate, sizes: list[int]) -> int:
     for at, axis in enumerate((*a.batch, a.i, a.j)):
         count *= 1 if at in p.site.summed else extent(axis.extent, table)
     return count
+
+
+def _too_large(parts: Sequence[Candidate], sizes: Sequence[list[int]]) -> str:
+    """Why the unfused form is not even set up, or nothing: what takes minutes and gigabytes is no rival."""
+    if parts[0].site.node.target is SDPA:
+        too_large = _mask_bytes(parts[0], sizes[0]) >= _MOST_SCORE_BYTES
+        return "the mask that SDPA takes would fill a gigabyte" if too_large else ""
+    total = sum(_score_bytes(p, each) for p, each in zip(parts, sizes, strict=True))
+    return "its scores alone would fill over a gigabyte" if total > _MOST_SCORE_BYTES else ""
+
+
+def _mask_bytes(p: Candidate, sizes: list[int]) -> int:
+    """What SDPA makes of the mask it is given, in floats, for one head."""
+    node, a = p.site.node, p.site.attention
+    given = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    table = size_table(a, sizes)
+    return 0 if given is None else 4 * extent(a.i.extent, table) * extent(a.j.extent, table)
 
 
 def _products(a: Attention, tensors: list[torch.Tensor], sizes: list[int]) -> Callable[[], object]:

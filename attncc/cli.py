@@ -205,7 +205,8 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
     only: Annotated[str, typer.Option("--rows", metavar="WORDS", help="Rows whose names hold one of these, by commas; "
-                                      "`none` measures nothing (cpu, compile).")] = "",
+                                      "`none` measures nothing (cpu, compile, windows).")] = "",
+    lengths: Annotated[str, typer.Option("--lengths", metavar="TOKENS", help="By commas (windows).")] = "",
     dtypes: Annotated[str, typer.Option("--dtypes", metavar="TYPES", help="Of f32,bf16,f16 (cpu).")] = "",
     rivals: Annotated[str, typer.Option("--rivals", metavar="NAMES", help="By commas: sdpa, sdpa gqa, inductor, flex, "
                                         "flex + mask, plain, read (cpu).")] = "",
@@ -218,14 +219,23 @@ def bench(
     with clear_errors(debug):
         of_cpu = {"only": only, "dtypes": _words(dtypes), "rivals": _words(rivals), "threads": threads or [],
                   "picture": picture, "table": table}  # fmt: skip
-        taken = {"cpu": of_cpu, "compile": {"only": only}}.get(suite, {})
-        foreign = [f"--{_OPTION.get(name, name)}" for name, value in of_cpu.items() if value and name not in taken]
+        of_windows = {"only": only, "lengths": _numbers(lengths)}
+        taken = {"cpu": of_cpu, "compile": {"only": only}, "windows": of_windows}.get(suite, {})
+        given = {name for name, value in (of_cpu | of_windows).items() if value}
+        foreign = [f"--{_OPTION.get(name, name)}" for name in sorted(given - set(taken))]
         if foreign:
             raise TargetError(f"bench: --suite {suite} has no {', '.join(foreign)}")
         _suite(suite)(quick=quick, json=out, **taken)
 
 
 _OPTION = {"only": "rows", "picture": "plot"}
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(x) for x in _words(text)]
+    except ValueError as error:
+        raise TargetError(f"bench: {text!r} is no list of lengths") from error
 
 
 def _words(text: str) -> list[str]:

@@ -1,0 +1,39 @@
+"""What is not measured because its rival would take minutes and gigabytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import attncc
+from attncc import choice
+
+
+class Windowed(torch.nn.Module):
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.by_hand = by_hand
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(x.shape[-2])
+        seen = (at[:, None] - at[None, :]).abs() < 8
+        if self.by_hand:
+            return (x @ x.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ x
+        return scaled_dot_product_attention(x, x, x, attn_mask=seen)
+
+
+@pytest.mark.parametrize("by_hand, why", [(True, "its scores alone"), (False, "the mask that SDPA takes")])
+def test_no_rival_is_set_up_whose_mask_or_scores_fill_a_gigabyte(
+    by_hand: bool, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trial(*_: object) -> None:
+        raise AssertionError("the rival's inputs were made")
+
+    monkeypatch.setattr(choice, "trial", trial)
+    torch.compiler.reset()
+    x = torch.randn(1, 1, 16384 + 1, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        report = attncc.explain(Windowed(by_hand), x)
+    assert [s.status for s in report.sites] == ["fused"]
+    assert f"not measured: {why}" in report.sites[0].reason
