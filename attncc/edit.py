@@ -169,7 +169,7 @@ class Editor:
         if found is None and shadow in self.facts.made:
             if self.reading.uses_autocast:
                 raise EditError("an operand of its own would be computed under autocast")
-            found = self.copies[shadow] = self.graph.node_copy(shadow, self._node)
+            found = self.copies[shadow] = self._made(shadow)
         if found is None:
             owner = self.reading.owner.get(shadow)
             if owner is None:
@@ -179,6 +179,16 @@ class Editor:
         if found is None:
             raise EditError(f"no node of the captured graph holds {shadow.name}")
         return self.taken.get(found, found)
+
+    def _made(self, shadow: fx.Node) -> fx.Node:
+        """A node that the captured graph has not: behind its inputs where nothing writes to them, as several sites may
+        read it."""
+        inputs = [self._node(x) for x in shadow.all_input_nodes]
+        if not all(x in self.facts.unwritten for x in sources([shadow], self.facts)):
+            return self.graph.node_copy(shadow, self._node)
+        given = [n for n in self.graph.nodes if n.op == "placeholder"]
+        with self.graph.inserting_after(max([*given[-1:], *inputs])):
+            return self.graph.node_copy(shadow, self._node)
 
     def _held(self, shadow: fx.Node, before: fx.Node) -> int | fx.Node:
         """The same for tensors and sizes: a size that no node of Dynamo's holds is computed."""

@@ -9,6 +9,7 @@ and a row in which it hides every visible one weighs them with those that a fini
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +47,14 @@ def split_mask(score: Expr, *, half: bool, infinite_empty: Empty) -> Masked:
     bare, found = _strip(score, limit)
     infinite = [h for h in found if h.fill == float("-inf")]
     finite = [h for h in found if h.fill != float("-inf")]
-    if finite and _chosen(bare, limit):
+    if finite and (_chosen(bare, limit) or _as_low(bare, max(h.fill for h in finite))):
         bare, found = _strip(score, float("-inf"))
         return Masked(bare, _all(found), infinite_empty if found else "zero")
     if not finite:
         return Masked(bare, _all(infinite), infinite_empty if found else "zero")
     if not infinite and _agree(finite):
         total = sum(h.fill for h in finite) if finite[0].added else finite[0].fill  # what is put last hides the rest
-        lowest = torch.finfo(torch.float16 if half else torch.float32).min
-        if total < lowest:
+        if torch.tensor(total).to(torch.float16 if half else torch.float32).isinf():
             return Masked(bare, _all(finite), infinite_empty)
         return Masked(bare, _all(finite), "mean", total)
     # Rows hidden by several different finite masks weigh keys by how often they are hidden: keep them as they are.
@@ -65,6 +65,12 @@ def split_mask(score: Expr, *, half: bool, infinite_empty: Empty) -> Masked:
 def hides_by_score(score: Expr) -> bool:
     """Whether a score is -inf where a predicate of the score itself says so."""
     return _chosen(score, float("-inf"))
+
+
+def _as_low(score: Expr, fill: float) -> bool:
+    """Whether numbers in a score may bring it down to a fill: what is hidden twice lies below what is hidden once."""
+    numbers = [x.value for x in walk(score) if isinstance(x, Const) and isinstance(x.value, float)]
+    return any(math.isfinite(x) and abs(x) >= abs(fill) / 100 for x in numbers)
 
 
 def _chosen(score: Expr, limit: float) -> bool:
