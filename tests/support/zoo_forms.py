@@ -310,6 +310,12 @@ def strongest(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return scores.masked_fill(scores < least, -1e9).softmax(-1) @ v
 
 
+def kept_bias(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """The last rows and columns of a bias that was made for longer texts."""
+    n = q.shape[2]
+    return (q @ k.mT * SCALE + extra["bias"][:, -n:, -n:]).softmax(-1) @ v
+
+
 RELATIVE = torch.arange(N)[:, None] - torch.arange(N)[None] + N - 1
 MASK = {"mask": CAUSAL}
 WIDE = (torch.float32, torch.bfloat16)
@@ -321,6 +327,7 @@ FORMS = (
     Case("talking-to-one-query", attend(talking_twice_to_one_query, mix=randoms(H, H)), 1,
          "class attention", dtypes=WIDE),
     Case("talking-normalised", attend(talking_and_normalised, mix=randoms(H, H)), 0, "heads normalised", refused=1),
+    Case("kept-bias", attend(kept_bias, bias=randoms(H, N + 5, N + 5)), 1, "counted from the end", dynamic=True),
     Case("threshold", attend(threshold, **MASK), 1, "a predicate of the score under a mask", golden=0),
     Case("threshold-infinite", attend(partial(threshold, fill=-torch.inf), **MASK), 0, "rows that hide all", refused=1),
     Case("strongest", attend(strongest, **MASK), 1, "the k largest of the scores", kept=1),
