@@ -24,12 +24,14 @@ from attncc.patterns.value import Unreadable
 @dataclass(frozen=True)
 class Uses:
     """`products` sum over the keys of a softmax, `others` are products that sum over something else, `escapes` all
-    other users of the weights. `alone`: such a product sums over a single key."""
+    other users of the weights. `alone`: such a product sums over a single key. `each`: the weights are summed with values
+    element by element, and are others for each component of these."""
 
     products: tuple[Frame, ...]
     others: tuple[fx.Node, ...]
     escapes: tuple[fx.Node, ...]
     alone: bool
+    each: bool
 
 
 class Weights:
@@ -60,6 +62,7 @@ def uses(f: Facts, anchor: Anchor, weights: Weights) -> Uses:
     escapes: list[fx.Node] = []
     seen: set[fx.Node] = {anchor.node}
     carried: set[fx.Node] = set()
+    each = False
     stack = [anchor.node]
     while stack:
         n = stack.pop(0)
@@ -72,7 +75,9 @@ def uses(f: Facts, anchor: Anchor, weights: Weights) -> Uses:
             pooled = False  # elements weighted and summed, and no row has keys to choose from
             if product is not None and side is not None:
                 found = frame(f, product, left=side is product.lhs)
-                pooled = side is not n and not found.rows and not compares(f, anchor.scores)
+                apart = side is not n and found.e is None
+                pooled = apart or (side is not n and not found.rows and not compares(f, anchor.scores))
+                each = each or apart
                 if not pooled:
                     seen.add(user)
                     if _sums_over(found, anchor, weights):
@@ -88,7 +93,7 @@ def uses(f: Facts, anchor: Anchor, weights: Weights) -> Uses:
     products.sort(key=lambda x: f.order[x.node])
     alone = any(x is not None and x.extent is ONE for x in (contraction(f, n) for n in others))
     ends = [x for x in others if x not in carried] if escapes else others  # else a mixture is all there is to tell
-    return Uses(tuple(products), tuple(ends), tuple(escapes), alone)
+    return Uses(tuple(products), tuple(ends), tuple(escapes), alone, each)
 
 
 def _factor(product: Contraction, n: fx.Node, seen: set[fx.Node]) -> fx.Node | None:

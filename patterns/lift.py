@@ -190,6 +190,8 @@ def _unused(anchor: Anchor, used: Uses) -> Refusal:
         reason = "the softmax runs over another axis than the product sums over"
         return Refusal(reason, used.others[0], anchor.node)
     at = used.escapes[0] if used.escapes else anchor.node
+    if used.each and not used.products:
+        return Refusal("each component has weights of its own (vector attention)", at, anchor.node)
     return Refusal(of_use(_name(at)), at, anchor.node)
 
 

@@ -24,7 +24,9 @@ def of_scores(f: Facts, scores: fx.Node) -> str:
     if "cdist" in names or "_cdist_forward" in names:
         return f"{_NONE}: its scores are distances (cdist)"
     if "sum" in names:
-        return f"{_NONE}: its scores are sums of elements (additive attention, or a product written out)"
+        return f"{_NONE}: its scores are sums over pairs of elements that are no product of two (additive attention)"
+    if "linalg_vector_norm" in names:
+        return f"{_NONE}: its scores are lengths of differences (linalg_vector_norm)"
     if layers and _name(layers[0]) in _LAYERS:
         return f"{_NONE}: its scores come from a layer ({_name(layers[0])})"
     if layers:

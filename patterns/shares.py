@@ -49,7 +49,7 @@ def _log(x: Expr, at: fx.Node, *, zero: bool) -> Expr:
         case Op("mul", (a, Op("where", (c, Const(1.0), Const(0.0))))) if S not in free(c):
             return where(c, _log(a, at, zero=zero), NEG_INF)
         case Op("mul", (a, b)) if a is b:
-            return mul(_log(op("abs", a), at, zero=zero), const(2.0))
+            return mul(_log(a if is_positive(a) else op("abs", a), at, zero=zero), const(2.0))
         case Op("mul", (a, b)) if is_positive(a) or is_positive(b):
             return add(_log(a, at, zero=zero), _log(b, at, zero=zero))
         case _:

@@ -34,13 +34,44 @@ def l1(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return F.normalize(q @ k.mT, p=1, dim=-1) @ v
 
 
-def soft_plus(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
-    weights = F.softplus(q @ k.mT)
+def without_rule(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return torch.atan(q @ k.mT) @ v / N
+
+
+def maybe_negative(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """A Taylor softmax of odd order."""
+    scores = q @ k.mT * 0.2
+    weights = 1 + scores + scores**2 / 2 + scores**3 / 6
     return weights / weights.sum(-1, keepdim=True) @ v
 
 
-def silu(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
-    return F.silu(q @ k.mT) @ v / N
+def maybe_zero(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    weights = F.relu(q @ k.mT)
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def bent_products(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return torch.tanh(q[..., :, None, :] * k[..., None, :, :]).sum(-1).softmax(-1) @ v
+
+
+def three_factors(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """Each pair has a vector of its own between the two."""
+    between = (q[..., :, None, :] + k[..., None, :, :]).sin()
+    return (q[..., :, None, :] * between * k[..., None, :, :]).sum(-1).softmax(-1) @ v
+
+
+def summed_over_rows(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """The product is summed over the queries."""
+    return (q[..., :, None, :] * k[..., None, :, :]).sum(-3).softmax(-1) @ v[..., :D, :]
+
+
+def plain_distances(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return (-(q[..., :, None, :] - k[..., None, :, :]).norm(dim=-1)).softmax(-1) @ v
+
+
+def vector_attention(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """Each component of a value has weights of its own, as in point transformers."""
+    return ((q[..., :, None, :] - k[..., None, :, :]).relu().softmax(-2) * v[..., None, :, :]).sum(-2)
 
 
 def wrong_axis(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
@@ -86,11 +117,17 @@ def classified(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     ("core", "reason"),
     [
         (l1, "weights divided by the linalg_vector_norm of their scores"),
-        (soft_plus, "its weights are softplus of scores, which has no rule"),
-        (silu, "its weights are silu of scores, which has no rule"),
+        (without_rule, "its weights are atan of scores, which has no rule"),
+        (maybe_negative, "weights that may be negative, divided by their sum"),
+        (maybe_zero, "weights divided by a sum that may be zero"),
+        (bent_products, "sums over pairs of elements"),
+        (three_factors, "sums over pairs of elements"),
+        (summed_over_rows, "sums over pairs of elements"),
+        (plain_distances, "lengths of differences (linalg_vector_norm)"),
+        (vector_attention, "each component has weights of its own"),
         (wrong_axis, "another axis than the product sums over"),
         (written_back, "not multiplied with values"),
-        (additive, "sums of elements (additive attention"),
+        (additive, "sums over pairs of elements"),
         (distances, "distances (cdist)"),
         (pooled, "come from a layer (linear)"),
         (mixed_experts, "come from a layer (linear)"),

@@ -13,8 +13,11 @@ from zoo_others import OTHERS
 from zoo_spellings import SPELLINGS
 from zoo_text import TEXT
 from zoo_vision import VISION
+from zoo_wild import WILD
 
-CASES: tuple[Case, ...] = (*SPELLINGS, *FORMS, *JOINT, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *TEXT, *VISION, *DIFFUSION)
+CASES: tuple[Case, ...] = (
+    *SPELLINGS, *WILD, *FORMS, *JOINT, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *TEXT, *VISION, *DIFFUSION
+)
 
 assert len({case.name for case in CASES}) == len(CASES)
 
@@ -23,6 +26,7 @@ QUICK = frozenset({
     "q-scaled-first", "in-float32", "einsum-of-other-orders", "by-bmm", "exp-minus-logsumexp", "exp-over-sum",
     "safe-softmax", "fill-minus-100", "fill-minus-1e30", "add-minus-1e4", "clamped", "added-in-place",
     "triangle-in-the-graph", "window-in-the-graph", "documents", "sdpa-causal", "sdpa-narrow-values",
+    "element-by-element", "radial", "powers-of-two", "relu-shares", "graph-attention", "hopfield",
     "grouped-by-repeat", "grouped-by-einsum", "keys-first", "values-times-transpose", "null-key",
     "both-directions", "subtracted", "mixed-twice", "joint-heads", "two-products", "product-of-softmaxes",
     "sink-column", "sink-gate", "softcap", "alibi", "bucketed", "relative-keys", "relative-shift", "decomposed",

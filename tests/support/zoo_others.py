@@ -285,7 +285,7 @@ OTHERS = (
     Case("outlook", of(Outlook), 1, "logits from a layer over windows of values", golden=0),
     Case("outlook-2d", outlook_2d, 1, "as published: windows attend to windows, folded back", golden=0),
     Case("l1-norm", of(lambda: Unnormalised(F.normalize, p=1.0, dim=-1)), 0, "weights by the L1 norm", refused=1),
-    Case("silu-weights", of(lambda: Unnormalised(F.silu)), 0, "an activation without a rule", refused=1),
+    Case("atan-weights", of(lambda: Unnormalised(torch.atan)), 0, "a function without a rule", refused=1),
     Case("dot-product", of(lambda: Unnormalised(torch.mul, other=1 / N)), 1, "no normaliser at all", kept=1, golden=0),
     Case("efficient", of(Efficient), 1, "softmaxes over channels and over tokens", kept=1, golden=0),
     Case("gates", of(BlockGates), 0, "channel and spatial gates"),

@@ -1,0 +1,115 @@
+"""Attention in the spellings of papers and first drafts: no product in sight, other normalisers, scores that add up."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from zoo_case import Case
+from zoo_spellings import CAUSAL, D, Extra, H, N, Q, case, randoms
+
+HALF = (torch.float32, torch.bfloat16)
+
+
+def element_by_element(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    weights = ((q.unsqueeze(3) * k.unsqueeze(2)).sum(-1) * D**-0.5).softmax(-1)
+    return (weights.unsqueeze(-1) * v.unsqueeze(2)).sum(3)
+
+
+def weighed_features(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """A weight for each feature of the comparison."""
+    return (q[..., :, None, :] * k[..., None, :, :] * extra["weight"][:, None, None]).mean(-1).softmax(-1) @ v
+
+
+def outer_einsum(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return torch.einsum("bhid,bhjd->bhijd", q, k).sum(-1).div(math.sqrt(D)).softmax(-1) @ v
+
+
+def radial(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """A Gaussian kernel over points far from the origin."""
+    q, k = q + 20.0, k + 20.0
+    scores = -(q[..., :, None, :] - k[..., None, :, :]).square().sum(-1) / 4.5
+    return scores.masked_fill(~extra["mask"], -math.inf).softmax(-1) @ v
+
+
+def squared_cdist(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return (-0.2 * torch.cdist(q, k) ** 2).softmax(-1) @ v
+
+
+def powers_of_two(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    scores = (q @ k.mT) * (D**-0.5 * math.log2(math.e))
+    powers = torch.exp2(scores - scores.amax(-1, keepdim=True))
+    return powers / powers.sum(-1, keepdim=True) @ v
+
+
+def relu_shares(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    scores = F.relu(q @ k.mT).masked_fill(~extra["mask"], 0.0)
+    return scores / (scores.sum(-1, keepdim=True) + 1e-6) @ v
+
+
+def signed_shares(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    scores = q @ k.mT * D**-0.5
+    return scores / (scores.abs().sum(-1, keepdim=True) + 1e-3) @ v
+
+
+def sigmoid_shares(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    scores = (q @ k.mT).sigmoid() ** 2
+    return scores / scores.sum(-1, keepdim=True) @ v
+
+
+def graph_attention(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """GAT: the score of a pair is a sum of one number each."""
+    rows, keys = ((x * extra[name][:, None]).sum(-1) for x, name in ((q, "weight"), (k, "other")))
+    return F.leaky_relu(rows[..., :, None] + keys[..., None, :], 0.2).softmax(-1) @ v
+
+
+def off_by_one(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Softmax plus one, its maximum kept above zero."""
+    scores = q @ k.mT * D**-0.5
+    highest = scores.amax(-1, keepdim=True).clamp(min=0)
+    powers = (scores - highest).exp()
+    return powers / (powers.sum(-1, keepdim=True) + (-highest).exp()) @ v
+
+
+def bent_scores(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    scores = F.softplus(q @ k.mT * D**-0.5) + F.gelu(q @ k.mT * 0.1)
+    return scores.softmax(-1) @ v
+
+
+def silu_weights(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return F.silu(q @ k.mT * D**-0.5) @ v / N
+
+
+def slopes_in_the_graph(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """A constant that the model writes as a list of numbers."""
+    at, slopes = torch.arange(N), torch.tensor([2.0**-n for n in range(1, H + 1)], dtype=q.dtype)
+    return (q @ k.mT * D**-0.5 - (at - at[:, None]).abs() * slopes[:, None, None]).softmax(-1) @ v
+
+
+def hopfield(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """The output of one step is the query of the next."""
+    for _ in range(3):
+        q = (q @ k.mT * 0.5).softmax(-1) @ k
+    return q
+
+
+WEIGHTS = {"weight": randoms(H, D), "other": randoms(H, D).flip(0)}
+MASK = {"mask": CAUSAL}
+WILD: tuple[Case, ...] = (
+    case("element-by-element", element_by_element, "both products written out", dtypes=HALF, golden=0),
+    case("weighed-features", weighed_features, "three factors, averaged", extra=WEIGHTS, golden=0),
+    case("outer-einsum", outer_einsum, "an einsum that sums nothing, then a sum"),
+    case("radial", radial, "distances of points far from the origin", extra=MASK, golden=0, backward=True),
+    case("squared-cdist", squared_cdist, "distances by the library's operation"),
+    case("powers-of-two", powers_of_two, "exp2", dtypes=HALF, golden=0),
+    case("relu-shares", relu_shares, "L1 normalised", extra=MASK, golden=0, backward=True),
+    case("signed-shares", signed_shares, "normalised by the sum of magnitudes", golden=0),
+    case("sigmoid-shares", sigmoid_shares, "a positive function normalised"),
+    case("graph-attention", graph_attention, "additive scores", extra=WEIGHTS, golden=0),
+    case("off-by-one", off_by_one, "a sink of zero beside a clamped maximum"),
+    case("bent-scores", bent_scores, "activations of scores"),
+    case("silu-weights", silu_weights, "an activation in place of the softmax", golden=0),
+    case("slopes-in-the-graph", slopes_in_the_graph, "a constant tensor in the model's code"),
+    case("hopfield", hopfield, "steps that feed each other", sites=3),
+)
