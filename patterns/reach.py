@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from attncc.ir.affine import Monomial, Poly, at_least_one, expr, plus, poly, scaled
-from attncc.ir.build import ONE, ZERO, add, and_, const, eq, floordiv, ge, mod, mul, not_, op, sub, where
+from attncc.ir.build import ONE, add, and_, const, eq, floordiv, ge, mod, mul, not_, op, sub, where
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, rewrite
 
 Context = tuple[Expr, ...]
@@ -78,7 +78,7 @@ class Reach:
         match new:
             case Op("min" | "max", (a, b)) if new.kind == "int":
                 low, high = (a, b) if x.name == "min" else (b, a)
-                return low if self.proves(context, ge(high, low)) else high if self.proves(context, ge(low, high)) else new
+                return next((p for p, q in ((low, high), (high, low)) if self.proves(context, ge(q, p))), new)
             case Op("floordiv" | "mod", (a, Const(by))) if by > 0:
                 whole, rest = _nearest(poly(a), int(by))
                 for more in (0, 1):
@@ -217,11 +217,11 @@ def _contradict(polys: Iterable[Poly]) -> bool:
         if _add(rows, {m: c for m, c in p.items() if m}, p.get((), 0)):
             return True
     while rows:
-        signs: dict[Monomial, list[int]] = {}
+        held: dict[Monomial, list[int]] = {}
         for row in rows:
             for m, c in row:
-                signs.setdefault(m, [0, 0])[c > 0] += 1
-        chosen = min(signs, key=lambda m: (_is_quotient(m), signs[m][0] * signs[m][1] - sum(signs[m])))
+                held.setdefault(m, []).append(c)
+        chosen = min(held, key=lambda m: _cost(m, held[m]))
         above = [(dict(row), c) for row, c in rows.items() if dict(row).get(chosen, 0) > 0]
         below = [(dict(row), c) for row, c in rows.items() if dict(row).get(chosen, 0) < 0]
         rows = {row: c for row, c in rows.items() if not any(m == chosen for m, _ in row)}
@@ -235,9 +235,13 @@ def _contradict(polys: Iterable[Poly]) -> bool:
     return False
 
 
-def _is_quotient(m: Monomial) -> bool:
-    """Those go last: only rows of whole multiples are rounded to integers."""
-    return any(isinstance(x, Op) and x.name == "floordiv" for x in m)
+def _cost(m: Monomial, coefficients: list[int]) -> tuple[bool, int, int]:
+    """Variables whose coefficients are 1 go first: only that loses no integers. Quotients go last, as rows of their
+    whole multiples are rounded."""
+    above = sum(c > 0 for c in coefficients)
+    below = len(coefficients) - above
+    quotient = any(isinstance(x, Op) and x.name == "floordiv" for x in m)
+    return quotient, max(map(abs, coefficients)), above * below - above - below
 
 
 def _add(rows: dict[frozenset[tuple[Monomial, int]], int], p: Poly, constant: int) -> bool:

@@ -1,5 +1,5 @@
-"""Sliding windows in chunks (Longformer; Beltagy et al., 2020, arXiv 2004.05150): a softmax over columns, of which column
-t of row i is key i + t - w, whose weights are skewed before they meet chunks of values that overlap.
+"""Sliding windows in chunks (Longformer; Beltagy et al., 2020, arXiv 2004.05150): a softmax over columns, of which
+column t of row i is key i + t - w, whose weights are skewed before they meet chunks of values that overlap.
 
     out[i] = sum_c skewed[i, c] * v[chunk(i) + c],    skewed[i, c] = p[i, c - shift(i)] where that is a column, else 0
            = sum_t p[i, t] * v[i + t + offset]
@@ -14,7 +14,7 @@ of a tensor) is read as index arithmetic, and simplified where the conditions of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from attncc.ir.affine import expr, less_than, linear_in, nonnegative, plus, poly, scaled, simplify
+from attncc.ir.affine import expr, less_than, linear_in, nonnegative, plus, poly, simplify
 from attncc.ir.attention import S
-from attncc.ir.build import NEG_INF, ONE, ZERO, add, and_, eq, floordiv, ge, le, lt, maximum, minimum, mod, mul, sub, where
+from attncc.ir.build import NEG_INF, TRUE, ZERO, add, and_, eq, floordiv, ge, le, lt, mod, mul, sub, where
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, Size, free, loads, rewrite, substitute, walk
 from attncc.patterns.contractions import DOT, Contraction, contraction
 from attncc.patterns.facts import Facts
@@ -35,6 +35,7 @@ from attncc.patterns.reach import Context, Reach
 from attncc.patterns.schema import argument, has_argument
 from attncc.patterns.terms import Term
 from attncc.patterns.value import Reader, Unreadable
+from attncc.patterns.writes import Place
 
 aten = torch.ops.aten
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
@@ -54,8 +55,8 @@ class Slid:
 
 
 def slid(frame: Frame, term: Term) -> Slid | None:
-    """An attention whose weights are selected by the place of the key in its row, over whole rows and keys; None for all
-    others. Raises Unreadable where something that this needs is not proven."""
+    """An attention whose weights are selected by the place of the key in its row, over whole rows and keys; None for
+    all others. Raises Unreadable where something that this needs is not proven."""
     guards, _ = _selected(term.weight, frame.c)
     return _Slide(frame, term).slid() if guards and not term.mixed else None
 
@@ -97,7 +98,8 @@ class _Slide:
         self.extents: dict[Expr, Expr] = {**own, _COLUMN: self.columns}
         self.reach = Reach(self.extents)
         place = sub(_COLUMN, expr(line[1]))  # where column t is among what the product sums over
-        covered = and_(ge(place, ZERO), lt(place, frame.product.extent), *(substitute(g, {frame.c: place}) for g in guards))
+        met = (substitute(g, {frame.c: place}) for g in guards)
+        covered = and_(ge(place, ZERO), lt(place, frame.product.extent), *met)
         below = and_(ge(at[dim], ZERO), lt(at[dim], self.columns))
         if not self.reach.proves((), simplify(covered, self.extents)) or not reach.proves(context, below):
             raise Unreadable(term.anchor.node, _OTHER_KEYS)
@@ -109,7 +111,7 @@ class _Slide:
         return simplify(substitute(x, self.by_column), self.extents)
 
     def slid(self) -> Slid:
-        frame, anchor, p = self.frame, self.term.anchor, self.values
+        anchor, p = self.term.anchor, self.values
         key, keys = self.key, self.f.shape(p.node)[p.dim]
         score, found = self._score((ge(key, ZERO), lt(key, keys)))
         for beyond in (lt(key, ZERO), ge(key, keys)):
@@ -167,7 +169,8 @@ class _Slide:
         rows = [x for x in outs if any(x in free(y) for m in line[1] for y in m)]
         first = outs.index(rows[0]) if rows else 0
         offset = plus(line[1], poly(self.flat(rows)), -1)
-        if not rows or rows != outs[first : first + len(rows)] or not all(isinstance(y, Size) for m in offset for y in m):
+        together = bool(rows) and rows == outs[first : first + len(rows)]
+        if not together or not all(isinstance(y, Size) for m in offset for y in m):
             return None
         return _Position(n, at, moving[0], tuple(rows), expr(offset))
 
@@ -199,19 +202,15 @@ class _Slide:
         return tuple(self._point(x) for x in at)
 
     def _whole(self, x: Expr) -> Expr:
-        """An expression over whole rows and keys, whose loads stay inside of their tensors outside of the window too."""
+        """An expression over whole rows and keys, whose loads stay inside of their tensors beyond the window too."""
 
         def kept(y: Expr) -> Expr | None:
             if not isinstance(y, Load):
                 return None
             shape = self.f.shape(self.f.by_name[y.tensor.removeprefix(DOT)])
-            return Load(y.tensor, tuple(self._inside(i, s) for i, s in zip(y.index, shape, strict=True)), y.kind)
+            return Load(y.tensor, Place(TRUE, y.index).kept(shape, self.whole), y.kind)
 
         return rewrite(self._point(x), kept)
-
-    def _inside(self, x: Expr, length: Expr) -> Expr:
-        x = x if nonnegative(x, self.whole) else maximum(x, ZERO)
-        return x if less_than(x, length, self.whole) else minimum(x, sub(length, ONE))
 
     def _whole_frame(self, keys: Expr) -> Frame:
         frame, p = self.frame, self.values
@@ -241,22 +240,26 @@ class _Slide:
                 if _ROW in mentioned(q_at) and _ROW not in mentioned(k_at) and self._is_read_inside(k, k_at):
                     yield Product(x, product.node, q, q_at, k, k_at, _ROW, (d, product.extent))
 
+    def known(self, context: Context, extents: dict[Expr, Expr]) -> Callable[[Expr], Expr]:
+        """Simplifies where the conditions hold."""
+        return lambda x: simplify(self.reach.simplified(x, context), extents)
+
     def sides(self, product: Contraction, at: Point, d: Index) -> list[tuple[fx.Node, Point]]:
         left, right = product.maps(at, d)
         return [(product.lhs, left), (product.rhs, right)]
 
     def _plainest(self, n: fx.Node, at: Point, extents: dict[Expr, Expr]) -> tuple[fx.Node, Point]:
-        """The tensor on the way from an operand to its source at which its index over whole rows and keys is shortest."""
+        """The tensor on the way from an operand to its source at which its index over rows and keys is shortest."""
         bounds = {**self.whole, **{x: s for x, s in extents.items() if x not in self.extents}}
         read = [
             (node, tuple(simplify(substitute(x, self._digits), bounds) for x in point))
             for node, point, _ in _chain(self.f, n, at, extents, self.frame.use)
         ]
-        return min(read, key=lambda found: sum(isinstance(x, Op) for x in walk(*found[1])))
+        return min(read, key=lambda found: _effort(found[1]))
 
     def _is_read_inside(self, n: fx.Node, at: Point) -> bool:
-        pairs = zip(at, self.f.shape(n), strict=True)
-        return all(_KEY not in free(x) or (nonnegative(x, self.whole) and less_than(x, s, self.whole)) for x, s in pairs)
+        keyed = [(x, s) for x, s in zip(at, self.f.shape(n), strict=True) if _KEY in free(x)]
+        return all(nonnegative(x, self.whole) and less_than(x, s, self.whole) for x, s in keyed)
 
 
 class _Same:
@@ -265,16 +268,16 @@ class _Same:
 
     def __init__(self, slide: _Slide, found: Product) -> None:
         self.slide, self.found = slide, found
-        self.sources = self._read(found.load)
 
-    def _read(self, x: Load) -> dict[fx.Node, Point]:
-        """The point at which each tensor on the way to the sources is read."""
+    def _read(self, x: Load, context: Context) -> dict[fx.Node, Point]:
+        """The points at which queries and keys are read, where the conditions hold."""
         slide, (d, depth) = self.slide, self.found.contracted
         product = contraction(slide.f, self.found.node)
         assert product is not None
         read: dict[fx.Node, Point] = {}
         for side, (n, at) in enumerate(slide.sides(product, x.index, d)):
-            for node, point, _ in _chain(slide.f, n, at, {**slide.extents, d: depth}, slide.frame.use):
+            extents = {**slide.extents, d: depth}
+            for node, point, _ in _chain(slide.f, n, at, extents, slide.frame.use, slide.known(context, extents)):
                 if node is (self.found.q, self.found.k)[side] or node is (self.found.k, self.found.q)[side]:
                     read[node] = point
         return read
@@ -284,8 +287,8 @@ class _Same:
             return Load(x.tensor, tuple(self._plain(i, context) for i in x.index), x.kind)
         if x is self.found.load:
             return S
-        read = self._read(x)
-        pairs = [(a, b) for n, at in self.sources.items() for a, b in zip(at, read[n], strict=True)]
+        read, wanted = self._read(x, context), self._read(self.found.load, context)
+        pairs = [(a, b) for n, at in wanted.items() for a, b in zip(at, read[n], strict=True)]
         equal = all(a is b or self.slide.reach.proves(context, eq(a, b)) for a, b in pairs)
         return S if equal else None
 
@@ -300,10 +303,10 @@ class _Same:
 
 
 def _chain(
-    f: Facts, n: fx.Node, at: Point, extents: dict[Expr, Expr], use: int
+    f: Facts, n: fx.Node, at: Point, extents: dict[Expr, Expr], use: int, known: Callable[[Expr], Expr] | None = None
 ) -> Iterator[tuple[fx.Node, Point, bool]]:
     """The tensors that a value comes from, moved, with the index in each and whether it was just below a pad (where the
-    index may lie outside), as far as they hold the same until `use`."""
+    index may lie outside), as far as they hold the same until `use`. `known` simplifies an index."""
     yield n, at, False
     while True:
         padded = n.target in _PADS
@@ -311,7 +314,14 @@ def _chain(
         if found is None or f.dtype(found[0]) != f.dtype(n) or f.writes(found[0], f.order[n], use):
             return
         n, at = found
+        at = at if known is None else tuple(map(known, at))
         yield n, at, padded
+
+
+def _effort(at: Point) -> tuple[int, int]:
+    """Operations in an index, those on rows and keys first."""
+    ops = [x for x in walk(*at) if isinstance(x, Op)]
+    return sum(bool(free(x) & {_ROW, _KEY}) for x in ops), len(ops)
 
 
 def _below_pad(f: Facts, n: fx.Node, at: Point, extents: dict[Expr, Expr]) -> Move | None:

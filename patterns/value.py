@@ -43,8 +43,8 @@ class Reader:
 
     `extents` bounds every index; `leaves` are nodes to stop at (a softmax, when its consumer is read). `given` says
     what some nodes are: the arguments of a graph of scalars, in which nothing else can be loaded from outside.
-    `lost` is the first formula that was not read because an input of it is gone. With `reach`, values are read where the
-    conditions of `context` hold, and loads may lie outside of their tensors elsewhere."""
+    `lost` is the first formula that was not read because an input of it is gone. With `reach`, values are read where
+    the conditions of `context` hold, and loads may lie outside of their tensors elsewhere."""
 
     facts: Facts
     use: int
@@ -104,7 +104,8 @@ class Reader:
             self.lost = self.lost or error
         if value is None:
             return self._load_later(n, at, when)
-        if not self.given and (self._better_loaded(value) or (self.reach is None and self._worth_a_table(n, value))):
+        tabled = self.reach is None and self._worth_a_table(n, value)
+        if not self.given and (self._better_loaded(value) or tabled):
             table = by_distance(self.facts, n, value, at, self.pair, self.extents)
             return self._load_later(n, at, when) if table is None else table
         return value
@@ -125,7 +126,9 @@ class Reader:
         )
         if same and self.facts.is_tensor(write):
             return self.value_at(write, at, self.facts.order[write] + 1)
-        if self.pair and self.pair <= frozenset[Expr]().union(*map(free, at)) and (value := self._written(write, target, n, at, when)) is not None:
+        paired = bool(self.pair) and self.pair <= frozenset[Expr]().union(*map(free, at))
+        value = self._written(write, target, n, at, when) if paired else None
+        if value is not None:
             return value
         if any(self.facts.aliases(n, leaf) for leaf in self.leaves):
             raise Unreadable(write, "a part of the weights is written to before they meet the values")
