@@ -72,13 +72,9 @@ def _size(by: Expr) -> float:
     return float(by.value) if isinstance(by, Const) else float("inf")
 
 
-def summed(
-    f: Facts, factors: Sequence[tuple[fx.Node, Point]], out: Sequence[Index], together: Sequence[Index], joined: Index,
-    use: int,
-) -> Source | None:  # fmt: skip
-    """The product of tensors read at plain indices, over `out` and those that `together` become one index `joined`.
-
-    None where an index is no plain one."""
+def einsum(f: Facts, factors: Sequence[tuple[fx.Node, Point]], out: Sequence[Index], use: int) -> fx.Node | None:
+    """The product of tensors read at plain indices, summed over those that are not in `out`. None where an index is no
+    plain one, or the tensors are of several types."""
     letters: dict[Expr, str] = {}
     unused = iter(string.ascii_letters)
     terms: list[str] = []
@@ -92,8 +88,22 @@ def summed(
             else:
                 return None
         terms.append(term)
-    equation = f"{','.join(terms)}->{''.join(letters[x] for x in (*out, *together))}"
-    n = f.make(aten.einsum.default, (equation, [x for x, _ in factors]), use)
+    if len({f.value(n).dtype for n, _ in factors}) != 1:
+        return None
+    equation = f"{','.join(terms)}->{''.join(letters[x] for x in out)}"
+    return f.make(aten.einsum.default, (equation, [x for x, _ in factors]), use)
+
+
+def summed(
+    f: Facts, factors: Sequence[tuple[fx.Node, Point]], out: Sequence[Index], together: Sequence[Index], joined: Index,
+    use: int,
+) -> Source | None:  # fmt: skip
+    """The product of tensors read at plain indices, over `out` and those that `together` become one index `joined`.
+
+    None where `einsum` makes none."""
+    n = einsum(f, factors, (*out, *together), use)
+    if n is None:
+        return None
     if len(together) > 1:
         n = f.make(aten.flatten.using_ints, (n, -len(together), -1), use)
     return Source(n, (*out, joined))

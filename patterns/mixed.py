@@ -2,13 +2,15 @@
 
     sum_g mix[h, g] * (sum_d q[g, i, d] * k[g, j, d])  =  sum_(g, d) (mix[h, g] * q[g, i, d]) * k[g, j, d]
 
-The queries of all heads, scaled, are a tensor of their own; the keys are read as they lie, or copied.
+The queries of all heads, scaled, are a tensor of their own; the keys are read as they lie, or copied. A bias that is
+added before is mixed by itself: it has the size of scores, but usually no batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from attncc.ir.attention import S
@@ -16,10 +18,15 @@ from attncc.ir.build import add, floordiv, mod, mul
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, loads, substitute
 from attncc.patterns.contractions import DOT, mixture
 from attncc.patterns.elements import operand
+from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame
-from attncc.patterns.made import summed
-from attncc.patterns.moves import Point
+from attncc.patterns.made import einsum, summed
+from attncc.patterns.moves import Point, broadcast
 from attncc.patterns.products import Product, mentioned, products
+from attncc.patterns.schema import argument
+from attncc.patterns.value import Reader
+
+aten = torch.ops.aten
 
 
 def mixed_product(frame: Frame, score: Expr) -> Product | None:
@@ -33,7 +40,8 @@ def mixed_product(frame: Frame, score: Expr) -> Product | None:
         g = Index("g")
         left, right = mix.maps(x.index, g)
         reader = frame.over({g: mix.extent}).reader()
-        scaled = _factors(reader.value_at(mix.lhs, left, f.order[n]))
+        scores, at, biases = _without_biases(reader, mix.lhs, left)
+        scaled = _factors(reader.value_at(scores, at, f.order[n]))
         scaled += _factors(reader.value_at(mix.rhs, right, f.order[n]))
         dots = [y for y in scaled if isinstance(y, Load) and y.tensor.startswith(DOT)]
         if len(dots) != 1:
@@ -43,6 +51,9 @@ def mixed_product(frame: Frame, score: Expr) -> Product | None:
         if inner is None or any(c in mentioned((y,)) for y in rest):
             continue
         found = _joined(frame, x, inner, rest, g, mix.extent)
+        for bias in biases:
+            mixed = None if found is None else _mixed_bias(f, (mix.rhs, right), bias, g, frame.use)
+            found = None if found is None or mixed is None else replace(found, value=add(found.value, mixed))
         if found is None:
             continue
         if mix.bias is not None:
@@ -50,6 +61,30 @@ def mixed_product(frame: Frame, score: Expr) -> Product | None:
             found = None if bias is None else replace(found, value=add(found.value, bias))
         return found
     return None
+
+
+def _without_biases(r: Reader, n: fx.Node, at: Point) -> tuple[fx.Node, Point, list[tuple[fx.Node, Point]]]:
+    """Scores at a point less the tensors that are added to their product, and these."""
+    f = r.facts
+    found: list[tuple[fx.Node, Point]] = []
+    while n.target is aten.add.Tensor and argument(n, "alpha") == 1 and all(f.is_tensor(x) for x in n.args):
+        sides: list[tuple[fx.Node, Point]] = [(x, broadcast(f, x, at)) for x in n.all_input_nodes]
+        held = [any(y.tensor.startswith(DOT) for y in loads(r.value_at(x, p, f.order[n]))) for x, p in sides]
+        if sorted(held) != [False, True]:
+            break
+        found.append(sides[held.index(False)])
+        n, at = sides[held.index(True)]
+    return n, at, found
+
+
+def _mixed_bias(
+    f: Facts, mix: tuple[fx.Node, Point], bias: tuple[fx.Node, Point], g: Index, use: int
+) -> Expr | None:  # fmt: skip
+    """What a mixture adds to its scores for a bias that they had before."""
+    out = list(dict.fromkeys(x for _, at in (bias, mix) for x in at if isinstance(x, Index) and x is not g))
+    written = any(f.writes(n, f.order[n], use) for n, _ in (mix, bias))
+    n = None if written else einsum(f, [mix, bias], out, use)
+    return None if n is None else Load(n.name, tuple(out), "float")
 
 
 def _factors(x: Expr) -> list[Expr]:

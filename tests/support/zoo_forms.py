@@ -31,6 +31,12 @@ def talking_twice_to_one_query(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return (weights @ v).expand(-1, -1, q.shape[2], -1)
 
 
+def talking_with_biases(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Position biases before the heads are mixed by convolutions of one tap, which add biases of their own."""
+    scores = F.conv2d(q @ k.mT * SCALE + extra["bias"], extra["taps"], extra["shift"])
+    return F.conv2d(scores.softmax(-1), extra["taps"], extra["shift"]) @ v
+
+
 def talking_and_normalised(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     """Mixed heads normalised over heads: no weighted sum of softmaxes any more."""
     weights = torch.einsum("bhij,hg->bgij", (q @ k.mT * SCALE).softmax(-1), extra["mix"])
@@ -326,6 +332,8 @@ FORMS = (
          golden=0, backward=True),
     Case("talking-to-one-query", attend(talking_twice_to_one_query, mix=randoms(H, H)), 1,
          "class attention", dtypes=WIDE),
+    Case("talking-with-biases", attend(talking_with_biases, bias=randoms(H, N, N), taps=randoms(H, H, 1, 1),
+         shift=randoms(H)), 1, "biases before and after the mixture", dtypes=WIDE, golden=0, backward=True),
     Case("talking-normalised", attend(talking_and_normalised, mix=randoms(H, H)), 0, "heads normalised", refused=1),
     Case("kept-bias", attend(kept_bias, bias=randoms(H, N + 5, N + 5)), 1, "counted from the end", dynamic=True),
     Case("threshold", attend(threshold, **MASK), 1, "a predicate of the score under a mask", golden=0),
