@@ -14,6 +14,7 @@ from math import prod
 
 import torch
 
+from attncc.constants import Constant, belongs_to_a_module
 from attncc.ir import Attention, Expr
 from attncc.ir.attention import DTYPES
 from attncc.ir.interpret import extent, size_table
@@ -91,6 +92,7 @@ class Tabled(BySize):
         )
         self._last: tuple[list[int], list[torch.Tensor], dict[str, torch.Tensor]] | None = None
         self._rest: dict[tuple[int, ...], _Rest] = {}
+        self._constants: dict[tuple[int, ...], Constant] = {}
 
     def work(self, sizes: Sequence[int]) -> int:
         """Pairs, or what there is to read of keys and values: a cache is mostly empty, and read for one row."""
@@ -129,9 +131,17 @@ class Tabled(BySize):
         if rest.left:
             rest.left -= 1
             return None
+        looked_at = [tensors[n] for n in self._looked_at]
+        constant = self._constants.get(place)
+        if constant is not None and constant.holds(looked_at, sizes):
+            return constant.made
         made = map_tables(self._dense, self.attention, named, sizes)
         if any(_pays(m, made[m.tensor.name], self.attention, sizes) for m in self._dense):
             self._rest.pop(place, None)
+            if all(map(belongs_to_a_module, looked_at)):
+                if len(self._constants) >= MOST_PLACES:
+                    self._constants.clear()
+                self._constants[place] = Constant.after(constant, looked_at, sizes, made)
             return made
         if len(self._rest) >= MOST_PLACES:
             self._rest.clear()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bounds_cases import attention, blocks, data, tiled, visible
 
+import attncc.constants
 import attncc.tables
 from attncc.codegen import torch_form
 from attncc.ir import Attention, interpret
@@ -121,6 +122,41 @@ def test_a_mask_that_shows_little_is_looked_at_more_and_more_rarely(monkeypatch)
     for _ in range(3):
         run()
     assert looked == [0, 2, 5, 10, 10] and len(skipping.calls) == 2
+
+
+def test_a_buffer_that_stays_the_same_is_looked_at_no_more(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """A write is seen, and from then on the buffer is looked at in every call."""
+    monkeypatch.setattr(attncc.tables, "WORTHWHILE", 1000)
+    monkeypatch.setattr(attncc.constants, "FOUND_AGAIN", 3)
+    a, sizes, tensors = attention("dense[b, i, j]"), (1, 300, 300, 0), data(1, 300, 300)
+    i = torch.arange(300)
+    tensors["dense"] = (i[:, None] - i).abs()[None] < 20
+    found = spanned(a, by_looking="quick")
+    kernel = Tabled(Recorded(a), found, lambda: Recorded(found.attention))
+    looked: list[int] = []
+
+    def counted(*args):  # type: ignore[no-untyped-def]
+        looked.append(1)
+        return map_tables(*args)
+
+    monkeypatch.setattr(attncc.tables, "map_tables", counted)
+    out = torch.empty(1, 4, 300, 8)
+
+    def calls(n: int) -> int:
+        looked.clear()
+        for _ in range(n):
+            kernel([tensors[t.name] for t in a.tensors], sizes, [out])
+            torch.testing.assert_close(out, interpret(a, tensors, sizes)["out"], rtol=1e-5, atol=1e-5)
+        return len(looked)
+
+    assert calls(5) == 5  # a tensor of the caller
+    tensors["dense"]._dynamo_static_input_type = "unguarded"  # a buffer
+    assert calls(8) == 3
+    tensors["dense"][:, 100:200, 200:] = True
+    assert calls(6) == 6
+    tensors["dense"] = tensors["dense"].clone()
+    tensors["dense"]._dynamo_static_input_type = "unguarded"
+    assert calls(8) == 3
 
 
 @pytest.mark.parametrize(
