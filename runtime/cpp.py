@@ -38,9 +38,12 @@ _FLAGS: dict[str, tuple[str, ...]] = {
     "avx2": ("-march=x86-64-v3",),
     "neon": ("-march=armv8-a",),
 }
+#: What a kernel needs of -O3, in three quarters of the compile time: unrolling whole loops puts register tiles into
+#: registers, and a question that a loop asks at every turn is asked once before it.
+_OPTIMISED = ("-O2", "-fpeel-loops", "-funswitch-loops")
 _COMMON = (
-    "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
-    "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-w",
+    "-std=c++17", *_OPTIMISED, "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=fast", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-w",
 )  # fmt: skip
 _ERRORS = {1: "out of memory", 2: "a size beyond 2^24", 3: "Linux does not let this process use AMX"}
 

@@ -69,7 +69,7 @@ INLINE bool is_few(const Call& c, int64_t rows) {
 // Rows that groups fold into one tile. Several tiles of few rows read a block of keys one after the other from the cache, which
 // is still faster than lanes that stand empty.
 static int64_t most_folded(const Call& c) {
-    if (PAIRS || c.N * group_count(c) > 4 * FEW || !few_in_rows(c, c.N)) return QUERIES;
+    if (PAIRS || c.N * group_count(c) > 2 * FEW || !few_in_rows(c, c.N)) return QUERIES;
     return FEW;
 }
 static void load_few(const Call& c, const q_element* const (&rows)[LANES], real* q) {
