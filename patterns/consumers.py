@@ -24,8 +24,8 @@ from attncc.patterns.value import Unreadable
 @dataclass(frozen=True)
 class Uses:
     """`products` sum over the keys of a softmax, `others` are products that sum over something else, `escapes` all
-    other users of the weights. `alone`: such a product sums over a single key. `each`: the weights are summed with values
-    element by element, and are others for each component of these."""
+    other users of the weights. `alone`: such a product sums over a single key. `each`: values are
+    weighted and summed element by element, with other weights for each component."""
 
     products: tuple[Frame, ...]
     others: tuple[fx.Node, ...]

@@ -12,6 +12,7 @@ from attncc.patterns.schema import op_name
 
 _STEPS = 40
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
+_INNER = ("getitem", "unbind", "index_put")
 _CHOSEN = {"topk", "sort", "argsort", "gather", "index"}
 _NONE = "the softmax's input is no product of queries and keys"
 
@@ -70,7 +71,7 @@ def _sources(f: Facts, n: fx.Node) -> list[fx.Node]:
             break
         n = stack.pop(0)
         name = _name(n)
-        inner = n.op == "call_function" and (n.target in MOVES or n.target in ELEMENTS or name in ("getitem", "unbind"))
+        inner = n.op == "call_function" and (n.target in MOVES or n.target in ELEMENTS or name in _INNER)
         if not inner:
             found.append(n)
             continue

@@ -85,8 +85,8 @@ def alike(f: Facts, a: fx.Node, seen_a: fx.Node, b: fx.Node, seen_b: fx.Node, de
 
 
 _REPEATABLE = {
-    operator.getitem, aten.exp.default, aten.exp2.default, aten.pow.Scalar, aten.relu.default, aten.sub.Tensor, *CASTS,
-    *MAXES,
+    operator.getitem, aten.exp.default, aten.exp2.default, aten.pow.Scalar, aten.pow.Tensor_Scalar, aten.relu.default,
+    aten.sigmoid.default, aten.softplus.default, aten.square.default, aten.abs.default, aten.sub.Tensor, *CASTS, *MAXES,
 }  # fmt: skip
 
 

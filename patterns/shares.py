@@ -42,6 +42,10 @@ def _log(x: Expr, at: fx.Node, *, zero: bool) -> Expr:
             return _log(a, at, zero=zero)
         case Op("exp", (a,)):
             return a
+        case Op("sigmoid", (Op("where", (c, a, hidden)),)) if hidden is NEG_INF and S not in free(c):
+            return where(c, log_sigmoid(a), NEG_INF)
+        case Op("max", (Op("where", (c, a, hidden)), Const(0.0) as low)) if hidden is NEG_INF and S not in free(c):
+            return where(c, _log(maximum(a, low), at, zero=zero), NEG_INF)
         case Op("sigmoid", (a,)):
             return log_sigmoid(a)
         case Op("where", (c, a, b)) if S not in free(c) and (_is_zero(a) or _is_zero(b)):

@@ -42,7 +42,7 @@ def _between(f: Facts, weights: fx.Node, data: Container[fx.Node]) -> tuple[str,
         if product is not None:
             return reason if reason is not None and _compares(f, product, data) else None
         held = [a for a in n.all_input_nodes if f.is_tensor(a)]
-        if n.target in MOVES or n.target in ELEMENTS:
+        if n.target in MOVES or n.target in ELEMENTS or _name(n) == "index_put":
             divisor = n.args[1] if _name(n) == "div" and len(n.args) > 1 else None
             reduced = _reduction(f, divisor) if isinstance(divisor, fx.Node) else None
             if reduced is not None and reason is None:

@@ -255,7 +255,11 @@ class Writer:
         if scale == "both":
             self.line(f"q = q * {c ** 0.5!r}; k = k * {c ** 0.5!r}")
         self.layout = pick("bhij", "bhij", "fij", "bhji", "bijh", "bihj")
-        eq = pick("matmul", "einsum")
+        eq = pick("matmul", "matmul", "einsum", "einsum", "written")
+        if eq == "written" and self.layout in ("bhij", "bihj"):
+            self.line(self._written())
+            return
+        eq = "einsum" if eq == "written" else eq
         if self.layout == "bhij":
             self.line({"matmul": pick("s = q @ k.transpose(-1, -2)", "s = torch.matmul(q, k.mT)", "s = torch.matmul(q, k.permute(0, 1, 3, 2))", "s = (k @ q.transpose(2, 3)).transpose(-1, -2)"),
                        "einsum": "s = torch.einsum('bhid,bhjd->bhij', q, k)"}[eq])
@@ -295,6 +299,17 @@ class Writer:
         }[self.layout] if self.layout != "fij" else self.pick(
             f"{t}.expand(B, {h}, N, M).reshape(B * {h}, N, M)", f"{t}.expand(B, {h}, N, M).flatten(0, 1)")
 
+    def _written(self) -> str:
+        """The scores element by element: a product, or a distance."""
+        self.label("written out")
+        q, k = ("q[:, :, :, None]", "k[:, :, None]") if self.layout == "bhij" else (
+            "q.transpose(1, 2).unsqueeze(3)", "k.unsqueeze(1)")  # fmt: skip
+        return self.pick(
+            f"s = ({q} * {k}).sum(-1)", f"s = torch.mul({k}, {q}).sum(dim=-1)", f"s = ({q} * {k} * 0.7).mean(-1)",
+            f"s = ({q} * {k} / 2).sum(-1, keepdim=True).squeeze(-1)", f"s = -({q} - {k}).square().sum(-1) * 0.2",
+            f"s = ({k} - {q}).pow(2).mean(-1) / -2.0",
+        )  # fmt: skip
+
     def _changes_to_scores(self) -> None:
         from random_spellings import CHANGES  # noqa: PLC0415
 
@@ -330,7 +345,8 @@ class Writer:
             self.line(f"o = o.view(B, {s.h}, N, {s.e})")
         elif L == "bhij":
             self.line("o = " + pick(f"{w} @ v", f"torch.matmul({w}, v)", f"torch.einsum('bhij,bhje->bhie', {w}, v)",
-                                    f"(v.transpose(-1, -2) @ {w}.transpose(-1, -2)).transpose(-1, -2)"))
+                                    f"(v.transpose(-1, -2) @ {w}.transpose(-1, -2)).transpose(-1, -2)",
+                                    f"({w}.unsqueeze(-1) * v.unsqueeze(2)).sum(3)"))
             self.line(f"o = {self.after.format('o')}")
         elif L == "bhji":
             self.line("o = " + pick(f"{w}.transpose(-1, -2) @ v", f"torch.einsum('bhji,bhje->bhie', {w}, v)",

@@ -186,6 +186,8 @@ def softmax(w: Writer) -> str:
     delicate = [
         f"F.softmax(s.float(), dim={d}, dtype=torch.float32).to(s.dtype)", f"torch.log_softmax(s, {d}).exp()",
         f"(s - s.logsumexp({d}, keepdim=True)).exp()", f"s.exp() / s.exp().sum({d}, keepdim=True)",
+        f"s.exp2() / s.exp2().sum({d}, keepdim=True)", f"1.5 ** s / (1.5 ** s).sum({d}, keepdim=True)",
+        f"s.sigmoid() / s.sigmoid().sum({d}, keepdim=True)", f"s.relu() / (s.relu().sum({d}, keepdim=True) + 0.1)",
     ]  # fmt: skip
     if any(x.startswith("fill") and "inf'" not in x for x in w.p.labels):
         delicate = []
@@ -234,12 +236,15 @@ def near_miss(w: Writer) -> str:
     """What looks like an attention's softmax and is none."""
     d = w.dim
     other = -2 if d == -1 else -1
+    # a column of fills alone has a maximum as low: what is left of the scores beside it is rounding
+    top = f"s.amax({other}, keepdim=True)"
+    top += ".clamp(-50, 50)" if any(x.startswith("fill") and "inf'" not in x for x in w.p.labels) else ""
     w.label("near miss", plain=False)
     text = w.pick(
         f"s.softmax({other})", f"s.exp() / s.exp().sum({other}, keepdim=True)", f"s.exp() / (s + 1).exp().sum({d}, keepdim=True)",
-        f"torch.exp(s - s.amax({other}, keepdim=True)) / torch.exp(s - s.amax({other}, keepdim=True)).sum({d}, keepdim=True)",
+        f"torch.exp(s - {top}) / torch.exp(s - {top}).sum({d}, keepdim=True)",
         f"(s - s.logsumexp({other}, keepdim=True)).exp()", f"s.softmax({d}) * s.softmax({other})",
-        f"s.exp() / s.sum({d}, keepdim=True)", f"(s - s.amax({other}, keepdim=True)).softmax({d})",
+        f"s.exp() / s.sum({d}, keepdim=True)", f"(s - {top}).softmax({d})",
         f"(s - (s * 2).amax({d}, keepdim=True)).softmax({d})", f"s.softmax({d}) - s.softmax({d}).mean()",
         "s.softmax(0)", "torch.sigmoid(s)", f"s.softmax({d}).cumsum({d})", f"s.softmax({d}).softmax({d})",
         f"(s.softmax({d}) + 0.1)", f"s.softmax({d}) + s.softmax({d}).flip({d})", f"s.softmax({d}).roll(1, {other})",
