@@ -47,7 +47,7 @@ def error_of(row: Row, t: Tensors, out: torch.Tensor) -> float:
 
 
 def checked(row: Row, t: Tensors) -> tuple[Call, float]:
-    """Our kernel's call and its error. Raises RuntimeError where that is beyond a few roundings of the dtype."""
+    """Our kernel's call, run once, and its error. Raises RuntimeError where that is beyond a few roundings."""
     call, out = ours(row, t)
     call()
     error = error_of(row, t, out)
@@ -64,14 +64,16 @@ def measure_row(row: CpuRow, seconds: float, rivals: Sequence[str]) -> dict[str,
     calls: dict[str, Call] = {"attncc": call}
     absent: dict[str, str] = {}
     errors = {"attncc": error}
+    warm = {"attncc"}
     for name in rivals:
         try:
             calls[name] = RIVALS[name](row, t)
             if name == "sdpa":
                 errors[name] = error_of(row.row, t, calls[name]())  # type: ignore[arg-type]
+                warm.add(name)
         except Exception as why:  # a rival may fail in any way of its own
             absent[name] = (str(why).splitlines() or [type(why).__name__])[0]
-    samples = _samples(calls, absent, seconds)
+    samples = _samples(calls, absent, seconds, warm)
     own = samples["attncc"]
     pairs = visible_pairs(row.row, t)
     element = t["k"].element_size()
@@ -79,6 +81,7 @@ def measure_row(row: CpuRow, seconds: float, rivals: Sequence[str]) -> dict[str,
     result: dict[str, Any] = {
         "row": row.row.name, "dtype": row.row.dtype, "threads": torch.get_num_threads(), "absent": absent,
         "ms": {n: x * 1e3 for n, x in median.items()}, "error": errors, "rounds": len(own),
+        "spread": {n: _spread(x) for n, x in samples.items() if len(x) >= _LEAST_ROUNDS},
         "density": _density(row.row, pairs),
         "ratio": {n: statistics.median(x / y for x, y in zip(s, own, strict=False))
                   for n, s in samples.items() if n != "attncc"},
@@ -94,14 +97,23 @@ def _density(row: Row, pairs: int) -> float:
     return pairs / (row.batch * row.heads * row.group * row.rows * row.keys)
 
 
-def _samples(calls: dict[str, Call], absent: dict[str, str], seconds: float) -> dict[str, list[float]]:
+def _spread(samples: list[float]) -> float:
+    """How far the middle half of the samples lies apart, by their median: what the machine's noise is."""
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return (high - low) / middle
+
+
+def _samples(
+    calls: dict[str, Call], absent: dict[str, str], seconds: float, warm: set[str]
+) -> dict[str, list[float]]:
     """Seconds of a call, a list for each rival, one number a turn. A rival whose call takes longer than `seconds` is
-    called once after its warm-up; one that raises goes to `absent`."""
+    called once after its warm-up (those in `warm` had theirs); one that raises goes to `absent`."""
     repeats: dict[str, int] = {}
     slow: dict[str, float] = {}
     for name in list(calls):
         try:
-            calls[name]()
+            if name not in warm:
+                calls[name]()
             once = on_cpu(calls[name], 1)
         except Exception as why:
             if name == "attncc":

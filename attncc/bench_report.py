@@ -42,7 +42,9 @@ def _speed(done: Done) -> str:
 
 def line(done: Done) -> str:
     """One row as text, with the reasons of absent rivals."""
-    start = f"{done['row']:30} {done['dtype']:5}{done['threads']} {done['ms']['attncc']:9.3f} ms {_speed(done):>11}"
+    noise = f" +-{done['spread']['attncc'] / 2:.0%}" if "attncc" in done.get("spread", {}) else ""
+    own = f"{done['ms']['attncc']:9.3f} ms{noise}"
+    start = f"{done['row']:30} {done['dtype']:5}{done['threads']} {own} {_speed(done):>11}"
     ratios = "  ".join(f"{n} {r:.2f}x" for n, r in done["ratio"].items())
     goals = "; ".join(filter(None, (verdict(done, g) for g in done["goals"])))
     return f"{start}  {ratios}" + (f"  [{goals}]" if goals else "")
@@ -79,7 +81,13 @@ def _table(part: list[Done], title: str) -> list[str]:
         for name, why in r["absent"].items():
             if name in columns and why not in ("no grouped heads", "no mask to build"):
                 notes.setdefault(f"{name}: {why}", []).append(r["row"])
-    out += ["", *(f"- {why} ({', '.join(where)})" for why, where in notes.items()), ""]
+    spreads = sorted(x for r in part for x in r.get("spread", {}).values())
+    out.append("")
+    if spreads:
+        usual, noisy = spreads[len(spreads) // 2], spreads[-1 - len(spreads) // 10]
+        out.append(f"- the middle half of a rival's samples lies {usual:.0%} of their median apart (median over rivals "
+                   f"and rows), {noisy:.0%} in the noisiest tenth")  # fmt: skip
+    out += [*(f"- {why} ({', '.join(where)})" for why, where in notes.items()), ""]
     return out
 
 

@@ -97,6 +97,7 @@ def test_a_row_is_checked_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     done = bench_cpu.measure_row(row, 0.01, ["sdpa", "read", "flex"])
     assert done["absent"] == {"flex": "out of order"}
     assert set(done["ms"]) == {"attncc", "sdpa", "read"} and set(done["ratio"]) == {"sdpa", "read"}
+    assert "attncc" in done["spread"] and all(x >= 0 for x in done["spread"].values())  # others may be too slow for one
     assert done["rounds"] >= 3 and done["decode"] and done["density"] == 1.0
     assert done["error"]["attncc"] < 1e-5 and done["error"]["sdpa"] < 1e-5
     assert done["goals"] == [{"than": "sdpa", "least": 1.0}]
@@ -143,6 +144,14 @@ def test_reports() -> None:
     bars = [x for x in drawn.iter("{http://www.w3.org/2000/svg}rect") if x.get("fill", "").startswith("#")]
     assert len(bars) == 3
     assert any(x.text == "Swin & <others>" for x in drawn.iter("{http://www.w3.org/2000/svg}text"))
+
+
+def test_noise_is_reported() -> None:
+    found = {32: 0.02, 64: 0.04, 128: 0.5}
+    part = [done(f"BERT {n}", "f32", 1.0, spread={"attncc": x, "sdpa": x}) for n, x in found.items()]
+    text = markdown({"rows": part})
+    assert "lies 4% of their median apart" in text and "50% in the noisiest tenth" in text
+    assert "2.000 ms +-2% " in line(part[1])
 
 
 def test_parts_of_a_suite_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
