@@ -489,6 +489,14 @@ INLINE void put_row(double* p, vreal x) {
     typedef double v __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
     *(v*)p = __builtin_convertvector(x, v);
 }
+#if PAIRS
+INLINE void put_row(bf16* p, vreal x) {
+    typedef short v __attribute__((vector_size(32)));
+    v low;
+    asm("vcvtneps2bf16 %1, %t0" : "=v"(low) : "v"(x));
+    memcpy(p, &low, 32);
+}
+#else
 INLINE void put_row(bf16* p, vreal x) {
     typedef float v __attribute__((vector_size(LANES * 4)));
     const v f = __builtin_convertvector(x, v);
@@ -496,6 +504,7 @@ INLINE void put_row(bf16* p, vreal x) {
     const vword rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     *(vhalf*)p = __builtin_convertvector(f != f ? vword{} + 0x7fc0 : rounded, vhalf);
 }
+#endif
 #if F16_ROW == 512
 INLINE void put_row(f16* p, vreal x) {
     typedef short v __attribute__((vector_size(32)));
@@ -1245,7 +1254,7 @@ INLINE bool is_few(const Call& c, int64_t rows) {
 // Rows that groups fold into one tile. Several tiles of few rows read a block of keys one after the other from the cache, which
 // is still faster than lanes that stand empty.
 static int64_t most_folded(const Call& c) {
-    if (PAIRS || c.N * group_count(c) > 4 * FEW || !few_in_rows(c, c.N)) return QUERIES;
+    if (PAIRS || c.N * group_count(c) > 2 * FEW || !few_in_rows(c, c.N)) return QUERIES;
     return FEW;
 }
 static void load_few(const Call& c, const q_element* const (&rows)[LANES], real* q) {

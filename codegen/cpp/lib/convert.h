@@ -72,6 +72,14 @@ INLINE void put_row(double* p, vreal x) {
     typedef double v __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
     *(v*)p = __builtin_convertvector(x, v);
 }
+#if PAIRS
+INLINE void put_row(bf16* p, vreal x) {
+    typedef short v __attribute__((vector_size(32)));
+    v low;
+    asm("vcvtneps2bf16 %1, %t0" : "=v"(low) : "v"(x));
+    memcpy(p, &low, 32);
+}
+#else
 INLINE void put_row(bf16* p, vreal x) {
     typedef float v __attribute__((vector_size(LANES * 4)));
     const v f = __builtin_convertvector(x, v);
@@ -79,6 +87,7 @@ INLINE void put_row(bf16* p, vreal x) {
     const vword rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     *(vhalf*)p = __builtin_convertvector(f != f ? vword{} + 0x7fc0 : rounded, vhalf);
 }
+#endif
 #if F16_ROW == 512
 INLINE void put_row(f16* p, vreal x) {
     typedef short v __attribute__((vector_size(32)));
