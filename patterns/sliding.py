@@ -14,7 +14,7 @@ of a tensor) is read as index arithmetic, and simplified where the conditions of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any
@@ -24,7 +24,7 @@ from torch import fx
 
 from attncc.ir.affine import expr, less_than, linear_in, nonnegative, plus, poly, simplify
 from attncc.ir.attention import S
-from attncc.ir.build import NEG_INF, TRUE, ZERO, add, and_, eq, floordiv, ge, le, lt, mod, mul, sub, where
+from attncc.ir.build import NEG_INF, ONE, TRUE, ZERO, add, and_, eq, floordiv, ge, le, lt, mod, mul, sub, where
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, Size, free, loads, rewrite, substitute, walk
 from attncc.patterns.contractions import DOT, Contraction, contraction
 from attncc.patterns.facts import Facts
@@ -32,6 +32,7 @@ from attncc.patterns.frames import Frame
 from attncc.patterns.moves import Move, Point, move
 from attncc.patterns.products import Product, mentioned
 from attncc.patterns.reach import Context, Reach
+from attncc.patterns.reasons import of_scores
 from attncc.patterns.schema import argument, has_argument
 from attncc.patterns.terms import Term
 from attncc.patterns.value import Reader, Unreadable
@@ -39,7 +40,7 @@ from attncc.patterns.writes import Place
 
 aten = torch.ops.aten
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
-_COLUMN, _ROW, _KEY = Index("t"), Index("row"), Index("key")
+_COLUMN, _ROW, _KEY, _DEPTH = Index("t"), Index("row"), Index("key"), Index("d")
 _OTHER_KEYS = "the softmax covers other keys than the product sums over"
 
 
@@ -58,7 +59,9 @@ def slid(frame: Frame, term: Term) -> Slid | None:
     """An attention whose weights are selected by the place of the key in its row, over whole rows and keys; None for
     all others. Raises Unreadable where something that this needs is not proven."""
     guards, _ = _selected(term.weight, frame.c)
-    return _Slide(frame, term).slid() if guards and not term.mixed else None
+    line = linear_in(term.at[term.anchor.dim], frame.c)
+    fixed = line is not None and set(line[1]) <= {()}  # a plain column: the conditions are a weight like any other
+    return None if fixed or not guards or term.mixed else _Slide(frame, term).slid()
 
 
 def _selected(weight: Expr, c: Index) -> tuple[list[Expr], Expr]:
@@ -134,11 +137,11 @@ class _Slide:
 
     def _score(self, context: Context) -> tuple[Expr, Product]:
         """The score with the product of queries and keys as `s`, and that product."""
-        score, scores = self._read(context), self.term.anchor.scores
-        found = next(self._products(score), None)
+        scores, same = self.term.anchor.scores, _Same(self)
+        score = self.reach.simplified(self._read(context), context, same)
+        found = same.found
         if found is None:
-            raise self.lost or Unreadable(scores, "the softmax's input is no product of queries and keys")
-        score = self.reach.simplified(score, context, _Same(self, found))
+            raise self.lost or Unreadable(scores, of_scores(self.f, scores))
         if any(x.tensor == found.load.tensor for x in loads(score)):
             raise Unreadable(scores, "scores that are put together of several products")
         return score, found
@@ -224,82 +227,93 @@ class _Slide:
             values=p.node, values_at=self._points(p.at),
         )  # fmt: skip
 
-    def _products(self, score: Expr) -> Iterator[Product]:
-        """Products in the score of one row and one key, read where both are plain."""
-        d = Index("d")
-        for x in loads(score):
-            if not x.tensor.startswith(DOT) or _COLUMN not in mentioned(x.index):
-                continue
-            product = contraction(self.f, self.f.by_name[x.tensor.removeprefix(DOT)])
-            assert product is not None
-            sides = self.sides(product, x.index, d)
-            chosen = [self._plainest(n, at, {**self.extents, d: product.extent}) for n, at in sides]
-            keyed = [_KEY in mentioned(at) for _, at in chosen]
-            if sum(keyed) == 1:
-                (k, k_at), (q, q_at) = chosen if keyed[0] else reversed(chosen)
-                if _ROW in mentioned(q_at) and _ROW not in mentioned(k_at) and self._is_read_inside(k, k_at):
-                    yield Product(x, product.node, q, q_at, k, k_at, _ROW, (d, product.extent))
-
     def known(self, context: Context, extents: dict[Expr, Expr]) -> Callable[[Expr], Expr]:
         """Simplifies where the conditions hold."""
         return lambda x: simplify(self.reach.simplified(x, context), extents)
 
-    def sides(self, product: Contraction, at: Point, d: Index) -> list[tuple[fx.Node, Point]]:
-        left, right = product.maps(at, d)
-        return [(product.lhs, left), (product.rhs, right)]
-
-    def _plainest(self, n: fx.Node, at: Point, extents: dict[Expr, Expr]) -> tuple[fx.Node, Point]:
-        """The tensor on the way from an operand to its source at which its index over rows and keys is shortest."""
+    def digits_of(self, at: Point, extents: Mapping[Expr, Expr]) -> Point:
+        """A point over rows in chunks and columns as one over whole rows and keys."""
         bounds = {**self.whole, **{x: s for x, s in extents.items() if x not in self.extents}}
-        read = [
-            (node, tuple(simplify(substitute(x, self._digits), bounds) for x in point))
-            for node, point, _ in _chain(self.f, n, at, extents, self.frame.use)
-        ]
-        return min(read, key=lambda found: _effort(found[1]))
-
-    def _is_read_inside(self, n: fx.Node, at: Point) -> bool:
-        keyed = [(x, s) for x, s in zip(at, self.f.shape(n), strict=True) if _KEY in free(x)]
-        return all(nonnegative(x, self.whole) and less_than(x, s, self.whole) for x, s in keyed)
+        return tuple(simplify(substitute(x, self._digits), bounds) for x in at)
 
 
 class _Same:
-    """Recognises the product of queries and keys wherever it is read, as `s`: another place in the tensor of scores may
-    hold the same row and key."""
+    """Recognises the product of queries and keys wherever it is read, as `s`: several places in a tensor of scores may
+    hold the same row and key. `found` is the first that is of one row and one key."""
 
-    def __init__(self, slide: _Slide, found: Product) -> None:
-        self.slide, self.found = slide, found
-
-    def _read(self, x: Load, context: Context) -> dict[fx.Node, Point]:
-        """The points at which queries and keys are read, where the conditions hold."""
-        slide, (d, depth) = self.slide, self.found.contracted
-        product = contraction(slide.f, self.found.node)
-        assert product is not None
-        read: dict[fx.Node, Point] = {}
-        for side, (n, at) in enumerate(slide.sides(product, x.index, d)):
-            extents = {**slide.extents, d: depth}
-            for node, point, _ in _chain(slide.f, n, at, extents, slide.frame.use, slide.known(context, extents)):
-                if node is (self.found.q, self.found.k)[side] or node is (self.found.k, self.found.q)[side]:
-                    read[node] = point
-        return read
+    def __init__(self, slide: _Slide) -> None:
+        self.slide = slide
+        self.found: Product | None = None
+        self.read: list[tuple[fx.Node, Point]] = []  # where each side is read, over rows in chunks and columns
 
     def __call__(self, x: Load, context: Context) -> Expr | None:
-        if x.tensor != self.found.load.tensor:
-            return Load(x.tensor, tuple(self._plain(i, context) for i in x.index), x.kind)
-        if x is self.found.load:
-            return S
-        read, wanted = self._read(x, context), self._read(self.found.load, context)
-        pairs = [(a, b) for n, at in wanted.items() for a, b in zip(at, read[n], strict=True)]
-        equal = all(a is b or self.slide.reach.proves(context, eq(a, b)) for a, b in pairs)
-        return S if equal else None
+        plain = Load(x.tensor, self._plain(self.slide.f.by_name[x.tensor.removeprefix(DOT)], x.index, context), x.kind)
+        if not x.tensor.startswith(DOT):
+            return plain
+        product = contraction(self.slide.f, self.slide.f.by_name[x.tensor.removeprefix(DOT)])
+        assert product is not None
+        if self.found is None:
+            self.found = self._product(x, product, context)
+        if self.found is None or x.tensor != self.found.load.tensor:
+            return plain
+        pairs: list[tuple[Expr, Expr]] = []
+        for (node, wanted), chain in zip(self.read, self._chains(x, product, context), strict=True):
+            pairs += zip(wanted, dict(chain)[node], strict=True)
+        return S if all(a is b or self.slide.reach.proves(context, eq(a, b)) for a, b in pairs) else plain
 
+    def _product(self, x: Load, product: Contraction, context: Context) -> Product | None:
+        """The product of one row and one key that is read in a context, None if it is of more."""
+        extents: dict[Expr, Expr] = {_DEPTH: product.extent}
+        read: list[tuple[fx.Node, Point]] = []
+        whole: list[tuple[fx.Node, Point]] = []
+        for chain in self._chains(x, product, context):
+            options = [(n, at, self.slide.digits_of(at, extents)) for n, at in chain]
+            options = [option for option in options if self._is_inside(option[0], option[2])]
+            if not options:
+                return None
+            n, at, found = min(options, key=lambda option: _effort(option[2]))
+            read.append((n, at))
+            whole.append((n, found))
+        keyed = [_KEY in mentioned(at) for _, at in whole]
+        if sum(keyed) != 1:
+            return None
+        (k, k_at), (q, q_at) = whole if keyed[0] else reversed(whole)
+        if _ROW not in mentioned(q_at) or _ROW in mentioned(k_at):
+            return None
+        self.read = read
+        return Product(x, product.node, q, q_at, k, k_at, _ROW, (_DEPTH, product.extent))
 
-    def _plain(self, x: Expr, context: Context) -> Expr:
-        """The index of the key, or of the row, where it is that."""
+    def _chains(self, x: Load, product: Contraction, context: Context) -> list[list[tuple[fx.Node, Point]]]:
+        """The tensors that both factors come from, and where each is read."""
         slide = self.slide
-        if isinstance(x, Const | Index) or not free(x) & {_COLUMN, *slide.values.rows}:
-            return x
-        known = (slide.key, slide.flat(slide.values.rows))
-        return next((y for y in known if x is y or slide.reach.proves(context, eq(x, y))), x)
+        extents = {**slide.extents, _DEPTH: product.extent}
+        known = slide.known(context, extents)
+        sides = zip((product.lhs, product.rhs), product.maps(x.index, _DEPTH), strict=True)
+        return [
+            [(node, self._plain(node, point, context))
+             for node, point, _ in _chain(slide.f, n, at, extents, slide.frame.use, known)]
+            for n, at in sides
+        ]  # fmt: skip
+
+    def _plain(self, n: fx.Node, at: Point, context: Context) -> Point:
+        """A point with the index of the key, or of the row, wherever it is that."""
+        slide = self.slide
+        key, row = slide.key, slide.flat(slide.values.rows)
+        own = {_COLUMN, *slide.values.rows}
+
+        def plain(x: Expr, length: Expr) -> Expr:
+            if length is ONE or not (isinstance(x, Const) or free(x) & own):
+                return x
+            known = (key, row) if _COLUMN in free(x) else (row, key)  # a context may be of the diagonal alone
+            return x if x in known else next((y for y in known if slide.reach.proves(context, eq(x, y))), x)
+
+        return tuple(plain(x, s) for x, s in zip(at, slide.f.shape(n), strict=True))
+
+    def _is_inside(self, n: fx.Node, at: Point) -> bool:
+        """Whether all rows and keys are in a tensor."""
+        whole = self.slide.whole
+        own = [(x, s) for x, s in zip(at, self.slide.f.shape(n), strict=True) if free(x) & {_ROW, _KEY}]
+        return all(nonnegative(x, whole) and less_than(x, s, whole) for x, s in own)
 
 
 def _chain(

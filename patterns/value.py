@@ -104,8 +104,7 @@ class Reader:
             self.lost = self.lost or error
         if value is None:
             return self._load_later(n, at, when)
-        tabled = self.reach is None and self._worth_a_table(n, value)
-        if not self.given and (self._better_loaded(value) or tabled):
+        if not self.given and self.reach is None and (self._better_loaded(value) or self._worth_a_table(n, value)):
             table = by_distance(self.facts, n, value, at, self.pair, self.extents)
             return self._load_later(n, at, when) if table is None else table
         return value
