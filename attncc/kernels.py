@@ -18,7 +18,7 @@ from attncc.passes.area import Area
 from attncc.passes.bounds import loop_bounds
 from attncc.passes.drop_rounding import drop_rounding
 from attncc.passes.fold_predicates import fold_predicates
-from attncc.passes.spans import Spanned, spanned
+from attncc.passes.spans import reads_by_key, spanned
 from attncc.passes.tile_choice import InTiles, in_tiles
 from attncc.progress import step
 from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, KernelError, detect_isa
@@ -109,15 +109,14 @@ def built(spec: str, device: str) -> Built:
 
 def _skipping(a: Attention, plain: Built) -> Built:
     """`plain`; where the mask reads data by key, with a second kernel for large calls, whose bounds read tables."""
-    if plain.language == "torch":
+    if plain.language == "torch" or not reads_by_key(a):
         return plain
-    kernel = plain.kernel
-    tried = Spanned(a, loop_bounds(a))
-    for by_looking in ("none", "quick"):
-        found = spanned(a, by_looking=by_looking)
-        if (found.spans, found.maps) != (tried.spans, tried.maps):
-            kernel = Tabled(kernel, found, partial(_cpp_kernel, found.attention, found.bounds))
-        tried = found
+    kernel, found = plain.kernel, spanned(a, by_looking="none")
+    if found.spans or found.maps:
+        kernel = Tabled(kernel, found, partial(_cpp_kernel, found.attention, found.bounds))
+    if found.more_by_looking:
+        found = spanned(a, by_looking="quick")
+        kernel = Tabled(kernel, found, partial(_cpp_kernel, found.attention, found.bounds))
     return replace(plain, kernel=kernel)
 
 

@@ -56,13 +56,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Spanned:
-    """`attention` declares the tables after its own tensors; its mask is unchanged. `bounds` read them."""
+    """`attention` declares the tables after its own tensors; its mask is unchanged. `bounds` read them.
+
+    `more_by_looking` says that a literal was left out that is `quick` to look at."""
 
     attention: Attention
     bounds: Bounds
     spans: tuple[Span, ...] = ()
     maps: tuple[BlockMap, ...] = ()
     rows_exact: bool = False
+    more_by_looking: bool = False
 
 
 #: What is added to a score counts as a mask from here on down: models add the lowest number there is, or -1e30.
@@ -91,6 +94,7 @@ def spanned(a: Attention, group: int = 64, *, by_looking: Looked = "all") -> Spa
     taken = {t.name for t in a.tensors} | {x.name for x in a.axes} | {s.name for s in a.sizes}
 
     literals: list[Expr] = []
+    left_out: list[Expr] = []
 
     def find(literal: Expr) -> Expr:
         literals.append(literal)
@@ -101,6 +105,8 @@ def spanned(a: Attention, group: int = 64, *, by_looking: Looked = "all") -> Spa
             elif not by_pair(literal, a) or by_looking == "all" or (by_looking == "quick" and quick(literal, a)):
                 made = block_map(literal, a, _fresh(f"map{len(maps)}", taken), group)
                 maps[literal] = replace(made, else_all=literal in fills)
+            else:
+                left_out.append(literal)
         return literal
 
     def with_spans(literal: Expr, first: int, end: int, otherwise: Expr) -> Expr:
@@ -116,7 +122,13 @@ def spanned(a: Attention, group: int = 64, *, by_looking: Looked = "all") -> Spa
     declared = replace(a, tensors=(*a.tensors, *(t.tensor for t in tables)))
     read = {x for x in literals if reads(x, j)}
     exact = found.rows_exact and not maps and read <= set(spans)
-    return Spanned(declared, found.bounds, tuple(spans.values()), tuple(maps.values()), exact)
+    more = any(quick(x, a) for x in left_out)
+    return Spanned(declared, found.bounds, tuple(spans.values()), tuple(maps.values()), exact, more)
+
+
+def reads_by_key(a: Attention) -> bool:
+    """Whether there is anything to make tables of."""
+    return reads(a.mask, a.j.index) or bool(_fills(a))
 
 
 def tables(
