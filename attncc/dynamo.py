@@ -24,7 +24,7 @@ from attncc.patterns.assemble import Lifted
 from attncc.patterns.facts import Facts
 from attncc.patterns.lift import Refusal, lift_all
 from attncc.patterns.linear import Recognised
-from attncc.progress import step
+from attncc.progress import step, waiting
 from attncc.report import Site
 from attncc.runtime import op
 from attncc.together import Joint, together
@@ -62,19 +62,20 @@ def attncc_backend(
     use_inductor, measure = own.pop("inductor", True), own.pop("measure", True)
     config = {**torch_private.mode_options(mode), **own}
     found = collecting.get() or Collected()
-    gm = rewrite(gm, example_inputs, found, measure=measure)
-    for note in found.notes:
-        _say_once(note)
-    if not use_inductor:
-        return gm.forward
-    step("compiling the rest with Inductor")
-    try:
-        return torch_private.inductor(gm, example_inputs, config)
-    except Exception as error:
-        if not torch_private.lacks_compiler(error):
-            raise
-        _say_once("no C++ compiler found (set CXX, or install g++ or clang++); the model runs uncompiled")
-        return gm.forward
+    with waiting():
+        gm = rewrite(gm, example_inputs, found, measure=measure)
+        for note in found.notes:
+            _say_once(note)
+        if not use_inductor:
+            return gm.forward
+        step("compiling the rest with Inductor")
+        try:
+            return torch_private.inductor(gm, example_inputs, config)
+        except Exception as error:
+            if not torch_private.lacks_compiler(error):
+                raise
+            _say_once("no C++ compiler found (set CXX, or install g++ or clang++); the model runs uncompiled")
+            return gm.forward
 
 
 def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, measure: bool = True) -> fx.GraphModule:

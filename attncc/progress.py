@@ -1,12 +1,14 @@
-"""Saying what takes time while it happens: the driver reports steps, the command line shows the latest one.
+"""Saying what takes time while it happens: the driver reports steps, and the latest one is shown on the terminal.
 
-Without `reporting()` around it, and wherever standard error is not a terminal, `step` does nothing.
+The command line shows them at once, `torch.compile` from two seconds on. Nothing is shown where standard error is not a
+terminal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Timer
 
 from rich.console import Console
 from rich.text import Text
@@ -32,11 +34,36 @@ def listening(listener: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def reporting(start: str = "reading the model", console: Console | None = None) -> Iterator[None]:
-    """Show steps as a spinner on standard error."""
+def reporting(
+    start: str = "reading the model", console: Console | None = None, *, after: float = 0.0
+) -> Iterator[None]:
+    """Show steps as a spinner on standard error once `after` seconds have passed."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
         yield
         return
-    with console.status(Text(start)) as status, listening(lambda text: status.update(Text(text))):
+    status = console.status(Text(start))
+    timer = Timer(after, status.start)
+    timer.daemon = True
+    if after > 0:
+        timer.start()
+    else:
+        status.start()
+    try:
+        with listening(lambda text: status.update(Text(text))):
+            yield
+    finally:
+        timer.cancel()
+        if after > 0:
+            timer.join()  # a display that is just beginning must not outlive this
+        status.stop()
+
+
+@contextmanager
+def waiting(console: Console | None = None, after: float = 2.0) -> Iterator[None]:
+    """Around what nobody asked to watch: as `reporting`, but not before `after` seconds, nor where someone listens."""
+    if _listeners:
+        yield
+        return
+    with reporting("compiling attention", console, after=after):
         yield
