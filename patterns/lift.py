@@ -18,7 +18,7 @@ from attncc.patterns.flex import FLEX, lift_flex
 from attncc.patterns.frames import Frame
 from attncc.patterns.linear import Recognised, data_nodes, linear_attentions
 from attncc.patterns.pieces import in_pieces
-from attncc.patterns.reasons import of_use
+from attncc.patterns.reasons import of_use, under_vmap
 from attncc.patterns.recurrence import recurrences
 from attncc.patterns.sdpa import lift_sdpa
 from attncc.patterns.softmax import lift_softmax
@@ -121,6 +121,8 @@ def _lifted(f: Facts, found: list[Anchor]) -> tuple[list[Lifted | Refusal], set[
     products: dict[fx.Node, list[Lifted | Refusal]] = {}
     for anchor in found:
         if anchor.node not in f.live:
+            if under_vmap(f, anchor.scores):
+                sites.append(Refusal("under torch.vmap, whose batches a trace does not show", anchor.node, anchor.node))
             continue
         used = uses(f, anchor, weights)
         pieces = _in_pieces(anchor, used, weights)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from attncc.ir.affine import poly
+from attncc.ir.affine import linear_in, poly
 from attncc.ir.build import ONE, ZERO, mul
-from attncc.ir.expr import Const, Expr, Index, Op
+from attncc.ir.expr import Const, Expr, Index, Op, free
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point
 from attncc.patterns.value import Unreadable
@@ -33,6 +33,7 @@ def packed(f: Facts, n: fx.Node, at: Point, extents: Mapping[Expr, Expr], use: i
     """A copy of `n` with one dimension for each index of `at`, where these take indices apart into digits.
 
     Raises Unreadable where they do something else."""
+    n, at = _turned_back(f, n, at, use)
     digits: dict[Index, list[tuple[Expr, int]]] = {}
     for dim in reversed(range(len(at))):
         if isinstance(at[dim], Const):
@@ -56,6 +57,20 @@ def packed(f: Facts, n: fx.Node, at: Point, extents: Mapping[Expr, Expr], use: i
         if len(held) > 1:
             n = f.make(aten.flatten.using_ints, (n, dim, dim + len(held) - 1), use)
     return Source(n, tuple(digits))
+
+
+def _turned_back(f: Facts, n: fx.Node, at: Point, use: int) -> tuple[fx.Node, Point]:
+    """A copy whose rows are turned round to where they are read, for indices (i + c) % N along dimensions of N."""
+    point = list(at)
+    for dim, x in enumerate(at):
+        if not (isinstance(x, Op) and x.name == "mod" and poly(x.args[1]) == poly(f.shape(n)[dim])):
+            continue
+        for index in (y for y in free(x.args[0]) if isinstance(y, Index)):
+            line = linear_in(x.args[0], index)
+            if line is not None and line[0] == {(): 1} and set(line[1]) == {()}:
+                n = f.make(aten.roll.default, (n, [-line[1][()]], [dim]), use)
+                point[dim] = index
+    return n, tuple(point)
 
 
 def _digit(x: Expr) -> tuple[Index, Expr] | None:

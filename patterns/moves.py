@@ -10,7 +10,7 @@ from torch import fx
 
 from attncc.ir.affine import Extents, divide, less_than, long_division, nonnegative, poly, simplify
 from attncc.ir.build import ONE, ZERO, add, const, mod, mul, sub
-from attncc.ir.expr import Expr
+from attncc.ir.expr import Expr, Op
 from attncc.patterns.facts import Facts
 from attncc.patterns.schema import argument, dim_argument, hint
 
@@ -263,7 +263,10 @@ def _roll(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
     shape = f.shape(source)
     for shift, dim in zip(shifts, dims, strict=True):
         d: int = dim % len(shape)
-        out[d] = simplify(mod(sub(out[d], f.size(shift)), shape[d]), ext)
+        x = out[d]
+        if isinstance(x, Op) and x.name == "mod" and poly(x.args[1]) == poly(shape[d]):
+            x = x.args[0]  # turned round before
+        out[d] = simplify(mod(sub(x, f.size(shift)), shape[d]), ext)
     return source, tuple(out)
 
 

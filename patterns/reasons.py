@@ -8,7 +8,7 @@ from attncc.patterns.contractions import contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES
-from attncc.patterns.schema import op_name
+from attncc.patterns.schema import is_batched, op_name
 
 _STEPS = 40
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
@@ -39,6 +39,21 @@ def of_scores(f: Facts, scores: fx.Node) -> str:
         return f"{_NONE}: its scores come into this graph from outside, as after a graph break"
     first = next((x for x in names if x != "an input"), None)
     return _NONE if first is None else f"{_NONE}: its scores come from {first}"
+
+
+def under_vmap(f: Facts, scores: fx.Node) -> bool:
+    """Whether scores are made of the tensors that `torch.vmap` passes, which a trace holds as constants."""
+    held = (getattr(f.graph.owning_module, str(x.target), None) for x in _behind(scores) if x.op == "get_attr")
+    return any(is_batched(x) for x in held)
+
+
+def _behind(n: fx.Node) -> set[fx.Node]:
+    seen, stack = {n}, [n]
+    while stack and len(seen) < _STEPS:
+        fresh = [a for a in stack.pop().all_input_nodes if a not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return seen
 
 
 def compares(f: Facts, scores: fx.Node) -> bool:

@@ -71,6 +71,11 @@ def hint(s: int | torch.SymInt) -> int | None:
     return int(node.hint) if node.has_hint() else None
 
 
+def is_batched(value: object) -> bool:
+    """Whether a tensor stands for the batch of tensors that `torch.vmap` runs over."""
+    return isinstance(value, torch.Tensor) and bool(cast(Any, torch._C)._functorch.is_batchedtensor(value))
+
+
 def storage_id(value: object) -> int | None:
     """What tensors that share memory have in common; None for what has no memory of its own to speak of."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:

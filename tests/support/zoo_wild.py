@@ -94,6 +94,12 @@ def hopfield(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return q
 
 
+def rolled_rows(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Scores of a row, taken for another one."""
+    scores = (q @ k.mT * D**-0.5).roll(2, 2).masked_fill(~extra["mask"], -math.inf)
+    return scores.softmax(-1).roll(-3, 2) @ v
+
+
 WEIGHTS = {"weight": randoms(H, D), "other": randoms(H, D).flip(0)}
 MASK = {"mask": CAUSAL}
 WILD: tuple[Case, ...] = (
@@ -111,5 +117,6 @@ WILD: tuple[Case, ...] = (
     case("bent-scores", bent_scores, "activations of scores"),
     case("silu-weights", silu_weights, "an activation in place of the softmax", golden=0),
     case("slopes-in-the-graph", slopes_in_the_graph, "a constant tensor in the model's code"),
+    case("rolled-rows", rolled_rows, "scores and weights whose rows are turned round", extra=MASK, golden=0),
     case("hopfield", hopfield, "steps that feed each other", sites=3),
 )
