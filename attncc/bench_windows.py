@@ -13,9 +13,11 @@ import ctypes
 import json as json_format
 import math
 import platform
+import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -126,11 +128,11 @@ CAPS = {"Gemma-like, window 1024 and global, cap": 50.0}
 @dataclass
 class Limits:
     """Beyond what a formulation other than attncc is not run: seconds of one call, bytes of what is square in the
-    length, and seconds that the row has taken before it."""
+    length, and seconds that the row has taken before it (and that its compilation with a first call may take)."""
 
     seconds: float = 3.0
     bytes: float = 4e9
-    row_seconds: float = 60.0
+    row_seconds: float = 40.0
 
 
 def run(
@@ -187,8 +189,9 @@ def measured(
             skipped[peer] = why
             continue
         try:
-            calls[peer] = _call(peer, model, x)
-            calls[peer]()
+            with _limited(None if peer == "attncc" else limits.row_seconds):
+                calls[peer] = _call(peer, model, x)
+                calls[peer]()
         except Exception as error:
             skipped[peer] = f"fails: {str(error).strip().splitlines()[0][:90]}"
             calls.pop(peer, None)
@@ -203,6 +206,8 @@ def measured(
         if turn >= rounds and time.perf_counter() - begun > limits.seconds:
             break
         for peer, call in calls.items():
+            if peer != "attncc" and sum(times[peer]) > limits.seconds:
+                continue  # one sample of what is slow will do
             before = _resident("VmRSS") if turn == 0 and _forget_peak() else None
             start = time.perf_counter()
             call()
@@ -231,6 +236,25 @@ def _too_much(peer: str, model: Stack, n: int, limits: Limits, last: dict[str, f
     else:
         expected = len(model.masks) * model.heads * n * n * _seconds_a_pair(model.size)
     return f"about {expected:.0f} s a call" if expected > limits.seconds else ""
+
+
+@contextmanager
+def _limited(seconds: float | None) -> Iterator[None]:
+    """Raises TimeoutError inside once `seconds` have passed, as soon as Python runs."""
+    if seconds is None:
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"compiling and one call take over {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @cache
