@@ -77,8 +77,9 @@ class Reach:
         new = op(x.name, *args)
         match new:
             case Op("min" | "max", (a, b)) if new.kind == "int":
-                low, high = (a, b) if x.name == "min" else (b, a)
-                return next((p for p, q in ((low, high), (high, low)) if self.proves(context, ge(q, p))), new)
+                least = new.name == "min"
+                chosen = ((p, ge(q, p) if least else ge(p, q)) for p, q in ((a, b), (b, a)))
+                return next((p for p, known in chosen if self.proves(context, known)), new)
             case Op("floordiv" | "mod", (a, Const(by))) if by > 0:
                 whole, rest = _nearest(poly(a), int(by))
                 for more in (0, 1):
