@@ -9,6 +9,7 @@ from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES
 from attncc.patterns.schema import is_batched, op_name
+from attncc.patterns.written_out import SUMS, written_out
 
 _STEPS = 40
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
@@ -57,9 +58,12 @@ def _behind(n: fx.Node) -> set[fx.Node]:
 
 
 def compares(f: Facts, scores: fx.Node) -> bool:
-    """Whether scores hold a product of two tensors of which none is learned."""
-    products = (contraction(f, x) for x in _sources(f, scores))
-    return any(p is not None and f.parameters.isdisjoint((p.lhs, p.rhs)) for p in products)
+    """Whether scores hold a product of two tensors of which none is learned, or their distances."""
+    found = _sources(f, scores)
+    products = (contraction(f, x) for x in found)
+    if any(p is not None and f.parameters.isdisjoint((p.lhs, p.rhs)) for p in products):
+        return True
+    return any(_name(x) == "cdist" or (x.target in SUMS and written_out(f, x) is not None) for x in found)
 
 
 _GOES = {

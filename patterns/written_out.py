@@ -21,7 +21,7 @@ from attncc.patterns.schema import argument, op_name
 
 aten: Any = torch.ops.aten
 _STEPS = 12
-_SUMS = (aten.sum.dim_IntList, aten.mean.dim)
+SUMS = (aten.sum.dim_IntList, aten.mean.dim)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -51,7 +51,7 @@ def written_out(f: Facts, n: fx.Node) -> Written | None:
     """The product that a sum over one dimension is, or None where it is something else."""
     source: Any = n.args[0]
     dims: Any = argument(n, "dim")
-    if n.target not in _SUMS or not f.is_tensor(source) or not isinstance(dims, list | tuple) or len(dims) != 1:
+    if n.target not in SUMS or not f.is_tensor(source) or not isinstance(dims, list | tuple) or len(dims) != 1:
         return None
     if f.dtype(n) not in _FLOATS or f.dtype(source) not in _FLOATS:
         return None
