@@ -10,13 +10,14 @@ from zoo_joint import JOINT
 from zoo_library import LIBRARY
 from zoo_memory import MEMORY
 from zoo_others import OTHERS
+from zoo_sliding import SLIDING
 from zoo_spellings import SPELLINGS
 from zoo_text import TEXT
 from zoo_vision import VISION
 from zoo_wild import WILD
 
 CASES: tuple[Case, ...] = (
-    *SPELLINGS, *WILD, *FORMS, *JOINT, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *TEXT, *VISION, *DIFFUSION
+    *SPELLINGS, *WILD, *FORMS, *JOINT, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *SLIDING, *TEXT, *VISION, *DIFFUSION
 )
 
 assert len({case.name for case in CASES}) == len(CASES)
@@ -35,6 +36,8 @@ QUICK = frozenset({
     "memory-arithmetic", "memory-copy", "memory-channels", "memory-view-dynamic",
     "padded-cross", "dilated", "multihead-attention", "transformer-encoder",
     "transformer-encoder-post-norm", "decoding", "llama-static-cache", "linear-attention", "router",
+    "sliding", "sliding-into-empty", "sliding-by-strides", "sliding-by-blocks", "sliding-read-between",
+    "sliding-unwritten", "sliding-overwritten", "sliding-too-far", "sliding-open-ends", "longformer",
     "branches", "sampling", "classifier", "pseudo-inverse", "changed-weights", "slots",
     "llama-eager", "llama-left-padded", "llama-dynamic", "gemma2", "gpt-oss-sinks", "deepseek-v3", "bloom",
     "bert-eager", "modernbert", "t5", "bart", "swinv2", "wav2vec2-conformer", "unet-plain", "sd3", "sam-vision-sdpa",
