@@ -46,7 +46,9 @@ class Editor:
         self.taken: dict[fx.Node, fx.Node] = {}  # what was replaced, by what
         self.size_nodes: dict[Expr, fx.Node] = {}
         owner = reading.owner
-        self.effects = {owner[s] for s in reading.shadow.graph.nodes if s in owner and _acts(s)}
+        acts = [s for s in reading.shadow.graph.nodes if s in owner and _acts(s)]
+        self.effects = {owner[s] for s in acts}
+        self.writes = self.effects - {owner[s] for s in acts if not written_args(s) or _is_random(s)}
 
     def fuse(self, parts: Sequence[tuple[Lifted, Attention]]) -> None:
         """Replace a node by calls of attncc's operator, one for each site that adds up to it (with its attention after
@@ -284,20 +286,28 @@ class Editor:
             stack += inputs
 
     def _drop_unread(self) -> None:
-        """New tensors that are filled in and never read: `_remove` stops at the write."""
-        for n in reversed(list(self.graph.nodes)):
-            if n._erased or getattr(n.target, "__name__", n.target) not in _NEW:
-                continue
-            reached = _reached_by(n)
-            if any(x.op == "output" or (x in self.effects and not _fills(x, reached)) for x in reached):
-                continue
-            if not any(_fills(x, reached) for x in reached):
-                continue
-            inputs = [a for x in reached for a in x.all_input_nodes if a not in reached]
-            for x in sorted(reached, key=lambda x: self.order[x], reverse=True):
-                self.graph.erase_node(x)
-            for a in inputs:
-                self._remove(a)
+        """New tensors that are filled in and never read: `_remove` stops at the write. One may be written into another."""
+        while any([self._dropped(n) for n in reversed(list(self.graph.nodes))]):
+            pass
+
+    def _dropped(self, n: fx.Node) -> bool:
+        if n._erased or getattr(n.target, "__name__", n.target) not in _NEW:
+            return False
+        reached = _reached_by(n)
+        if any(x.op == "output" or (x in self.effects and not self._fills(x, reached)) for x in reached):
+            return False
+        if not any(self._fills(x, reached) for x in reached):
+            return False
+        inputs = [a for x in reached for a in x.all_input_nodes if a not in reached]
+        for x in sorted(reached, key=lambda x: self.order[x], reverse=True):
+            self.graph.erase_node(x)
+        for a in inputs:
+            self._remove(a)
+        return True
+
+    def _fills(self, n: fx.Node, tensors: Collection[fx.Node]) -> bool:
+        """Whether a node does nothing but write to one of some tensors."""
+        return n in self.writes and bool(n.args) and n.args[0] in tensors
 
     def _drop_empty_vmaps(self) -> None:
         """Levels of vmap that nothing is left in: what made a block mask is gone, and its levels stay."""
@@ -333,10 +343,6 @@ def _reached_by(n: fx.Node) -> dict[fx.Node, None]:
     return found
 
 
-def _fills(n: fx.Node, tensors: Collection[fx.Node]) -> bool:
-    return n.target is operator.setitem and n.args[0] in tensors
-
-
 def _acts(n: fx.Node) -> bool:
     target = n.target
     if not isinstance(target, torch._ops.OpOverload):
@@ -345,7 +351,11 @@ def _acts(n: fx.Node) -> bool:
         return False
     if target is SDPA and argument(n, "dropout_p") == 0.0:
         return False
-    return bool(written_args(n)) or torch.Tag.nondeterministic_seeded in target.tags
+    return bool(written_args(n)) or _is_random(n)
+
+
+def _is_random(n: fx.Node) -> bool:
+    return isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
 
 
 def source_text(graph: fx.Graph) -> str:
