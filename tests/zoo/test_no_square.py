@@ -55,8 +55,6 @@ def model(name: str, attention: str) -> Any:
             transformers.ModernBertConfig(**SMALL, **how, cls_token_id=1, sep_token_id=2, local_attention=64)),
         "longformer": lambda: transformers.LongformerModel(
             transformers.LongformerConfig(**SMALL, attention_window=64), add_pooling_layer=False),
-        "big bird": lambda: transformers.BigBirdModel(
-            transformers.BigBirdConfig(**SMALL, attention_type="block_sparse", block_size=16, num_random_blocks=2)),
     }  # fmt: skip
     return made[name]().eval()
 
@@ -127,11 +125,10 @@ def test_no_block_holds_a_byte_a_pair(case: Case) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["longformer", "big bird"])
-def test_models_that_leave_blocks_out_themselves(name: str) -> None:
-    """Whatever becomes of their sites, nothing larger is made than the model makes."""
-    blocks, _ = blocks_of(Case(name, "eager", n=2 * N))
-    net = model(name, "eager")
+def test_a_model_that_leaves_blocks_out_itself() -> None:
+    """Whatever becomes of its sites, nothing larger is made than the model makes."""
+    blocks, _ = blocks_of(Case("longformer", "eager", n=2 * N))
+    net = model("longformer", "eager")
     with torch.no_grad():
         own = allocations(lambda: net(torch.randint(3, 50, (1, 2 * N))))
-    assert max(blocks) <= max(own) < 4 * (2 * N) ** 2
+    assert max(blocks) <= max(own)
