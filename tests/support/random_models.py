@@ -256,7 +256,7 @@ class Writer:
             self.line(f"q = q * {c ** 0.5!r}; k = k * {c ** 0.5!r}")
         self.layout = pick("bhij", "bhij", "fij", "bhji", "bijh", "bihj")
         eq = pick("matmul", "matmul", "einsum", "einsum", "written")
-        if eq == "written" and self.layout in ("bhij", "bihj"):
+        if eq == "written" and self.layout in ("bhij", "bihj") and s.d > 1:  # of one component it sums nothing
             self.line(self._written())
             return
         eq = "einsum" if eq == "written" else eq
