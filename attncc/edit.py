@@ -286,8 +286,9 @@ class Editor:
             stack += inputs
 
     def _drop_unread(self) -> None:
-        """New tensors that are filled in and never read: `_remove` stops at the write. One may be written into another."""
-        while any([self._dropped(n) for n in reversed(list(self.graph.nodes))]):
+        """New tensors that are filled in and never read, of which one may be written into another: `_remove` stops at
+        the write."""
+        while sum(self._dropped(n) for n in reversed(list(self.graph.nodes))):
             pass
 
     def _dropped(self, n: fx.Node) -> bool:
