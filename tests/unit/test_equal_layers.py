@@ -20,9 +20,9 @@ COUNTED = [
 ]  # fmt: skip
 
 
-def work(layers: int, implementation: str, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def work(layers: int, implementation: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each analysis ran for a model of so many layers, in a process that has seen nothing yet."""
-    for cached in (kernels.built, kernels.optimise, dynamo._planned, sites._extent):
+    for cached in (kernels.built, kernels.optimise, dynamo._planned, sites.extent_of):
         cached.cache_clear()
     choice._decided.clear()
     counts: Counter[str] = Counter()
@@ -53,8 +53,8 @@ def work(layers: int, implementation: str, monkeypatch: pytest.MonkeyPatch) -> C
         patch.setattr(Reader, "_read", read)
         patch.setattr(choice, "_measure", lambda *args: choice.Choice(True, None, "not measured here"))
         try:
-            torch.compile(model, backend="attncc", options={"inductor": False})(
-                torch.randint(1, 40, (1, 16)), use_cache=False
+            torch.compile(model, backend="attncc", dynamic=dynamic, options={"inductor": False})(
+                torch.randint(1, 40, (2, 16)), use_cache=False
             )
         finally:
             dynamo.collecting.reset(token)
@@ -63,7 +63,10 @@ def work(layers: int, implementation: str, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_the_mask_of_all_layers_is_analysed_once(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    few, many = (work(layers, implementation, monkeypatch) for layers in (2, 16))
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_mask_of_all_layers_is_analysed_once(
+    implementation: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, many = (work(layers, implementation, dynamic, monkeypatch) for layers in (2, 16))
     assert many == few
     assert few["masks read"] > 0 and all(few[name] for _, name in COUNTED)
