@@ -174,15 +174,20 @@ def _seen(
         case Op(("lt" | "le" | "eq" | "ne") as name, (a, b)) if a.kind == "float":
             x, y = ev(a), ev(b)
             # into floats, which torch does five times as fast as into bytes, in memory that is there already
-            seen = room(torch.broadcast_shapes(x.shape, y.shape), ev.compute, x.device)
+            seen = room(_broadcast(x.shape, y.shape), ev.compute, x.device)
             getattr(torch, name)(x, y, out=seen)
         case _:
             seen = ev(literal).view(torch.uint8)
     seen = seen.expand(shape)
     if else_all and not (empty := 1 - seen.amax(-1, keepdim=True)).logical_not().all():
         seen = torch.maximum(seen, empty)
-    seen = seen.unflatten(-2, (-1, group))
+    seen = seen.view(*shape[:-2], -1, group, shape[-1])
     return seen.amax(-2).to(torch.uint8), seen.amin(-2).to(torch.uint8)
+
+
+def _broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    wide: Callable[..., Sequence[int]] = torch.broadcast_shapes  # type: ignore[reportUnknownMemberType]
+    return tuple(wide(tuple(a), tuple(b)))
 
 
 def _along(at: int, rank: int, first: int, end: int, device: torch.device) -> torch.Tensor:

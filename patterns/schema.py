@@ -73,7 +73,7 @@ def hint(s: int | torch.SymInt) -> int | None:
 
 def is_batched(value: object) -> bool:
     """Whether a tensor stands for the batch of tensors that `torch.vmap` runs over."""
-    return isinstance(value, torch.Tensor) and bool(cast(Any, torch._C)._functorch.is_batchedtensor(value))
+    return isinstance(value, torch.Tensor) and bool(cast(Any, torch)._C._functorch.is_batchedtensor(value))
 
 
 def storage_id(value: object) -> int | None:

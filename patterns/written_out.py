@@ -7,8 +7,9 @@ the square of their difference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -50,12 +51,15 @@ class Written:
 def written_out(f: Facts, n: fx.Node) -> Written | None:
     """The product that a sum over one dimension is, or None where it is something else."""
     source: Any = n.args[0]
-    dims: Any = argument(n, "dim")
-    if n.target not in SUMS or not f.is_tensor(source) or not isinstance(dims, list | tuple) or len(dims) != 1:
+    if n.target not in SUMS or not f.is_tensor(source):
+        return None
+    given = argument(n, "dim")
+    dims = cast("list[int]", given) if isinstance(given, list | tuple) else []
+    if len(dims) != 1:
         return None
     if f.dtype(n) not in _FLOATS or f.dtype(source) not in _FLOATS:
         return None
-    dim = int(dims[0]) % max(f.rank(source), 1)
+    dim = dims[0] % max(f.rank(source), 1)
     extent = f.shape(source)[dim]
     scale = 1.0
     if n.target is aten.mean.dim:
@@ -221,8 +225,12 @@ def _sides(f: Facts, factors: list[Factor], point: Point, when: int) -> tuple[Fa
             known = f.tables.get(key)
             if known is None:
                 known = f.tables[key] = f.make(aten.mul.Tensor, (g.node, x.node), when)
-            groups[wider] = replace(g, node=known, at=lambda p, n=known: broadcast(f, n, p))
+            groups[wider] = Factor(known, partial(_spread, f, known))
     return (groups[0], groups[1]) if len(groups) == 2 else None
+
+
+def _spread(f: Facts, n: fx.Node, at: Point) -> Point:
+    return broadcast(f, n, at)
 
 
 def broadcasts(f: Facts, x: Factor, point: Point) -> bool:

@@ -9,7 +9,7 @@ import torch
 from bounds_cases import blocks, check_sound
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_catalogue import CATALOGUE, N, Mask
+from mask_catalogue import CATALOGUE, Mask, N
 
 from attncc.passes.bounds import loop_bounds
 from attncc.passes.spans import spanned, tables
@@ -18,7 +18,7 @@ from attncc.passes.spans import spanned, tables
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_blocks_visited_and_blocks_full(name: str) -> None:
     mask = CATALOGUE[name]
-    assert mask.why or not mask.more and not mask.meet
+    assert mask.why or (not mask.more and not mask.meet)
     worst = 0
     for rows in (16, 32, 64, 128):
         found = spanned(mask.attention(), rows)
