@@ -23,7 +23,7 @@ from attncc.ir import Attention, Bounds, W, interpret, print_attention
 from attncc.ir.build import const
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.passes.bounds import loop_bounds
-from attncc.passes.spans import spanned, tables
+from attncc.passes.spans import Looked, spanned, tables
 
 SMALL = TritonConfig(16, 16, 4, 1)
 WIDE = TritonConfig(32, 32, 4, 1)
@@ -175,12 +175,12 @@ def listed(p: Program, bounds: Bounds) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("config", [SMALL, WIDE])
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("looking", ["none", "quick", "all"])
 @pytest.mark.parametrize("name", ["documents", "document starts", "padding", "prefix", "dense mask", "decode"])
-def test_bounds_from_tables(name: str, dense: bool, config: TritonConfig) -> None:
+def test_bounds_from_tables(name: str, looking: Looked, config: TritonConfig) -> None:
     """Masks that read data by key bound the loop through tables made for the call."""
     a, tensors, sizes = make(name, rows=90) if name != "decode" else make(name)
-    found = spanned(a, dense=dense)
+    found = spanned(a, by_looking=looking)
     more = {**tensors, **tables(found, tensors, sizes)}
     check(Program(found.attention, more, sizes), config, bounds=found.bounds)
 
