@@ -50,9 +50,11 @@ def checked(row: Row, t: Tensors) -> tuple[Call, float]:
     """Our kernel's call, run once, and its error. Raises RuntimeError where that is beyond a few roundings."""
     call, out = ours(row, t)
     call()
+    largest = 4 * torch.finfo(out.dtype).eps * max(1.0, t["v"].abs().max().item())
     error = error_of(row, t, out)
-    largest = max(1.0, t["v"].abs().max().item())
-    if not error <= 4 * torch.finfo(out.dtype).eps * largest:
+    if not error <= largest:  # torch's own first parallel tanh of a process is now and then off by 1e-4
+        error = error_of(row, t, out)
+    if not error <= largest:
         raise RuntimeError(f"{row.name} in {row.dtype}: the kernel differs from eager by {error}")
     return call, error
 
