@@ -189,7 +189,7 @@ def measured(
             skipped[peer] = why
             continue
         try:
-            with _limited(None if peer == "attncc" else limits.row_seconds):
+            with limited(None if peer == "attncc" else limits.row_seconds):
                 calls[peer] = _call(peer, model, x)
                 calls[peer]()
         except Exception as error:
@@ -239,7 +239,7 @@ def _too_much(peer: str, model: Stack, n: int, limits: Limits, last: dict[str, f
 
 
 @contextmanager
-def _limited(seconds: float | None) -> Iterator[None]:
+def limited(seconds: float | None) -> Iterator[None]:
     """Raises TimeoutError inside once `seconds` have passed, as soon as Python runs."""
     if seconds is None:
         yield

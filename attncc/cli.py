@@ -198,14 +198,14 @@ def demo(
 @app.command()
 def bench(
     suite: Annotated[
-        Literal["cpu", "gpu", "windows", "compile"],
-        typer.Option("--suite", help="Which machine to measure; or on this one, models with long windows, or what "
-                     "compiling costs."),
+        Literal["cpu", "gpu", "windows", "compile", "sites"],
+        typer.Option("--suite", help="Which machine to measure; or on this one, models with long windows, what "
+                     "compiling costs, or how much of the attention of transformers' models is found."),
     ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
     only: Annotated[str, typer.Option("--rows", metavar="WORDS", help="Rows whose names hold one of these, by commas; "
-                                      "`none` measures nothing (cpu, compile, windows).")] = "",
+                                      "`none` measures nothing (cpu, compile, windows, sites).")] = "",
     lengths: Annotated[str, typer.Option("--lengths", metavar="TOKENS", help="By commas (windows).")] = "",
     dtypes: Annotated[str, typer.Option("--dtypes", metavar="TYPES", help="Of f32,bf16,f16 (cpu).")] = "",
     rivals: Annotated[str, typer.Option("--rivals", metavar="NAMES", help="By commas: sdpa, sdpa gqa, inductor, flex, "
@@ -215,12 +215,13 @@ def bench(
     table: Annotated[Path | None, typer.Option("--table", metavar="FILE", help="Write Markdown tables (cpu).")] = None,
     debug: Debug = False,
 ) -> None:
-    """Time attncc's kernels against SDPA, FlexAttention and Inductor in one run."""
+    """Measure attncc against SDPA, FlexAttention and Inductor in one run."""
     with clear_errors(debug):
         of_cpu = {"only": only, "dtypes": _words(dtypes), "rivals": _words(rivals), "threads": threads or [],
                   "picture": picture, "table": table}  # fmt: skip
         of_windows = {"only": only, "lengths": _numbers(lengths)}
-        taken = {"cpu": of_cpu, "compile": {"only": only}, "windows": of_windows}.get(suite, {})
+        rows = {"only": only}
+        taken = {"cpu": of_cpu, "compile": rows, "sites": rows, "windows": of_windows}.get(suite, {})
         given = {name for name, value in (of_cpu | of_windows).items() if value}
         foreign = [f"--{_OPTION.get(name, name)}" for name in sorted(given - set(taken))]
         if foreign:

@@ -159,6 +159,28 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) 
     return compiled
 
 
+def inductor_rewrites(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A Dynamo graph as Inductor's own passes leave it, without generating code for it."""
+    from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 - as above
+
+    def as_it_is(rewritten: fx.GraphModule, _: Sequence[Any], **__: Any) -> Callable[..., Any]:
+        def call(args: list[Any]) -> Any:
+            return rewritten(*args)
+
+        call._boxed_call = True  # type: ignore[attr-defined] # it takes a list that it may empty
+        return call
+
+    compiled: Any = compile_fx(gm, list(inputs), inner_compile=as_it_is)  # type: ignore[arg-type]
+    return compiled
+
+
+def fused_by_inductor() -> int:
+    """How many attentions Inductor's patterns replaced in this process so far."""
+    from torch._dynamo.utils import counters  # noqa: PLC0415 - as above
+
+    return counters["inductor"]["fuse_attention"]
+
+
 def lacks_compiler(error: BaseException | None) -> bool:
     """Whether Inductor gave up because the machine has no C++ compiler."""
     from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415 - as above
