@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from attncc.bench_small_inputs import candidates
 from attncc.targets import TargetError
 
 #: What the names that configurations use are set to, where a configuration has them as numbers.
@@ -34,9 +35,16 @@ _SIZES: dict[int, str] = {
     3: "conv_l_cache",
 }  # fmt: skip
 _SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
+_COUNTS = {name: n for name, n in _SIZE_OF.items() if "layers" in name or name in ("n_layer", "vocab_size")}
+#: The sizes to try, in this order: what fits together differs by type. The last keeps a type's own widths.
+_RECIPES: tuple[dict[str, int], ...] = (
+    _SIZE_OF, _SIZE_OF | {"num_key_value_heads": 4},
+    _SIZE_OF | {"num_key_value_heads": 4, "v_head_dim": 8, "qk_rope_head_dim": 8, "head_dim": 16},
+    _SIZE_OF | {"hidden_size": 64, "dim": 64, "image_size": 64, "patch_size": 8},
+    _SIZE_OF | {"hidden_size": 512, "head_dim": 128}, _COUNTS,
+)  # fmt: skip
 _PARTS = (dict, list, tuple)
-_TOKENS, _PADDED, _IMAGE, _SAMPLES = 19, 4, 24, 400
-MOST_PARAMETERS = 6_000_000
+MOST_PARAMETERS = 30_000_000
 
 
 class NotSmall(Exception):
@@ -54,27 +62,40 @@ def model_types() -> Iterator[str]:
             continue
 
 
-def small_model(name: str, spelling: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A model of a type with few, narrow layers and with what it is called with, both from a fixed seed; `spelling` is
-    transformers' `attn_implementation`. Raises NotSmall."""
+def small_models(name: str, spelling: str) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """Models of a type with few, narrow layers and with what each is called with, from a fixed seed, until one runs:
+    what fits together differs by type. `spelling` is transformers' `attn_implementation`. Raises NotSmall where there
+    is none."""
     configs, models = _mappings()
     config_class = configs[name]
     found = models[config_class]
     model_class = found[0] if isinstance(found, list | tuple) else found
+    why: NotSmall | None = None
+    made = False
+    for sizes in _RECIPES:
+        try:
+            model, config = _model(model_class, _config(config_class, sizes), spelling)
+        except NotSmall as error:
+            why = why or error
+            continue
+        for inputs in candidates(model, config):
+            made = True
+            yield model, inputs
+    if why is not None and not made:
+        raise why
+
+
+def _model(model_class: Any, config: Any, spelling: str) -> tuple[nn.Module, Any]:
     try:
-        config = _config(config_class)
         config._attn_implementation = spelling
         with torch.device("meta"):
             count = sum(p.numel() for p in model_class(config).parameters())
-        if count > MOST_PARAMETERS:
-            raise NotSmall(f"{count / 1e6:.0f} million parameters")
-        torch.manual_seed(0)
-        model = _lively(model_class(config).eval())
-    except NotSmall:
-        raise
+        if count <= MOST_PARAMETERS:
+            torch.manual_seed(0)
+            return _lively(model_class(config).eval()), config
     except Exception as error:
         raise NotSmall(f"{type(error).__name__} while it was made") from error
-    return model, _inputs(model, config)
+    raise NotSmall(f"{count / 1e6:.0f} million parameters")
 
 
 def _mappings() -> tuple[Any, Any]:
@@ -85,35 +106,43 @@ def _mappings() -> tuple[Any, Any]:
             importlib.import_module("transformers.models.auto.modeling_auto").MODEL_MAPPING)  # fmt: skip
 
 
-def _config(config_class: Any) -> Any:
-    """The default configuration with the sizes of the table, in its parts too."""
-    base = config_class().to_dict()
-    given: dict[str, Any] = {k: v for k, v in _SIZE_OF.items() if k in base and not isinstance(base[k], _PARTS)}
-    for name in ("head_dim", "sliding_window"):
-        if base.get(name) is None:
-            given.pop(name, None)
-    kinds = base.get("layer_types")
-    if isinstance(kinds, list):
-        given["layer_types"] = kinds[:2] if len(set(kinds[:2])) > 1 else [kinds[0], kinds[-1]]
-    config = config_class(**given)
-    _shrink_parts(config)
+def _config(config_class: Any, sizes: dict[str, int]) -> Any:
+    """The default configuration with other sizes, in its parts too, and with a layer of each kind."""
+    try:
+        base = config_class().to_dict()
+        given: dict[str, Any] = {k: v for k, v in sizes.items() if k in base and not isinstance(base[k], _PARTS)}
+        for name in ("head_dim", "sliding_window"):
+            if base.get(name) is None:
+                given.pop(name, None)
+        if isinstance(base.get("layer_types"), list):
+            given["layer_types"] = _each_kind(base["layer_types"])
+            given["num_hidden_layers"] = len(given["layer_types"])
+        config = config_class(**given)
+        _shrink_parts(config, sizes)
+    except Exception as error:
+        raise NotSmall(f"{type(error).__name__} while it was configured") from error
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "batched_mm"  # the grouped product has no float64 on CPUs
     return config
 
 
-def _shrink_parts(config: Any) -> None:
+def _shrink_parts(config: Any, sizes: dict[str, int]) -> None:
     part_class = importlib.import_module("transformers").PretrainedConfig
     for part in list(vars(config).values()):
         if not isinstance(part, part_class):
             continue
-        for name, size in _SIZE_OF.items():
+        for name, size in sizes.items():
             value = getattr(part, name, None)
             if isinstance(value, int | float) and not isinstance(value, bool) and not name.endswith("_token_id"):
                 setattr(part, name, size)
         if isinstance(getattr(part, "layer_types", None), list):
-            part.layer_types = part.layer_types[:2]
-        _shrink_parts(part)
+            part.layer_types = _each_kind(part.layer_types)
+            part.num_hidden_layers = len(part.layer_types)
+        _shrink_parts(part, sizes)
+
+
+def _each_kind(kinds: list[str]) -> list[str]:
+    return (list(dict.fromkeys(kinds)) * 2)[: max(2, len(set(kinds)))]
 
 
 def _lively(model: nn.Module) -> nn.Module:
@@ -126,24 +155,3 @@ def _lively(model: nn.Module) -> nn.Module:
             elif p.is_floating_point():
                 p.normal_(std=1.0 if id(p) in embeddings else (p.numel() / p.shape[0]) ** -0.5)
     return model
-
-
-def _inputs(model: Any, config: Any) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(0)
-    name: str = model.main_input_name
-    if name == "pixel_values":
-        return {name: torch.randn(2, 3, _IMAGE, _IMAGE, generator=g)}
-    if name == "input_values":
-        return {name: torch.randn(2, _SAMPLES, generator=g)}
-    if name != "input_ids":
-        raise NotSmall(f"it is called with {name}")
-
-    def tokens(n: int) -> Tensor:
-        return torch.randint(3, 99, (2, n), generator=g)
-
-    seen = torch.ones(2, _TOKENS, dtype=torch.long)
-    seen[1, _TOKENS - _PADDED :] = 0
-    made: dict[str, Any] = {name: tokens(_TOKENS), "attention_mask": seen}
-    if getattr(config, "is_encoder_decoder", False):
-        made["decoder_input_ids"] = tokens(_TOKENS // 2)
-    return made

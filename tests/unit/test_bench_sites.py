@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from attncc import bench_sites
 from attncc.bench_sites import line, measured, run, table
-from attncc.bench_small import NotSmall, model_types, small_model
+from attncc.bench_small import NotSmall, model_types, small_models
 
 
 class TwoKinds(nn.Module):
@@ -29,15 +30,16 @@ class TwoKinds(nn.Module):
         return attended * self.gate(x).softmax(-1).topk(1).values
 
 
-def two_kinds(name: str, spelling: str) -> tuple[nn.Module, dict[str, Any]]:
+def two_kinds(name: str, spelling: str) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     if name == "none":
         raise NotSmall("too many heads")
     g = torch.Generator().manual_seed(0)
-    return TwoKinds().eval(), {"x": torch.randn(2, 8, 16, generator=g)}
+    yield TwoKinds().eval(), {"x": torch.randn(2, 8, 15, generator=g)}  # does not fit
+    yield TwoKinds().eval(), {"x": torch.randn(2, 8, 16, generator=g)}
 
 
 def test_a_model_whose_sites_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_sites, "small_model", two_kinds)
+    monkeypatch.setattr(bench_sites, "small_models", two_kinds)
     row = measured("both", "eager")
     assert (row["calls"], row["lifted"], row["fused"], row["wrong"], row["breaks"]) == (2, 1, 1, False, 0)
     assert [("topk" in reason, "test_bench_sites.py" in reason) for reason in row["reasons"]] == [(True, True)]
@@ -53,7 +55,7 @@ def test_numbers_that_differ_are_said_to_be_wrong() -> None:
 
 
 def test_rows_are_kept_and_what_is_skipped_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_sites, "small_model", two_kinds)
+    monkeypatch.setattr(bench_sites, "small_models", two_kinds)
     monkeypatch.setattr(bench_sites, "model_types", lambda: iter(["none", "both"]))
     file = tmp_path / "sites.json"
     first = run(json=file, only="none")
@@ -67,8 +69,8 @@ def test_rows_are_kept_and_what_is_skipped_says_why(tmp_path: Path, monkeypatch:
 
 def test_models_are_made_small() -> None:
     assert {"bert", "llama", "vit"} <= set(model_types())
-    model, inputs = small_model("bert", "eager")
+    model, inputs = next(small_models("bert", "eager"))
     assert sum(p.numel() for p in model.parameters()) < 100_000
     assert model(**inputs)[0].isfinite().all()
     with pytest.raises(NotSmall):
-        small_model("clap", "eager")
+        next(small_models("align", "eager"))
