@@ -48,7 +48,7 @@ class Editor:
         owner = reading.owner
         acts = [s for s in reading.shadow.graph.nodes if s in owner and _acts(s)]
         self.effects = {owner[s] for s in acts}
-        self.writes = self.effects - {owner[s] for s in acts if not written_args(s) or _is_random(s)}
+        self.writes = self.effects - {owner[s] for s in acts if written_args(s) != [*s.args[:1]] or _is_random(s)}
 
     def fuse(self, parts: Sequence[tuple[Lifted, Attention]]) -> None:
         """Replace a node by calls of attncc's operator, one for each site that adds up to it (with its attention after

@@ -64,12 +64,13 @@ def _factor(editor: Editor, site: Lifted, rows: fx.Node, whole: fx.Node, before:
 
 
 def _move_behind(editor: Editor, targets: Sequence[fx.Node], last: fx.Node) -> None:
-    """Move what is computed from the products before the last of them behind it. Nothing may write in between."""
+    """Move what is computed from the products before the last of them behind it. Nothing may write in between, but to
+    what moves itself: every view of that moves with it."""
     nodes = list(editor.graph.nodes)
     between = nodes[nodes.index(min(targets, key=editor.position)) : nodes.index(last)]
     moved: dict[fx.Node, None] = dict.fromkeys(n for n in targets if n is not last)
     for n in between:
-        if n in editor.effects:
+        if n in editor.effects and not (n in editor.writes and n.args[0] in moved):
             raise EditError("the model writes to memory between the products of one softmax")
         if n not in moved and any(a in moved for a in n.all_input_nodes):
             moved[n] = None

@@ -16,7 +16,7 @@ import torch
 
 from attncc.ir.attention import Empty, S
 from attncc.ir.build import add, and_, not_, op
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, walk
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Load, Op, free, walk
 
 _PUT, _ADDED = -1e9, -1e30
 _FILL_F16 = -65504.0
@@ -60,6 +60,39 @@ def split_mask(score: Expr, *, half: bool, infinite_empty: Empty) -> Masked:
     # Rows hidden by several different finite masks weigh keys by how often they are hidden: keep them as they are.
     bare, found = _strip(score, float("-inf"))
     return Masked(bare, _all(found), infinite_empty if found else "zero")
+
+
+def hidden_by(x: Expr, *, half: bool) -> float | None:
+    """The number that a score comes to in any case, or less, where that is one that masks are filled with."""
+    return _lowest(x, _FILL_F16 if half else _PUT)
+
+
+def _lowest(x: Expr, limit: float) -> float | None:
+    match x:
+        case Const(value):
+            return float(value) if value <= limit else None
+        case Op("add", (a, b)):
+            limit = limit if limit == _FILL_F16 else min(limit, _ADDED)
+            found = [y for y in (_lowest(a, limit), _lowest(b, limit)) if y is not None]
+            return min(found, default=None)
+        case Op("sub", (a, _)):
+            return _lowest(a, limit if limit == _FILL_F16 else min(limit, _ADDED))
+        case Op("where", (_, a, b)):
+            found = _lowest(a, limit), _lowest(b, limit)
+            return None if found[0] is None or found[1] is None else max(found[0], found[1])
+        case Op("mul" | "div", (a, Const(by))):
+            return -math.inf if by > 0 and _lowest(a, limit) == -math.inf else None
+        case Op(name, (a,)) if name in ROUNDINGS:
+            return _lowest(a, limit)
+        case _:
+            return None
+
+
+def visible_where(score: Expr, fill: float, *, half: bool) -> Expr | None:
+    """Where a score is none that masks are filled with; None where it may come to `fill` by other numbers."""
+    bare, found = _strip(score, _FILL_F16 if half else _PUT)
+    held = any(isinstance(x, Load) and x.kind == "float" for x in walk(bare))
+    return None if held or _chosen(bare, fill) or _as_low(bare, fill) else _all(found)
 
 
 def hides_by_score(score: Expr) -> bool:

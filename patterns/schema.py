@@ -40,6 +40,14 @@ def dim_argument(n: fx.Node, rank: int) -> int:
     return dim % rank
 
 
+def scaled_by(n: fx.Node) -> float | None:
+    """The number that a node multiplies its one input with."""
+    number = n.args[1] if len(n.args) == 2 and len(n.all_input_nodes) == 1 and not n.kwargs else None
+    if not isinstance(number, int | float) or isinstance(number, bool):
+        return None
+    return {"mul": float(number), "div": 1.0 / number if number else None}.get(op_name(n))
+
+
 def written_args(n: fx.Node) -> list[fx.Node]:
     """The arguments whose contents a node's schema says it writes to."""
     if not is_operator(n) or op_name(n) in _METADATA:

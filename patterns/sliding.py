@@ -24,16 +24,17 @@ from torch import fx
 
 from attncc.ir.affine import expr, less_than, linear_in, nonnegative, plus, poly, simplify
 from attncc.ir.attention import S
-from attncc.ir.build import NEG_INF, ONE, TRUE, ZERO, add, and_, eq, floordiv, ge, le, lt, mod, mul, sub, where
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, Size, free, loads, rewrite, substitute, walk
+from attncc.ir.build import NEG_INF, ONE, TRUE, ZERO, add, and_, const, eq, floordiv, ge, le, lt, mod, mul, sub, where
+from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, loads, rewrite, substitute, walk
 from attncc.patterns.contractions import DOT, Contraction, contraction
 from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame
+from attncc.patterns.masks import hidden_by, visible_where
 from attncc.patterns.moves import Move, Point, move
 from attncc.patterns.products import Product, mentioned
 from attncc.patterns.reach import Context, Reach
 from attncc.patterns.reasons import of_scores
-from attncc.patterns.schema import argument, has_argument
+from attncc.patterns.schema import argument, has_argument, scaled_by
 from attncc.patterns.terms import Term
 from attncc.patterns.value import Reader, Unreadable
 from attncc.patterns.writes import Place
@@ -114,18 +115,36 @@ class _Slide:
         return simplify(substitute(x, self.by_column), self.extents)
 
     def slid(self) -> Slid:
-        anchor, p = self.term.anchor, self.values
+        p = self.values
         key, keys = self.key, self.f.shape(p.node)[p.dim]
         score, found = self._score((ge(key, ZERO), lt(key, keys)))
         for beyond in (lt(key, ZERO), ge(key, keys)):
-            if self.reach.possible((beyond,)) and not _hidden(self._read((beyond,))):
-                raise Unreadable(anchor.node, "columns whose key is outside of the sequence are not hidden")
+            if self.reach.possible((beyond,)):
+                self._check_hidden(self._read((beyond,)), score)
         first = add(_ROW, p.offset)
         window = and_(le(first, _KEY), lt(_KEY, add(first, self.columns)))
         return Slid(
             self._whole_frame(keys), replace(self.term, at=self._points(self.at), weight=self._whole(self.weight)),
             where(simplify(window, self.whole), self._whole(score), NEG_INF), found,
         )  # fmt: skip
+
+    def _check_hidden(self, beyond: Expr, score: Expr) -> None:
+        """Raises where a column whose key is outside of the sequence could be given weight: one that is filled with a
+        finite number is given none in a row that sees a key."""
+        f, scores = self.f, self.term.anchor.scores
+        fill = hidden_by(beyond, half=f.dtype(scores) == torch.float16)
+        if fill is None:
+            raise Unreadable(self.term.anchor.node, "columns whose key is outside of the sequence are not hidden")
+        if fill == -math.inf:
+            return
+        visible = visible_where(score, fill, half=f.dtype(scores) == torch.float16)
+        row, keys = self.flat(self.values.rows), self.f.shape(self.values.node)[self.values.dim]
+        own = simplify(add(sub(row, self.key), _COLUMN), self.extents)  # the column of the key in the row's own place
+        placed = and_(ge(own, ZERO), lt(own, self.columns), lt(row, keys))
+        sees = None if visible is None else simplify(and_(placed, substitute(visible, {_COLUMN: own})), self.extents)
+        if sees is None or not self.reach.proves((), sees):
+            reason = "a row that sees no key would weigh columns whose key is outside of the sequence"
+            raise Unreadable(self.term.anchor.node, reason)
 
     def _read(self, context: Context) -> Expr:
         """The scores of columns of which the conditions are known."""
@@ -156,9 +175,9 @@ class _Slide:
         """Where the values are read: below a pad that makes room at the ends of the sequence, if there is one."""
         n, at = self.frame.values, tuple(self._of_column(x) for x in self.frame.values_at)
         best: _Position | None = None
-        for node, point, padded in _chain(self.f, n, at, self.extents, self.frame.use):
-            found = self._position(node, point) if best is None or padded else None
-            best = found or best
+        for step in _chain(self.f, n, at, self.extents, self.frame.use):
+            plain = step.scale == 1.0 and (best is None or step.padded)
+            best = (self._position(step.node, step.at) if plain else None) or best
         if best is None:
             raise Unreadable(n, "values that are not read at a distance from their row")
         return best
@@ -244,7 +263,7 @@ class _Same:
     def __init__(self, slide: _Slide) -> None:
         self.slide = slide
         self.found: Product | None = None
-        self.read: list[tuple[fx.Node, Point]] = []  # where each side is read, over rows in chunks and columns
+        self.read: list[_Step] = []  # where each side is read, over rows in chunks and columns
 
     def __call__(self, x: Load, context: Context) -> Expr | None:
         plain = Load(x.tensor, self._plain(self.slide.f.by_name[x.tensor.removeprefix(DOT)], x.index, context), x.kind)
@@ -257,23 +276,24 @@ class _Same:
         if self.found is None or x.tensor != self.found.load.tensor:
             return plain
         pairs: list[tuple[Expr, Expr]] = []
-        for (node, wanted), chain in zip(self.read, self._chains(x, product, context), strict=True):
-            pairs += zip(wanted, dict(chain)[node], strict=True)
-        return S if all(a is b or self.slide.reach.proves(context, eq(a, b)) for a, b in pairs) else plain
+        for side, chain in zip(self.read, self._chains(x, product, context), strict=True):
+            pairs += zip(side.at, next(step.at for step in chain if step.node is side.node), strict=True)
+        same = all(a is b or self.slide.reach.proves(context, eq(a, b)) for a, b in pairs)
+        return self.found.value if same else plain
 
     def _product(self, x: Load, product: Contraction, context: Context) -> Product | None:
         """The product of one row and one key that is read in a context, None if it is of more."""
         extents: dict[Expr, Expr] = {_DEPTH: product.extent}
-        read: list[tuple[fx.Node, Point]] = []
+        read: list[_Step] = []
         whole: list[tuple[fx.Node, Point]] = []
         for chain in self._chains(x, product, context):
-            options = [(n, at, self.slide.digits_of(at, extents)) for n, at in chain]
-            options = [option for option in options if self._is_inside(option[0], option[2])]
+            options = [(step, self.slide.digits_of(step.at, extents)) for step in chain]
+            options = [(step, at) for step, at in options if self._is_inside(step.node, at)]
             if not options:
                 return None
-            n, at, found = min(options, key=lambda option: _effort(option[2]))
-            read.append((n, at))
-            whole.append((n, found))
+            step, at = min(options, key=lambda option: _effort(option[1]))
+            read.append(step)
+            whole.append((step.node, at))
         keyed = [_KEY in mentioned(at) for _, at in whole]
         if sum(keyed) != 1:
             return None
@@ -281,17 +301,18 @@ class _Same:
         if _ROW not in mentioned(q_at) or _ROW in mentioned(k_at):
             return None
         self.read = read
-        return Product(x, product.node, q, q_at, k, k_at, _ROW, (_DEPTH, product.extent))
+        scaled = mul(S, const(math.prod(step.scale for step in read)))
+        return Product(x, product.node, q, q_at, k, k_at, _ROW, (_DEPTH, product.extent), scaled)
 
-    def _chains(self, x: Load, product: Contraction, context: Context) -> list[list[tuple[fx.Node, Point]]]:
+    def _chains(self, x: Load, product: Contraction, context: Context) -> list[list[_Step]]:
         """The tensors that both factors come from, and where each is read."""
         slide = self.slide
         extents = {**slide.extents, _DEPTH: product.extent}
         known = slide.known(context, extents)
         sides = zip((product.lhs, product.rhs), product.maps(x.index, _DEPTH), strict=True)
         return [
-            [(node, self._plain(node, point, context))
-             for node, point, _ in _chain(slide.f, n, at, extents, slide.frame.use, known)]
+            [replace(step, at=self._plain(step.node, step.at, context))
+             for step in _chain(slide.f, n, at, extents, slide.frame.use, known)]
             for n, at in sides
         ]  # fmt: skip
 
@@ -316,20 +337,33 @@ class _Same:
         return all(nonnegative(x, whole) and less_than(x, s, whole) for x, s in own)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A value is `node[at] * scale`; `padded`: the node is just below a pad, where the index may lie outside."""
+
+    node: fx.Node
+    at: Point
+    scale: float = 1.0
+    padded: bool = False
+
+
 def _chain(
     f: Facts, n: fx.Node, at: Point, extents: dict[Expr, Expr], use: int, known: Callable[[Expr], Expr] | None = None
-) -> Iterator[tuple[fx.Node, Point, bool]]:
-    """The tensors that a value comes from, moved, with the index in each and whether it was just below a pad (where the
-    index may lie outside), as far as they hold the same until `use`. `known` simplifies an index."""
-    yield n, at, False
+) -> Iterator[_Step]:
+    """The tensors that a value comes from, moved or scaled by a number, as far as they hold the same until `use`.
+    `known` simplifies an index."""
+    step = _Step(n, at)
     while True:
+        yield step
+        n, at, scale = step.node, step.at, step.scale
         padded = n.target in _PADS
         found = _below_pad(f, n, at, extents) if padded else move(f, n, at, extents)
+        if found is None and (factor := scaled_by(n)) is not None:
+            found, scale = (n.all_input_nodes[0], at), scale * factor
         if found is None or f.dtype(found[0]) != f.dtype(n) or f.writes(found[0], f.order[n], use):
             return
         n, at = found
-        at = at if known is None else tuple(map(known, at))
-        yield n, at, padded
+        step = _Step(n, at if known is None else tuple(map(known, at)), scale, padded)
 
 
 def _effort(at: Point) -> tuple[int, int]:
@@ -348,22 +382,3 @@ def _below_pad(f: Facts, n: fx.Node, at: Point, extents: dict[Expr, Expr]) -> Mo
     for pair in range(len(pads) // 2):
         point[-1 - pair] = simplify(sub(point[-1 - pair], f.size(pads[2 * pair])), extents)
     return source, tuple(point)
-
-
-def _hidden(x: Expr) -> bool:
-    """Whether a score is -inf in any case, or NaN."""
-    match x:
-        case Const(value):
-            return value == -math.inf
-        case Op("add", (a, b)):
-            return _hidden(a) or _hidden(b)
-        case Op("sub", (a, _)):
-            return _hidden(a)
-        case Op("where", (_, a, b)):
-            return _hidden(a) and _hidden(b)
-        case Op("mul" | "div", (a, Const(by))):
-            return by > 0 and _hidden(a)
-        case Op(name, (a,)) if name in ROUNDINGS:
-            return _hidden(a)
-        case _:
-            return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zoo_blocks import BLOCKED
 from zoo_case import Case
 from zoo_diffusion import DIFFUSION
 from zoo_flex import FLEX
@@ -17,7 +18,7 @@ from zoo_vision import VISION
 from zoo_wild import WILD
 
 CASES: tuple[Case, ...] = (
-    *SPELLINGS, *WILD, *FORMS, *JOINT, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *SLIDING, *TEXT, *VISION, *DIFFUSION
+    *SPELLINGS, *WILD, *FORMS, *JOINT, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *SLIDING, *BLOCKED, *TEXT, *VISION, *DIFFUSION
 )
 
 assert len({case.name for case in CASES}) == len(CASES)
@@ -38,6 +39,7 @@ QUICK = frozenset({
     "transformer-encoder-post-norm", "decoding", "llama-static-cache", "linear-attention", "router",
     "sliding", "sliding-into-empty", "sliding-by-strides", "sliding-by-blocks", "sliding-read-between",
     "sliding-unwritten", "sliding-overwritten", "sliding-too-far", "sliding-open-ends", "longformer",
+    "sliding-scaled-chunks", "sliding-finite-ends", "sliding-finite-padding", "block-sparse",
     "branches", "sampling", "classifier", "pseudo-inverse", "changed-weights", "slots",
     "llama-eager", "llama-left-padded", "llama-dynamic", "gemma2", "gpt-oss-sinks", "deepseek-v3", "bloom",
     "bert-eager", "modernbert", "t5", "bart", "swinv2", "wav2vec2-conformer", "unet-plain", "sd3", "sam-vision-sdpa",

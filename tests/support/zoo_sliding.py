@@ -11,6 +11,7 @@ from zoo_spellings import Attend, Core, Extra, Q, x
 
 W, N = 3, 18
 COLUMNS = 2 * W + 1
+WIDE = (torch.float32, torch.bfloat16)
 Put = Callable[[Q, Q], Q]
 Skew = Callable[[Q], Q]
 
@@ -26,7 +27,15 @@ def chunks(x: Q) -> Q:
 
 def products(q: Q, k: Q) -> Q:
     """(BH, N / W - 1, 2 W, 2 W + 1): scores of chunks, each row one further to the left."""
-    scores = torch.einsum("bcxd,bcyd->bcxy", chunks(q * q.shape[-1] ** -0.5), chunks(k))
+    return shifted(torch.einsum("bcxd,bcyd->bcxy", chunks(q * q.shape[-1] ** -0.5), chunks(k)))
+
+
+def scaled_late(q: Q, k: Q) -> Q:
+    """The same where chunks are scaled, and not what they were cut from."""
+    return shifted(torch.einsum("bcxd,bcyd->bcxy", chunks(q) / q.shape[-1] ** 0.5, 1.25 * chunks(k)))
+
+
+def shifted(scores: Q) -> Q:
     scores = F.pad(scores, (0, 0, 0, 1))
     return scores.view(*scores.shape[:2], 2 * W, COLUMNS)
 
@@ -59,6 +68,20 @@ def hide_ends(scores: Q) -> Q:
     return scores
 
 
+def fill_ends(scores: Q) -> Q:
+    """The same with a finite number."""
+    start = scores.new_ones(W, W + 1).tril().flip(dims=[0])[None]
+    scores[:, :W, : W + 1].masked_fill_(start.expand(scores.shape[0], -1, -1) == 1, -1e9)
+    scores[:, -W:, -(W + 1) :].masked_fill_(start.flip(dims=(1, 2)).expand(scores.shape[0], -1, -1) == 1, -1e9)
+    return scores
+
+
+def fill_padding(scores: Q) -> Q:
+    """A padded row sees nothing then, and weighs what is outside as much as what is inside."""
+    padding = torch.arange(N) >= N - 2 * W
+    return fill_ends(scores).masked_fill(padding[:, None], -1e9)
+
+
 def by_reshaping(weights: Q) -> Q:
     """(.., W, columns) -> (.., W, 3 W): row r moves r to the right."""
     weights = F.pad(weights, (0, W + 1)).flatten(-2)[..., :-W]
@@ -85,9 +108,11 @@ def windows(v: Q) -> Q:
     return v.as_strided((batch * heads, N // W, 3 * W, d), (v.stride(0), W * v.stride(1), v.stride(1), v.stride(2)))
 
 
-def sliding(make: Skew = filled, put: Put = parts, hide: Skew = hide_ends, skew: Skew = by_reshaping) -> Core:
+def sliding(
+    make: Skew = filled, put: Put = parts, hide: Skew = hide_ends, skew: Skew = by_reshaping, product: Put = products
+) -> Core:
     def core(q: Q, k: Q, v: Q, extra: Extra) -> Q:
-        part = products(q, k)
+        part = product(q, k)
         scores = hide(put(part, make(part)).view(-1, N, COLUMNS))
         weights = scores.softmax(-1).view(-1, N // W, W, COLUMNS)
         return torch.einsum("bcwd,bcdh->bcwh", skew(weights), windows(v)).reshape(q.shape)
@@ -140,6 +165,10 @@ SLIDING = (
     Case("sliding-by-blocks", case(by_blocks), 1, "a band cut out of blocks by strides"),
     Case("sliding-read-between", case(sliding(put=read_between)), 1, "a read between two writes", golden=0),
     Case("sliding-unwritten", case(sliding(put=unwritten)), 1, "scores of zero where nothing was written", golden=0),
+    Case("sliding-scaled-chunks", case(sliding(product=scaled_late)), 1, "queries and keys scaled in chunks", golden=0,
+         dtypes=WIDE, backward=True),
+    Case("sliding-finite-ends", case(sliding(hide=fill_ends)), 1, "ends hidden by a finite number", dtypes=WIDE),
+    Case("sliding-finite-padding", case(sliding(hide=fill_padding)), 0, "rows that see padding alone", refused=1),
     Case("sliding-overwritten", case(sliding(put=overwritten)), 0, "a write of other scores", refused=1),
     Case("sliding-too-far", case(sliding(skew=too_far)), 0, "skewed by two a row", refused=1),
     Case("sliding-open-ends", case(sliding(hide=lambda x: x)), 0, "padding takes part in the softmax", refused=1),
