@@ -221,31 +221,35 @@ def mixture(f: Facts, n: fx.Node) -> Contraction | None:
     product = contraction(f, n)
     if product is None or product.bias is not None:
         return None
-    few = [side for side in (product.rhs, product.lhs) if f.rank(side) <= 2]
-    if len(few) != 1 or not _few(product.extent):
+    small = [side for side in (product.rhs, product.lhs) if f.rank(side) <= 2]
+    if len(small) != 1 or not few(product.extent):
         return None
-    if few[0] is product.rhs:
-        return product
+    return product if small[0] is product.rhs else swapped(product)
+
+
+def swapped(product: Contraction) -> Contraction:
+    """The same with the factors in the other order."""
     maps = product.maps
 
-    def swapped(at: Point, c: Expr) -> tuple[Point, Point]:
+    def exchanged(at: Point, c: Expr) -> tuple[Point, Point]:
         lhs, rhs = maps(at, c)
         return rhs, lhs
 
-    return replace(product, lhs=product.rhs, rhs=product.lhs, maps=swapped)
+    return replace(product, lhs=product.rhs, rhs=product.lhs, maps=exchanged)
 
 
 _MOST_HEADS = 256
 
 
-def _few(x: Expr) -> bool:
+def few(x: Expr) -> bool:
+    """Whether an extent may be one of heads."""
     return isinstance(x, Const) and int(x.value) <= _MOST_HEADS
 
 
 def _linear(f: Facts, n: fx.Node) -> Contraction | None:
     x: Any = n.args[0]
     weight: Any = n.args[1]
-    if f.rank(x) < 2 or not _few(f.shape(x)[-1]):
+    if f.rank(x) < 2 or not few(f.shape(x)[-1]):
         return None
 
     def maps(at: Point, c: Expr) -> tuple[Point, Point]:
@@ -261,7 +265,7 @@ def _pointwise_convolution(f: Facts, n: fx.Node) -> Contraction | None:
     taps = f.rank(weight) - 2
     spatial: Any = [argument(n, name) for name in ("stride", "padding", "dilation")]
     plain = all(set(given) <= {kept} for given, kept in zip(spatial, (1, 0, 1), strict=True))
-    if argument(n, "groups") != 1 or not plain or f.rank(x) != taps + 2 or not _few(f.shape(x)[1]):
+    if argument(n, "groups") != 1 or not plain or f.rank(x) != taps + 2 or not few(f.shape(x)[1]):
         return None
     if any(s is not ONE for s in f.shape(weight)[2:]):
         return None

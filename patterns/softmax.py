@@ -16,7 +16,7 @@ from attncc.patterns.contractions import DOT
 from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame
 from attncc.patterns.guards import unguarded, vanishes
-from attncc.patterns.mixed import mixed_product
+from attncc.patterns.mixed import mixture_in
 from attncc.patterns.products import Overwritten, Product, products, stored
 from attncc.patterns.reach import Reach
 from attncc.patterns.reasons import of_scores
@@ -139,13 +139,18 @@ def _score_over(frame: Frame, term: Term, leaves: frozenset[fx.Node]) -> tuple[E
     when = anchor.read_at(f)
     reader = frame.reader(frozenset({c}), leaves)
     rough = reader.value_at(anchor.scores, term.at, when)
-    found = next(iter(products(f, rough, c, frame.rows)), None) or mixed_product(frame, rough) \
-        or windowed_product(frame, term, rough)
+    mixture = mixture_in(frame, rough)
+    found = mixture.inner if mixture is not None else next(products(f, rough, c, frame.rows), None)
+    found = found or windowed_product(frame, term, rough)
     if found is None:
         raise reader.lost or Unreadable(anchor.scores, of_scores(f, anchor.scores))
     score = rough
     if found.row is not None:
         score = frame.reader(frozenset({c, found.row}), leaves).value_at(anchor.scores, term.at, when)
+        mixture = None if mixture is None else mixture_in(frame, score)
+    mixed = None if mixture is None else mixture.product()
+    if mixture is not None and mixed is not None:
+        found, score = mixed, substitute(score, {mixture.whole: mixed.load})
     score = _without(score, anchor.invariant)
     return rewrite(score, lambda x: found.value if x is found.load else stored(f, x, frame.use)), found
 

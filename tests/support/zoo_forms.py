@@ -37,6 +37,28 @@ def talking_with_biases(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return F.conv2d(scores.softmax(-1), extra["taps"], extra["shift"]) @ v
 
 
+def talking_and_residual(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Mixed scores beside the scores themselves, biases and a mask around, the same again after the softmax."""
+    scores = q @ k.mT * SCALE + extra["bias"]
+    scores = 0.7 * scores + F.conv2d(scores, extra["taps"], extra["shift"])
+    weights = scores.masked_fill(~extra["mask"], torch.finfo(q.dtype).min).softmax(-1)
+    return (weights + F.conv2d(weights, extra["taps"])) @ v
+
+
+def talking_in_turn(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """One mixture after another, and what all heads have in common."""
+    scores = q @ k.mT * SCALE
+    scores = scores + torch.einsum("bhij,hg->bgij", scores, extra["mix"]) + scores.mean(1, keepdim=True)
+    return F.linear(scores.movedim(1, -1), extra["mix"]).movedim(-1, 1).softmax(-1) @ v
+
+
+def talking_by_query(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Which heads listen to which depends on the query (Xiao et al., 2024: arXiv 2405.08553)."""
+    scores = q @ k.mT * SCALE
+    mix = torch.tanh(torch.einsum("bhid,dg->bhig", q, extra["mix"]))
+    return (scores + torch.einsum("bhij,bhig->bgij", scores, mix)).softmax(-1) @ v
+
+
 def talking_and_normalised(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     """Mixed heads normalised over heads: no weighted sum of softmaxes any more."""
     weights = torch.einsum("bhij,hg->bgij", (q @ k.mT * SCALE).softmax(-1), extra["mix"])
@@ -334,6 +356,11 @@ FORMS = (
          "class attention", dtypes=WIDE),
     Case("talking-with-biases", attend(talking_with_biases, bias=randoms(H, N, N), taps=randoms(H, H, 1, 1),
          shift=randoms(H)), 1, "biases before and after the mixture", dtypes=WIDE, golden=0, backward=True),
+    Case("talking-residual", attend(talking_and_residual, bias=randoms(H, N, N), taps=randoms(H, H, 1, 1),
+         shift=randoms(H), **MASK), 2, "heads mixed beside themselves", dtypes=WIDE, golden=0, backward=True),
+    Case("talking-in-turn", attend(talking_in_turn, mix=randoms(H, H)), 1, "mixtures of mixtures", dtypes=WIDE,
+         dynamic=True),
+    Case("talking-by-query", attend(talking_by_query, mix=randoms(D, H)), 1, "a mixture for each query", dtypes=WIDE),
     Case("talking-normalised", attend(talking_and_normalised, mix=randoms(H, H)), 0, "heads normalised", refused=1),
     Case("kept-bias", attend(kept_bias, bias=randoms(H, N + 5, N + 5)), 1, "counted from the end", dynamic=True),
     Case("threshold", attend(threshold, **MASK), 1, "a predicate of the score under a mask", golden=0),
