@@ -28,7 +28,8 @@ class Parts:
     """What was read of an attention, over the indices of its output (`out`: zero where the extent is 1).
 
     `i` and `e` are None where the output has no such axis. `product_dtype` and `dtype` are those of the two products:
-    under autocast operands are cast to them. `summed` are batch indices of no output, which is a sum over them."""
+    under autocast operands are cast to them. `summed` are batch indices of no output, which is a sum over them.
+    `zeroed`: rows in which the mask hides every key are zero, whatever it is filled with."""
 
     facts: Facts
     out: Point
@@ -52,6 +53,7 @@ class Parts:
     normalizer: Normalizer = "softmax"
     outputs: tuple[Output, ...] = ("out",)
     summed: tuple[Expr, ...] = ()
+    zeroed: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def assemble(
         tensors=renamer.declared(), q=operands[0], k=operands[1], v=operands[2],
         score=score, mask=mask, sink=sink, weight=weight, normalizer=p.normalizer, outputs=p.outputs,
         # a sink outweighs every finite fill, so a row that sees nothing else gives zero
-        empty="zero" if p.sink is not None else masked.empty, dtype=NAME_OF[p.dtype],
+        empty="zero" if p.sink is not None or p.zeroed else masked.empty, dtype=NAME_OF[p.dtype],
         layout=_layout(p, node, [*batch, p.i], names),
     )  # fmt: skip
     attention, sizes, factors = renamer.close(attention)

@@ -1,9 +1,10 @@
 """Guards against rows that see nothing: what models write around a softmax so that its NaN becomes zero.
 
     nan_to_num(softmax(x), 0)            where(any(mask), softmax(x), 0)            softmax(x) * any(mask)
+    where(mask, softmax(where(mask, x, -inf)), 0)
 
 Each says `empty: zero`; the guard itself then has nothing left to do. The second is one only if what it asks about is
-the very mask of the scores, which is looked up in the graph.
+the very mask of the scores, which is looked up in the graph; so is the last, where it is there already.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import fx
 
 from attncc.ir.attention import W
+from attncc.ir.build import TRUE, not_
 from attncc.ir.expr import Const, Expr, Load, Op
 from attncc.patterns.facts import Facts
 from attncc.patterns.masks import split_mask
@@ -31,6 +33,23 @@ def unguarded(f: Facts, reader: Reader, weight: Expr, score: Expr, key: Expr) ->
             return inner
         case _:
             return None
+
+
+def masked_again(weight: Expr, score: Expr, *, half: bool) -> Expr | None:
+    """`weight` without a choice of zero for the keys that the mask of `score` hides; None if it makes none.
+
+    Such rows as see nothing then are zero, be the mask's fill finite or not; a product with zero leaves a NaN one."""
+    masked = split_mask(score, half=half, infinite_empty="nan")
+    match weight:
+        case Op("where", (shown, inner, Const(0.0))):
+            visible = shown
+        case Op("where", (hidden, Const(0.0), inner)):
+            visible = not_(hidden)
+        case Op("mul", (inner, Op("where", (shown, Const(1.0), Const(0.0))))) if masked.empty != "nan":
+            visible = shown
+        case _:
+            return None
+    return inner if visible is masked.mask and visible is not TRUE else None
 
 
 def _in_unit_range(x: Expr) -> Expr:

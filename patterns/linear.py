@@ -26,6 +26,7 @@ from attncc.patterns.contractions import DOT, Contraction, contraction, summed_p
 from attncc.patterns.declare import Declared
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
+from attncc.patterns.layers import picks_matrices
 from attncc.patterns.moves import MOVES, Point
 from attncc.patterns.normalisers import Weighted, divided, multiplied
 from attncc.patterns.products import mentioned
@@ -237,7 +238,8 @@ def data_nodes(f: Facts) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for n in f.graph.nodes:
         given = n.op == "placeholder" and n not in f.parameters and f.is_tensor(n)
-        if given or any(x in found for x in n.all_input_nodes):
+        made_of = n.all_input_nodes[:1] if picks_matrices(f, n) else n.all_input_nodes
+        if given or any(x in found for x in made_of):
             found.add(n)
     return found
 

@@ -15,7 +15,7 @@ from attncc.patterns.assemble import Lifted, Lse, Parts, assemble
 from attncc.patterns.contractions import DOT
 from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame
-from attncc.patterns.guards import unguarded, vanishes
+from attncc.patterns.guards import masked_again, unguarded, vanishes
 from attncc.patterns.mixed import mixture_in
 from attncc.patterns.products import Overwritten, Product, products, stored
 from attncc.patterns.reach import Reach
@@ -63,12 +63,14 @@ def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
         raise Unreadable(anchor.node, "dropout is on")
     weight = rewrite(term.weight, lambda x: stored(f, x, frame.use))
     score, weight = as_softmax(anchor, score, weight)
+    again = masked_again(weight, score, half=f.dtype(anchor.scores) == torch.float16)
+    weight = weight if again is None else again
     bare = unguarded(f, frame.reader(), weight, score, frame.c)
     empty: Empty = "zero" if bare is not None else anchor.empty or "nan"
     return replace(
         frame.parts(found, score, half=anchor.scores, empty=empty), normalizer=anchor.normalizer,
         sink=None if anchor.sink is None else Const(anchor.sink), weight=weight if bare is None else bare,
-        summed=tuple(term.mixed),
+        summed=tuple(term.mixed), zeroed=again is not None,
     )  # fmt: skip
 
 

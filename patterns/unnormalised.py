@@ -19,6 +19,7 @@ from attncc.patterns.contractions import DOT, Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.frames import frame
+from attncc.patterns.layers import is_learned
 from attncc.patterns.moves import MOVES
 from attncc.patterns.products import products, stored
 from attncc.patterns.schema import op_name
@@ -39,7 +40,7 @@ def weighted_by_scores(f: Facts, n: fx.Node) -> tuple[Contraction, bool] | None:
         return None
     for side, other, left in ((product.lhs, product.rhs, True), (product.rhs, product.lhs, False)):
         found = _scores_behind(f, side)
-        if found is not None and not _parameter(f, other):
+        if found is not None and not is_learned(f, other):
             return product, left
     return None
 
@@ -53,7 +54,7 @@ def _scores_behind(f: Facts, n: fx.Node) -> fx.Node | None:
         node, bent = stack.pop()
         product = contraction(f, node)
         if product is not None:
-            if bent and not _parameter(f, product.lhs) and not _parameter(f, product.rhs):
+            if bent and not is_learned(f, product.lhs) and not is_learned(f, product.rhs):
                 return node
             continue
         if node.op != "call_function" or not (node.target in MOVES or node.target in ELEMENTS):
@@ -62,13 +63,6 @@ def _scores_behind(f: Facts, n: fx.Node) -> fx.Node | None:
         bent = bent or name in _BENDING
         stack += [(a, bent) for a in node.all_input_nodes if f.is_tensor(a)]
     return None
-
-
-def _parameter(f: Facts, n: fx.Node) -> bool:
-    """Whether a tensor is a parameter seen through views and casts: the product is then a layer, not a comparison."""
-    while n.op == "call_function" and n.all_input_nodes and (n.target in MOVES or n.target in ELEMENTS):
-        n = n.all_input_nodes[0]
-    return n in f.parameters or n.op == "get_attr"
 
 
 def lift_unnormalised(f: Facts, product: Contraction, left: bool) -> Lifted | None:

@@ -20,6 +20,8 @@ class Model(nn.Module):
     def __init__(self, core: Callable[..., Q]) -> None:
         super().__init__()
         self.core, self.qkv, self.lin = core, nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up = nn.Parameter(torch.randn(4, 2 * WIDTH, WIDTH))
+        self.down = nn.Parameter(torch.randn(4, WIDTH, 2 * WIDTH))
         self.gate, self.one = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 1)
 
     def forward(self, x: Q) -> Q:
@@ -166,7 +168,15 @@ def adapter(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return x + x @ m.lin.weight[:4].T @ m.lin.weight[4:8]
 
 
-@pytest.mark.parametrize("core", [squeeze_excite, block_attention, additive_gate, contrastive, adapter])
+def chosen_layers(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """Experts as matrices that are picked by number, after what compares tokens."""
+    numbers = m.gate(x).argmax(-1).flatten()
+    near = torch.tanh((x @ x.mT).amax(-1, keepdim=True))
+    hidden = F.silu(torch.bmm(m.up[numbers], (x * near).flatten(0, 1)[..., None]))
+    return torch.bmm(m.down[numbers], hidden).view_as(x)
+
+
+@pytest.mark.parametrize("core", [chosen_layers, squeeze_excite, block_attention, additive_gate, contrastive, adapter])
 def test_nothing_to_say(core: Callable[..., Q]) -> None:
     facts, *_ = read(Model(core).eval(), torch.randn(B, N, WIDTH))
     assert lift_all(facts) == []

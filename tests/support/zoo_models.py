@@ -26,7 +26,8 @@ assert len({case.name for case in CASES}) == len(CASES)
 #: What runs on every change; the others run with `--full`. Every form of spelling and mask is here once.
 QUICK = frozenset({
     "q-scaled-first", "in-float32", "einsum-of-other-orders", "by-bmm", "exp-minus-logsumexp", "exp-over-sum",
-    "safe-softmax", "fill-minus-100", "fill-minus-1e30", "add-minus-1e4", "clamped", "added-in-place",
+    "safe-softmax", "masked-again", "times-the-mask", "fill-minus-100", "fill-minus-1e30", "add-minus-1e4", "clamped",
+    "added-in-place",
     "triangle-in-the-graph", "window-in-the-graph", "documents", "sdpa-causal", "sdpa-narrow-values",
     "element-by-element", "radial", "powers-of-two", "relu-shares", "graph-attention", "hopfield",
     "grouped-by-repeat", "grouped-by-einsum", "keys-first", "values-times-transpose", "null-key",
