@@ -203,7 +203,7 @@ class Editor:
         """Put the ATen ops of a composite call (multi_head_attention_forward) in its place."""
         parts = [n for n, o in self.reading.owner.items() if o is owner and n.op == "call_function"]
         results = self.reading.results.get(owner)
-        if not parts or any(written_args(n) for n in parts) or self.reading.uses_autocast:
+        if not parts or not self._writes_own(parts) or self.reading.uses_autocast:
             raise EditError(f"{owner.name} is several operations that cannot be taken apart")
         with self.graph.inserting_before(owner):
             for n in parts:
@@ -211,6 +211,9 @@ class Editor:
                 if n.target is torch.ops.aten.view.default:  # a fused part may lie otherwise than what it replaces
                     self.copies[n].target = torch.ops.aten.reshape.default
                 self.copies[n].meta.update({k: owner.meta[k] for k in _COPIED if k in owner.meta})
+                if written_args(n):
+                    self.effects.add(self.copies[n])
+                    self.writes.add(self.copies[n])
         if results is None:
             last = next(s for s, o in self.reading.origin.items() if o is owner)
             owner.replace_all_uses_with(self.copies[last])
@@ -228,6 +231,12 @@ class Editor:
                     self.graph.erase_node(user)
         if not owner.users:
             self.graph.erase_node(owner)
+
+    def _writes_own(self, parts: Sequence[fx.Node]) -> bool:
+        """Whether nodes write to nothing but what they make themselves."""
+        inside = set(parts)
+        given = {self.facts.storage(a) for n in parts for a in n.all_input_nodes if a not in inside}
+        return all(self.facts.storage(x) not in given | {None} for n in parts for x in written_args(n))
 
     def _cast(self, n: fx.Node, shadow: fx.Node, dtype: torch.dtype) -> fx.Node:
         return n if self.facts.dtype(shadow) == dtype else self.graph.call_function(torch.ops.aten.to.dtype, (n, dtype))
@@ -300,7 +309,7 @@ class Editor:
         if not any(self._fills(x, reached) for x in reached):
             return False
         inputs = [a for x in reached for a in x.all_input_nodes if a not in reached]
-        for x in sorted(reached, key=lambda x: self.order[x], reverse=True):
+        for x in sorted(reached, reverse=True):  # nodes compare by their place in the graph
             self.graph.erase_node(x)
         for a in inputs:
             self._remove(a)

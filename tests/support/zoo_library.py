@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from zoo_case import Case, Made, lively
 from zoo_spellings import N, x
 
@@ -34,6 +35,23 @@ class SelfAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out, weights = self.attention(x, x, x, key_padding_mask=PADDED, need_weights=self.weights)
         return out if weights is None else out + weights.mean(-1, keepdim=True)
+
+
+class Cross(nn.Module):
+    """Cross attention by the library's function, padding given as booleans, the weights asked for and dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.transpose(0, 1)
+        biases = torch.cat((self.q.bias, self.k.bias, self.v.bias))
+        return F.multi_head_attention_forward(
+            x, x.flip(0), x.flip(0), WIDTH, 4, None, biases, None, None, False, 0.0, self.o.weight, self.o.bias,
+            training=False, key_padding_mask=PADDED, need_weights=True, use_separate_proj_weight=True,
+            q_proj_weight=self.q.weight, k_proj_weight=self.k.weight, v_proj_weight=self.v.weight,
+        )[0]  # fmt: skip
 
 
 class Native(nn.Module):
@@ -70,6 +88,7 @@ GELU = {"activation": "gelu"}
 LIBRARY = (
     Case("multihead-attention", of(lambda: SelfAttention(weights=False)), 1, "torch's own module"),
     Case("multihead-attention-weights", of(lambda: SelfAttention(weights=True)), 1, "and its averaged weights", kept=1),
+    Case("multihead-attention-cross", of(Cross), 1, "by function, its masks written in place", backward=True),
     Case("native-attention", of(lambda: Native(weights=False)), 1, "one operation", golden=0),
     Case("native-attention-cross", of(lambda: Native(weights=False, cross=True)), 1, "keys from elsewhere"),
     Case("native-attention-weights", of(lambda: Native(weights=True)), 1, "averaged weights leave it", kept=1),
