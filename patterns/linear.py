@@ -1,7 +1,7 @@
 """Linear attention: q' (k'^T v), recognised and left as it is: its work is linear in the tokens already.
 
-Two products, the inner one over the tokens of two data tensors, its result (d x e) summed over d with a third. The
-same two products also appear where nothing attends (bilinear pooling, whitening, iterations on matrices), so one thing
+Two products, the inner one (a running sum in causal ones) over the tokens of two data tensors, its result (d x e)
+summed over d with a third. The same two products also appear where nothing attends (bilinear pooling, whitening, iterations on matrices), so one thing
 more is asked for: that the output is divided by the sum of the weights, or that queries and keys went through a feature
 map, or that all three tensors are projections of tokens and more tokens are summed than channels.
 """
@@ -22,7 +22,7 @@ from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads,
 from attncc.ir.linear import UNIT, Linear, X
 from attncc.ir.verify import VerifyError
 from attncc.ir.verify_linear import verify_linear
-from attncc.patterns.contractions import DOT, Contraction, contraction, summed_pair
+from attncc.patterns.contractions import DOT, Contraction, contraction, spelled_out, summed_pair
 from attncc.patterns.declare import Declared
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
@@ -30,8 +30,9 @@ from attncc.patterns.layers import picks_matrices
 from attncc.patterns.moves import MOVES, Point
 from attncc.patterns.normalisers import Weighted, divided, multiplied
 from attncc.patterns.products import mentioned
-from attncc.patterns.schema import op_name
+from attncc.patterns.schema import argument, op_name
 from attncc.patterns.value import Reader, Unreadable
+from attncc.patterns.written_out import factored
 
 _SEARCH = 24
 LEFT = "linear attention: left with Inductor"
@@ -84,23 +85,55 @@ def linear_attentions(f: Facts) -> Iterator[Recognised]:
                 break
 
 
-def _outer(f: Facts, n: fx.Node) -> tuple[Contraction | None, tuple[fx.Node, str] | None]:
-    """The product that `n` is, and a third factor of an einsum that only scales rows, with its letters."""
+def _outer(f: Facts, n: fx.Node) -> tuple[Contraction | None, tuple[fx.Node, tuple[int, ...]] | None]:
+    """The product that `n` is, and a third factor of an einsum that only scales rows, with the dimensions of the result
+    that it has."""
     plain = contraction(f, n)
     if plain is not None or n.target is not torch.ops.aten.einsum.default:
         return plain, None
     equation: Any = n.args[0]
     factors: Any = n.args[1]
-    left, _, out = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if len(terms) != 3 or "." in equation or not set(terms[2]) <= set(out):
+    if len(factors) != 3:
         return None, None
-    return summed_pair(f, n, (factors[0], factors[1]), (terms[0], terms[1], out)), (factors[2], terms[2])
+    *terms, out = spelled_out(equation, *(f.rank(x) for x in factors))
+    rows = [at for at, letters in enumerate(terms) if set(letters) <= set(out)]
+    if len(rows) != 1:
+        return None, None
+    (row,) = rows
+    (a, x), (b, y) = ((factors[at], terms[at]) for at in range(3) if at != row)
+    return summed_pair(f, n, (a, b), (x, y, out)), (factors[row], tuple(out.index(c) for c in terms[row]))
+
+
+@dataclass(frozen=True)
+class _Inner:
+    """`node` sums the products of two tensors over their tokens: all of them, or those up to `row`."""
+
+    node: fx.Node
+    sides: tuple[tuple[fx.Node, Point], tuple[fx.Node, Point]]
+    extent: Expr
+    row: Expr | None = None
+
+
+def _inner(f: Facts, n: fx.Node, x: Load, j: Index) -> _Inner | None:
+    """The sum over tokens `j` that a state is, read where `x` reads it."""
+    product = contraction(f, n)
+    if product is not None:
+        plain = x.tensor == DOT + n.name and product.bias is None and product.alpha == 1.0
+        left, right = product.maps(x.index, j)
+        return _Inner(n, ((product.lhs, left), (product.rhs, right)), product.extent) if plain else None
+    source: Any = n.args[0]
+    dim: int = argument(n, "dim") % f.rank(n)
+    factors = factored(f, n, source)
+    if x.tensor != n.name or factors is None or len(factors) != 2:
+        return None
+    a, b = ((y.node, y.at((*x.index[:dim], j, *x.index[dim + 1 :]))) for y in factors)
+    return _Inner(n, (a, b), f.shape(n)[dim], x.index[dim])
 
 
 def _lift(
-    f: Facts, outer: Contraction, factor: tuple[fx.Node, str] | None, data: Container[fx.Node], *, state_left: bool
-) -> Recognised | None:
+    f: Facts, outer: Contraction, factor: tuple[fx.Node, tuple[int, ...]] | None, data: Container[fx.Node], *,
+    state_left: bool,
+) -> Recognised | None:  # fmt: skip
     state, other = (outer.lhs, outer.rhs) if state_left else (outer.rhs, outer.lhs)
     inner_node = _product_behind(f, state)
     if inner_node is None or other not in data:
@@ -113,15 +146,11 @@ def _lift(
     sides = outer.maps(out, d)
     state_at, q_at = sides if state_left else (sides[1], sides[0])
     product, scale = _scaled(Reader(f, use, extents).value_at(state, state_at, use))
-    inner = contraction(f, inner_node)
-    if product is None or inner is None or product.tensor != DOT + inner_node.name:
-        return None
-    if inner.bias is not None or inner.alpha != 1.0 or inner.lhs not in data or inner.rhs not in data:
+    inner = None if product is None else _inner(f, inner_node, product, j)
+    if inner is None or any(n not in data for n, _ in inner.sides):
         return None
     extents[j] = inner.extent
-    left, right = inner.maps(product.index, j)
-    (k, k_at), (v, v_at) = ((inner.lhs, left), (inner.rhs, right)) if d in mentioned(left) else (
-        (inner.rhs, right), (inner.lhs, left))  # fmt: skip
+    (k, k_at), (v, v_at) = inner.sides if d in mentioned(inner.sides[0][1]) else reversed(inner.sides)
     in_q, in_k, in_v = mentioned(q_at), mentioned(k_at), mentioned(v_at)
     own = [x for x in out if x is not ZERO]
     rows = [x for x in own if x in in_q - in_k - in_v]
@@ -130,16 +159,17 @@ def _lift(
     if not split or not rows or len(columns) != 1 or any(x in in_v & in_q - in_k for x in own):
         return None
     i, e = rows[-1], columns[0]
+    past = inner.row is not None
+    if past and (inner.row is not i or j in in_q):
+        return None
     read = f.order[inner_node]
     q_factor = _factor(f, other, q_at, extents, use, {i, d})
     k_factor, v_factor = _factor(f, k, k_at, extents, read, {j, d}), _factor(f, v, v_at, extents, read, {j, e}, v=True)
-    weighted = Weighted(outer.node, out, (other, q_at), (k, k_at), (v, v_at), d, j, e, extents)
+    weighted = Weighted(outer.node, out, (other, q_at), (k, k_at), (v, v_at), d, j, e, extents, inner.row)
     quotient = divided(f, weighted) if factor is None else None
     over = None if quotient is None else quotient.over
     if factor is not None:
-        equation: Any = outer.node.args[0]
-        letters: str = equation.replace(" ", "").partition("->")[2]
-        over = multiplied(f, weighted, (factor[0], tuple(out[letters.index(x)] for x in factor[1])))
+        over = multiplied(f, weighted, (factor[0], tuple(out[at] for at in factor[1])))
         if over is None:
             return None
     softmaxes = feature_softmaxes(f, other), feature_softmaxes(f, k)
@@ -149,7 +179,7 @@ def _lift(
     names: dict[Expr, str] = {i: "i", j: "j", d: "d", e: "e"}
     reason = f"{LEFT}, O(N) already"
     if over is None and not all(mapped) and not (softmaxes[1] and wide) and not (projected and wide):
-        if not projected or not _is_wider(outer.extent, inner.extent):
+        if past or not projected or not _is_wider(outer.extent, inner.extent):
             return None
         names = {e: "i", d: "j", j: "d", i: "e"}
         reason = _WRITTEN_OUT
@@ -172,7 +202,7 @@ def _lift(
         sizes=(), batch=tuple(axis(x) for x in batch), i=axis(of["i"]), j=axis(of["j"]), d=axis(of["d"]),
         e=axis(of["e"]), tensors=(), q=access("q", q_factor), k=access("k", k_factor), v=access("v", v_factor),
         phi_q=declared.expr(q_factor.phi), phi_k=declared.expr(k_factor.phi), rate=declared.expr(scale),
-        over=over, dtype=NAME_OF[f.dtype(outer.node)],
+        sees="past" if past else "all", over=over, dtype=NAME_OF[f.dtype(outer.node)],
     ))  # fmt: skip
     node = outer.node if quotient is None else quotient.node
     covered = softmaxes[0] | softmaxes[1] | {node}
@@ -204,9 +234,9 @@ def _scaled(x: Expr) -> tuple[Load | None, Expr]:
 
 
 def _product_behind(f: Facts, n: fx.Node) -> fx.Node | None:
-    """The product that `n` is, moved, cast or scaled by one number."""
+    """The product or running sum that `n` is, moved, cast or scaled by one number."""
     for _ in range(_SEARCH):
-        if contraction(f, n) is not None:
+        if contraction(f, n) is not None or op_name(n) == "cumsum":
             return n
         if n.op != "call_function" or not (n.target in MOVES or n.target in ELEMENTS):
             return None

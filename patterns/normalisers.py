@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -16,7 +17,7 @@ from attncc.patterns.contractions import DOT, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES, Point, broadcast
-from attncc.patterns.schema import op_name
+from attncc.patterns.schema import argument, op_name
 from attncc.patterns.value import Reader, Unreadable
 
 _STEPS = 8
@@ -38,7 +39,7 @@ class Quotient:
 @dataclass(frozen=True)
 class Weighted:
     """What the weights of a linear attention are made of, over the indices of its product `outer` (`out`): operands
-    at their points, the indices of channels, keys and value columns."""
+    at their points, the indices of channels, keys and value columns; that of the query where it sees the past only."""
 
     outer: fx.Node
     out: Point
@@ -49,6 +50,7 @@ class Weighted:
     j: Index
     e: Expr
     extents: dict[Expr, Expr]
+    row: Expr | None = None
 
 
 def divided(f: Facts, w: Weighted) -> Quotient | None:
@@ -125,7 +127,8 @@ def _is_sum(f: Facts, x: Load, at: Point, w: Weighted, extents: dict[Expr, Expr]
 
     when = f.order[w.outer]
     return any(
-        same_value(f, one, moved(w.q), extents, when) and _is_key_sum(f, other, moved(w.k), w.j, extents)
+        same_value(f, one, moved(w.q), extents, when)
+        and _is_key_sum(f, other, moved(w.k), w.j, extents, None if w.row is None else rewrite(w.row, there.get))
         for one, other in factors(f, x, w.d)
     )
 
@@ -165,13 +168,13 @@ def same_value(f: Facts, a: Operand, b: Operand, extents: dict[Expr, Expr], when
     return a == b or value_of(f, a, extents, when) is value_of(f, b, extents, when) is not None
 
 
-def _is_key_sum(f: Facts, x: Operand, k: Operand, j: Index, extents: dict[Expr, Expr]) -> bool:
-    """Whether an operand is the keys summed over all of them."""
+def _is_key_sum(f: Facts, x: Operand, k: Operand, j: Index, extents: dict[Expr, Expr], row: Expr | None) -> bool:
+    """Whether an operand is the keys summed over all of them, or over those up to a row."""
     value = value_of(f, x, extents, f.order[x[0]] + 1)
     if not isinstance(value, Load) or value.tensor.startswith(DOT):
         return False
     node = f.by_name[value.tensor]
-    summed = _sum_over(f, node, value.index, j)
+    summed = _sum_over(f, node, value.index, j) if row is None else _sum_up_to(f, node, value.index, j, row)
     return summed is not None and same_value(f, summed, k, extents, f.order[node])
 
 
@@ -188,3 +191,10 @@ def _sum_over(f: Facts, n: fx.Node, at: Point, index: Index) -> Operand | None:
     dim %= f.rank(source)
     kept = bool(n.args[2]) if len(n.args) > 2 else bool(n.kwargs.get("keepdim", False))
     return source, (*at[:dim], index, *at[dim + kept :])
+
+
+def _sum_up_to(f: Facts, n: fx.Node, at: Point, index: Index, row: Expr) -> Operand | None:
+    """The same for a running sum that is read at a row."""
+    source: Any = n.args[0] if op_name(n) == "cumsum" else None
+    dim = 0 if source is None else argument(n, "dim") % f.rank(n)
+    return None if source is None or at[dim] is not row else (source, (*at[:dim], index, *at[dim + 1 :]))

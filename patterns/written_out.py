@@ -80,6 +80,12 @@ def written_out(f: Facts, n: fx.Node) -> Written | None:
     return None
 
 
+def factored(f: Facts, n: fx.Node, source: fx.Node) -> list[Factor] | None:
+    """The tensors that `source` is the product of, as `n` reads it; None where it has a number beside them."""
+    found = _Search(f, n, 1.0)
+    return found.factors if found.descend(source, lambda at: at) and found.scale == 1.0 else None
+
+
 @dataclass
 class _Search:
     """What a tensor is the product of, looked for down from the sum `n` that reads it."""

@@ -83,13 +83,47 @@ def efficient(q: Q, k: Q, v: Q, w: Q) -> Q:
     return q.softmax(-1) @ (k.softmax(-2).mT @ v)
 
 
+def running(q: Q, k: Q, v: Q, w: Q) -> Q:
+    """Causal, by running sums of outer products."""
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    state = torch.einsum("bhnd,bhne->bhnde", k, v).cumsum(2)
+    z = 1 / (torch.einsum("bhnd,bhnd->bhn", q, k.cumsum(2)) + 1e-6)
+    return torch.einsum("bhnd,bhnde,bhn->bhne", q, state, z)
+
+
+def running_by_matmul(q: Q, k: Q, v: Q, w: Q) -> Q:
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    state = (k[..., :, None] * v[..., None, :]).cumsum(-3)
+    return (q[..., None, :] @ state)[..., 0, :] / (q * k.cumsum(-2)).sum(-1, keepdim=True).clamp(min=1e-6)
+
+
+def running_unnormalised(q: Q, k: Q, v: Q, w: Q) -> Q:
+    return (q[..., None] * (k[..., None] * v[..., None, :]).cumsum(2)).sum(-2)
+
+
+def random_features(q: Q, k: Q, v: Q, w: Q) -> Q:
+    """Performers (Choromanski et al., 2020, arXiv 2009.14794), as published: einsums under an ellipsis."""
+
+    def features(x: Q, dims: tuple[int, ...]) -> Q:
+        hashed = torch.einsum("...id,jd->...ij", x * D**-0.25, w)
+        length = (x**2).sum(-1, keepdim=True) / 2 * D**-0.5
+        return D**-0.5 * (torch.exp(hashed - length - hashed.amax(dims, keepdim=True)) + 1e-4)
+
+    q, k = features(q, (-1,)), features(k, (-1, -2))
+    z = 1.0 / torch.einsum("...nd,...d->...n", q, k.sum(-2))
+    state = torch.einsum("...nd,...ne->...de", k, v)
+    return torch.einsum("...de,...nd,...n->...ne", state, q, z)
+
+
 def in_bfloat16(q: Q, k: Q, v: Q, w: Q) -> Q:
     q, k, v = (x.bfloat16() for x in (q, k, v))
     return (F.relu(q) @ (F.relu(k).mT @ v)).float()
 
 
-FOUND = (bare, galerkin, ones_column, ones_row, by_einsum, scaled_values, summed_elements, reciprocal, efficient)
-DIVIDED = {ones_column, ones_row, by_einsum, scaled_values, summed_elements, reciprocal}
+FOUND = (bare, galerkin, ones_column, ones_row, by_einsum, scaled_values, summed_elements, reciprocal, efficient,
+         running, running_by_matmul, running_unnormalised, random_features)  # fmt: skip
+DIVIDED = {ones_column, ones_row, by_einsum, scaled_values, summed_elements, reciprocal, running, running_by_matmul,
+           random_features}  # fmt: skip
 
 
 def agrees(site: Recognised, facts: Facts, held: dict[str, Any]) -> None:
