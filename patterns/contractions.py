@@ -16,7 +16,7 @@ from attncc.ir.expr import Const, Expr, Load
 from attncc.patterns.elements import operand
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point, broadcast, fitted
-from attncc.patterns.schema import argument
+from attncc.patterns.schema import argument, spelled_out
 from attncc.patterns.written_out import written_out
 
 if TYPE_CHECKING:
@@ -137,24 +137,6 @@ def _digits(x: Expr, extents: list[Expr]) -> list[Expr]:
         found.append(mod(x, extent))
         x = floordiv(x, extent)
     return [x, *reversed(found)]
-
-
-def spelled_out(equation: str, *ranks: int) -> tuple[str, ...]:
-    """The letters of each factor and of the result of an einsum, implicit results and ellipses written out."""
-    equation = equation.replace(" ", "")
-    left, _, out = equation.partition("->")
-    factors = left.split(",")
-    if "->" not in equation:
-        letters = [c for c in left if c.isalpha()]
-        out = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    unused = [c for c in string.ascii_letters if c not in equation]
-    hidden = [rank - len(t) + 3 for t, rank in zip(factors, ranks, strict=True) if "..." in t]
-    most = unused[: max(hidden, default=0)]
-    written = [
-        t.replace("...", "".join(most[len(most) - (rank - len(t) + 3) :])) if "..." in t else t
-        for t, rank in zip(factors, ranks, strict=True)
-    ]
-    return (*written, out.replace("...", "".join(most)))
 
 
 def _summed(f: Facts, n: fx.Node) -> Contraction | None:

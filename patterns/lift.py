@@ -10,6 +10,7 @@ from torch import fx
 from attncc.ir.verify import VerifyError
 from attncc.patterns.anchors import SDPA, Anchor, anchors, near_misses
 from attncc.patterns.assemble import Lifted
+from attncc.patterns.components import OWN_WEIGHTS, vector_quotients, weighs_components
 from attncc.patterns.consumers import Uses, Weights, uses
 from attncc.patterns.contractions import Contraction, contraction
 from attncc.patterns.divided import divided
@@ -66,6 +67,7 @@ def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
     for reason, at, product in unknown_weights(f, data_nodes(f)):
         if taken.isdisjoint({at, product}) and not any(n in taken for n in product.users):
             found.append(Refusal(f"attention without a softmax: {reason}", at, product))
+            taken |= {at, product}
     return sorted(found, key=lambda site: f.order[site.anchor])
 
 
@@ -89,6 +91,8 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
         weighted = weighted_by_scores(f, n) if n not in taken and n in f.live else None
         if weighted is not None:
             found += _without_softmax(f, n, *weighted)
+    taken = {n for site in found for n in (site.node, site.anchor)}
+    found += [Refusal(why, at, total) for why, at, total in vector_quotients(f) if taken.isdisjoint({at, total})]
     for n in near_misses(f):
         used = {n, *(user for user in n.users if contraction(f, user) is not None)}
         if used.isdisjoint({site.node for site in found} | {site.anchor for site in found}):
@@ -137,7 +141,7 @@ def _lifted(f: Facts, found: list[Anchor]) -> tuple[list[Lifted | Refusal], set[
         lifted = [x for x in own if isinstance(x, Lifted)]
         failed = [frame.node for frame in used.products if frame.node not in {x.node for x in lifted}]
         escapes = (*used.escapes, *failed)
-        sites += [replace(x, escapes=escapes) for x in lifted] or own[:1] or [_unused(anchor, used)]
+        sites += [replace(x, escapes=escapes) for x in lifted] or own[:1] or [_unused(f, anchor, used)]
     return sites, set(products)
 
 
@@ -185,15 +189,15 @@ def _reaches(frame: Frame, anchor: Anchor) -> bool:
     return False
 
 
-def _unused(anchor: Anchor, used: Uses) -> Refusal:
+def _unused(f: Facts, anchor: Anchor, used: Uses) -> Refusal:
     if used.alone:
         return Refusal("there is a single key, so there is nothing to choose from", used.others[0], anchor.node)
     if used.others:
         reason = "the softmax runs over another axis than the product sums over"
         return Refusal(reason, used.others[0], anchor.node)
     at = used.escapes[0] if used.escapes else anchor.node
-    if used.each and not used.products:
-        return Refusal("each component has weights of its own (vector attention)", at, anchor.node)
+    if (used.each and not used.products) or weighs_components(f, anchor.node, anchor.dim, at):
+        return Refusal(OWN_WEIGHTS, at, anchor.node)
     return Refusal(of_use(_name(at)), at, anchor.node)
 
 

@@ -1,9 +1,10 @@
 """Linear attention: q' (k'^T v), recognised and left as it is: its work is linear in the tokens already.
 
 Two products, the inner one (a running sum in causal ones) over the tokens of two data tensors, its result (d x e)
-summed over d with a third. The same two products also appear where nothing attends (bilinear pooling, whitening, iterations on matrices), so one thing
-more is asked for: that the output is divided by the sum of the weights, or that queries and keys went through a feature
-map, or that all three tensors are projections of tokens and more tokens are summed than channels.
+summed over d with a third. The same two products also appear where nothing attends (bilinear pooling, whitening,
+iterations on matrices), so one thing more is asked for: that the output is divided by the sum of the weights, or that
+queries and keys went through a feature map, or that all three tensors are projections of tokens and more tokens are
+summed than channels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads,
 from attncc.ir.linear import UNIT, Linear, X
 from attncc.ir.verify import VerifyError
 from attncc.ir.verify_linear import verify_linear
-from attncc.patterns.contractions import DOT, Contraction, contraction, spelled_out, summed_pair
+from attncc.patterns.contractions import DOT, Contraction, contraction, summed_pair
 from attncc.patterns.declare import Declared
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
@@ -30,7 +31,7 @@ from attncc.patterns.layers import picks_matrices
 from attncc.patterns.moves import MOVES, Point
 from attncc.patterns.normalisers import Weighted, divided, multiplied
 from attncc.patterns.products import mentioned
-from attncc.patterns.schema import argument, op_name
+from attncc.patterns.schema import argument, op_name, spelled_out
 from attncc.patterns.value import Reader, Unreadable
 from attncc.patterns.written_out import factored
 
@@ -124,7 +125,7 @@ def _inner(f: Facts, n: fx.Node, x: Load, j: Index) -> _Inner | None:
     source: Any = n.args[0]
     dim: int = argument(n, "dim") % f.rank(n)
     factors = factored(f, n, source)
-    if x.tensor != n.name or factors is None or len(factors) != 2:
+    if x.tensor != n.name or factors is None:
         return None
     a, b = ((y.node, y.at((*x.index[:dim], j, *x.index[dim + 1 :]))) for y in factors)
     return _Inner(n, (a, b), f.shape(n)[dim], x.index[dim])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from attncc.ir.build import ONE
 from attncc.patterns.contractions import contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
@@ -40,6 +41,26 @@ def of_scores(f: Facts, scores: fx.Node) -> str:
         return f"{_NONE}: its scores come into this graph from outside, as after a graph break"
     first = next((x for x in names if x != "an input"), None)
     return _NONE if first is None else f"{_NONE}: its scores come from {first}"
+
+
+def pairs(f: Facts, n: fx.Node) -> bool:
+    """Whether an operation joins two tensors of which each has a dimension that the other is repeated along: added, or
+    side by side."""
+    name = _name(n)
+    if name not in ("add", "sub", "cat"):
+        return False
+    held = [x for x in n.all_input_nodes if f.is_tensor(x) and f.rank(x) == f.rank(n)]
+    if len(held) != 2:
+        return False
+    a, b = ({d for d, s in enumerate(f.shape(_unexpanded(f, x))) if s is ONE} for x in held)
+    wide = {d for d, s in enumerate(f.shape(n)) if s is not ONE}
+    return bool((a - b) & wide and (b - a) & wide)
+
+
+def _unexpanded(f: Facts, n: fx.Node) -> fx.Node:
+    while _name(n) in ("expand", "expand_as", "repeat") and f.rank(n.all_input_nodes[0]) == f.rank(n):
+        n = n.all_input_nodes[0]
+    return n
 
 
 def under_vmap(f: Facts, scores: fx.Node) -> bool:

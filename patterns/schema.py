@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any, cast
 
 import torch
@@ -64,6 +65,24 @@ def written_args(n: fx.Node) -> list[fx.Node]:
 
 def _arguments(n: fx.Node) -> list[Any]:
     return list(cast(Any, n.target)._schema.arguments)
+
+
+def spelled_out(equation: str, *ranks: int) -> tuple[str, ...]:
+    """The letters of each factor and of the result of an einsum, implicit results and ellipses written out."""
+    equation = equation.replace(" ", "")
+    left, _, out = equation.partition("->")
+    factors = left.split(",")
+    if "->" not in equation:
+        letters = [c for c in left if c.isalpha()]
+        out = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    unused = [c for c in string.ascii_letters if c not in equation]
+    hidden = [rank - len(t) + 3 for t, rank in zip(factors, ranks, strict=True) if "..." in t]
+    most = unused[: max(hidden, default=0)]
+    written = [
+        t.replace("...", "".join(most[len(most) - (rank - len(t) + 3) :])) if "..." in t else t
+        for t, rank in zip(factors, ranks, strict=True)
+    ]
+    return (*written, out.replace("...", "".join(most)))
 
 
 def formula(s: torch.SymInt) -> Any:

@@ -12,6 +12,7 @@ from attncc.ir.attention import Attention, Empty, W
 from attncc.ir.build import ONE, TRUE, ZERO, op, sub
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite, substitute
 from attncc.patterns.assemble import Lifted, Lse, Parts, assemble
+from attncc.patterns.components import OWN_WEIGHTS, shares_components
 from attncc.patterns.contractions import DOT
 from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame
@@ -145,7 +146,8 @@ def _score_over(frame: Frame, term: Term, leaves: frozenset[fx.Node]) -> tuple[E
     found = mixture.inner if mixture is not None else next(products(f, rough, c, frame.rows), None)
     found = found or windowed_product(frame, term, rough)
     if found is None:
-        raise reader.lost or Unreadable(anchor.scores, of_scores(f, anchor.scores))
+        reason = OWN_WEIGHTS if shares_components(frame) else of_scores(f, anchor.scores)
+        raise reader.lost or Unreadable(anchor.scores, reason)
     score = rough
     if found.row is not None:
         score = frame.reader(frozenset({c, found.row}), leaves).value_at(anchor.scores, term.at, when)

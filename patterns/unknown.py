@@ -1,6 +1,8 @@
 """Products weighted by scores in a way that no rule knows: said, so that no attention is passed over in silence.
 
     act(q k^T) v  for an `act` without a rule            (q k^T / norm(q k^T)) v
+    act(w . [q_i, k_j]) v                                one_hot(argmax(q k^T)) v
+    q_i (S_0 + .. + S_i)  for states of tokens or chunks that no linear attention was recognised in
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from attncc.patterns.contractions import Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES
+from attncc.patterns.reasons import pairs
 from attncc.patterns.schema import op_name
+from attncc.patterns.written_out import factored
 
 _STEPS = 24
 _REDUCTIONS = ("sum", "mean", "amax", "max", "norm", "linalg_vector_norm", "var", "std", "logsumexp", "cumsum")
@@ -22,14 +26,22 @@ _REDUCTIONS = ("sum", "mean", "amax", "max", "norm", "linalg_vector_norm", "var"
 def unknown_weights(f: Facts, data: Container[fx.Node]) -> Iterator[tuple[str, fx.Node, fx.Node]]:
     """(reason, where it shows, the product with the values), in order."""
     for n in f.graph.nodes:
-        outer = contraction(f, n) if n in f.live and n in data else None
-        if outer is None or outer.bias is not None:
+        if n not in f.live or n not in data:
             continue
-        for weights, values in ((outer.lhs, outer.rhs), (outer.rhs, outer.lhs)):
-            found = _between(f, weights, data) if values in data else None
-            if found is not None:
-                yield (*found, n)
-                break
+        outer = contraction(f, n)
+        if outer is not None and outer.bias is None:
+            sides = [(outer.lhs, outer.rhs), (outer.rhs, outer.lhs)]
+        elif _name(n) == "einsum" and len(n.all_input_nodes) == 3:
+            sides = [(x, next(y for y in n.all_input_nodes if y is not x)) for x in n.all_input_nodes]
+        elif _name(n) in ("gather", "index_select", "take_along_dim"):
+            sides = [(n.all_input_nodes[-1], n.all_input_nodes[0])]
+        else:
+            continue
+        rules = _RULES if outer is not None else _RULES[:2]
+        tried = (rule(f, weights, data) for rule in rules for weights, values in sides if values in data)
+        found = next((x for x in tried if x is not None), None)
+        if found is not None:
+            yield (*found, n)
 
 
 def _between(f: Facts, weights: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.Node] | None:
@@ -56,6 +68,59 @@ def _between(f: Facts, weights: fx.Node, data: Container[fx.Node]) -> tuple[str,
             return None
         n = held[0]
     return None
+
+
+def _running(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.Node] | None:
+    """A running sum of products of two data tensors."""
+    for x in _down(f, n, (*_LINEAR, "pad", "constant_pad_nd", "slice")):
+        if _name(x) != "cumsum":
+            continue
+        of = next((y for y in _down(f, x.all_input_nodes[0], _LINEAR) if contraction(f, y) is not None), None)
+        product = None if of is None else contraction(f, of)
+        if product is not None and product.lhs in data and product.rhs in data:
+            return "its state is a running sum over chunks of tokens (cumsum): a recurrence, left with Inductor", x
+        factors = factored(f, x, x.all_input_nodes[0]) if f.rank(x) > 2 else None
+        if factors is not None and all(y.node in data for y in factors):
+            return "its state is a running sum over tokens (cumsum): a recurrence, left with Inductor", x
+    return None
+
+
+def _picked(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.Node] | None:
+    """One key picked by the largest of its scores."""
+    for x in _down(f, n, (*_LINEAR, "one_hot", "scatter", "eq", "arange")):
+        if _name(x) == "argmax":
+            scores = _down(f, x.all_input_nodes[0], ())
+            products = (contraction(f, y) for y in scores)
+            if any(p is not None and _compares(f, p, data) for p in products):
+                return "each query takes the one key of its largest score (argmax, hard attention)", x
+    return None
+
+
+def _paired(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.Node] | None:
+    """A function of what joins one row of each of two data tensors."""
+    for x in _down(f, n, (*_LAYERS, "sum", "cat")):
+        if x in data and pairs(f, x):
+            return "its weights are computed from pairs of tokens, added or side by side (additive attention)", x
+    return None
+
+
+_RULES = (_running, _picked, _between, _paired)
+_LINEAR = ("mul", "to", "div")
+_LAYERS = ("linear", "matmul", "mm", "addmm", "conv2d", "conv1d", "einsum", "batch_norm")
+
+
+def _down(f: Facts, n: fx.Node, names: tuple[str, ...]) -> list[fx.Node]:
+    """`n` and what it is made of by moves, element by element and by operations of some names."""
+    found, seen, stack = list[fx.Node](), {n}, [n]
+    while stack and len(found) < _STEPS:
+        x = stack.pop(0)
+        found.append(x)
+        if x.op != "call_function" or not (x.target in MOVES or x.target in ELEMENTS or _name(x) in names):
+            continue
+        fresh = [a for a in x.all_input_nodes if a not in seen and f.is_tensor(a)]
+        seen.update(fresh)
+        stack += fresh
+    return found
 
 
 def _compares(f: Facts, product: Contraction, data: Container[fx.Node]) -> bool:

@@ -18,7 +18,7 @@ from attncc.ir.build import ONE
 from attncc.ir.expr import Const, Expr, Index, free
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES, Point, broadcast, move
-from attncc.patterns.schema import argument, op_name
+from attncc.patterns.schema import argument, op_name, spelled_out
 
 aten: Any = torch.ops.aten
 _STEPS = 12
@@ -81,9 +81,12 @@ def written_out(f: Facts, n: fx.Node) -> Written | None:
 
 
 def factored(f: Facts, n: fx.Node, source: fx.Node) -> list[Factor] | None:
-    """The tensors that `source` is the product of, as `n` reads it; None where it has a number beside them."""
-    found = _Search(f, n, 1.0)
-    return found.factors if found.descend(source, lambda at: at) and found.scale == 1.0 else None
+    """The two tensors that `source` is the product of, as `n` reads it; None where it is none of just two."""
+    for steps in (1, 2, _STEPS):
+        found = _Search(f, n, 1.0)
+        if found.descend(source, lambda at: at, steps) and found.scale == 1.0 and len(found.factors) == 2:
+            return found.factors
+    return None
 
 
 @dataclass
@@ -177,10 +180,8 @@ class _Search:
         """An einsum that sums over nothing."""
         equation: Any = x.args[0]
         factors: Any = x.args[1]
-        left, arrow, out = str(equation).replace(" ", "").partition("->")
-        terms = left.split(",")
-        plain = arrow and "." not in equation and all(len(set(t)) == len(t) and set(t) <= set(out) for t in terms)
-        if not plain:
+        *terms, out = spelled_out(equation, *(self.f.rank(y) for y in factors))
+        if not all(len(set(t)) == len(t) and set(t) <= set(out) for t in terms):
             return None
 
         def reader(n: fx.Node, term: str) -> Callable[[Point], Point]:

@@ -23,6 +23,7 @@ class Model(nn.Module):
         self.up = nn.Parameter(torch.randn(4, 2 * WIDTH, WIDTH))
         self.down = nn.Parameter(torch.randn(4, WIDTH, 2 * WIDTH))
         self.gate, self.one = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 1)
+        self.pair, self.positions = nn.Parameter(torch.randn(2 * D)), nn.Parameter(torch.randn(N, N))
 
     def forward(self, x: Q) -> Q:
         q, k, v = self.qkv(x).view(B, -1, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
@@ -115,9 +116,78 @@ def classified(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return m.gate(x.mean(1)).softmax(-1)
 
 
+def beside(q: Q, k: Q) -> Q:
+    wide = (*q.shape[:-1], k.shape[-2], D)
+    return torch.cat([q[..., None, :].expand(wide), k[..., None, :, :].expand(wide)], -1)
+
+
+def concatenated(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """A non-local block's pairs (Wang et al., 2017: arXiv 1711.07971)."""
+    return F.relu(beside(q, k) @ m.pair) / N @ v
+
+
+def concatenated_convolved(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    pairs = beside(q[:, 0], k[:, 0]).permute(0, 3, 1, 2)
+    return F.relu(F.conv2d(pairs, m.pair.view(1, -1, 1, 1)))[:, 0] / N @ v[:, 0]
+
+
+def added_pairs(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return F.relu(q.sum(-1)[..., :, None] + k.sum(-1)[..., None, :]) @ v
+
+
+def attention_free(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """Positions and keys, component by component (Zhai et al., 2021: arXiv 2105.14103)."""
+    w, k = m.positions.exp(), k.exp()
+    return torch.sigmoid(q) * (w @ (k * v)) / (w @ k)
+
+
+def attention_free_written_out(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    w = torch.exp(m.positions[:, :, None] + k[:, :, None])
+    return torch.sigmoid(q) * (w * v[:, :, None]).sum(3) / w.sum(3)
+
+
+def attention_free_softmax(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    w = (m.positions[:, :, None] + k[:, :, None]).softmax(3)
+    return torch.sigmoid(q) * torch.einsum("bhijd,bhjd->bhid", w, v)
+
+
+def attention_free_simple(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return torch.sigmoid(q) * (k.softmax(-2) * v).sum(-2, keepdim=True)
+
+
+def attention_free_quotient(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    w = k.exp()
+    return torch.sigmoid(q) * (w * v).sum(-2, keepdim=True) / w.sum(-2, keepdim=True)
+
+
+def hard(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return F.one_hot((q @ k.mT).argmax(-1), N).to(v.dtype) @ v
+
+
+def hard_by_gather(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return v.gather(2, (q @ k.mT).argmax(-1)[..., None].expand(-1, -1, -1, D))
+
+
+def chunked(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """The far part of a mixed chunk attention (Hua et al., 2022: arXiv 2202.10447)."""
+    q, k, v = (y.unflatten(2, (3, 7)) for y in (q, k, v))
+    return q @ F.pad((k.mT @ v / N).cumsum(2), (0, 0, 0, 0, 1, -1))
+
+
 @pytest.mark.parametrize(
     ("core", "reason"),
     [
+        (concatenated, "pairs of tokens, added or side by side (additive attention)"),
+        (concatenated_convolved, "pairs of tokens, added or side by side (additive attention)"),
+        (added_pairs, "pairs of tokens, added or side by side (additive attention)"),
+        (attention_free, "each component has weights of its own"),
+        (attention_free_written_out, "each component has weights of its own"),
+        (attention_free_softmax, "each component has weights of its own"),
+        (attention_free_simple, "each component has weights of its own"),
+        (attention_free_quotient, "each component has weights of its own"),
+        (hard, "largest score (argmax, hard attention)"),
+        (hard_by_gather, "largest score (argmax, hard attention)"),
+        (chunked, "a running sum over chunks of tokens"),
         (l1, "weights divided by the linalg_vector_norm of their scores"),
         (without_rule, "its weights are atan of scores, which has no rule"),
         (maybe_negative, "weights that may be negative, divided by their sum"),
