@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -44,6 +45,8 @@ collecting: ContextVar[Collected | None] = ContextVar("attncc_collecting", defau
 _said: set[str] = set()
 
 op.install(build, blocked)
+if "torch._dynamo" in sys.modules:  # as where a backend is looked up by its name; importing attncc alone stays light
+    torch_private.trace_through_sdp_kernel()
 
 
 def attncc_backend(
@@ -62,6 +65,7 @@ def attncc_backend(
     use_inductor, measure = own.pop("inductor", True), own.pop("measure", True)
     config = {**torch_private.mode_options(mode), **own}
     found = collecting.get() or Collected()
+    torch_private.trace_through_sdp_kernel()  # for the frames to come, where it was not looked up by its name
     with waiting():
         gm = rewrite(gm, example_inputs, found, measure=measure)
         for note in found.notes:

@@ -21,6 +21,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     found = Collected()
     token = collecting.set(found)
     torch._dynamo.reset()
+    torch_private.trace_through_sdp_kernel()
     before = torch_private.graph_breaks()
     try:
         compiled = torch.compile(model, backend=attncc_backend, options={"inductor": False})

@@ -60,7 +60,7 @@ class _Scores:
         within = set(inside)
         moving = sources(operands(site), facts)
         for n in inside:
-            if n in stops or n in site.nodes[1:] or not any(a in moving for a in n.all_input_nodes):
+            if n in stops or n in site.nodes[1:] or not any(a in moving for a in n.all_input_nodes) or facts.is_size(n):
                 continue
             moving.add(n)
             product = contraction(facts, n)
@@ -68,7 +68,9 @@ class _Scores:
             if n is site.node or not (scored or any(a in self.nodes for a in n.all_input_nodes)):
                 continue
             self.nodes.add(n)
-            self.users += [u for u in n.users if u in facts.live and (u not in within or u in stops)]
+            self.users += [
+                u for u in n.users if u in facts.live and not facts.is_size(u) and (u not in within or u in stops)
+            ]
 
     def reaches(self, other: _Scores) -> bool:
         return any(u in other.nodes or u in other.site.nodes for u in self.users)

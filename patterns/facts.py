@@ -88,6 +88,9 @@ class Facts:
     def is_tensor(self, n: object) -> bool:
         return isinstance(n, fx.Node) and isinstance(self.value(n), torch.Tensor)
 
+    def is_size(self, n: fx.Node) -> bool:
+        return isinstance(self.value(n), torch.SymInt)
+
     def shape(self, n: fx.Node) -> tuple[Expr, ...]:
         return tuple(self.size(s) for s in self.value(n).shape)
 

@@ -98,7 +98,7 @@ def upper(p: Poly, extents: Extents) -> Poly | None:
 def lower(p: Poly, extents: Extents) -> Poly | None:
     """A polynomial over sizes alone that is <= p for all index values, or None."""
     out: Poly = {}
-    for m, c in p.items():
+    for m, c in _at_their_ends(p, extents).items():
         sizes = tuple(f for f in m if isinstance(f, Size))
         others = [f for f in m if not isinstance(f, Size)]
         ends = [ends_of(f, extents) for f in others]
@@ -114,6 +114,20 @@ def lower(p: Poly, extents: Extents) -> Poly | None:
         if term is None:
             return None
         out = plus(out, _times(term, {sizes: c}), 1)
+    return out
+
+
+def _at_their_ends(p: Poly, extents: Extents) -> Poly:
+    """p with 0 or the last value, whichever makes it less, for each index that only sizes are multiplied with. An
+    extent that is a quotient may then meet itself and cancel, before it is bounded as any other."""
+    out: Poly = {}
+    for m, c in p.items():
+        others = [f for f in m if not isinstance(f, Size)]
+        alone = len(others) == 1 and others[0] in extents
+        if alone and c < 0:
+            out = plus(out, _times({_less(m, others[0]): c}, plus(poly(extents[others[0]]), {(): 1}, -1)))
+        elif not alone:
+            out = plus(out, {m: c})
     return out
 
 

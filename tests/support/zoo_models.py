@@ -29,7 +29,7 @@ QUICK = frozenset({
     "safe-softmax", "masked-again", "times-the-mask", "fill-minus-100", "fill-minus-1e30", "add-minus-1e4", "clamped",
     "added-in-place",
     "triangle-in-the-graph", "window-in-the-graph", "documents", "sdpa-causal", "sdpa-narrow-values",
-    "element-by-element", "radial", "powers-of-two", "relu-shares", "graph-attention", "hopfield",
+    "sdpa-old-context", "element-by-element", "radial", "powers-of-two", "relu-shares", "graph-attention", "hopfield",
     "grouped-by-repeat", "grouped-by-einsum", "keys-first", "values-times-transpose", "null-key",
     "both-directions", "subtracted", "mixed-twice", "joint-heads", "two-products", "product-of-softmaxes",
     "sink-column", "sink-gate", "softcap", "alibi", "bucketed", "relative-keys", "relative-shift", "decomposed",

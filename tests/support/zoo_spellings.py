@@ -187,6 +187,12 @@ def sdpa_causal(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5)
 
 
+def sdpa_under_the_old_context(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Dynamo breaks the graph at it, and what runs inside is not compiled, if nobody shows it a way through."""
+    with torch.backends.cuda.sdp_kernel(enable_math=True, enable_mem_efficient=False):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 def sdpa_bias(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=extra["bias"].masked_fill(~extra["mask"], -torch.inf))
 
@@ -281,6 +287,7 @@ SPELLINGS = (
     case("window-in-the-graph", window_in_the_graph, "arange, compare, where", golden=0),
     case("documents", documents, "packed documents and padding", extra={"doc": DOC, "pad": PAD}, golden=0),
     case("sdpa-causal", sdpa_causal, "is_causal and scale"),
+    case("sdpa-old-context", sdpa_under_the_old_context, "the deprecated torch.backends.cuda.sdp_kernel"),
     case("sdpa-bias", sdpa_bias, "a learned bias with -inf", extra={**MASK, "bias": randoms(H, N, N)}),
     case("sdpa-narrow-values", sdpa_narrow_values, "d_v below d_qk; empty rows are zero", extra={"mask": LATE}),
     case("grouped-sdpa", grouped_sdpa, "enable_gqa on strided keys"),
