@@ -118,11 +118,12 @@ def lower(p: Poly, extents: Extents) -> Poly | None:
 
 
 def _at_their_ends(p: Poly, extents: Extents) -> Poly:
-    """p with 0 or the last value, whichever makes it less, for each index that only sizes are multiplied with. An
-    extent that is a quotient may then meet itself and cancel, before it is bounded as any other."""
+    """p with 0 or the last value, whichever makes it less, for each index that only sizes and extents are multiplied
+    with. An extent that is a quotient may then meet itself and cancel, before it is bounded as any other."""
     out: Poly = {}
+    lengths = set(extents.values())
     for m, c in p.items():
-        others = [f for f in m if not isinstance(f, Size)]
+        others = [f for f in m if not isinstance(f, Size) and f not in lengths]
         alone = len(others) == 1 and others[0] in extents
         if alone and c < 0:
             out = plus(out, _times({_less(m, others[0]): c}, plus(poly(extents[others[0]]), {(): 1}, -1)))
