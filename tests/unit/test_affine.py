@@ -158,7 +158,7 @@ def test_simplified(before: str, after: str) -> None:
 
 def test_an_index_is_below_an_extent_that_is_a_quotient() -> None:
     """Blocks of a length that is known at the call only are as long as `length // blocks`."""
-    block = e("(N + 8 - N % 8) // (1 + (N - N % 8) // 8)")
+    block = simplify(e("(N + 8 - N % 8) // (1 + (N - N % 8) // 8)"), {})
     extents: dict[Expr, Expr] = {ROW: block, KEY: Const(7)}
     assert less_than(ROW, block, extents) and less_than(add(mul(KEY, block), ROW), mul(block, Const(7)), extents)
     assert simplify(minimum(ROW, sub(block, Const(1))), extents) is ROW
