@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from attncc.ir.build import ONE, ZERO, add, cast, const, floordiv, mod, mul, op
 from attncc.ir.expr import Const, Expr, Load
 from attncc.patterns.elements import operand
 from attncc.patterns.facts import Facts
-from attncc.patterns.moves import Point, broadcast, fitted
+from attncc.patterns.moves import Point, broadcast, fitted, unexpanded
 from attncc.patterns.schema import argument, spelled_out
 from attncc.patterns.written_out import written_out
 
@@ -101,11 +102,32 @@ def _baddbmm(f: Facts, n: fx.Node) -> Contraction | None:
 def _einsum(f: Facts, n: fx.Node) -> Contraction | None:
     equation: Any = n.args[0]
     factors: Any = n.args[1]
+    letters = spelled_out(equation, *(f.rank(x) for x in factors))
+    if len(factors) == 3:
+        return _bilinear(f, n, factors, letters)
     if len(factors) != 2:
         return None
     a: Any = factors[0]
     b: Any = factors[1]
-    return summed_pair(f, n, (a, b), spelled_out(equation, f.rank(a), f.rank(b)))
+    return summed_pair(f, n, (a, b), letters)
+
+
+def _bilinear(f: Facts, n: fx.Node, factors: Sequence[fx.Node], letters: Sequence[str]) -> Contraction | None:
+    """A product of two tensors with learned weights between them: one of the two goes through the weights first."""
+    *terms, out = letters
+    for a, b in permutations(range(3), 2):
+        rest = 3 - a - b
+        kept = "".join(c for c in dict.fromkeys(terms[a] + terms[b]) if c in terms[rest] + out)
+        inside = set(terms[a] + terms[b]) - set(kept)
+        if factors[b] not in f.parameters or not inside & set(terms[a]) & set(terms[b]) or len(kept) > len(terms[a]):
+            continue
+        key = ("through", n, a)
+        known = f.tables.get(key)
+        if known is None:
+            equation = f"{terms[a]},{terms[b]}->{kept}"
+            known = f.tables[key] = f.make(aten.einsum.default, (equation, [factors[a], factors[b]]), f.order[n])
+        return summed_pair(f, n, (known, factors[rest]), (kept, terms[rest], out))
+    return None
 
 
 def summed_pair(f: Facts, n: fx.Node, factors: tuple[fx.Node, fx.Node], letters: tuple[str, ...]) -> Contraction | None:
@@ -153,6 +175,36 @@ def _summed(f: Facts, n: fx.Node) -> Contraction | None:
     return Contraction(n, a.node, b.node, w.extent, maps, alpha=w.scale)
 
 
+def _cosine(f: Facts, n: fx.Node) -> Contraction | None:
+    """A product of rows that are divided by their lengths first."""
+    eps, rank = argument(n, "eps"), f.rank(n) + 1
+    dim: int = argument(n, "dim") % rank
+    units: list[fx.Node] = []
+    spans: list[set[int]] = []
+    for given in n.args[:2]:
+        x = unexpanded(f, given)  # type: ignore[arg-type]
+        at = dim - rank + f.rank(x)
+        if at < 0 or f.shape(x)[at] is ONE:
+            return None
+        key = ("unit", x, at, eps, None if x in f.unwritten else n)
+        unit = f.tables.get(key)
+        if unit is None:
+            length = f.make(aten.linalg_vector_norm.default, (x, 2, [at], True), f.order[n])
+            length = f.make(aten.clamp_min.default, (length, eps), f.order[n])
+            unit = f.tables[key] = f.make(aten.div.Tensor, (x, length), f.order[n])
+        units.append(unit)
+        spans.append({d - f.rank(x) for d, s in enumerate(f.shape(x)) if s is not ONE})
+    if spans[0] == spans[1]:
+        return None  # one number a row: no row meets other rows
+
+    def maps(at: Point, c: Expr) -> tuple[Point, Point]:
+        inside = (*at[:dim], c, *at[dim:])
+        left, right = (broadcast(f, x, inside) for x in units)
+        return left, right
+
+    return Contraction(n, units[0], units[1], f.shape(units[0])[dim - rank], maps)
+
+
 def _inner(f: Facts, n: fx.Node) -> Contraction | None:
     a: Any = n.args[0]
     b: Any = n.args[1]
@@ -190,6 +242,7 @@ _RULES: dict[object, Callable[[Facts, fx.Node], Contraction | None]] = {
     aten.sum.dim_IntList: _summed,
     aten.mean.dim: _summed,
     aten.inner.default: _inner,
+    aten.cosine_similarity.default: _cosine,
     aten.tensordot.default: _tensordot,
 }
 

@@ -19,7 +19,7 @@ from attncc.patterns.flex import FLEX, lift_flex
 from attncc.patterns.frames import Frame
 from attncc.patterns.linear import Recognised, data_nodes, linear_attentions
 from attncc.patterns.pieces import in_pieces
-from attncc.patterns.reasons import of_use, under_vmap
+from attncc.patterns.reasons import UNDER_VMAP, of_use, under_vmap
 from attncc.patterns.recurrence import recurrences
 from attncc.patterns.sdpa import lift_sdpa
 from attncc.patterns.softmax import lift_softmax
@@ -75,7 +75,9 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
     """Every site that weighs each key for each query."""
     found, weighed = _lifted(f, anchors(f))
     for n in f.graph.nodes:
-        if n.target is SDPA or n.target is FLEX:
+        if (n.target is SDPA or n.target is FLEX) and under_vmap(f, n):
+            found.append(Refusal(UNDER_VMAP, n, n))
+        elif n.target is SDPA or n.target is FLEX:
             try:
                 site = lift_sdpa(f, n) if n.target is SDPA else lift_flex(f, n)
                 found += [] if site is None else [site]
@@ -126,7 +128,7 @@ def _lifted(f: Facts, found: list[Anchor]) -> tuple[list[Lifted | Refusal], set[
     for anchor in found:
         if anchor.node not in f.live:
             if under_vmap(f, anchor.scores):
-                sites.append(Refusal("under torch.vmap, whose batches a trace does not show", anchor.node, anchor.node))
+                sites.append(Refusal(UNDER_VMAP, anchor.node, anchor.node))
             continue
         used = uses(f, anchor, weights)
         pieces = _in_pieces(anchor, used, weights)

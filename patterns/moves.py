@@ -12,7 +12,7 @@ from attncc.ir.affine import Extents, divide, less_than, long_division, nonnegat
 from attncc.ir.build import ONE, ZERO, add, const, mod, mul, sub
 from attncc.ir.expr import Expr, Op
 from attncc.patterns.facts import Facts
-from attncc.patterns.schema import argument, dim_argument, hint
+from attncc.patterns.schema import argument, dim_argument, hint, op_name
 
 Point = tuple[Expr, ...]
 Move = tuple[fx.Node, Point]
@@ -83,6 +83,13 @@ def _movedim_order(f: Facts, n: fx.Node) -> Sequence[int]:
 def _expand(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
     source: Any = n.args[0]
     return source, broadcast(f, source, at)
+
+
+def unexpanded(f: Facts, n: fx.Node) -> fx.Node:
+    """What a tensor of as many dimensions is repeated from."""
+    while op_name(n) in ("expand", "expand_as") and f.rank(n.all_input_nodes[0]) == f.rank(n):
+        n = n.all_input_nodes[0]
+    return n
 
 
 def broadcast(f: Facts, source: fx.Node, at: Point) -> Point:

@@ -8,7 +8,7 @@ from attncc.ir.build import ONE
 from attncc.patterns.contractions import contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
-from attncc.patterns.moves import MOVES
+from attncc.patterns.moves import MOVES, unexpanded
 from attncc.patterns.schema import is_batched, op_name
 from attncc.patterns.written_out import SUMS, written_out
 
@@ -16,6 +16,7 @@ _STEPS = 40
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
 _INNER = ("getitem", "unbind", "index_put")
 _CHOSEN = {"topk", "sort", "argsort", "gather", "index"}
+UNDER_VMAP = "under torch.vmap, whose batches a trace does not show"
 _NONE = "the softmax's input is no product of queries and keys"
 
 
@@ -52,15 +53,9 @@ def pairs(f: Facts, n: fx.Node) -> bool:
     held = [x for x in n.all_input_nodes if f.is_tensor(x) and f.rank(x) == f.rank(n)]
     if len(held) != 2:
         return False
-    a, b = ({d for d, s in enumerate(f.shape(_unexpanded(f, x))) if s is ONE} for x in held)
+    a, b = ({d for d, s in enumerate(f.shape(unexpanded(f, x))) if s is ONE} for x in held)
     wide = {d for d, s in enumerate(f.shape(n)) if s is not ONE}
     return bool((a - b) & wide and (b - a) & wide)
-
-
-def _unexpanded(f: Facts, n: fx.Node) -> fx.Node:
-    while _name(n) in ("expand", "expand_as", "repeat") and f.rank(n.all_input_nodes[0]) == f.rank(n):
-        n = n.all_input_nodes[0]
-    return n
 
 
 def under_vmap(f: Facts, scores: fx.Node) -> bool:

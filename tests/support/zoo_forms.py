@@ -210,6 +210,19 @@ def cosine(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * scale).softmax(-1) @ v
 
 
+def cosine_similarities(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Content addressing as torch spells it, of keys that are repeated for each query."""
+    keys = k[:, :, None].expand(-1, -1, q.shape[2], -1, -1)
+    scores = F.cosine_similarity(q[:, :, :, None], keys, dim=-1) * F.softplus(extra["temperature"]).view(H, 1, 1)
+    return scores.softmax(-1) @ v
+
+
+def bilinear(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Weights between queries and keys, and between values and the output (Luong et al., 2015: arXiv 1508.04025)."""
+    weights = torch.einsum("bhid,hde,bhje->bhij", q, extra["between"], k).softmax(-1)
+    return torch.einsum("bhij,bhjd,hde->bhie", weights, v, extra["between"])
+
+
 def channels(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     """Attention between channels: contraction over tokens."""
     q, k, v = q.mT, k.mT, v.mT
@@ -390,6 +403,10 @@ FORMS = (
     Case("relative-values", attend(relative_values, table=randoms(7, D)), 1, "weights used by a second sum", kept=1),
     Case("decomposed", attend(decomposed, rows=randoms(9, D), columns=randoms(49, D)), 1, "rows and columns apart"),
     Case("cosine", attend(cosine, temperature=randoms(H)), 1, "normalised, clamped scale"),
+    Case("cosine-similarities", attend(cosine_similarities, temperature=randoms(H)), 1, "scores are cosines",
+         dtypes=WIDE, dynamic=True, backward=True),
+    Case("bilinear", attend(bilinear, between=randoms(H, D, D)), 1, "einsums of three", dtypes=WIDE, dynamic=True,
+         backward=True),
     Case("channels", attend(channels, temperature=randoms(H)), 1, "over channels", golden=0),
     Case("channels-max-minus", attend(channels_max_minus), 1, "softmax(max - x)"),
     Case("less-column-maximum", attend(less_a_columns_maximum), 1, "the maximum of each key's column", kept=1),
