@@ -129,8 +129,8 @@ def _check_blocks(f: Facts, n: fx.Node, mask: Expr, blocks: Any) -> None:
 
 
 def _computed(f: Facts, n: fx.Node) -> bool:
-    """Whether a block table comes of the model's values. `create_block_mask` in the graph runs its function under vmap,
-    which a trace does not see into: its tables come from constants alone."""
+    """Whether a block table comes of the model's values. `create_block_mask` in the graph runs its function under vmap;
+    what that reads is the function's own (a trace of torch 2.13 does not see into it, one of 2.11 does)."""
     seen: set[fx.Node] = set()
     stack = [n]
     inputs = False
@@ -138,7 +138,7 @@ def _computed(f: Facts, n: fx.Node) -> bool:
         return False
     while stack:
         x = stack.pop()
-        if x not in seen:
+        if x not in seen and getattr(x.target, "__name__", "") != "_remove_batch_dim":
             seen.add(x)
             inputs |= x.op == "placeholder" and f.is_tensor(x)
             stack += x.all_input_nodes
