@@ -13,7 +13,7 @@ from zoo_case import Case, Made, lively
 from zoo_spellings import N, x
 
 WIDTH = 32
-#: Before torch 2.12 the operation has no fake form for symbolic sizes: the graph breaks and the layer runs outside of it.
+#: Before torch 2.12 the operation has no fake form for symbolic sizes, and the layer runs outside of the graphs.
 UNTRACED = "Dynamo breaks the graph" if TorchVersion(torch.__version__) < (2, 12) else ""
 PADDED = torch.arange(N)[None] >= torch.tensor([N, N - 6])[:, None]  # True where torch's modules must not look
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(N)
