@@ -21,8 +21,6 @@ from attncc.patterns.facts import Facts
 from attncc.patterns.flex import FLEX
 from attncc.repeats import Repeats
 
-_AUTOCAST = ("_enter_autocast", "_exit_autocast")
-
 
 @dataclass
 class Reading:
@@ -47,11 +45,16 @@ class Reading:
 
     @property
     def uses_autocast(self) -> bool:
-        return _uses_autocast(self.module)
+        """Whether an operation's dtype may depend on where in the graph it stands. Regions that turn autocast off, as
+        rotary embeddings have them, say nothing where none is on."""
+        regions = _regions(self.module)
+        around = any(torch.is_autocast_enabled(str(n.args[0])) for n in regions)
+        return around or any(n.args[2] for n in regions)
 
 
-def _uses_autocast(module: fx.GraphModule) -> bool:
-    return any(getattr(n.target, "__name__", "") in _AUTOCAST for n in module.graph.nodes)
+def _regions(module: fx.GraphModule) -> list[fx.Node]:
+    """Where regions of autocast begin: (device type, dtype, enabled, cache) are the arguments."""
+    return [n for n in module.graph.nodes if getattr(n.target, "__name__", "") == "_enter_autocast"]
 
 
 class _Shadow(fx.Interpreter):
@@ -118,7 +121,7 @@ class _Shadow(fx.Interpreter):
 
 def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
     """The shadow of a Dynamo graph. Raises whatever the trace raises; the module itself is not touched."""
-    own = None if _uses_autocast(module) else torch_private.fakes_of_dynamo(module, inputs)
+    own = None if _regions(module) else torch_private.fakes_of_dynamo(module, inputs)
     mode, fakes = own or torch_private.fake_inputs(inputs)
     shadow = _Shadow(module, None if own is None else Repeats())
     # Grad mode is part of what Dynamo captured, and a trace under no_grad records less.

@@ -16,7 +16,7 @@ from attncc.ir import Attention, print_attention
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.ir.expr import Const, Expr, Op, Size
 from attncc.patterns.anchors import SDPA
-from attncc.patterns.assemble import Lifted, Lse
+from attncc.patterns.assemble import Lifted, Lse, Rows
 from attncc.patterns.facts import Facts
 from attncc.patterns.flex import FLEX
 from attncc.patterns.memory import noticed, order_in_memory
@@ -132,7 +132,7 @@ class Editor:
         """The logarithm of the sums of exponentials as the graph has it."""
         call = self.graph.call_function
         x = call(operator.getitem, (outputs, a.outputs.index("lse")))
-        x = self.permuted(x, site, lse.order, target)
+        x = self.in_rows(x, lse.rows, target)
         if lse.base_two:
             x = call(torch.ops.aten.mul.Tensor, (x, math.log2(math.e)))
         if site.floor is not None:
@@ -143,13 +143,22 @@ class Editor:
         x = call(torch.ops.aten.reshape.default, (x, [self._size(s, target) for s in self.facts.shape(lse.node)]))
         return call(torch.ops.aten.contiguous.default, (x,))
 
-    def permuted(self, x: fx.Node, site: Lifted, order: Sequence[int], before: fx.Node) -> fx.Node:
-        """A tensor over (*batch, i) of a site with its axes in another order; as it is for none."""
-        if tuple(order) == tuple(range(len(order))):
+    def in_rows(self, x: fx.Node, rows: Rows, before: fx.Node) -> fx.Node:
+        """A tensor over (*batch, i) of a site as the model has these rows."""
+        if not rows.order:
             return x
         call = self.graph.call_function
-        x = call(torch.ops.aten.reshape.default, (x, self.extents(site, before)[:-1]))
-        return call(torch.ops.aten.permute.default, (x, list(order)))
+        x = call(torch.ops.aten.reshape.default, (x, [self._size(s, before) for s in rows.shape]))
+        return call(torch.ops.aten.permute.default, (x, list(rows.order)))
+
+    def out_of_rows(self, x: fx.Node, rows: Rows, site: Lifted, before: fx.Node) -> fx.Node:
+        """A flat tensor over the model's rows as one over (*batch, i) of a site."""
+        call = self.graph.call_function
+        if rows.order:
+            shape = [self._size(rows.shape[n], before) for n in rows.order]
+            x = call(torch.ops.aten.reshape.default, (x, shape))
+            x = call(torch.ops.aten.permute.default, (x, [rows.order.index(n) for n in range(len(shape))]))
+        return call(torch.ops.aten.reshape.default, (x, self.extents(site, before)[:-1]))
 
     def finish(self) -> fx.GraphModule:
         self._drop_unread()

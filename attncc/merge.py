@@ -43,7 +43,7 @@ def _rows(editor: Editor, site: Lifted, a: Attention, outputs: fx.Node, before: 
     """The sums of the rows of a piece in the layout of the softmax's rows, as one dimension."""
     assert site.piece is not None
     x = editor.graph.call_function(operator.getitem, (outputs, a.outputs.index("lse")))
-    return editor.graph.call_function(aten.reshape.default, (editor.permuted(x, site, site.piece.order, before), [-1]))
+    return editor.graph.call_function(aten.reshape.default, (editor.in_rows(x, site.piece.rows, before), [-1]))
 
 
 def _factor(editor: Editor, site: Lifted, rows: fx.Node, whole: fx.Node, before: fx.Node) -> fx.Node:
@@ -55,11 +55,7 @@ def _factor(editor: Editor, site: Lifted, rows: fx.Node, whole: fx.Node, before:
     if piece.share is not None:
         empty = call(aten.eq.Scalar, (whole, float("-inf")))
         x = call(aten.where.ScalarOther, (call(aten.logical_not.default, (empty,)), x, piece.share))
-    axes = editor.extents(site, before)[:-1]
-    back = list(range(len(axes)))
-    if piece.order:
-        axes, back = [axes[n] for n in piece.order], [piece.order.index(n) for n in range(len(piece.order))]
-    x = call(aten.permute.default, (call(aten.reshape.default, (x, axes)), back))
+    x = editor.out_of_rows(x, piece.rows, site, before)
     return call(aten.unsqueeze.default, (x, -1))
 
 

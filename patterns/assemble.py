@@ -57,22 +57,31 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """How the rows (*batch, i) of an attention lie in a tensor of the model: in `shape`, where axes are split, and then
+    permuted by `order`; as they are where that is empty."""
+
+    shape: tuple[Expr, ...] = ()
+    order: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Lse:
-    """`node` holds the logarithm of a row's sum of exponentials over (*batch, i), permuted by `order`."""
+    """`node` holds the logarithm of a row's sum of exponentials, its rows as `rows` says."""
 
     node: fx.Node
-    order: tuple[int, ...] = ()
+    rows: Rows = Rows()
     base_two: bool = False
 
 
 @dataclass(frozen=True)
 class Piece:
     """An attention over some columns of the softmax of `anchor`, `keys` of them, to be merged with the others by the
-    sums of their rows. Those lie over (*batch, i), permuted by `order`, as the softmax's rows do. `share` is what the
-    piece counts for in a row that sees no key in any of them."""
+    sums of their rows. `rows` says how those lie in the softmax. `share` is what the piece counts for in a row that
+    sees no key in any of them."""
 
     anchor: fx.Node
-    order: tuple[int, ...]
+    rows: Rows
     keys: Expr
     share: float | None = None
 

@@ -200,11 +200,4 @@ def _unused(f: Facts, anchor: Anchor, used: Uses) -> Refusal:
     at = used.escapes[0] if used.escapes else anchor.node
     if (used.each and not used.products) or weighs_components(f, anchor.node, anchor.dim, at):
         return Refusal(OWN_WEIGHTS, at, anchor.node)
-    return Refusal(of_use(_name(at)), at, anchor.node)
-
-
-def _name(n: fx.Node) -> str:
-    if n.op == "output":
-        return "the output"
-    packet = getattr(n.target, "_overloadpacket", None)
-    return str(packet).removeprefix("aten.") if packet is not None else n.name
+    return Refusal(of_use(f, anchor.node, at), at, anchor.node)

@@ -20,7 +20,7 @@ from attncc.patterns.anchors import Anchor
 from attncc.patterns.assemble import Lifted, Piece
 from attncc.patterns.consumers import Weights
 from attncc.patterns.frames import Frame
-from attncc.patterns.rowsums import row_order
+from attncc.patterns.rowsums import rows_of
 from attncc.patterns.softmax import attention_of, parts_of
 from attncc.patterns.terms import Term
 from attncc.patterns.value import Unreadable
@@ -44,10 +44,10 @@ def in_pieces(anchor: Anchor, frames: Sequence[Frame], weights: Weights) -> list
         if not _is_linear(term.weight):
             raise Unreadable(frame.node, "a piece of a softmax whose weights are no multiple of it")
         parts = replace(parts_of(frame, term), outputs=("out", "lse"))
-        order = row_order(parts, anchor, term.at)
-        if order is None:
+        rows = rows_of(parts, anchor, term.at)
+        if rows is None:
             raise Unreadable(frame.node, "a piece of a softmax whose rows lie otherwise than the softmax's")
-        found.append(replace(attention_of(parts, frame, term), piece=Piece(anchor.node, order, frame.product.extent)))
+        found.append(replace(attention_of(parts, frame, term), piece=Piece(anchor.node, rows, frame.product.extent)))
     shared = zip(found, _shares(found), strict=True)
     return [replace(x, attention=_without_nan(x.attention), piece=p) for x, p in shared]
 

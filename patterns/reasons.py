@@ -14,7 +14,7 @@ from attncc.patterns.written_out import SUMS, written_out
 
 _STEPS = 40
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
-_INNER = ("getitem", "unbind", "index_put")
+_INNER = ("getitem", "unbind", "index_put", "amax", "max")
 _CHOSEN = {"topk", "sort", "argsort", "gather", "index"}
 UNDER_VMAP = "under torch.vmap, whose batches a trace does not show"
 _NONE = "the softmax's input is no product of queries and keys"
@@ -85,16 +85,40 @@ def compares(f: Facts, scores: fx.Node) -> bool:
 _GOES = {
     "topk": "it goes to topk, as a router's does",
     "sort": "it goes to sort, as a router's does",
-    "sum": "what it weighs is summed element by element, as branches, levels and sampling points are",
+    "sum": "it is added up once more (sum), as what is normalised twice is",
     "mean": "it is averaged first (mean)",
     "layer_norm": "it is normalised once more (layer_norm)",
     "the output": "it goes to the output",
 }
+_WEIGHS = {
+    "sum": "what it weighs is summed element by element, as branches, levels and sampling points are",
+    "the output": "it scales a tensor element by element and nothing is summed, as a gate does",
+}
 
 
-def of_use(at: str) -> str:
+def of_use(f: Facts, weights: fx.Node, at: fx.Node) -> str:
     """Why a softmax whose first user that sums nothing is `at` weighs no values."""
-    return f"the softmax is not multiplied with values: {_GOES.get(at, f'it goes to {at}')}"
+    name = "the output" if at.op == "output" else op_name(at) or at.name
+    goes = (_WEIGHS if _scales(f, weights, at) else {}).get(name) or _GOES.get(name, f"it goes to {name}")
+    return f"the softmax is not multiplied with values: {goes}"
+
+
+def _scales(f: Facts, weights: fx.Node, at: fx.Node) -> bool:
+    """Whether something is multiplied element by element with the weights on their way to a node."""
+    on_the_way, stack = {weights}, [weights]
+    while stack:
+        n = stack.pop()
+        fresh = [u for u in n.users if u not in on_the_way and f.order[u] < f.order[at]]
+        on_the_way.update(fresh)
+        stack += fresh
+    reached, stack = {at}, [at]
+    while stack:
+        n = stack.pop()
+        fresh = [a for a in n.all_input_nodes if a in on_the_way and a not in reached]
+        reached.update(fresh)
+        stack += fresh
+    products = (n for n in reached if _name(n) in ("mul", "multiply") and len(n.all_input_nodes) > 1)
+    return any(a not in on_the_way and f.is_tensor(a) and f.rank(a) > 0 for n in products for a in n.all_input_nodes)
 
 
 def _sources(f: Facts, n: fx.Node) -> list[fx.Node]:

@@ -7,18 +7,24 @@ A gate `out * sigmoid(lse - sink)` and the merging of partial attentions read it
 
 from __future__ import annotations
 
+from functools import reduce
+from itertools import permutations
+
 import torch
 from torch import fx
 
-from attncc.ir.affine import poly
+from attncc.ir.affine import poly, simplify
 from attncc.ir.build import ONE, ZERO, add, mul
-from attncc.ir.expr import Expr
+from attncc.ir.expr import Expr, free
 from attncc.patterns.anchors import Anchor
-from attncc.patterns.assemble import Lse, Parts
+from attncc.patterns.assemble import Lse, Parts, Rows
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point
 from attncc.patterns.reductions import one_dim, skip_casts
 from attncc.patterns.schema import argument
+
+#: The most dimensions that one axis is looked for in.
+_MOST_DIGITS = 4
 
 
 def row_sums(p: Parts, anchor: Anchor, at: Point, use: int) -> Lse | None:
@@ -32,23 +38,35 @@ def row_sums(p: Parts, anchor: Anchor, at: Point, use: int) -> Lse | None:
     sources = (p.q.node, p.k.node, p.v.node)
     if any(f.writes(n, f.order[node], use) for n in sources):
         return None
-    order = row_order(p, anchor, at)
-    return None if order is None else Lse(node, order)
+    rows = rows_of(p, anchor, at)
+    return None if rows is None else Lse(node, rows)
 
 
-def row_order(p: Parts, anchor: Anchor, at: Point) -> tuple[int, ...] | None:
-    """How the attention's axes (*batch, i) are permuted where they lie as the rows of the softmax, read `at`; none if
-    these are others."""
+def rows_of(p: Parts, anchor: Anchor, at: Point) -> Rows | None:
+    """How the attention's rows lie where they are those of the softmax, read `at`; none if these are others.
+
+    An axis of the attention may be several of the softmax's, in any order: windows and batches, rows of an image."""
     shape = p.facts.shape(anchor.scores)
     rows = [(x, s) for d, (x, s) in enumerate(zip(at, shape, strict=True)) if d != anchor.dim]
     batch = [x for x in p.out if x is not ZERO and x is not p.i and x is not p.e]
     axes = [*batch, *([] if p.i is None else [p.i])]
     if poly(_flat(rows)) == poly(_flat([(x, p.extents[x]) for x in axes])):
-        return ()
-    plain = [x for x, s in rows if s is not ONE]
-    if len(plain) == len(axes) and set(plain) == set(axes):
-        return tuple(axes.index(x) for x in plain)
-    return None
+        return Rows()
+    kept = [(x, s) for x, s in rows if s is not ONE]
+    digits = [n for axis in axes for n in _digits(kept, axis, p.extents[axis])]
+    if sorted(digits) != list(range(len(kept))):
+        return None
+    return Rows(tuple(kept[n][1] for n in digits), tuple(digits.index(n) for n in range(len(kept))))
+
+
+def _digits(rows: list[tuple[Expr, Expr]], axis: Expr, extent: Expr) -> tuple[int, ...]:
+    """The rows' dimensions that together count through an axis, the slowest first; none if there are no such."""
+    own = [n for n, (x, _) in enumerate(rows) if axis in free(x)]
+    for order in permutations(own) if len(own) <= _MOST_DIGITS else ():
+        found = [rows[n] for n in order]
+        if simplify(_flat(found), {axis: extent}) is axis and poly(reduce(mul, (s for _, s in found))) == poly(extent):
+            return order
+    return ()
 
 
 def _users(f: Facts, scores: fx.Node) -> list[fx.Node]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from attncc.ir.affine import linear_in
 from attncc.ir.attention import DTYPES
 from attncc.ir.build import ONE, ZERO, cast, not_, op, where
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, loads, walk
@@ -199,7 +200,7 @@ class Reader:
             # A view is read when its own reader runs; a copy was read when it was made.
             view = f.aliases(n, source)
             value = self.value_at(source, index, when if view else f.order[n])
-            return None if not view and _lies_better(f, value, at) else value
+            return None if not view and self._lies_better(value, at) else value
         inputs = [f.dtype(a) for a in n.all_input_nodes if f.is_tensor(a)]
         if f.dtype(n) == torch.float64 and any(dtype != torch.float64 for dtype in inputs):
             return None
@@ -230,6 +231,18 @@ class Reader:
         if rounding is None or not isinstance(x, Op | Const) or (isinstance(x, Op) and x.name in ("where", rounding)):
             return x
         return round_constant(x, rounding) if isinstance(x, Const) else op(rounding, x)
+
+    def _lies_better(self, value: Expr, at: Point) -> bool:
+        """Whether a copy is the better one to read: its last dimension is the last index, its computed source's is not.
+        Of scores and weights there is nothing else to read."""
+        if not isinstance(value, Load) or self._is_own(value) or not value.index or not at:
+            return False
+        source = self.facts.by_name[value.tensor]
+        computed = source.op == "call_function" and source not in self.facts.made  # a table was made to be read
+        if not computed or not isinstance(at[-1], Index):
+            return False
+        line = linear_in(value.index[-1], at[-1])
+        return line is None or line[0] != {(): 1}
 
     def _better_loaded(self, value: Expr) -> bool:
         """Whether to stop here: the value is small and costs something, so it is computed once and not per pair, or it
@@ -288,15 +301,6 @@ def _is_short(x: Expr) -> bool:
 
 def _is_mask(x: Expr) -> bool:
     return isinstance(x, Op) and x.name == "where" and all(isinstance(y, Const) for y in x.args[1:])
-
-
-def _lies_better(f: Facts, value: Expr, at: Point) -> bool:
-    """Whether a copy is the better one to read: its last dimension is the last index, its computed source's is not."""
-    if not isinstance(value, Load) or value.tensor.startswith(DOT) or not value.index or not at:
-        return False
-    source = f.by_name[value.tensor]
-    computed = source.op == "call_function" and source not in f.made  # a table was made to be read
-    return computed and isinstance(at[-1], Index) and value.index[-1] is not at[-1]
 
 
 class Unreadable(Exception):

@@ -174,6 +174,21 @@ def chunked(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return q @ F.pad((k.mT @ v / N).cumsum(2), (0, 0, 0, 0, 1, -1))
 
 
+def gated(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return m.lin(x) * m.lin(x.flip(1)).softmax(1) + x
+
+
+def normalised_twice(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """External attention: over the tokens, then over a memory of few rows."""
+    weights = m.gate(x).softmax(1)
+    return (weights / weights.sum(2, keepdim=True)) @ m.lin.weight[:4]
+
+
+def after_a_break(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """Scores that another graph made, their maxima subtracted."""
+    return (x - x.amax(-1, keepdim=True)).softmax(-1) @ k.mT.reshape(B, WIDTH, N)
+
+
 @pytest.mark.parametrize(
     ("core", "reason"),
     [
@@ -206,6 +221,9 @@ def chunked(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
         (summed_experts, "summed element by element, as branches, levels and sampling points are"),
         (routed, "topk, as a router's does"),
         (classified, "it goes to the output"),
+        (gated, "scales a tensor element by element and nothing is summed, as a gate does"),
+        (normalised_twice, "as what is normalised twice is"),
+        (after_a_break, "come into this graph from outside"),
     ],
 )
 def test_reason(core: Callable[..., Q], reason: str) -> None:

@@ -7,6 +7,7 @@ from zoo_case import Case
 from zoo_diffusion import DIFFUSION
 from zoo_flex import FLEX
 from zoo_forms import FORMS
+from zoo_images import IMAGES
 from zoo_joint import JOINT
 from zoo_library import LIBRARY
 from zoo_memory import MEMORY
@@ -18,7 +19,8 @@ from zoo_vision import VISION
 from zoo_wild import WILD
 
 CASES: tuple[Case, ...] = (
-    *SPELLINGS, *WILD, *FORMS, *JOINT, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *SLIDING, *BLOCKED, *TEXT, *VISION, *DIFFUSION
+    *SPELLINGS, *WILD, *FORMS, *JOINT, *IMAGES, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *SLIDING, *BLOCKED, *TEXT, *VISION,
+    *DIFFUSION,
 )
 
 assert len({case.name for case in CASES}) == len(CASES)
@@ -32,6 +34,7 @@ QUICK = frozenset({
     "sdpa-old-context", "element-by-element", "radial", "powers-of-two", "relu-shares", "graph-attention", "hopfield",
     "grouped-by-repeat", "grouped-by-einsum", "keys-first", "values-times-transpose", "null-key",
     "both-directions", "subtracted", "mixed-twice", "joint-heads", "two-products", "product-of-softmaxes",
+    "criss-cross", "autocast-off",
     "sink-column", "sink-gate", "softcap", "alibi", "bucketed", "relative-keys", "relative-shift", "decomposed",
     "channels", "class-token", "windows", "halo", "axial", "top-k", "sorted-groups", "under-autocast", "with-weights",
     "flex", "flex-documents", "flex-merged", "flex-dynamic", "flex-by-tables",
