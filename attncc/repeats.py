@@ -266,7 +266,9 @@ class _Bases:
             self._first.setdefault(torch_private.storage(x), (at, x.dtype))
 
     def of(self, at: _Made, x: Any) -> _Memory:
-        _layout(x)  # raises for what is no single strided tensor
+        if not isinstance(x, torch.Tensor):  # several tensors, of which the operation goes on with some
+            raise _Unlike
+        _layout(x)  # raises for what is not strided
         base, dtype = self._first.setdefault(torch_private.storage(x), (at, x.dtype))
         if dtype != x.dtype:
             raise _Unlike

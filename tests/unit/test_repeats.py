@@ -78,6 +78,13 @@ def unsqueezed(x: Tensor, w: Tensor) -> Tensor:
     return x
 
 
+def losses(x: Tensor, w: Tensor) -> Tensor:
+    """An operation whose trace goes through a list of tensors."""
+    for _ in range(2):
+        x = x + F.mse_loss(x @ w[:, :8], x)
+    return x
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaModel(transformers.LlamaConfig(
         hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=16,
@@ -89,7 +96,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("function", [layers, unsqueezed])
+@pytest.mark.parametrize("function", [layers, unsqueezed, losses])
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_copies_are_what_a_trace_gives(
