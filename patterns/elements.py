@@ -31,6 +31,7 @@ from attncc.ir.build import (
 from attncc.ir.expr import Const, Expr, Kind
 from attncc.patterns import activations
 from attncc.patterns.moves import Point, broadcast
+from attncc.patterns.numbers import number
 from attncc.patterns.schema import argument
 
 if TYPE_CHECKING:
@@ -41,15 +42,10 @@ aten = torch.ops.aten
 
 
 def operand(r: Reader, n: fx.Node, x: Any, at: Point) -> Expr | None:
-    """An argument of `n` at the point: a tensor broadcast to the result, a number, or a symbolic integer."""
-    if isinstance(x, fx.Node):
-        if r.facts.is_tensor(x):
-            return r.value_at(x, broadcast(r.facts, x, at), r.facts.order[n])
-        value = r.facts.value(x)
-        return r.facts.size(x) if isinstance(value, int | torch.SymInt) and not isinstance(value, bool) else None
-    if isinstance(x, torch.SymInt):
-        return r.facts.size(x)
-    return const(x) if isinstance(x, bool | int | float) else None
+    """An argument of `n` at the point: a tensor broadcast to the result, or a number, which sizes may decide."""
+    if isinstance(x, fx.Node) and r.facts.is_tensor(x):
+        return r.value_at(x, broadcast(r.facts, x, at), r.facts.order[n])
+    return number(r.facts, x)
 
 
 def _together(*xs: Expr) -> tuple[Expr, ...]:

@@ -109,18 +109,19 @@ class Facts:
         if isinstance(s, fx.Node):
             s = self.value(s)
         if isinstance(s, torch.SymInt):
-            return self._sympy(formula(s))
+            return self.integer(formula(s))
         if isinstance(s, bool) or not isinstance(s, int):
             raise TypeError(f"{s!r} is no integer")
         return const(s)
 
-    def _sympy(self, x: sympy.Expr) -> Expr:
+    def integer(self, x: sympy.Expr) -> Expr:
+        """A formula over the graph's symbols that is an integer."""
         if x.is_Integer:
             return const(int(x))
         if isinstance(x, sympy.Symbol):
             self.symbols.setdefault(Size(x.name), x)
             return Size(x.name)
-        args = [self._sympy(a) for a in x.args if isinstance(a, sympy.Expr)]
+        args = [self.integer(a) for a in x.args if isinstance(a, sympy.Expr)]
         fold = {"Add": add, "Mul": mul, "Max": maximum, "Min": minimum}.get(type(x).__name__)
         if fold is not None:
             return reduce(fold, args)

@@ -85,8 +85,8 @@ def spelled_out(equation: str, *ranks: int) -> tuple[str, ...]:
     return (*written, out.replace("...", "".join(most)))
 
 
-def formula(s: torch.SymInt) -> Any:
-    """The sympy expression that a symbolic size stands for."""
+def formula(s: torch.SymInt | torch.SymFloat) -> Any:
+    """The sympy expression that a symbolic number stands for."""
     return cast(Any, s).node.expr
 
 

@@ -14,6 +14,7 @@ from attncc.ir.expr import Const, Expr, Index, rewrite
 from attncc.patterns.assemble import Lifted, Parts, assemble
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point, broadcast, fitted
+from attncc.patterns.numbers import number
 from attncc.patterns.operands import Source, operand
 from attncc.patterns.products import stored
 from attncc.patterns.schema import argument
@@ -64,9 +65,10 @@ def _scale(f: Facts, n: fx.Node, q: fx.Node) -> Expr:
     if scale is None:
         width = f.shape(q)[-1]
         return const(float(width.value) ** -0.5) if isinstance(width, Const) else op("rsqrt", cast(width, "float"))
-    if not isinstance(scale, int | float):
+    known = number(f, scale)
+    if known is None:
         raise Unreadable(n, "a scale that is not known when compiling")
-    return const(float(scale))
+    return cast(known, "float")
 
 
 def _heads(f: Facts, n: fx.Node, x: fx.Node, batch: Point, extents: dict[Expr, Expr]) -> Point:

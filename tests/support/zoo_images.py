@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -50,10 +52,18 @@ def autocast_off(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return bucketed(q, k, v, extra)
 
 
+def scaled_by_length(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Channels that attend to channels are scaled by the number of tokens; some models' tokens too."""
+    n = q.shape[2]
+    first = F.scaled_dot_product_attention(q, k, v, scale=math.log2(n) / n)
+    return first + (q @ k.mT / math.sqrt(n) * n**-0.25).softmax(-1) @ v
+
+
 BOTH = (torch.float32, torch.bfloat16)
 IMAGES = (
     Case("criss-cross", criss_cross, 2, "rows of one softmax that its two parts have in other orders", dtypes=BOTH,
          golden=1),
     Case("criss-cross-dynamic", criss_cross, 2, "the same for unknown sizes", dynamic=True, backward=True),
     Case("autocast-off", attend(autocast_off, table=randoms(16, H)), 1, "a region that turns off what is not on"),
+    Case("scaled-by-length", attend(scaled_by_length), 2, "floats that unknown sizes decide", dynamic=True, golden=1),
 )  # fmt: skip

@@ -34,7 +34,7 @@ QUICK = frozenset({
     "sdpa-old-context", "element-by-element", "radial", "powers-of-two", "relu-shares", "graph-attention", "hopfield",
     "grouped-by-repeat", "grouped-by-einsum", "keys-first", "values-times-transpose", "null-key",
     "both-directions", "subtracted", "mixed-twice", "joint-heads", "two-products", "product-of-softmaxes",
-    "criss-cross", "autocast-off",
+    "criss-cross", "autocast-off", "scaled-by-length",
     "sink-column", "sink-gate", "softcap", "alibi", "bucketed", "relative-keys", "relative-shift", "decomposed",
     "channels", "class-token", "windows", "halo", "axial", "top-k", "sorted-groups", "under-autocast", "with-weights",
     "flex", "flex-documents", "flex-merged", "flex-dynamic", "flex-by-tables",
