@@ -25,6 +25,7 @@ from attncc.patterns.assemble import Lifted
 from attncc.patterns.facts import Facts
 from attncc.patterns.lift import Refusal, lift_all
 from attncc.patterns.linear import Recognised
+from attncc.patterns.reasons import used_by
 from attncc.progress import step, waiting
 from attncc.report import Site
 from attncc.runtime import op
@@ -210,7 +211,7 @@ def _planned(a: Attention, factors: tuple[tuple[Size, Expr], ...], device: str) 
 
 def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool) -> Choice:
     if joint.user is not None:
-        name = "the output" if joint.user.op == "output" else joint.user.name
+        name = used_by(facts, joint.user)
         return Choice(False, None, f"its scores or weights are used elsewhere too, by {name}, and so must exist")
     kernels = [built(plan.spec, plan.device) for plan in plans]
     slow = next((made for made in kernels if made.language == "torch"), None)

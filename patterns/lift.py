@@ -200,4 +200,4 @@ def _unused(f: Facts, anchor: Anchor, used: Uses) -> Refusal:
     at = used.escapes[0] if used.escapes else anchor.node
     if (used.each and not used.products) or weighs_components(f, anchor.node, anchor.dim, at):
         return Refusal(OWN_WEIGHTS, at, anchor.node)
-    return Refusal(of_use(f, anchor.node, at), at, anchor.node)
+    return Refusal(of_use(f, anchor.scores, anchor.node, at), at, anchor.node)

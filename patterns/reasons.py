@@ -15,7 +15,8 @@ from attncc.patterns.written_out import SUMS, written_out
 _STEPS = 40
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
 _INNER = ("getitem", "unbind", "index_put", "amax", "max")
-_CHOSEN = {"topk", "sort", "argsort", "gather", "index"}
+_CHOSEN = {"topk", "sort", "argsort", "gather", "index", "scatter"}
+_PICKED = "its scores were picked out of others"
 UNDER_VMAP = "under torch.vmap, whose batches a trace does not show"
 _NONE = "the softmax's input is no product of queries and keys"
 
@@ -24,32 +25,70 @@ def of_scores(f: Facts, scores: fx.Node) -> str:
     """Why scores that hold no product of queries and keys are none."""
     sources = _sources(f, scores)
     names = dict.fromkeys(_name(x) for x in sources)
+    if f.parameters.issuperset(sources):
+        return f"{_NONE}: its scores are learned themselves and depend on no token"
+    picked = _picked(f, scores)
+    if picked is not None:
+        return picked
     layers = [x for x in sources if _name(x) in _LAYERS or any(a in f.parameters for a in x.all_input_nodes)]
     if "cdist" in names or "_cdist_forward" in names:
         return f"{_NONE}: its scores are distances (cdist)"
     if "sum" in names:
+        inside = (y for x in sources if _name(x) == "sum" for y in made_of(f, x, ("sum",)))
+        if not any(_name(y) in ("add", "sub", "mul", "div", "cat") and broadcast_both_ways(f, y) for y in inside):
+            return f"{_NONE}: its scores are sums of elements of each token alone"
         return f"{_NONE}: its scores are sums over pairs of elements that are no product of two (additive attention)"
     if "linalg_vector_norm" in names:
         return f"{_NONE}: its scores are lengths of differences (linalg_vector_norm)"
+    for x in sources:
+        summing = x in layers or contraction(f, x) is not None
+        if summing and any(pairs(f, y) for y in made_of(f, x, (_name(x), "cat"))):
+            return f"{_NONE}: its scores come from a layer over pairs of tokens (additive attention)"
+        if x in layers and _name(x).startswith("conv") and compares(f, x.all_input_nodes[0]):
+            return f"{_NONE}: its scores come from a layer over other scores ({_name(x)})"
     if layers and _name(layers[0]) in _LAYERS:
         return f"{_NONE}: its scores come from a layer ({_name(layers[0])})"
     if layers:
         return f"{_NONE}: its scores come out of a product with learned weights ({_name(layers[0])})"
     chosen = next((x for x in names if x in _CHOSEN), None)
     if chosen is not None:
-        return f"{_NONE}: its scores were picked out of others ({chosen})"
+        return f"{_NONE}: {_PICKED} ({chosen})"
     if names and all(x == "an input" for x in names):
         return f"{_NONE}: its scores come into this graph from outside, as after a graph break"
     first = next((x for x in names if x != "an input"), None)
     return _NONE if first is None else f"{_NONE}: its scores come from {first}"
 
 
+def _picked(f: Facts, scores: fx.Node) -> str | None:
+    """Why scores are none of which only the largest are taken out."""
+    for x in made_of(f, scores, ("getitem", "scatter")):
+        if _name(x) in ("topk", "sort") and compares(f, x.all_input_nodes[0]):
+            return f"{_NONE}: {_PICKED} ({_name(x)})"
+    return None
+
+
+def made_of(f: Facts, n: fx.Node, names: tuple[str, ...]) -> list[fx.Node]:
+    """`n` and what it is made of by moves, element by element and by operations of some names."""
+    found, seen, stack = list[fx.Node](), {n}, [n]
+    while stack and len(found) < _STEPS:
+        x = stack.pop(0)
+        found.append(x)
+        if x.op != "call_function" or not (x.target in MOVES or x.target in ELEMENTS or _name(x) in names):
+            continue
+        fresh = [a for a in x.all_input_nodes if a not in seen and (f.is_tensor(a) or _name(x) == "getitem")]
+        seen.update(fresh)
+        stack += fresh
+    return found
+
+
 def pairs(f: Facts, n: fx.Node) -> bool:
-    """Whether an operation joins two tensors of which each has a dimension that the other is repeated along: added, or
-    side by side."""
-    name = _name(n)
-    if name not in ("add", "sub", "cat"):
-        return False
+    """Whether an operation adds two tensors, or lays them side by side, of which each is repeated along a dimension
+    that the other has."""
+    return _name(n) in ("add", "sub", "cat") and broadcast_both_ways(f, n)
+
+
+def broadcast_both_ways(f: Facts, n: fx.Node) -> bool:
+    """Whether each of two tensors is repeated along a dimension that the other has."""
     held = [x for x in n.all_input_nodes if f.is_tensor(x) and f.rank(x) == f.rank(n)]
     if len(held) != 2:
         return False
@@ -96,9 +135,14 @@ _WEIGHS = {
 }
 
 
-def of_use(f: Facts, weights: fx.Node, at: fx.Node) -> str:
-    """Why a softmax whose first user that sums nothing is `at` weighs no values."""
+def of_use(f: Facts, scores: fx.Node, weights: fx.Node, at: fx.Node) -> str:
+    """Why the softmax of `scores`, whose first user that sums nothing is `at`, weighs no values."""
+    picked = _picked(f, scores)
+    if picked is not None:
+        return picked
     name = "the output" if at.op == "output" else op_name(at) or at.name
+    if name in ("topk", "sort") and compares(f, scores):
+        return f"only the largest of its weights are kept ({name}), and which they are no score says alone"
     goes = (_WEIGHS if _scales(f, weights, at) else {}).get(name) or _GOES.get(name, f"it goes to {name}")
     return f"the softmax is not multiplied with values: {goes}"
 
@@ -119,6 +163,25 @@ def _scales(f: Facts, weights: fx.Node, at: fx.Node) -> bool:
         stack += fresh
     products = (n for n in reached if _name(n) in ("mul", "multiply") and len(n.all_input_nodes) > 1)
     return any(a not in on_the_way and f.is_tensor(a) and f.rank(a) > 0 for n in products for a in n.all_input_nodes)
+
+
+_FOLLOWED = 24
+
+
+def used_by(f: Facts, n: fx.Node) -> str:
+    """What a user of scores does with them: the first operation behind what only moves or changes their elements."""
+    stack, seen = [n], {n}
+    while stack and len(seen) < _FOLLOWED:
+        x = stack.pop(0)
+        if x.op == "output":
+            return "the output"
+        like = _name(x).endswith("_like")
+        if x.op != "call_function" or not (x.target in MOVES or x.target in ELEMENTS or like):
+            return _name(x) or x.name
+        fresh = [u for u in x.users if u not in seen and u in f.live]
+        seen.update(fresh)
+        stack += fresh
+    return _name(n) or n.name
 
 
 def _sources(f: Facts, n: fx.Node) -> list[fx.Node]:

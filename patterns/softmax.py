@@ -78,7 +78,7 @@ def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
 def attention_of(parts: Parts, frame: Frame, term: Term, lse: Lse | None = None) -> Lifted:
     site = assemble(parts, frame.node, term.anchor.node, lse=lse)
     if site.attention.mask is not TRUE and not vanishes(parts.weight):
-        raise Unreadable(frame.product.node, "keys that the mask hides are given weight after the softmax")
+        raise Unreadable(frame.product.node, "keys that the mask hides may be given weight after the softmax")
     a = site.attention
     if a.empty == "nan" and a.weight is not W and _sees_itself(a):  # there is no such row
         return replace(site, attention=replace(a, empty="zero"))

@@ -15,7 +15,7 @@ from attncc.patterns.contractions import Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES
-from attncc.patterns.reasons import pairs
+from attncc.patterns.reasons import made_of, pairs
 from attncc.patterns.schema import op_name
 from attncc.patterns.written_out import factored
 
@@ -37,7 +37,7 @@ def unknown_weights(f: Facts, data: Container[fx.Node]) -> Iterator[tuple[str, f
             sides = [(n.all_input_nodes[-1], n.all_input_nodes[0])]
         else:
             continue
-        rules = _RULES if outer is not None else _RULES[:2]
+        rules = _RULES if outer is not None else (_running,) if _name(n) == "einsum" else (_picked,)
         tried = (rule(f, weights, data) for rule in rules for weights, values in sides if values in data)
         found = next((x for x in tried if x is not None), None)
         if found is not None:
@@ -72,10 +72,10 @@ def _between(f: Facts, weights: fx.Node, data: Container[fx.Node]) -> tuple[str,
 
 def _running(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.Node] | None:
     """A running sum of products of two data tensors."""
-    for x in _down(f, n, (*_LINEAR, "pad", "constant_pad_nd", "slice")):
+    for x in made_of(f, n, (*_LINEAR, "pad", "constant_pad_nd", "slice")):
         if _name(x) != "cumsum":
             continue
-        of = next((y for y in _down(f, x.all_input_nodes[0], _LINEAR) if contraction(f, y) is not None), None)
+        of = next((y for y in made_of(f, x.all_input_nodes[0], _LINEAR) if contraction(f, y) is not None), None)
         product = None if of is None else contraction(f, of)
         if product is not None and product.lhs in data and product.rhs in data:
             return "its state is a running sum over chunks of tokens (cumsum): a recurrence, left with Inductor", x
@@ -87,9 +87,9 @@ def _running(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.No
 
 def _picked(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.Node] | None:
     """One key picked by the largest of its scores."""
-    for x in _down(f, n, (*_LINEAR, "one_hot", "scatter", "eq", "arange")):
+    for x in made_of(f, n, (*_LINEAR, "one_hot", "scatter", "eq", "arange")):
         if _name(x) == "argmax":
-            scores = _down(f, x.all_input_nodes[0], ())
+            scores = made_of(f, x.all_input_nodes[0], ())
             products = (contraction(f, y) for y in scores)
             if any(p is not None and _compares(f, p, data) for p in products):
                 return "each query takes the one key of its largest score (argmax, hard attention)", x
@@ -98,7 +98,7 @@ def _picked(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.Nod
 
 def _paired(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.Node] | None:
     """A function of what joins one row of each of two data tensors."""
-    for x in _down(f, n, (*_LAYERS, "sum", "cat")):
+    for x in made_of(f, n, (*_LAYERS, "sum", "cat")):
         if x in data and pairs(f, x):
             return "its weights are computed from pairs of tokens, added or side by side (additive attention)", x
     return None
@@ -107,20 +107,6 @@ def _paired(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.Nod
 _RULES = (_running, _picked, _between, _paired)
 _LINEAR = ("mul", "to", "div")
 _LAYERS = ("linear", "matmul", "mm", "addmm", "conv2d", "conv1d", "einsum", "batch_norm")
-
-
-def _down(f: Facts, n: fx.Node, names: tuple[str, ...]) -> list[fx.Node]:
-    """`n` and what it is made of by moves, element by element and by operations of some names."""
-    found, seen, stack = list[fx.Node](), {n}, [n]
-    while stack and len(found) < _STEPS:
-        x = stack.pop(0)
-        found.append(x)
-        if x.op != "call_function" or not (x.target in MOVES or x.target in ELEMENTS or _name(x) in names):
-            continue
-        fresh = [a for a in x.all_input_nodes if a not in seen and f.is_tensor(a)]
-        seen.update(fresh)
-        stack += fresh
-    return found
 
 
 def _compares(f: Facts, product: Contraction, data: Container[fx.Node]) -> bool:

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from lifting import Q, read
 from torch import nn
 
+from attncc.patterns.assemble import Lifted
 from attncc.patterns.lift import Refusal, lift_all
+from attncc.patterns.reasons import used_by
+from attncc.together import together
 
 B, H, N, D = 2, 4, 21, 8
 WIDTH = H * D
@@ -189,6 +192,37 @@ def after_a_break(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return (x - x.amax(-1, keepdim=True)).softmax(-1) @ k.mT.reshape(B, WIDTH, N)
 
 
+def picked_and_gathered(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    scores, chosen = (q @ k.mT).topk(5, -1)
+    values = v[:, :, None].expand(-1, -1, N, -1, -1).gather(3, chosen[..., None].expand(-1, -1, -1, -1, D))
+    return (scores.softmax(-1)[..., None] * values).sum(-2)
+
+
+def largest_weights(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    weights = (q @ k.mT).softmax(-1)
+    largest, chosen = weights.topk(5, -1)
+    return torch.zeros_like(weights).scatter(-1, chosen, largest) @ v
+
+
+def learned(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """A random synthesizer (Tay et al., 2020: arXiv 2005.00743)."""
+    return m.positions.softmax(-1) @ v
+
+
+def additive_by_layer(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return (torch.tanh(q[..., :, None, :] + k[..., None, :, :]) @ m.pair[:D]).softmax(-1) @ v
+
+
+def convolved_scores(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """Scores that depend on their neighbours (Golovneva et al., 2025: arXiv 2504.00927)."""
+    taps = m.positions[: H * 3, : H * 3].reshape(H, H, 3, 3)
+    return F.conv2d(q @ k.mT, taps, padding=1).softmax(-1) @ v
+
+
+def summed_alone(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return q + torch.einsum("bhn,bhnd->bhd", q.sum(-1).softmax(-1), v)[:, :, None]
+
+
 @pytest.mark.parametrize(
     ("core", "reason"),
     [
@@ -213,7 +247,13 @@ def after_a_break(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
         (plain_distances, "lengths of differences (linalg_vector_norm)"),
         (vector_attention, "each component has weights of its own"),
         (wrong_axis, "another axis than the product sums over"),
-        (written_back, "not multiplied with values"),
+        (written_back, "its scores were picked out of others (topk)"),
+        (picked_and_gathered, "its scores were picked out of others (topk)"),
+        (largest_weights, "only the largest of its weights are kept (topk)"),
+        (learned, "learned themselves and depend on no token"),
+        (additive_by_layer, "a layer over pairs of tokens (additive attention)"),
+        (convolved_scores, "a layer over other scores (conv2d)"),
+        (summed_alone, "sums of elements of each token alone"),
         (additive, "sums over pairs of elements"),
         (distances, "distances (cdist)"),
         (pooled, "come from a layer (linear)"),
@@ -268,3 +308,32 @@ def chosen_layers(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
 def test_nothing_to_say(core: Callable[..., Q]) -> None:
     facts, *_ = read(Model(core).eval(), torch.randn(B, N, WIDTH))
     assert lift_all(facts) == []
+
+
+def stick_breaking(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """Tan et al., 2024: arXiv 2410.17980."""
+    scores, before = q @ k.mT, torch.ones(N, N, dtype=torch.bool).tril(-1)
+    left = F.logsigmoid(-scores).masked_fill(~before, 0)
+    rest = left.flip(-1).cumsum(-1).flip(-1) - left
+    return (F.logsigmoid(scores) + rest).masked_fill(~before, -torch.inf).exp() @ v
+
+
+def sparsemax(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """Martins and Astudillo, 2016: arXiv 1602.02068."""
+    scores = q @ k.mT
+    ordered = (scores * 1.0).sort(-1, descending=True).values
+    over = ordered.cumsum(-1) - 1
+    count = (ordered * torch.arange(1, N + 1) > over).sum(-1, keepdim=True)
+    return (scores - over.gather(-1, count - 1) / count).relu() @ v
+
+
+def drawn(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return F.gumbel_softmax(q @ k.mT, dim=-1) @ v
+
+
+@pytest.mark.parametrize(("core", "name"), [(stick_breaking, "cumsum"), (sparsemax, "sort"), (drawn, "exponential")])
+def test_who_needs_the_scores(core: Callable[..., Q], name: str) -> None:
+    facts, *_ = read(Model(core).eval(), torch.randn(B, N, WIDTH))
+    (joint,) = together([site for site in lift_all(facts) if isinstance(site, Lifted)], facts)
+    assert joint.user is not None
+    assert used_by(facts, joint.user) == name

@@ -152,6 +152,13 @@ def softmax_plus_one(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return p / (1 + p.sum(-1, keepdim=True)) @ v
 
 
+def taylor(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """The exponential's first terms, which no score makes negative (de Brebisson and Vincent, 2015)."""
+    scores = q @ k.mT * SCALE
+    weights = 1 + scores + scores.square() / 2
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
 def softcap(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     scores = 2.0 * torch.tanh(q @ k.mT * SCALE / 2.0)
     return scores.masked_fill(~extra["mask"], -torch.inf).softmax(-1) @ v
@@ -403,6 +410,7 @@ FORMS = (
     Case("relative-values", attend(relative_values, table=randoms(7, D)), 1, "weights used by a second sum", kept=1),
     Case("decomposed", attend(decomposed, rows=randoms(9, D), columns=randoms(49, D)), 1, "rows and columns apart"),
     Case("cosine", attend(cosine, temperature=randoms(H)), 1, "normalised, clamped scale"),
+    Case("taylor", attend(taylor), 1, "a quadratic that is always above zero", dtypes=WIDE, backward=True),
     Case("cosine-similarities", attend(cosine_similarities, temperature=randoms(H)), 1, "scores are cosines",
          dtypes=WIDE, dynamic=True, backward=True),
     Case("bilinear", attend(bilinear, between=randoms(H, D, D)), 1, "einsums of three", dtypes=WIDE, dynamic=True,
