@@ -26,6 +26,7 @@ from attncc.patterns.facts import Facts
 from attncc.patterns.lift import Refusal, lift_all
 from attncc.patterns.linear import Recognised
 from attncc.patterns.reasons import used_by
+from attncc.plain import plain
 from attncc.progress import step, waiting
 from attncc.report import Site
 from attncc.runtime import op
@@ -67,8 +68,12 @@ def attncc_backend(
     config = {**torch_private.mode_options(mode), **own}
     found = collecting.get() or Collected()
     torch_private.trace_through_sdp_kernel()  # for the frames to come, where it was not looked up by its name
+    attends = not plain(gm)
+    if attends:
+        torch_private.ask_for_known_floats(gm)
     with waiting():
-        gm = rewrite(gm, example_inputs, found, measure=measure)
+        if attends:
+            gm = rewrite(gm, example_inputs, found, measure=measure)
         for note in found.notes:
             _say_once(note)
         if not use_inductor:

@@ -183,6 +183,30 @@ def trace_through_sdp_kernel() -> None:
         return sdpa_kernel(chosen)
 
 
+def ask_for_known_floats(gm: fx.GraphModule) -> None:
+    """Have Dynamo trace again with the floats as numbers that `dynamic=True` made inputs of a graph, if there are any.
+
+    Taking their values while reading comes to the same, as Inductor then asks for it: after this graph was read, edited
+    and traced in vain."""
+    unknown: set[str] = set()
+    for n in gm.graph.nodes:
+        if n.target == "item" and isinstance(n.args[0], fx.Node) and n.args[0].op == "placeholder":
+            value = n.meta.get("example_value")
+            symbol: Any = value.node._expr if isinstance(value, torch.SymFloat) and value.node.has_hint() else None
+            if symbol is not None and symbol.is_symbol and all(user.target == "item" for user in n.args[0].users):
+                unknown.add(symbol.name)
+    if not unknown:
+        return
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis  # noqa: PLC0415 - Dynamo takes a second to import
+    from torch._dynamo.symbolic_convert import TensorifyState  # noqa: PLC0415 - as above
+
+    asked = {name for name in unknown if not TensorifyState.should_specialize(name)}
+    for name in asked:
+        TensorifyState.specialize(name)
+    if asked:
+        raise TensorifyScalarRestartAnalysis
+
+
 def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
     """Inductor's compiled form of a Dynamo graph."""
     from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 - Inductor takes a second to import
