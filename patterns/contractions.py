@@ -17,6 +17,7 @@ from attncc.ir.expr import Const, Expr, Load
 from attncc.patterns.elements import operand
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point, broadcast, fitted, unexpanded
+from attncc.patterns.numbers import number
 from attncc.patterns.schema import argument, spelled_out
 from attncc.patterns.written_out import written_out
 
@@ -39,7 +40,7 @@ class Contraction:
     extent: Expr
     maps: Maps
     bias: fx.Node | None = None
-    alpha: float = 1.0
+    alpha: float | Expr = 1.0
     beta: float = 1.0
     bias_dim: int | None = None
 
@@ -52,7 +53,7 @@ class Contraction:
         x: Expr = Load(DOT + self.node.name, at, "float")
         rounding = ROUNDED.get(r.facts.dtype(self.node))
         if self.alpha != 1.0:
-            x = mul(x, const(float(self.alpha)))
+            x = mul(x, self.alpha if isinstance(self.alpha, Expr) else const(float(self.alpha)))
         if self.bias is not None and self.beta != 0:
             bias = operand(r, self.node, self.bias, self.added(at))
             assert bias is not None
@@ -90,7 +91,9 @@ def _baddbmm(f: Facts, n: fx.Node) -> Contraction | None:
     a: Any = n.args[1]
     b: Any = n.args[2]
     alpha, beta = argument(n, "alpha"), argument(n, "beta")
-    if not isinstance(alpha, int | float) or not isinstance(beta, int | float):
+    if isinstance(alpha, fx.Node):
+        alpha = number(f, alpha)
+    if not isinstance(alpha, int | float | Expr) or not isinstance(beta, int | float):
         return None
 
     def maps(at: Point, c: Expr) -> tuple[Point, Point]:

@@ -30,7 +30,7 @@ _MOST_DIGITS = 4
 def row_sums(p: Parts, anchor: Anchor, at: Point, use: int) -> Lse | None:
     """The live `logsumexp` of the anchor's scores, if there is one and it can be had from the attention read `at`."""
     f = p.facts
-    found = [n for n in _users(f, anchor.scores) if _is_row_sum(f, n, anchor)]
+    found = [n for n in _users(f, anchor.scores) if _is_row_sum(f, n, anchor) and _read_beside(f, n, anchor)]
     powers = anchor.shares == "powers" and anchor.base is None
     if len(found) != 1 or not powers or p.sink is not None or p.normalizer != "softmax" or p.half or p.summed:
         return None
@@ -82,6 +82,19 @@ def _is_row_sum(f: Facts, n: fx.Node, anchor: Anchor) -> bool:
     (of, *_) = n.all_input_nodes
     read = (f.order[n], anchor.read_at(f))
     return one_dim(f, of, argument(n, "dim")) == anchor.dim and not f.writes(of, min(read), max(read))
+
+
+def _read_beside(f: Facts, n: fx.Node, anchor: Anchor) -> bool:
+    """Whether anything but the softmax, which may be spelled with it, reads a sum."""
+    stack = [n]
+    while stack:
+        for user in stack.pop().users:
+            if user is anchor.node or user not in f.live:
+                continue
+            if f.order[user] > f.order[anchor.node]:
+                return True
+            stack.append(user)
+    return False
 
 
 def _flat(axes: list[tuple[Expr, Expr]]) -> Expr:

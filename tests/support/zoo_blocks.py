@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from zoo_case import Case
-from zoo_spellings import B, D, Extra, H, Q, attend
+from zoo_spellings import B, D, Extra, H, Q, attend, randoms
 
 BLOCK, BLOCKS = 3, 7
 N = BLOCK * BLOCKS
@@ -60,6 +60,34 @@ def written_between(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return out + weights[..., 9:] @ v[:, :, 9:]
 
 
+def hashed(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Reformer: tokens sorted by their bucket, chunks that look back, masks by the places that tokens came from, and
+    scores less the logarithm of their sum."""
+    bucket = (q @ extra["directions"]).argmax(-1)
+    order = (bucket * N + torch.arange(N)).argsort(-1)
+    rows, keys, values = (blocked(x.gather(2, order[..., None].expand_as(x))) for x in (q, q / 2, v))
+    keys, values, place = (torch.cat([x.roll(1, 2), x], 3) for x in (keys, values, blocked(order)))
+    scores = rows @ keys.mT * SCALE
+    scores = scores.masked_fill(blocked(order)[..., :, None] < place[..., None, :], -1e9)
+    scores = torch.where(blocked(order)[..., :, None] == place[..., None, :], -1e5, scores)
+    out = torch.exp(scores - scores.logsumexp(-1, keepdim=True)) @ values
+    back = order.argsort(-1)
+    return out.flatten(2, 3).gather(2, back[..., None].expand_as(v))
+
+
+def routed(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Routing: each cluster attends among the tokens that are nearest to it; results are added where they came from."""
+    chosen = torch.einsum("bhnd,dc->bhcn", q, extra["directions"]).topk(6, -1).indices.sort(-1).values
+    clusters, d = chosen.shape[2], q.shape[-1]
+    rows, keys, values = (
+        x[:, :, None].expand(-1, -1, clusters, -1, -1).gather(3, chosen[..., None].expand(-1, -1, -1, -1, d))
+        for x in (q, k, v)
+    )
+    scores = (rows @ keys.mT * d**-0.5).masked_fill(chosen[..., :, None] < chosen[..., None, :], -torch.inf)
+    out = (scores.softmax(-1) @ values).flatten(2, 3)
+    return torch.zeros_like(v).scatter_add(2, chosen.flatten(2)[..., None].expand_as(out), out)
+
+
 SEEN = torch.arange(N)[None] < torch.tensor([N, N - 4])[:, None]
 TABLE = torch.tensor([[4, 5, 6, 0, 1], [6, 6, 0, 1, 2], [3, 4, 5, 6, 0], [5, 0, 6, 0, 3]])
 HELD = {"seen": SEEN, "table": TABLE}
@@ -67,5 +95,7 @@ HELD = {"seen": SEEN, "table": TABLE}
 BLOCKED = (
     Case("block-sparse", attend(sparse, **HELD), 5, "global, near and chosen blocks, added up in place", golden=2,
          dtypes=WIDE, backward=True),
+    Case("hashed-buckets", attend(hashed, directions=randoms(D, 3)), 1, "keys in the order of their buckets", golden=0),
+    Case("routed-clusters", attend(routed, directions=randoms(D, 3)), 1, "tokens chosen for clusters", dynamic=True),
     Case("pieces-written-between", attend(written_between), 2, "a write to other values between two pieces", kept=2),
 )  # fmt: skip

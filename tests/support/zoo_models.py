@@ -12,6 +12,7 @@ from zoo_joint import JOINT
 from zoo_library import LIBRARY
 from zoo_memory import MEMORY
 from zoo_others import OTHERS
+from zoo_sizes import SIZES
 from zoo_sliding import SLIDING
 from zoo_spellings import SPELLINGS
 from zoo_text import TEXT
@@ -20,7 +21,7 @@ from zoo_wild import WILD
 
 CASES: tuple[Case, ...] = (
     *SPELLINGS, *WILD, *FORMS, *JOINT, *IMAGES, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *SLIDING, *BLOCKED, *TEXT, *VISION,
-    *DIFFUSION,
+    *DIFFUSION, *SIZES,
 )
 
 assert len({case.name for case in CASES}) == len(CASES)
@@ -43,7 +44,7 @@ QUICK = frozenset({
     "transformer-encoder-post-norm", "decoding", "llama-static-cache", "linear-attention", "router",
     "sliding", "sliding-into-empty", "sliding-by-strides", "sliding-by-blocks", "sliding-read-between",
     "sliding-unwritten", "sliding-overwritten", "sliding-too-far", "sliding-open-ends", "longformer",
-    "sliding-scaled-chunks", "sliding-finite-ends", "sliding-finite-padding", "block-sparse",
+    "sliding-scaled-chunks", "sliding-finite-ends", "sliding-finite-padding", "block-sparse", "number-of-keys",
     "branches", "sampling", "classifier", "pseudo-inverse", "changed-weights", "slots",
     "llama-eager", "llama-left-padded", "llama-dynamic", "gemma2", "gpt-oss-sinks", "deepseek-v3", "bloom",
     "bert-eager", "modernbert", "t5", "bart", "swinv2", "wav2vec2-conformer", "unet-plain", "sd3", "sam-vision-sdpa",
