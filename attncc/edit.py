@@ -60,6 +60,8 @@ class Editor:
         call = self.graph.call_function
         early = min(placed, key=self.position)
         for n in sources((n for site, _ in parts for n in site.tensors), self.facts):
+            if self._node(n)._erased:
+                raise EditError("another site has taken what it reads")
             if early is not target and self.position(self._node(n)) > self.position(early):
                 raise EditError("the sums of its rows are used before its values are computed")
         with self.graph.inserting_before(early):

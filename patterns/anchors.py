@@ -14,6 +14,7 @@ from attncc.ir.attention import Empty, Normalizer
 from attncc.patterns.facts import Facts
 from attncc.patterns.reasons import compares
 from attncc.patterns.reductions import (
+    CASTS,
     EXPS,
     MAXES,
     SUMS,
@@ -28,13 +29,16 @@ from attncc.patterns.reductions import (
 from attncc.patterns.schema import argument
 
 aten = torch.ops.aten
-_LSES = (aten.logsumexp.default,)
+_LSES = (aten.logsumexp.default, aten.special_logsumexp.default)
+_LOGS = (aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.default)
 _SUBS = (aten.sub.Tensor, aten.sub_.Tensor)
 _ADDS = (aten.add.Tensor, aten.add_.Tensor)
 _CLAMPS = (aten.clamp.default, aten.clamp_min.default, aten.clamp_.default)
 DIVISIONS = (aten.div.Tensor, aten.div_.Tensor)
 #: What keeps a denominator away from zero.
 _BOUNDED = (*_ADDS, *_CLAMPS)
+_SCALINGS = (aten.mul.Tensor, aten.mul_.Tensor, *DIVISIONS, aten.where.self, aten.masked_fill.Scalar,
+             aten.masked_fill_.Scalar)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ def anchors(f: Facts) -> list[Anchor]:
 
 
 def near_misses(f: Facts) -> list[fx.Node]:
-    """Divisions of exponentials or by a sum of them, the mark of a softmax, whether they are one or not."""
+    """Divisions of exponentials or by a sum of them, also scaled or masked ones: the mark of a softmax, whether they
+    are one or not."""
     found: list[fx.Node] = []
     for n in f.graph.nodes:
         below = tensor(n.args[1]) if n.target in DIVISIONS and n in f.live else None
@@ -86,9 +91,20 @@ def near_misses(f: Facts) -> list[fx.Node]:
         if of is None:
             continue
         top = skip_casts(tensor(n.args[0]))
-        if of.target in EXPS or (top is not None and top.target in EXPS):
+        if of.target in EXPS or (top is not None and top.target in EXPS) or not _powers(of).isdisjoint(_powers(top)):
             found.append(n)
     return found
+
+
+def _powers(n: fx.Node | None, depth: int = 4) -> set[fx.Node]:
+    """The exponentials that a node scales, masks or casts."""
+    if n is None or depth == 0:
+        return set()
+    if n.target in EXPS:
+        return {n}
+    if n.target not in _SCALINGS and n.target not in CASTS:
+        return set()
+    return {x for a in n.all_input_nodes for x in _powers(a, depth - 1)}
 
 
 def _between(a: Anchor) -> set[fx.Node]:
@@ -229,7 +245,7 @@ def _exp(f: Facts, n: fx.Node) -> Anchor | None:
     x = skip_casts(given)
     if given is None or x is None or written(f, x, x, n) or written(f, given, given, n):
         return None
-    if x.target in (aten.log_softmax.int, aten._log_softmax.default):
+    if x.target in _LOGS:
         scores: Any = x.args[0]
         dim = one_dim(f, scores, argument(x, "dim"))
         return None if dim is None else Anchor(n, scores, dim, reader=x)
@@ -242,7 +258,7 @@ def _exp(f: Facts, n: fx.Node) -> Anchor | None:
 
 _RULES: dict[object, Callable[[Facts, fx.Node], Anchor | None]] = {
     **dict.fromkeys(
-        [aten.softmax.int, aten._softmax.default, aten._safe_softmax.default], _softmax),
+        [aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default], _softmax),
     **dict.fromkeys(DIVISIONS, _quotient),
     **dict.fromkeys([aten.exp.default, aten.exp_.default], _exp),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame, frame
 from attncc.patterns.moves import move
 from attncc.patterns.reasons import compares
+from attncc.patterns.schema import written_args
 from attncc.patterns.terms import Term, terms
 from attncc.patterns.value import Unreadable
 
@@ -118,7 +119,9 @@ _PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 
 
 def _carries(f: Facts, user: fx.Node, n: fx.Node) -> bool:
-    """Whether `user` holds the values of `n`, moved or changed element by element."""
+    """Whether `user` holds the values of `n`, moved or changed element by element, or writes over some of them."""
+    if n in written_args(user):
+        return True
     if str(getattr(user.target, "overloadpacket", "")) in _SEVERAL or user.target in _PADS:
         return True
     return user.op == "call_function" and f.is_tensor(user) and (_moves(f, user) or user.target in ELEMENTS)

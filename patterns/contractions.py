@@ -221,6 +221,23 @@ def _inner(f: Facts, n: fx.Node) -> Contraction | None:
     return Contraction(n, a, b, f.shape(a)[-1], maps)
 
 
+def _vecdot(f: Facts, n: fx.Node) -> Contraction | None:
+    a: Any = n.args[0]
+    b: Any = n.args[1]
+    dim: Any = argument(n, "dim")
+    rank = f.rank(n) + 1
+    if f.value(n).is_complex() or f.shape(a) == f.shape(b):
+        return None
+    dim %= rank
+
+    def maps(at: Point, c: Expr) -> tuple[Point, Point]:
+        inside = (*at[:dim], c, *at[dim:])
+        return broadcast(f, a, inside), broadcast(f, b, inside)
+
+    extents = [f.shape(x)[dim - rank] for x in (a, b) if f.rank(x) >= rank - dim]
+    return Contraction(n, a, b, extents[0], maps) if len(extents) == 2 and extents[0] is extents[1] else None
+
+
 def _tensordot(f: Facts, n: fx.Node) -> Contraction | None:
     a: Any = n.args[0]
     b: Any = n.args[1]
@@ -247,6 +264,7 @@ _RULES: dict[object, Callable[[Facts, fx.Node], Contraction | None]] = {
     aten.inner.default: _inner,
     aten.cosine_similarity.default: _cosine,
     aten.tensordot.default: _tensordot,
+    aten.linalg_vecdot.default: _vecdot,
 }
 
 

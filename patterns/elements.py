@@ -309,7 +309,7 @@ _RULES: dict[str, Rule] = {
     "square": _unary(activations.square),
     **{name: _unary(_named(name)) for name in
        ("exp", "log", "log1p", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "floor", "ceil", "round", "sin", "cos")},
-    "isnan": _unary(_named("isnan")),
+    "isnan": _unary(_named("isnan")), "special_expit": _unary(_named("sigmoid")),
     "reciprocal": _unary(lambda x: op("div", const(1.0), x)),
     "lt": _binary(lt), "le": _binary(le), "gt": _binary(gt), "ge": _binary(ge), "eq": _binary(eq), "ne": _binary(_ne),
     "less": _binary(lt), "less_equal": _binary(le), "greater": _binary(gt), "greater_equal": _binary(ge),
@@ -323,7 +323,7 @@ _RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 ELEMENTS: dict[object, Rule] = {
-    **{target: rule for name, rule in _RULES.items() for target in _both(name, *_TS)},
+    **{target: rule for name, rule in _RULES.items() for x in (name, f"special_{name}") for target in _both(x, *_TS)},
     **dict.fromkeys([aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar], _where),
     **dict.fromkeys([aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default,
                      aten._to_copy.default], _identity),

@@ -19,7 +19,7 @@ from attncc.patterns.flex import FLEX, lift_flex
 from attncc.patterns.frames import Frame
 from attncc.patterns.linear import Recognised, data_nodes, linear_attentions
 from attncc.patterns.pieces import in_pieces
-from attncc.patterns.reasons import UNDER_VMAP, of_use, under_vmap
+from attncc.patterns.reasons import UNDER_VMAP, of_quotient, of_use, under_vmap
 from attncc.patterns.recurrence import recurrences
 from attncc.patterns.sdpa import lift_sdpa
 from attncc.patterns.softmax import lift_softmax
@@ -96,9 +96,9 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
     taken = {n for site in found for n in (site.node, site.anchor)}
     found += [Refusal(why, at, total) for why, at, total in vector_quotients(f) if taken.isdisjoint({at, total})]
     for n in near_misses(f):
-        used = {n, *(user for user in n.users if contraction(f, user) is not None)}
-        if used.isdisjoint({site.node for site in found} | {site.anchor for site in found}):
-            found.append(Refusal("a quotient by a sum that is not that of the same exponentials over the keys", n, n))
+        used = [user for user in n.users if contraction(f, user) is not None]
+        if {n, *used}.isdisjoint({site.node for site in found} | {site.anchor for site in found}):
+            found.append(Refusal(of_quotient(f, n), used[0] if used else n, n))
     return found
 
 

@@ -97,6 +97,14 @@ def broadcast_both_ways(f: Facts, n: fx.Node) -> bool:
     return bool((a - b) & wide and (b - a) & wide)
 
 
+def of_quotient(f: Facts, n: fx.Node) -> str:
+    """Why exponentials that a sum of exponentials divides are no attention."""
+    (top, *_) = n.all_input_nodes
+    if compares(f, top):
+        return "a quotient by a sum that is not that of the same exponentials over the keys"
+    return of_scores(f, top)
+
+
 def under_vmap(f: Facts, scores: fx.Node) -> bool:
     """Whether scores are made of the tensors that `torch.vmap` passes, which a trace holds as constants."""
     held = (getattr(f.graph.owning_module, str(x.target), None) for x in _behind(scores) if x.op == "get_attr")
@@ -143,6 +151,8 @@ def of_use(f: Facts, scores: fx.Node, weights: fx.Node, at: fx.Node) -> str:
     name = "the output" if at.op == "output" else op_name(at) or at.name
     if name in ("topk", "sort") and compares(f, scores):
         return f"only the largest of its weights are kept ({name}), and which they are no score says alone"
+    if name in ("sum", "mean") and contraction(f, at) is not None:  # weighed and summed, by one number each
+        return f"{of_scores(f, scores)}; {_WEIGHS['sum']}"
     goes = (_WEIGHS if _scales(f, weights, at) else {}).get(name) or _GOES.get(name, f"it goes to {name}")
     return f"the softmax is not multiplied with values: {goes}"
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from attncc.ir.attention import Normalizer, S
 from attncc.ir.build import TRUE, and_, not_
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, loads, rewrite, walk
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, loads, rewrite, walk
 from attncc.patterns.assemble import Lifted, assemble
 from attncc.patterns.contractions import DOT, Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
@@ -78,7 +78,7 @@ def lift_unnormalised(f: Facts, product: Contraction, left: bool) -> Lifted | No
     if found.row is not None:
         value = whole.reader(pair=frozenset({c, found.row})).value_at(whole.weights, whole.weights_at, whole.read)
     value = rewrite(value, lambda x: S if x is found.load else stored(f, x, whole.use))
-    if S not in set(walk(value)) or _is_scaled(value) or any(x.tensor.startswith(DOT) for x in loads(value)):
+    if S not in set(walk(value)) or _is_scaled(value, c) or any(x.tensor.startswith(DOT) for x in loads(value)):
         return None
     normalizer, score, visible = _taken_apart(value)
     parts = whole.parts(found, score, half=whole.weights, empty="nan")
@@ -104,15 +104,17 @@ def _taken_apart(x: Expr) -> tuple[Normalizer, Expr, Expr]:
     return "none", x, visible
 
 
-def _is_scaled(x: Expr) -> bool:
-    """Whether a weight is its score times a constant: then the two products are one linear map after another."""
-    while isinstance(x, Op) and (x.name in (*ROUNDINGS, "neg") or (x.name in ("mul", "div") and _has_constant(x))):
-        x = next(a for a in x.args if not isinstance(a, Const))
+def _is_scaled(x: Expr, key: Expr) -> bool:
+    """Whether a weight is its score times what is alike for every key: the two products are one linear map after
+    another."""
+    while isinstance(x, Op) and x is not S:
+        alike = [a for a in x.args if S not in free(a) and key not in free(a)]
+        rest = [a for a in x.args if a not in alike]
+        scales = x.name in ("mul", "neg", *ROUNDINGS) or (x.name == "div" and x.args[0] in rest)
+        if not scales or len(rest) != 1:
+            return False
+        (x,) = rest
     return x is S
-
-
-def _has_constant(x: Op) -> bool:
-    return any(isinstance(a, Const) for a in x.args)
 
 
 def _zero(x: Expr) -> bool:

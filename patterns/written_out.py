@@ -111,6 +111,9 @@ class _Search:
         rule = None if steps == 0 or x.op != "call_function" else _DOWN.get(op_name(x).rstrip("_"))
         if rule is not None and (found := rule(self, x, at, steps - 1)) is not None:
             return found
+        spread = spread_from(self.f, x)
+        if spread is not None and not self._written(spread[0]):
+            return self.descend(spread[0], lambda point: spread[1](at(point)), steps)
         moved = self._moved(x, at) if steps else None
         if moved is not None and self.descend(moved[0], moved[1], steps - 1):
             return True
@@ -172,9 +175,16 @@ class _Search:
             return None
         if at((probe := Index("p"),) * self.f.rank(x)) != (probe,) * self.f.rank(x):
             return None
-        a, b = (Factor(s, self._broadcast(s, at)) for s in sides)
+        a, b = (self._side(s, self._broadcast(s, at)) for s in sides)
         self.difference = (a, b)
         return True
+
+    def _side(self, x: fx.Node, at: Callable[[Point], Point]) -> Factor:
+        """A factor read where it lies, less copies of it that broadcast it."""
+        spread = spread_from(self.f, x)
+        if spread is None or self._written(spread[0]):
+            return Factor(x, at)
+        return self._side(spread[0], lambda point: spread[1](at(point)))
 
     def outer(self, x: fx.Node, at: Callable[[Point], Point], steps: int) -> bool | None:
         """An einsum that sums over nothing."""
@@ -199,11 +209,24 @@ class _Search:
 
 _PERMUTES = [t for t in MOVES if str(t).split(".")[1] in (
     "permute", "transpose", "contiguous", "clone", "unsqueeze", "movedim", "mT", "swapaxes")]  # fmt: skip
+_SPREADS = [t for t in MOVES if str(t).split(".")[1] in ("expand", "expand_as", "broadcast_to", "repeat", "tile")]
 _DOWN: dict[str, Callable[[_Search, fx.Node, Callable[[Point], Point], int], bool | None]] = {
     "mul": _Search.product, "multiply": _Search.product, "div": _Search.divided, "neg": _Search.negated,
     "to": _Search.cast, "_to_copy": _Search.cast, "pow": _Search.squared, "square": _Search.square,
     "einsum": _Search.outer,
 }  # fmt: skip
+
+
+def spread_from(f: Facts, x: fx.Node) -> tuple[fx.Node, Callable[[Point], Point]] | None:
+    """(source, where it is read) of what repeats a tensor along axes that this has not."""
+    if x.target not in _SPREADS:
+        return None
+    ext: dict[Expr, Expr] = {Index(f"x{d}"): s for d, s in enumerate(f.shape(x))}
+    moved = move(f, x, cast("Point", tuple(ext)), ext)
+    if moved is None or moved[1] != broadcast(f, moved[0], cast("Point", tuple(ext))):
+        return None
+    source = moved[0]
+    return source, lambda point: broadcast(f, source, point)
 
 
 def _is_computed(n: fx.Node) -> bool:

@@ -98,6 +98,13 @@ def distances(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return (-torch.cdist(q, k)).softmax(-1) @ v
 
 
+def signed_edges(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """Exponentials of three factors, masked: a softmax over the edges of a graph."""
+    edges = x[:, :, None] + x[:, None]
+    scores = torch.einsum("bid,bjd,bijd->bij", x, x.flip(1), edges).clamp(-5, 5).exp() * (x[:, :, :1] > 0)
+    return scores / 1.1 / (scores.sum(-1, keepdim=True) + 1e-6) @ x
+
+
 def pooled(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return x + m.lin(m.one(x).softmax(1).mT @ x)
 
@@ -256,6 +263,7 @@ def summed_alone(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
         (summed_alone, "sums of elements of each token alone"),
         (additive, "sums over pairs of elements"),
         (distances, "distances (cdist)"),
+        (signed_edges, "its scores come from einsum"),
         (pooled, "come from a layer (linear)"),
         (mixed_experts, "come from a layer (linear)"),
         (summed_experts, "summed element by element, as branches, levels and sampling points are"),

@@ -94,6 +94,37 @@ def hopfield(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return q
 
 
+def heated_hopfield(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """The same with a learned temperature, between two products that no softmax is between."""
+    for _ in range(2):
+        q = (q * extra["heat"] @ k.mT).softmax(-1) @ k
+    return q
+
+
+def spread_out(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Both sides repeated before they are compared and weighed."""
+    rows, keys = q.unsqueeze(3).repeat(1, 1, 1, N, 1), k.unsqueeze(2).expand(-1, -1, N, -1, -1)
+    near = (-(rows - keys).pow(2).sum(-1) / 9).softmax(-1).unsqueeze(-1).expand(-1, -1, -1, -1, D)
+    return (near * v.unsqueeze(2).expand(-1, -1, N, -1, -1)).sum(3)
+
+
+def special_names(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """The names of `torch.special`: a softmax whose values are weighed by another, the Laplace function."""
+    first = torch.special.softmax(torch.linalg.vecdot(q[..., :, None, :], k[..., None, :, :]), -1) @ v
+    laplace = 0.5 * (1 + torch.special.erf((q @ k.mT / D - 0.7) / 0.4))
+    return first + laplace @ v
+
+
+def written_weights(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Weights set to zero by index where a mask hides the key, as the scores were."""
+    scores = q @ k.mT * D**-0.5
+    hidden = (~extra["mask"]).expand_as(scores)
+    scores[hidden] = -math.inf
+    weights = scores.softmax(-1).clone()
+    weights[hidden] = 0.0
+    return weights @ v
+
+
 def rolled_rows(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     """Scores of a row, taken for another one."""
     scores = (q @ k.mT * D**-0.5).roll(2, 2).masked_fill(~extra["mask"], -math.inf)
@@ -102,6 +133,7 @@ def rolled_rows(q: Q, k: Q, v: Q, extra: Extra) -> Q:
 
 WEIGHTS = {"weight": randoms(H, D), "other": randoms(H, D).flip(0)}
 MASK = {"mask": CAUSAL}
+HEAT = {"heat": randoms(H, 1, 1).abs()}
 WILD: tuple[Case, ...] = (
     case("element-by-element", element_by_element, "both products written out", dtypes=HALF, golden=0),
     case("weighed-features", weighed_features, "three factors, averaged", extra=WEIGHTS, golden=0),
@@ -117,6 +149,10 @@ WILD: tuple[Case, ...] = (
     case("bent-scores", bent_scores, "activations of scores"),
     case("silu-weights", silu_weights, "an activation in place of the softmax", golden=0),
     case("slopes-in-the-graph", slopes_in_the_graph, "a constant tensor in the model's code"),
+    case("heated-hopfield", heated_hopfield, "a tensor scales one product before the next", extra=HEAT, sites=2),
+    case("spread-out", spread_out, "copies that broadcast", golden=0, dtypes=HALF),
+    case("special-names", special_names, "other names of the same functions", sites=2),
+    case("written-weights", written_weights, "scores and weights written by index", extra=MASK, golden=0),
     case("rolled-rows", rolled_rows, "scores and weights whose rows are turned round", extra=MASK, golden=0),
     case("hopfield", hopfield, "steps that feed each other", sites=3),
 )
