@@ -1,4 +1,4 @@
-"""Numbers made of sizes that are known at the call only: scales by the depth and by the number of keys."""
+"""Numbers made of sizes that are known at the call only: scales by the number of keys."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from zoo_case import Case, Made, lively
 from zoo_spellings import Attend, Core, D, Extra, H, Q
 
 
-def by_root_of_depth(q: Q, k: Q, v: Q, extra: Extra) -> Q:
-    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+def by_root(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return (q @ k.mT / math.sqrt(k.shape[2])).softmax(-1) @ v
 
 
 def by_number_of_keys(q: Q, k: Q, v: Q, extra: Extra) -> Q:
@@ -24,7 +24,7 @@ def by_number_of_keys(q: Q, k: Q, v: Q, extra: Extra) -> Q:
 
 def by_alpha(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     flat = [x.flatten(0, 1) for x in (q, k, v)]
-    scores = torch.baddbmm(q.new_zeros(1, 1, 1), flat[0], flat[1].mT, beta=0, alpha=q.shape[-1] ** -0.5)
+    scores = torch.baddbmm(q.new_zeros(1, 1, 1), flat[0], flat[1].mT, beta=0, alpha=k.shape[2] ** -0.5)
     return (scores.softmax(-1) @ flat[2]).view_as(q)
 
 
@@ -46,8 +46,8 @@ def of_ids(core: Core) -> Callable[[], Made]:
 WIDE = (torch.float32, torch.bfloat16)
 
 SIZES = (
-    Case("root-of-depth", of_ids(by_root_of_depth), 1, "divided by the root of a size", dynamic=True, golden=0),
+    Case("root-of-keys", of_ids(by_root), 1, "divided by the root of a size", dynamic=True, golden=0),
     Case("number-of-keys", of_ids(by_number_of_keys), 1, "times the root of a length", dynamic=True, golden=0,
          dtypes=WIDE, backward=True),
-    Case("alpha-of-depth", of_ids(by_alpha), 1, "a size as the factor of baddbmm", dynamic=True),
+    Case("alpha-of-keys", of_ids(by_alpha), 1, "a size as the factor of baddbmm", dynamic=True),
 )  # fmt: skip
