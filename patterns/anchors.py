@@ -34,6 +34,7 @@ _LOGS = (aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softm
 _SUBS = (aten.sub.Tensor, aten.sub_.Tensor)
 _ADDS = (aten.add.Tensor, aten.add_.Tensor)
 _CLAMPS = (aten.clamp.default, aten.clamp_min.default, aten.clamp_.default)
+_RELUS = (aten.relu.default, aten.relu_.default)
 DIVISIONS = (aten.div.Tensor, aten.div_.Tensor)
 #: What keeps a denominator away from zero.
 _BOUNDED = (*_ADDS, *_CLAMPS)
@@ -47,7 +48,7 @@ class Anchor:
     `invariant` are nodes that are constant along `dim` and cancel in the quotient (a row maximum). `empty` overrides
     what a row of all -inf gives. `sink` is the logit of what the denominator has beside the exponentials. `shares` says
     what the weights are shares of a sum of: powers of a `base` (None: the natural one) with the scores as exponents,
-    the scores themselves, or these with the sum taken of their magnitudes."""
+    the scores themselves, or these (all, or those above zero) with the sum taken of their magnitudes."""
 
     node: fx.Node
     scores: fx.Node
@@ -57,7 +58,7 @@ class Anchor:
     invariant: frozenset[fx.Node] = frozenset()
     reader: fx.Node | None = None
     sink: float | None = None
-    shares: Literal["powers", "plain", "signed"] = "powers"
+    shares: Literal["powers", "plain", "signed", "clipped"] = "powers"
     base: float | None = None
 
     def read_at(self, f: Facts) -> int:
@@ -147,7 +148,7 @@ def _quotient(f: Facts, n: fx.Node) -> Anchor | None:
 
 
 def _share(f: Facts, n: fx.Node, top: fx.Node, bottom: fx.Node) -> Anchor | None:
-    """f(s) / sum(f(s)) and s / sum(|s|), for scores that compare two tensors."""
+    """f(s) / sum(f(s)), s / sum(|s|) and relu(s) / sum(|s|), for scores that compare two tensors."""
     found = denominator(f, bottom, None)
     if found is None or written(f, found.total, found.total, n):
         return None
@@ -155,6 +156,9 @@ def _share(f: Facts, n: fx.Node, top: fx.Node, bottom: fx.Node) -> Anchor | None
     signed = of.target is aten.abs.default
     if signed and not written(f, of, of, seen):
         of, seen = of.all_input_nodes[0], of
+    inside = tensor(top.args[0]) if signed and top.target in _RELUS and not written(f, top, top, n) else None
+    if inside is not None and alike(f, of, seen, inside, top) and compares(f, inside):
+        return Anchor(n, inside, found.dim, reader=top, sink=found.sink, shares="clipped")
     if not alike(f, of, seen, top, n) or not compares(f, top):
         return None
     return Anchor(n, top, found.dim, sink=found.sink, shares="signed" if signed else "plain")

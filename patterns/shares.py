@@ -3,6 +3,7 @@
     base^x / sum base^x                 softmax(x ln base)
     f(s) / (sum f(s) + c)               softmax(log f(s)) beside a sink of log c, for f >= 0
     s / (sum |s| + c)                   the softmax of log |s|, with the sign of s
+    relu(s) / (sum |s| + c)             the same where s is above zero, and zero elsewhere
 
 A row whose weights are all zero is 0 / 0 without c, which no softmax is: f must be positive then.
 """
@@ -28,8 +29,9 @@ def as_softmax(anchor: Anchor, score: Expr, weight: Expr) -> tuple[Expr, Expr]:
     if anchor.shares == "powers":
         return (score if anchor.base is None else mul(score, const(math.log(anchor.base)))), weight
     zero = anchor.sink is not None
-    if anchor.shares == "signed":
-        signed = where(lt(score, const(0.0)), op("neg", W), W)
+    if anchor.shares in ("signed", "clipped"):
+        below = op("neg", W) if anchor.shares == "signed" else const(0.0)
+        signed = where(lt(score, const(0.0)), below, W)
         weight = rewrite(weight, lambda x: signed if x is W else None)
         score = op("abs", score)
     return _log(score, anchor.node, zero=zero), weight

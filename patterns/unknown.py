@@ -3,21 +3,25 @@
     act(q k^T) v  for an `act` without a rule            (q k^T / norm(q k^T)) v
     act(w . [q_i, k_j]) v                                one_hot(argmax(q k^T)) v
     q_i (S_0 + .. + S_i)  for states of tokens or chunks that no linear attention was recognised in
+    q_i * (sum_j k_j * v_j)  element by element
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from typing import Any
 
 from torch import fx
 
+from attncc.ir.build import ONE
 from attncc.patterns.contractions import Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES
 from attncc.patterns.reasons import made_of, pairs
-from attncc.patterns.schema import op_name
-from attncc.patterns.written_out import factored
+from attncc.patterns.reductions import one_dim
+from attncc.patterns.schema import argument, op_name
+from attncc.patterns.written_out import SUMS, factored
 
 _STEPS = 24
 _REDUCTIONS = ("sum", "mean", "amax", "max", "norm", "linalg_vector_norm", "var", "std", "logsumexp", "cumsum")
@@ -33,6 +37,11 @@ def unknown_weights(f: Facts, data: Container[fx.Node]) -> Iterator[tuple[str, f
             sides = [(outer.lhs, outer.rhs), (outer.rhs, outer.lhs)]
         elif _name(n) == "einsum" and len(n.all_input_nodes) == 3:
             sides = [(x, next(y for y in n.all_input_nodes if y is not x)) for x in n.all_input_nodes]
+        elif _name(n) == "mul":
+            found = _channels(f, n, data)
+            if found is not None:
+                yield _CHANNELS, found, n
+            continue
         elif _name(n) in ("gather", "index_select", "take_along_dim"):
             sides = [(n.all_input_nodes[-1], n.all_input_nodes[0])]
         else:
@@ -82,6 +91,29 @@ def _running(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.No
         factors = factored(f, x, x.all_input_nodes[0]) if f.rank(x) > 2 else None
         if factors is not None and all(y.node in data for y in factors):
             return "its state is a running sum over tokens (cumsum): a recurrence, left with Inductor", x
+    return None
+
+
+_CHANNELS = "each channel is a head of its own, q * sum(k * v): linear attention, left with Inductor"
+
+
+def _channels(f: Facts, n: fx.Node, data: Container[fx.Node]) -> fx.Node | None:
+    """The sum over tokens of products of two data tensors that `n` multiplies a third with (Bolya et al., 2022: arXiv
+    2209.07484)."""
+    sides = [x for x in n.all_input_nodes if f.is_tensor(x)]
+    for total, q in (sides, sides[::-1]) if len(sides) == 2 else ():
+        x = total
+        while x.op == "call_function" and x.target in MOVES:
+            x = x.all_input_nodes[0]
+        if x.target not in SUMS or contraction(f, x) is not None or q not in data:
+            continue
+        source: Any = x.args[0]
+        dim, factors = one_dim(f, source, argument(x, "dim")), factored(f, x, source)
+        whole = dim is not None and f.rank(source) == f.rank(q) and f.shape(source)[dim] is f.shape(q)[dim] is not ONE
+        if whole and dim != f.rank(q) - 1 and factors is not None:
+            k, v = (y.node for y in factors)
+            if len({k, v, q}) == 3 and all(y in data and f.shape(y) == f.shape(q) for y in (k, v)):
+                return x
     return None
 
 

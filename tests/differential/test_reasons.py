@@ -199,6 +199,10 @@ def after_a_break(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return (x - x.amax(-1, keepdim=True)).softmax(-1) @ k.mT.reshape(B, WIDTH, N)
 
 
+def heads_of_one_channel(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return F.normalize(q, dim=-1) * (F.normalize(k, dim=-1) * v).sum(-2, keepdim=True)
+
+
 def picked_and_gathered(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     scores, chosen = (q @ k.mT).topk(5, -1)
     values = v[:, :, None].expand(-1, -1, N, -1, -1).gather(3, chosen[..., None].expand(-1, -1, -1, -1, D))
@@ -243,6 +247,7 @@ def summed_alone(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
         (attention_free_quotient, "each component has weights of its own"),
         (hard, "largest score (argmax, hard attention)"),
         (hard_by_gather, "largest score (argmax, hard attention)"),
+        (heads_of_one_channel, "each channel is a head of its own"),
         (chunked, "a running sum over chunks of tokens"),
         (l1, "weights divided by the linalg_vector_norm of their scores"),
         (without_rule, "its weights are atan of scores, which has no rule"),
@@ -281,6 +286,11 @@ def test_reason(core: Callable[..., Q], reason: str) -> None:
     assert reason in site.reason
 
 
+def pooled_product(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """A factorisation machine's terms, and a gate of what two tensors have in common."""
+    return x * m.lin((m.lin(x) * x).sum(1, keepdim=True)) + (m.lin(x) * x).sum(-1, keepdim=True)
+
+
 def squeeze_excite(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return x * m.lin(F.relu(m.lin(x.mean(1, keepdim=True)))).sigmoid()
 
@@ -312,7 +322,10 @@ def chosen_layers(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return torch.bmm(m.down[numbers], hidden).view_as(x)
 
 
-@pytest.mark.parametrize("core", [chosen_layers, squeeze_excite, block_attention, additive_gate, contrastive, adapter])
+SILENT = [chosen_layers, squeeze_excite, block_attention, additive_gate, contrastive, adapter, pooled_product]
+
+
+@pytest.mark.parametrize("core", SILENT)
 def test_nothing_to_say(core: Callable[..., Q]) -> None:
     facts, *_ = read(Model(core).eval(), torch.randn(B, N, WIDTH))
     assert lift_all(facts) == []

@@ -159,6 +159,12 @@ def taylor(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return weights / weights.sum(-1, keepdim=True) @ v
 
 
+def softpick(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Only scores above zero weigh, all of them count (Zuhri et al., 2025: arXiv 2504.20966)."""
+    scores = torch.expm1(q @ k.mT * SCALE)
+    return F.relu(scores) / (scores.abs().sum(-1, keepdim=True) + 1e-6) @ v
+
+
 def softcap(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     scores = 2.0 * torch.tanh(q @ k.mT * SCALE / 2.0)
     return scores.masked_fill(~extra["mask"], -torch.inf).softmax(-1) @ v
@@ -411,6 +417,8 @@ FORMS = (
     Case("decomposed", attend(decomposed, rows=randoms(9, D), columns=randoms(49, D)), 1, "rows and columns apart"),
     Case("cosine", attend(cosine, temperature=randoms(H)), 1, "normalised, clamped scale"),
     Case("taylor", attend(taylor), 1, "a quadratic that is always above zero", dtypes=WIDE, backward=True),
+    Case("softpick", attend(softpick), 1, "shares of all by those above zero", dtypes=WIDE, dynamic=True,
+         backward=True),
     Case("cosine-similarities", attend(cosine_similarities, temperature=randoms(H)), 1, "scores are cosines",
          dtypes=WIDE, dynamic=True, backward=True),
     Case("bilinear", attend(bilinear, between=randoms(H, D, D)), 1, "einsums of three", dtypes=WIDE, dynamic=True,
