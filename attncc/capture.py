@@ -127,8 +127,6 @@ def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
     # Grad mode is part of what Dynamo captured, and a trace under no_grad records less.
     with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
         traced = torch_private.trace(lambda *a: shadow.run(*a), mode, fakes)
-    if shadow.repeats is not None:
-        shadow.repeats.fill(mode)
     names = {n.name: n for n in traced.graph.nodes}
     reading = Reading(module, traced, {}, bodies=shadow.bodies)
     for made, node in shadow.pairs:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -94,12 +96,14 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, meas
     Nothing that goes wrong here costs the user the model: the graph is then compiled as it came, with a note."""
     try:
         step("reading the graph")
-        reading = capture.read(gm, inputs)
+        with _no_collection():
+            reading = capture.read(gm, inputs)
         for body, arguments in reading.bodies:
             rewrite(body, arguments, found, measure=measure)
         step("finding attention")
-        facts = reading.facts()
-        lifted = lift_all(facts)
+        with _no_collection():
+            facts = reading.facts()
+            lifted = lift_all(facts)
         if not lifted:
             return gm
     except Exception as error:
@@ -120,6 +124,18 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, meas
         found.before.append(source_text(untouched))
         found.after.append(source_text(result.graph))
     return result
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the garbage collector: one pass over all that Dynamo holds takes as long as the work itself."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _edited(

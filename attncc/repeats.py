@@ -2,8 +2,9 @@
 
 A Dynamo node with the target and arguments of an earlier one (equal constants and sizes, tensors of equal shapes,
 strides and dtypes) gives the same ATen nodes on its own arguments. Its result is the fake tensor that Dynamo made for
-it, so that views alias what they alias in the model; the nodes on the way there get fake tensors that lie in memory as
-those of the first did. Sizes that are symbols are equal where their formulas are: a copy reads the nodes of the first.
+it, so that views alias what they alias in the model; the nodes on the way there look like those of the first, and are
+told what memory they lie in. Sizes that are symbols are equal where their formulas are: a copy reads the nodes of the
+first.
 
 Nothing is copied that the looks of the arguments do not decide: what writes, what draws numbers from data, what a
 transform or a constant of the trace changes. It is then traced, each time.
@@ -19,10 +20,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from attncc import torch_private
-from attncc.patterns.schema import formula
+from attncc.patterns.schema import MEMORY, formula
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,10 @@ _Source = _Given | _Made
 
 
 @dataclass(frozen=True)
-class _Memory:
-    """How a step's value lies: a view of `base`, or memory of its own where that is None."""
+class _Looks:
+    """How a step's value looks, and what it is a view of: memory of its own where that is None."""
 
-    shape: Sequence[int | torch.SymInt]
-    stride: Sequence[int | torch.SymInt]
-    offset: int | torch.SymInt
-    dtype: torch.dtype
-    device: torch.device
+    like: FakeTensor
     base: _Source | None
 
 
@@ -62,7 +59,7 @@ class _Step:
     target: Any
     args: Any
     kwargs: Any
-    value: _Memory | None
+    value: _Looks | None
 
 
 class _Unlike(Exception):
@@ -75,7 +72,7 @@ class Repeats:
     def __init__(self) -> None:
         self._steps: dict[object, tuple[_Step, ...]] = {}  # none: to be traced each time
         self._owned: dict[int, torch.Tensor] = {}
-        self._unfilled: list[tuple[list[fx.Node], tuple[_Step, ...], list[torch.Tensor]]] = []
+        self._memories = 0
 
     def run(self, n: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any], trace: Callable[[], Any]) -> Any:
         """The result of `n` inside the trace in progress: copied where one like it was traced, else by `trace`."""
@@ -136,23 +133,20 @@ class Repeats:
             self._owned[id(x)] = x
         if not isinstance(like, torch.Tensor):  # the parts of one operation, asked for by it
             made[-len(results) - 1].meta["val"] = list(results)
-        if len(made) > len(results):
-            self._unfilled.append((made, steps, tensors))
+        for n, step in zip(made, steps, strict=True):
+            if step.value is not None:
+                n.meta["val"], n.meta[MEMORY] = step.value.like, self._memory(step.value.base, made, tensors)
         return like
 
-    def fill(self, mode: FakeTensorMode) -> None:
-        """Give every node on the way to a result its value. After the trace: inside it, making one would be traced."""
-        with mode, torch.no_grad():
-            for made, steps, tensors in self._unfilled:
-                for n, step in zip(made, steps, strict=True):
-                    x = step.value
-                    if x is None:
-                        continue
-                    if x.base is None:
-                        n.meta["val"] = torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device=x.device)
-                        continue
-                    base = tensors[x.base.at] if isinstance(x.base, _Given) else made[x.base.at].meta["val"]
-                    n.meta["val"] = torch.as_strided(base, x.shape, x.stride, x.offset)
+    def _memory(self, base: _Source | None, made: list[fx.Node], tensors: list[torch.Tensor]) -> int:
+        """The memory of a view of `base`. New memory has a number that no storage has."""
+        if base is None:
+            self._memories += 1
+            return -self._memories
+        if isinstance(base, _Given):
+            return torch_private.storage(tensors[base.at])
+        n = made[base.at]
+        return n.meta[MEMORY] if MEMORY in n.meta else torch_private.storage(n.meta["val"])
 
     def _looks(self, x: Any, tensors: list[torch.Tensor]) -> object:
         """A key of an argument, in which tensors are equal by layout and by what they share memory with. They are
@@ -261,16 +255,13 @@ class _Bases:
     """The first tensor of each memory."""
 
     def __init__(self, known: Sequence[tuple[_Source, torch.Tensor]]) -> None:
-        self._first: dict[int, tuple[_Source, torch.dtype]] = {}
+        self._first: dict[int, _Source] = {}
         for at, x in known:
-            self._first.setdefault(torch_private.storage(x), (at, x.dtype))
+            self._first.setdefault(torch_private.storage(x), at)
 
-    def of(self, at: _Made, x: Any) -> _Memory:
-        if not isinstance(x, torch.Tensor):  # several tensors, of which the operation goes on with some
+    def of(self, at: _Made, x: Any) -> _Looks:
+        if not isinstance(x, FakeTensor):  # several tensors, of which the operation goes on with some
             raise _Unlike
         _layout(x)  # raises for what is not strided
-        base, dtype = self._first.setdefault(torch_private.storage(x), (at, x.dtype))
-        if dtype != x.dtype:
-            raise _Unlike
-        known = None if base == at else base
-        return _Memory(tuple(x.shape), x.stride(), x.storage_offset(), x.dtype, x.device, known)
+        base = self._first.setdefault(torch_private.storage(x), at)
+        return _Looks(x, None if base == at else base)

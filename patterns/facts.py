@@ -15,7 +15,7 @@ from attncc.ir.affine import divide
 from attncc.ir.build import add, const, maximum, minimum, mod, mul
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Expr, Size
-from attncc.patterns.schema import formula, is_operator, op_name, storage_id, written_args
+from attncc.patterns.schema import MEMORY, formula, is_operator, op_name, storage_id, written_args
 
 
 class Facts:
@@ -33,6 +33,7 @@ class Facts:
         self.order = {n: at for at, n in enumerate(self.nodes)}
         self.by_name = {n.name: n for n in graph.nodes}
         self.symbols: dict[Size, sympy.Expr] = {}
+        self._shapes: dict[fx.Node, tuple[Expr, ...]] = {}
         self._writes: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
         for n in graph.nodes:
             for written in written_args(n):
@@ -78,6 +79,9 @@ class Facts:
         with self.graph.inserting_before(self.nodes[at]):
             n = self.graph.call_function(target, args, kwargs)
         n.meta["val"] = target(*fx.map_arg(args, self.value), **kwargs)
+        for given in n.all_input_nodes:  # a view
+            if MEMORY in given.meta and storage_id(self.value(given)) == storage_id(n.meta["val"]):
+                n.meta[MEMORY] = given.meta[MEMORY]
         self.order[n], self.by_name[n.name] = at, n
         self.made.add(n)
         return n
@@ -92,7 +96,10 @@ class Facts:
         return isinstance(self.value(n), torch.SymInt)
 
     def shape(self, n: fx.Node) -> tuple[Expr, ...]:
-        return tuple(self.size(s) for s in self.value(n).shape)
+        found = self._shapes.get(n)
+        if found is None:
+            found = self._shapes[n] = tuple(self.size(s) for s in self.value(n).shape)
+        return found
 
     def rank(self, n: fx.Node) -> int:
         return self.value(n).dim()
@@ -137,7 +144,8 @@ class Facts:
         return known
 
     def storage(self, n: fx.Node) -> int | None:
-        return storage_id(self.value(n))
+        """What nodes that share memory have in common; None for what has no memory of its own to speak of."""
+        return n.meta[MEMORY] if MEMORY in n.meta else storage_id(self.value(n))
 
     def aliases(self, a: fx.Node, b: fx.Node) -> bool:
         found = self.storage(a)

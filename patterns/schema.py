@@ -9,6 +9,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+#: Where a node says what memory its value lies in, if that is not its value's own.
+MEMORY = "memory"
 #: In-place ops that change what a tensor looks like and not what it holds.
 _METADATA = {"detach_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "requires_grad_"}
 
