@@ -14,6 +14,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
     _ProxyTensor,
+    _sympy_handlers,
     get_proxy_mode,
     get_proxy_slot,
     make_fx,
@@ -119,10 +120,18 @@ def stands_for(n: fx.Node, x: torch.Tensor) -> None:
     assert mode is not None
     tracer: Any = mode.tracer
     sizes = [s for s in (*x.shape, *x.stride(), x.storage_offset()) if isinstance(s, torch.SymInt)]
-    if all(symbol in tracer.sympy_expr_tracker for s in sizes for symbol in s.node.expr.free_symbols):
+    if all(_can_be_made(tracer, s.node.expr) for s in sizes):
         set_proxy_slot(x, tracer, _ProxyTensor(fx.Proxy(n, tracer), None))  # sizes are made of their symbols when used
     else:
         track_tensor(x, fx.Proxy(n, tracer), constant=None, tracer=tracer)
+
+
+def _can_be_made(tracer: Any, x: Any) -> bool:
+    """Whether a trace makes a size by itself, of symbols that it knows: not powers, nor products of three factors."""
+    if x.is_Integer or x in tracer.sympy_expr_tracker:
+        return True
+    pairs = len(x.args) == 2 or not x.is_Mul
+    return x.func in _sympy_handlers() and pairs and all(_can_be_made(tracer, a) for a in x.args)
 
 
 def inside_transform() -> bool:

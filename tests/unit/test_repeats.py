@@ -85,6 +85,18 @@ def losses(x: Tensor, w: Tensor) -> Tensor:
     return x
 
 
+def shifted(x: Tensor, w: Tensor) -> Tensor:
+    """Relative positions shifted by reshapes: lengths with squares in them, which a trace cannot make of symbols."""
+    b, n, _ = x.shape
+    for _ in range(2):
+        y = (x @ w[:, :8]).view(b, -1, 2, 4).transpose(1, 2)
+        p = (torch.cat([x, x], 1) @ w[:, 8:16]).view(b, -1, 2, 4)
+        y = (y @ p.permute(0, 2, 3, 1)).view(b, 2, -1, n)
+        y = y[:, :, 1:].view(b, 2, n, -1)
+        x = x + y[..., :n].mean(1) @ x
+    return x
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaModel(transformers.LlamaConfig(
         hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=16,
@@ -96,7 +108,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("function", [layers, unsqueezed, losses])
+@pytest.mark.parametrize("function", [layers, unsqueezed, losses, shifted])
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_copies_are_what_a_trace_gives(
