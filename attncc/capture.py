@@ -16,7 +16,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_map_only
 
 from attncc import torch_private
-from attncc.expand import PARTS
+from attncc.expand import in_place_of
 from attncc.patterns.facts import Facts
 from attncc.patterns.flex import FLEX
 from attncc.repeats import Repeats
@@ -85,13 +85,12 @@ class _Shadow(fx.Interpreter):
         number = torch_private.known_number(n)
         if number is not None:
             return number
-        if n.target in PARTS:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            if not any(isinstance(x, torch.Tensor) and x.is_nested for x in args):
-                return PARTS[n.target](*args, **kwargs)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        written_out = in_place_of(n.target, args)
+        if written_out is not None:
+            return written_out(*args, **kwargs)
         if self.repeats is None:
             return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
         return self.repeats.run(n, args, kwargs, lambda: super(_Shadow, self).run_node(n))
 
     def _opaque(self, n: fx.Node) -> Any:

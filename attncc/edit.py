@@ -179,6 +179,9 @@ class Editor:
     def _node(self, shadow: fx.Node) -> fx.Node:
         """The node of the edited graph that holds a shadow node's value."""
         found = self.copies.get(shadow) or self.reading.origin.get(shadow)
+        written = [x for x in written_args(shadow) if x is shadow.args[0]]
+        if found is None and written:  # `x[at] = y` results in what it wrote to
+            return self._node(written[0])
         if found is None and shadow in self.facts.made:
             if self.reading.uses_autocast:
                 raise EditError("an operand of its own would be computed under autocast")

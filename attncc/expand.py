@@ -1,4 +1,4 @@
-"""Library calls that hold a whole attention, written out in the operations they are made of.
+"""Library calls that hold a whole attention, or several products, written out in the operations they are made of.
 
 torch runs `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` as one operation each in inference. The shadow of a
 graph runs what is here in their place, so that the attention in them is found; an edit then takes the parts over.
@@ -6,11 +6,13 @@ graph runs what is here in their place, so that the attention in them is found; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 Tensor = torch.Tensor
 
@@ -73,10 +75,69 @@ def transformer_encoder_layer(
     return second(x + products(x))
 
 
+def einsum(equation: str, *operands: Any) -> Tensor:
+    """`torch.einsum` as one of two factors at a time, those with the smallest result first; one that sums nothing is a
+    multiplication."""
+    factors: list[Tensor] = list(operands[0] if len(operands) == 1 else operands)
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:
+        letters = left.replace(",", "")
+        out = "".join(sorted(x for x in set(letters) if letters.count(x) == 1))
+    while len(terms) > 1:
+        pair = min(combinations(range(len(terms)), 2), key=lambda pair: len(_kept(terms, pair, out)))
+        made = out if len(terms) == 2 else _kept(terms, pair, out)
+        first, second = pair
+        product = _product(factors[first], factors[second], terms[first], terms[second], made)
+        terms = [*(x for at, x in enumerate(terms) if at not in pair), made]
+        factors = [*(x for at, x in enumerate(factors) if at not in pair), product]
+    return factors[0]
+
+
+def _kept(terms: Sequence[str], pair: tuple[int, int], out: str) -> str:
+    """The letters of two terms that are not summed yet."""
+    others = [out, *(term for at, term in enumerate(terms) if at not in pair)]
+    both = terms[pair[0]] + terms[pair[1]]
+    return "".join(x for x in dict.fromkeys(both) if any(x in term for term in others))
+
+
+def _product(a: Tensor, b: Tensor, left: str, right: str, out: str) -> Tensor:
+    if set(left) | set(right) != set(out):
+        return torch.einsum(f"{left},{right}->{out}", a, b)
+
+    def aligned(x: Tensor, letters: str) -> Tensor:
+        x = x.permute([letters.index(c) for c in out if c in letters])
+        return x[tuple(slice(None) if c in letters else None for c in out)]
+
+    return aligned(a, left) * aligned(b, right)
+
+
+def _is_several(equation: Any, tensors: Sequence[Tensor]) -> bool:
+    """Whether an einsum holds several products, or none: each letter of a factor once, and no ellipsis."""
+    if not isinstance(equation, str):
+        return False
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    plain = all(len(set(x)) == len(x) for x in terms) and "." not in equation
+    summed = not arrow or set(left) - {","} != set(out)
+    return plain and len(terms) == len(tensors) > 1 and (len(terms) > 2 or not summed)
+
+
 #: What to call in place of a library call, on plain tensors.
 PARTS: dict[object, Callable[..., Any]] = {
     torch._transformer_encoder_layer_fwd: transformer_encoder_layer,  # pyright: ignore[reportPrivateImportUsage]
     torch.ops.aten._transformer_encoder_layer_fwd.default: transformer_encoder_layer,
     torch._native_multi_head_attention: native_multi_head_attention,  # pyright: ignore[reportPrivateImportUsage]
     torch.ops.aten._native_multi_head_attention.default: native_multi_head_attention,
+    torch.einsum: einsum,
+    torch.ops.aten.einsum.default: einsum,
 }
+
+
+def in_place_of(target: object, args: Sequence[Any]) -> Callable[..., Any] | None:
+    """What to call in place of a call with these arguments, if anything."""
+    found = PARTS.get(target)
+    tensors = [x for x in tree_leaves(list(args)) if isinstance(x, torch.Tensor)]
+    if found is None or any(x.is_nested for x in tensors) or (found is einsum and not _is_several(args[0], tensors)):
+        return None
+    return found

@@ -1,7 +1,7 @@
-"""Attention that is normalised after the product with the values: (exp(x) @ v) / sum(exp(x)).
+"""Attention that is normalised after the product with the values: (exp(x) @ v) / sum(exp(x)), (f(s) @ v) / sum(f(s)).
 
 The quotient takes the place of the product: it reads the product and the sum at the same row, and both sum over the
-same exponentials.
+same exponentials, or over the same function of scores.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame, framed
 from attncc.patterns.moves import MOVES
+from attncc.patterns.reasons import compares
 from attncc.patterns.reductions import EXPS, SUMS, exponent, one_dim, skip_casts
 from attncc.patterns.schema import argument
 from attncc.patterns.terms import Term
@@ -28,7 +29,7 @@ from attncc.patterns.value import Reader, Unreadable
 
 
 def divided(f: Facts) -> Iterator[tuple[Frame, Term, fx.Node]]:
-    """Quotients of a product by the sum of its weights, the weights being exponentials, and that sum."""
+    """Quotients of a product by the sum of its weights, and that sum."""
     for n in f.graph.nodes:
         found = _sum_below(f, n.args[1]) if n.target in DIVISIONS and n in f.live else None
         if found is None:
@@ -42,12 +43,12 @@ def divided(f: Facts) -> Iterator[tuple[Frame, Term, fx.Node]]:
 
 
 def _sum_below(f: Facts, n: Any) -> tuple[fx.Node, fx.Node, int, fx.Node] | None:
-    """(sum, what it sums, along which dimension, exponentials) where a denominator is made of one sum alone."""
+    """(sum, what it sums, along which dimension, the weights) where a denominator is made of one sum alone."""
     while isinstance(n, fx.Node) and f.is_tensor(n) and n.op == "call_function":
         if n.target in SUMS:
             of: Any = n.args[0]
             dim, exps = one_dim(f, of, argument(n, "dim")), skip_casts(of)
-            if dim is None or exps is None or exps.target not in EXPS:
+            if dim is None or exps is None or not (exps.target in EXPS or compares(f, exps)):
                 return None
             return n, of, dim, exps
         inputs = [a for a in n.all_input_nodes if f.is_tensor(a)]
@@ -89,11 +90,11 @@ def _quotient(
         if weight is summed and isinstance(weight, Load) and weight.tensor == exps.name:
             if frame.c not in weight.index or sink is math.nan:
                 return None
-            power = exponent(exps)
+            keys, power = weight.index.index(frame.c), exponent(exps)
             if power is None:
-                return None
+                return frame, Term(Anchor(exps, exps, keys, sink=sink, shares="plain"), weight.index, W, {})
             x, base = power
-            anchor = without_maximum(f, Anchor(exps, x, weight.index.index(frame.c), reader=exps, sink=sink, base=base))
+            anchor = without_maximum(f, Anchor(exps, x, keys, reader=exps, sink=sink, base=base))
             return frame, Term(anchor, weight.index, W, {})
     return None
 

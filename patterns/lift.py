@@ -85,10 +85,11 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
                 found.append(Refusal(*_reason(error, n), n))
         elif n.op == "call_function" and str(n.target) in _LIBRARY:
             found.append(Refusal("one library operation holds the whole attention, on nested tensors", n, n))
-    late = list(divided(f))
-    for frame, term, total in late:
-        found += _divided(frame, term, total)
-    taken = {site.node for site in found} | {frame.product.node for frame, *_ in late} | weighed
+    for frame, term, total in divided(f):
+        late = _divided(frame, term, total)
+        found += late
+        weighed |= {frame.product.node for _ in late}
+    taken = {site.node for site in found} | weighed
     for n in f.graph.nodes:
         weighted = weighted_by_scores(f, n) if n not in taken and n in f.live else None
         if weighted is not None:
@@ -165,7 +166,7 @@ def _of_product(frame: Frame, weights: Weights) -> list[Lifted | Refusal]:
 
 
 def _divided(frame: Frame, term: Term, total: fx.Node) -> list[Lifted | Refusal]:
-    """A softmax whose sum divides the product with the values."""
+    """A softmax whose sum divides the product with the values; nothing if other weights than exponentials are none."""
     node = term.anchor.node
     used = uses(frame.facts, term.anchor, Weights({node.name: term.anchor}))
     others = [x.node for x in used.products if x.node is not frame.product.node]
@@ -173,6 +174,8 @@ def _divided(frame: Frame, term: Term, total: fx.Node) -> list[Lifted | Refusal]
     try:
         return [replace(lift_softmax(frame, term), escapes=escapes)]
     except Exception as error:
+        if term.anchor.shares == "plain":
+            return []
         reason, _ = _reason(error, frame.node)
         return [Refusal(f"a softmax divided after its product: {reason}", frame.node, node)]
 

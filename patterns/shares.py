@@ -75,6 +75,8 @@ def _is_zero(x: Expr) -> bool:
 
 def is_positive(x: Expr) -> bool:
     """Whether an expression is surely above zero, up to what a float rounds to zero."""
+    if _is_positive_parabola(x):
+        return True
     match x:
         case Const(value):
             return value > 0
@@ -153,3 +155,41 @@ def _is_not_negative(x: Expr) -> bool:
             return _is_not_negative(a)
         case _:
             return is_positive(x)
+
+
+def _is_positive_parabola(x: Expr) -> bool:
+    """Whether an expression is c + b s + a s^2 with a > 0 and b^2 < 4 a c, as the first terms of exp(s) are."""
+    found = _parabola(x)
+    if found is None:
+        return False
+    c, b, a = found
+    return a > 0 and b * b < 4 * a * c
+
+
+def _parabola(x: Expr) -> tuple[float, float, float] | None:
+    """(c, b, a) of c + b s + a s^2, s being the score."""
+    if x is S:
+        return 0.0, 1.0, 0.0
+    match x:
+        case Const(value):
+            return float(value), 0.0, 0.0
+        case Op(name, (a,)) if name in ROUNDINGS:
+            return _parabola(a)
+        case Op("add" | "sub" | "mul" | "div" as name, (a, b)):
+            left, right = _parabola(a), _parabola(b)
+            return None if left is None or right is None else _joined(name, left, right)
+        case _:
+            return None
+
+
+def _joined(name: str, left: tuple[float, ...], right: tuple[float, ...]) -> tuple[float, float, float] | None:
+    """The sum, difference, product or quotient of two such polynomials, where it is one."""
+    (c, b, a), (f, e, d) = left, right
+    if name in ("add", "sub"):
+        sign = 1.0 if name == "add" else -1.0
+        return c + sign * f, b + sign * e, a + sign * d
+    if name == "div":
+        return None if d or e or not f else (c / f, b / f, a / f)
+    if a * e or a * d or b * d:
+        return None
+    return c * f, c * e + b * f, c * d + b * e + a * f

@@ -34,6 +34,18 @@ class Decoding(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
+class DecodingByIndex(Decoding):
+    """The same with the cache assigned to at positions, and grouped heads."""
+
+    def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(2, -1, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        self.keys[:, :, position], self.values[:, :, position] = k, v
+        seen = (torch.arange(32)[None] <= torch.arange(32)[:, None])[None, None, position]
+        keys, values = (x[:, :2].repeat_interleave(2, dim=1) for x in (self.keys, self.values))
+        own = F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=seen)
+        return (own + F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)).transpose(1, 2).flatten(2)
+
+
 class LinearAttention(nn.Module):
     """phi(q) (phi(k)^T [v, 1]), normalised by the column of ones."""
 
@@ -253,9 +265,12 @@ def outlook_2d() -> Made:
     return lively(Outlook2d()), (torch.randn(2, 5, 6, WIDTH, generator=torch.Generator().manual_seed(4)),), {}
 
 
-def decoding() -> Made:
-    torch.manual_seed(3)
-    return lively(Decoding()), (x(1), torch.tensor([17])), {}
+def decoding(kind: type[Decoding], count: int) -> Callable[[], Made]:
+    def make() -> Made:
+        torch.manual_seed(3)
+        return lively(kind()), (x(count), torch.arange(17, 17 + count)), {}
+
+    return make
 
 
 def llama_decoding(kind: str) -> Callable[[], Made]:
@@ -275,7 +290,9 @@ def llama_decoding(kind: str) -> Callable[[], Made]:
 
 
 OTHERS = (
-    Case("decoding", decoding, 1, "a static cache written in place", golden=0),
+    Case("decoding", decoding(Decoding, 1), 1, "a static cache written in place", golden=0),
+    Case("decoding-by-index", decoding(DecodingByIndex, 1), 2, "cache[:, :, position] = k", golden=0),
+    Case("prefill-by-index", decoding(DecodingByIndex, 5), 2, "several tokens at once", dynamic=True),
     Case("llama-static-cache", llama_decoding("static"), 2, "decode against a static cache", golden=0),
     Case("llama-dynamic-cache", llama_decoding("dynamic"), 2, "decode against a growing cache"),
     Case("linear-attention", of(LinearAttention), 1, "relu features and a ones column", kept=1, golden=0),

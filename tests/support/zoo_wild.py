@@ -26,6 +26,13 @@ def outer_einsum(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return torch.einsum("bhid,bhjd->bhijd", q, k).sum(-1).div(math.sqrt(D)).softmax(-1) @ v
 
 
+def three_factors(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """A decay among the factors of one einsum, a weight of each key among those of the other."""
+    weights = torch.einsum("bhid,bhjd,hij->bhij", q, k, extra["decay"]).softmax(-1)
+    weights = torch.einsum("bhij,hij->bhij", weights, extra["decay"])
+    return torch.einsum("bhij,bhjd,bhj->bhid", weights, v, k[..., 0])
+
+
 def radial(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     """A Gaussian kernel over points far from the origin."""
     q, k = q + 20.0, k + 20.0
@@ -56,6 +63,19 @@ def signed_shares(q: Q, k: Q, v: Q, extra: Extra) -> Q:
 def sigmoid_shares(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     scores = (q @ k.mT).sigmoid() ** 2
     return scores / scores.sum(-1, keepdim=True) @ v
+
+
+def expanded_shares(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """The first terms of the exponential, which are positive; divided by their sum after the values."""
+    s = q @ k.mT * D**-0.5
+    weights = (1 + s + 0.5 * s**2).masked_fill(~extra["mask"], 0.0)
+    return (weights @ v) / (weights.sum(-1, keepdim=True) + 1e-6)
+
+
+def divided_by_signed(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """The same of weights that may be negative, which no softmax is."""
+    weights = (q @ k.mT * D**-0.5 + 0.5).masked_fill(~extra["mask"], 0.0)
+    return (weights @ v) / (weights.sum(-1, keepdim=True) + 1e-6)
 
 
 def graph_attention(q: Q, k: Q, v: Q, extra: Extra) -> Q:
@@ -138,12 +158,17 @@ WILD: tuple[Case, ...] = (
     case("element-by-element", element_by_element, "both products written out", dtypes=HALF, golden=0),
     case("weighed-features", weighed_features, "three factors, averaged", extra=WEIGHTS, golden=0),
     case("outer-einsum", outer_einsum, "an einsum that sums nothing, then a sum"),
+    case("three-factors", three_factors, "einsums of three factors", extra={"decay": randoms(H, N, N)}, dtypes=HALF,
+         golden=0, backward=True),
     case("radial", radial, "distances of points far from the origin", extra=MASK, golden=0, backward=True),
     case("squared-cdist", squared_cdist, "distances by the library's operation"),
     case("powers-of-two", powers_of_two, "exp2", dtypes=HALF, golden=0),
     case("relu-shares", relu_shares, "L1 normalised", extra=MASK, golden=0, backward=True),
     case("signed-shares", signed_shares, "normalised by the sum of magnitudes", golden=0),
     case("sigmoid-shares", sigmoid_shares, "a positive function normalised"),
+    case("expanded-shares", expanded_shares, "a positive polynomial, normalised after the values", extra=MASK,
+         golden=0, dtypes=HALF),
+    case("signed-shares-after", divided_by_signed, "weights that may be negative", extra=MASK, kept=1),
     case("graph-attention", graph_attention, "additive scores", extra=WEIGHTS, golden=0),
     case("off-by-one", off_by_one, "a sink of zero beside a clamped maximum"),
     case("bent-scores", bent_scores, "activations of scores"),
