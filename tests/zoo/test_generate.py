@@ -27,6 +27,11 @@ CHUNKED = {
     "head_dim": 16, "attention_chunk_size": 8, "num_local_experts": 1, "intermediate_size_mlp": 64,
     "layer_types": ["chunked_attention", "full_attention"],
 }  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 8, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+}  # fmt: skip
 T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_kv": 16, "d_ff": 32, "vocab_size": 100, "pad_token_id": 0,
       "decoder_start_token_id": 0, "eos_token_id": 99}  # fmt: skip
 #: family -> (model class, configuration class, configuration)
@@ -36,6 +41,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", SMALL | HYBRID),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", SMALL | HYBRID),
     "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", SMALL | CHUNKED),
+    "cohere2": ("Cohere2ForCausalLM", "Cohere2Config", SMALL | HYBRID),
+    "gpt-oss": (
+        "GptOssForCausalLM", "GptOssConfig", SMALL | HYBRID | {"num_local_experts": 2, "num_experts_per_tok": 1}
+    ),
+    "deepseek-v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", SMALL | LATENT),
     "t5": ("T5ForConditionalGeneration", "T5Config", T5),
     "bart": (
         "BartForConditionalGeneration", "BartConfig",
@@ -85,7 +95,8 @@ def question(family: str, tokens: int = 11) -> dict[str, Any]:
                 ("llama", "eager", "static"), ("llama", "sdpa", "static"), ("mistral", "sdpa", None),
                 ("gemma2", "eager", None), ("gemma3", "sdpa", "static"), ("gemma3", "eager", None),
                 ("llama4", "sdpa", "static"), ("t5", "eager", None), ("t5", "eager", "static"), ("bart", "eager", None),
-                ("whisper", "eager", None),
+                ("whisper", "eager", None), ("cohere2", "sdpa", "static"), ("gpt-oss", "eager", "static"),
+                ("deepseek-v3", "eager", "static"),
             )
         ),
     ],
