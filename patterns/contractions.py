@@ -234,7 +234,7 @@ def _vecdot(f: Facts, n: fx.Node) -> Contraction | None:
         inside = (*at[:dim], c, *at[dim:])
         return broadcast(f, a, inside), broadcast(f, b, inside)
 
-    extents = [f.shape(x)[dim - rank] for x in (a, b) if f.rank(x) >= rank - dim]
+    extents: list[Expr] = [f.shape(x)[dim - rank] for x in (a, b) if f.rank(x) >= rank - dim]
     return Contraction(n, a, b, extents[0], maps) if len(extents) == 2 and extents[0] is extents[1] else None
 
 

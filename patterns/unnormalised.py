@@ -107,7 +107,7 @@ def _taken_apart(x: Expr) -> tuple[Normalizer, Expr, Expr]:
 def _is_scaled(x: Expr, key: Expr) -> bool:
     """Whether a weight is its score times what is alike for every key: the two products are one linear map after
     another."""
-    while isinstance(x, Op) and x is not S:
+    while isinstance(x, Op):
         alike = [a for a in x.args if S not in free(a) and key not in free(a)]
         rest = [a for a in x.args if a not in alike]
         scales = x.name in ("mul", "neg", *ROUNDINGS) or (x.name == "div" and x.args[0] in rest)

@@ -222,8 +222,8 @@ def spread_from(f: Facts, x: fx.Node) -> tuple[fx.Node, Callable[[Point], Point]
     if x.target not in _SPREADS:
         return None
     ext: dict[Expr, Expr] = {Index(f"x{d}"): s for d, s in enumerate(f.shape(x))}
-    moved = move(f, x, cast("Point", tuple(ext)), ext)
-    if moved is None or moved[1] != broadcast(f, moved[0], cast("Point", tuple(ext))):
+    moved = move(f, x, tuple(ext), ext)
+    if moved is None or moved[1] != broadcast(f, moved[0], tuple(ext)):
         return None
     source = moved[0]
     return source, lambda point: broadcast(f, source, point)
