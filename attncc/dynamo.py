@@ -100,8 +100,8 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, meas
             reading = capture.read(gm, inputs)
         for body, arguments in reading.bodies:
             rewrite(body, arguments, found, measure=measure)
-        step("finding attention")
         with _no_collection():
+            step("finding attention")
             facts = reading.facts()
             lifted = lift_all(facts)
         if not lifted:

@@ -1,65 +1,19 @@
-"""The operator: eager calls, gradients, tracing, compilation with static and dynamic shapes, vmap, errors, threads."""
+"""The operator called by itself: gradients, fake tensors, vmap, errors, threads."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
 import torch
+from op_case import PLAIN, attend, build, inputs, reference, spec
 
 from attncc.codegen.torch_form import run_blocked
-from attncc.ir import Attention, interpret, parse_attention, print_attention
+from attncc.ir import Attention
 from attncc.runtime import op
-
-SPEC = """attention
-size   B, N, M
-batch  b = B, h = 4
-axis   i = N, j = M, d = 8, e = 6
-tensor q: {dtype}[B, N, 32]
-tensor k: {dtype}[B, 4, M, 8]
-tensor v: {dtype}[B, 4, M, 6]
-tensor bias: f32[4, N, M]
-tensor length: i64[B]
-q      q[b, i, h * 8 + d]
-k      k[b, h, j, d]
-v      v[b, h, j, e]
-score  s * 0.25 + bias[h, i, j]
-mask   j < length[b]
-norm   softmax
-empty  zero
-weight w
-give   {give}
-dtype  {dtype}
-layout b, i, h, e
-"""
-
-
-def spec(dtype: str = "f32", give: str = "out") -> str:
-    return print_attention(parse_attention(SPEC.format(dtype=dtype, give=give)))
-
-
-PLAIN = spec()
-
-
-def inputs(b: int = 2, n: int = 5, m: int = 7, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    random = torch.Generator().manual_seed(b + n + m)
-    q, k, v, bias = (
-        torch.randn(s, generator=random).to(dtype) for s in ((b, n, 32), (b, 4, m, 8), (b, 4, m, 6), (4, n, m))
-    )
-    return [q, k, v, bias.float(), torch.arange(1, b + 1)]
-
-
-def build(a: Attention, text: str, device: torch.device) -> op.Kernel:
-    def kernel(tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]) -> None:
-        for out, value in zip(outputs, run_blocked(a, tensors, sizes), strict=True):
-            out.copy_(value)
-
-    return kernel
 
 
 @pytest.fixture(autouse=True)
@@ -68,30 +22,6 @@ def installed() -> Iterator[None]:
     op.install(build, run_blocked)
     yield
     op._installed = before
-
-
-def attend(tensors: Sequence[torch.Tensor], text: str = PLAIN) -> list[torch.Tensor]:
-    q, k = tensors[:2]
-    sizes = [q.shape[0], q.shape[1], k.shape[2]]
-    return torch.ops.attncc.attention(list(tensors), sizes, text)
-
-
-def reference(tensors: Sequence[torch.Tensor], text: str = PLAIN) -> list[torch.Tensor]:
-    a = parse_attention(text)
-    q, k = tensors[:2]
-    named = {t.name: x for t, x in zip(a.tensors, tensors, strict=True)}
-    return list(interpret(a, named, [q.shape[0], q.shape[1], k.shape[2]]).values())
-
-
-def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """What a graph around the operator looks like: something before, the transpose after, something else."""
-    (out,) = attend([q * 2.0, k + 1.0, v, bias, length])
-    return out.transpose(1, 2).flatten(2).relu() + 1.0
-
-
-def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    (out,) = reference([q * 2.0, k + 1.0, v, bias, length])
-    return out.transpose(1, 2).flatten(2).relu() + 1.0
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -171,66 +101,6 @@ def test_the_operator_passes_torchs_own_checks() -> None:
     for t in tensors[:4]:
         t.requires_grad_()
     torch.library.opcheck(torch.ops.attncc.attention.default, (tensors, [2, 5, 7], spec()))
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_inference(dynamic: bool) -> None:
-    compiled = torch.compile(model, backend="inductor", dynamic=dynamic, fullgraph=True)
-    for shape in ((2, 5, 7), (2, 5, 7), (3, 9, 4)):
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(*inputs(*shape)), eager(*inputs(*shape)))
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_training(dynamic: bool) -> None:
-    compiled = torch.compile(model, backend="inductor", dynamic=dynamic, fullgraph=True)
-    for shape in ((2, 5, 7), (3, 9, 4)):
-        tensors = [inputs(*shape) for _ in range(2)]
-        for twin in tensors:
-            for t in twin[:4]:
-                t.requires_grad_()
-        got, want = compiled(*tensors[0]), eager(*tensors[1])
-        torch.testing.assert_close(got, want)
-        got.square().sum().backward()
-        want.square().sum().backward()
-        for g, w in zip(tensors[0][:4], tensors[1][:4], strict=True):
-            torch.testing.assert_close(g.grad, w.grad)
-
-
-def test_compiled_calls_copy_no_input() -> None:
-    """Keys that are a transposed view reach the kernel with the strides they have."""
-    strides: list[tuple[int, ...]] = []
-
-    def watching(a: Attention, text: str, device: torch.device) -> op.Kernel:
-        inner = build(a, text, device)
-
-        def kernel(tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]) -> None:
-            strides.append(tensors[1].stride())
-            inner(tensors, sizes, outputs)
-
-        return kernel
-
-    op.install(watching, run_blocked)
-    q, k, v, bias, length = inputs()
-
-    def transposed(k: torch.Tensor) -> torch.Tensor:
-        return attend([q, k.transpose(1, 2), v, bias, length])[0] * 2.0
-
-    base = k.transpose(1, 2).contiguous()
-    with torch.no_grad():
-        torch.compile(transposed, backend="inductor", fullgraph=True)(base)
-    assert strides == [base.transpose(1, 2).stride()]
-
-
-def test_export_keeps_one_node() -> None:
-    class Module(torch.nn.Module):
-        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-            return model(*tensors)
-
-    program = torch.export.export(Module(), tuple(inputs()), strict=False)
-    targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
-    assert targets.count(torch.ops.attncc.attention.default) == 1
-    torch.testing.assert_close(program.module()(*inputs()), eager(*inputs()))
 
 
 def test_vmap() -> None:
@@ -367,40 +237,3 @@ def test_nothing_installed_says_so() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "import attncc.dynamo" in done.stderr
-
-
-CACHED = """
-import torch
-from torch._dynamo.utils import counters
-from attncc.codegen.torch_form import run_blocked
-from attncc.runtime import op
-
-def build(a, text, device):
-    def kernel(tensors, sizes, outputs):
-        for out, value in zip(outputs, run_blocked(a, tensors, sizes)):
-            out.copy_(value)
-    return kernel
-
-def model(q, k, v, bias, length):
-    return torch.ops.attncc.attention([q * 2.0, k, v, bias, length], [2, 5, 7], SPEC)[0].relu()
-
-op.install(build, run_blocked)
-shapes = ((2, 5, 32), (2, 4, 7, 8), (2, 4, 7, 6), (4, 5, 7))
-tensors = [torch.linspace(-1, 1, torch.Size(s).numel()).view(s).requires_grad_() for s in shapes]
-out = torch.compile(model)(*tensors, torch.tensor([3, 7]))
-out.sum().backward()
-print(counters["aot_autograd"]["autograd_cache_hit"], f"{out.sum().item():.5f} {tensors[0].grad.norm().item():.5f}")
-"""
-
-
-@pytest.mark.full
-def test_graphs_cached_on_disk_run_in_a_fresh_process_and_see_a_changed_spec(tmp_path: Path) -> None:
-    def run(text: str) -> list[str]:
-        program = CACHED.replace("SPEC", repr(text))
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env)
-        return done.stdout.split()
-
-    first, second, changed = run(PLAIN), run(PLAIN), run(PLAIN.replace("s * 0.25", "s * 0.75"))
-    assert (first[0], second[0], changed[0]) == ("0", "1", "0")
-    assert first[1:] == second[1:] != changed[1:]
