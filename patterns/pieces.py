@@ -14,14 +14,15 @@ from dataclasses import replace
 
 from attncc.ir.affine import expr, linear_in, poly
 from attncc.ir.attention import Attention, W
-from attncc.ir.build import TRUE, ZERO, add
+from attncc.ir.build import TRUE, ZERO, add, sub
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, walk
 from attncc.patterns.anchors import Anchor
-from attncc.patterns.assemble import Lifted, Piece
+from attncc.patterns.assemble import Lifted, Parts, Piece
 from attncc.patterns.consumers import Weights
 from attncc.patterns.frames import Frame
 from attncc.patterns.rowsums import rows_of
-from attncc.patterns.softmax import attention_of, parts_of
+from attncc.patterns.sliding import slid, slides
+from attncc.patterns.softmax import attention_of, parts_of, parts_of_slid
 from attncc.patterns.terms import Term
 from attncc.patterns.value import Unreadable
 
@@ -37,19 +38,40 @@ def in_pieces(anchor: Anchor, frames: Sequence[Frame], weights: Weights) -> list
     if len(read) < 2 or any(len(terms) != 1 or terms[0].mixed for _, terms in read):
         return None
     pieces = [(frame, terms[0]) for frame, terms in read if terms[0].anchor is anchor]
-    if len(pieces) != len(read) or not _partition(anchor, pieces):
+    sliding = [(frame, term) for frame, term in pieces if slides(frame, term)]
+    columns = frames[0].facts.shape(anchor.scores)[anchor.dim]
+    left = _left(anchor, columns, [piece for piece in pieces if piece not in sliding])
+    if len(pieces) != len(read) or left is None or len(sliding) != (poly(left[0]) != poly(left[1])):
         return None
-    found: list[Lifted] = []
-    for frame, term in pieces:
-        if not _is_linear(term.weight):
-            raise Unreadable(frame.node, "a piece of a softmax whose weights are no multiple of it")
-        parts = replace(parts_of(frame, term), outputs=("out", "lse"))
-        rows = rows_of(parts, anchor, term.at)
-        if rows is None:
-            raise Unreadable(frame.node, "a piece of a softmax whose rows lie otherwise than the softmax's")
-        found.append(replace(attention_of(parts, frame, term), piece=Piece(anchor.node, rows, frame.product.extent)))
+    found = [_slid_piece(anchor, *piece, left) if piece in sliding else _piece(anchor, *piece) for piece in pieces]
+    if sliding and any(x.floor is not None for x in found):
+        raise Unreadable(anchor.node, "a window beside pieces of the softmax that are hidden by a finite number")
     shared = zip(found, _shares(found), strict=True)
     return [replace(x, attention=_without_nan(x.attention), piece=p) for x, p in shared]
+
+
+def _piece(anchor: Anchor, frame: Frame, term: Term) -> Lifted:
+    return _of_parts(anchor, frame, term, parts_of(frame, term))
+
+
+def _slid_piece(anchor: Anchor, frame: Frame, term: Term, left: tuple[Expr, Expr]) -> Lifted:
+    """The window of keys whose columns are those that no other piece has."""
+    behind = sub(frame.facts.shape(anchor.scores)[anchor.dim], left[1])
+    if not isinstance(left[0], Const) or not isinstance(behind, Const):
+        raise Unreadable(frame.node, "a window beside pieces of a softmax whose sizes are not known when compiling")
+    slide = slid(frame, term, int(left[0].value), int(behind.value))
+    assert slide is not None  # it slides
+    return _of_parts(anchor, slide.frame, slide.term, parts_of_slid(slide))
+
+
+def _of_parts(anchor: Anchor, frame: Frame, term: Term, parts: Parts) -> Lifted:
+    if not _is_linear(term.weight):
+        raise Unreadable(frame.node, "a piece of a softmax whose weights are no multiple of it")
+    parts = replace(parts, outputs=("out", "lse"))
+    rows = rows_of(parts, anchor, term.at)
+    if rows is None:
+        raise Unreadable(frame.node, "a piece of a softmax whose rows lie otherwise than the softmax's")
+    return replace(attention_of(parts, frame, term), piece=Piece(anchor.node, rows, frame.product.extent))
 
 
 def _without_nan(a: Attention) -> Attention:
@@ -75,23 +97,25 @@ def _shares(sites: list[Lifted]) -> list[Piece]:
     return [replace(p, share=count / sum(counts)) for p, count in zip(pieces, counts, strict=True)]
 
 
-def _partition(anchor: Anchor, pieces: list[tuple[Frame, Term]]) -> bool:
-    """Whether every column of the softmax belongs to one piece."""
-    starts: dict[Expr, Frame] = {}
+def _left(anchor: Anchor, columns: Expr, pieces: Sequence[tuple[Frame, Term]]) -> tuple[Expr, Expr] | None:
+    """The first of the columns of the softmax that belong to none of the pieces, and the one behind the last of them;
+    None where the others do not belong to one piece each."""
+    spans: list[tuple[Expr, Expr]] = []
     for frame, term in pieces:
         x = term.at[anchor.dim]
         line = linear_in(x, frame.c)
         others = (y for d, y in enumerate(term.at) if d != anchor.dim)
         if line is None or line[0] != {(): 1} or any(frame.c in free(y) for y in others):
-            return False
-        starts[expr(line[1])] = frame
-    at, count = ZERO, 0
-    while (frame := next((f for start, f in starts.items() if poly(start) == poly(at)), None)) is not None:
-        at, count = add(at, frame.product.extent), count + 1
-        if count > len(pieces):
-            return False
-    columns = pieces[0][0].facts.shape(anchor.scores)[anchor.dim]
-    return count == len(pieces) == len(starts) and poly(at) == poly(columns)
+            return None
+        spans.append((expr(line[1]), add(expr(line[1]), frame.product.extent)))
+    start, end = ZERO, columns
+    while (span := next((s for s in spans if poly(s[0]) == poly(start)), None)) is not None:
+        spans.remove(span)
+        start = span[1]
+    while (span := next((s for s in spans if poly(s[1]) == poly(end)), None)) is not None:
+        spans.remove(span)
+        end = span[0]
+    return None if spans else (start, end)
 
 
 def _is_linear(weight: Expr) -> bool:

@@ -56,13 +56,18 @@ class Slid:
     found: Product
 
 
-def slid(frame: Frame, term: Term) -> Slid | None:
+def slid(frame: Frame, term: Term, first: int = 0, behind: int = 0) -> Slid | None:
     """An attention whose weights are selected by the place of the key in its row, over whole rows and keys; None for
-    all others. Raises Unreadable where something that this needs is not proven."""
+    all others. The `first` columns of the softmax and those `behind` are not its own. Raises Unreadable where something
+    that this needs is not proven."""
+    return _Slide(frame, term, first, behind).slid() if slides(frame, term) else None
+
+
+def slides(frame: Frame, term: Term) -> bool:
     guards, _ = _selected(term.weight, frame.c)
     line = linear_in(term.at[term.anchor.dim], frame.c)
     fixed = line is not None and set(line[1]) <= {()}  # a plain column: the conditions are a weight like any other
-    return None if fixed or not guards or term.mixed else _Slide(frame, term).slid()
+    return not fixed and bool(guards) and not term.mixed
 
 
 def _selected(weight: Expr, c: Index) -> tuple[list[Expr], Expr]:
@@ -89,22 +94,22 @@ class _Position:
 
 
 class _Slide:
-    def __init__(self, frame: Frame, term: Term) -> None:
+    def __init__(self, frame: Frame, term: Term, first: int, behind: int) -> None:
         self.frame, self.term, self.f = frame, term, frame.facts
         guards, weight = _selected(term.weight, frame.c)
         reach, context, dim = Reach(frame.extents), tuple(guards), term.anchor.dim
         at = [reach.simplified(x, context) for x in term.at]
-        self.columns = self.f.shape(term.anchor.scores)[dim]
+        self.columns = sub(self.f.shape(term.anchor.scores)[dim], const(first + behind))
         line = linear_in(at[dim], frame.c)
         if line is None or line[0] != {(): 1} or any(frame.c in free(x) for d, x in enumerate(at) if d != dim):
             raise Unreadable(term.anchor.node, "the softmax runs over another axis than the product sums over")
         own = {x: s for x, s in frame.extents.items() if x is not frame.c}
         self.extents: dict[Expr, Expr] = {**own, _COLUMN: self.columns}
         self.reach = Reach(self.extents)
-        place = sub(_COLUMN, expr(line[1]))  # where column t is among what the product sums over
+        place = sub(add(_COLUMN, const(first)), expr(line[1]))  # where column t is among what the product sums over
         met = (substitute(g, {frame.c: place}) for g in guards)
         covered = and_(ge(place, ZERO), lt(place, frame.product.extent), *met)
-        below = and_(ge(at[dim], ZERO), lt(at[dim], self.columns))
+        below = and_(ge(at[dim], const(first)), lt(at[dim], add(self.columns, const(first))))
         if not self.reach.proves((), simplify(covered, self.extents)) or not reach.proves(context, below):
             raise Unreadable(term.anchor.node, _OTHER_KEYS)
         self.by_column: dict[Expr, Expr] = {frame.c: place}

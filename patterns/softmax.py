@@ -24,7 +24,7 @@ from attncc.patterns.reasons import of_scores
 from attncc.patterns.reductions import is_maximum
 from attncc.patterns.rowsums import row_sums
 from attncc.patterns.shares import as_softmax
-from attncc.patterns.sliding import slid
+from attncc.patterns.sliding import Slid, slid
 from attncc.patterns.terms import Term
 from attncc.patterns.value import Unreadable
 from attncc.patterns.windowed import windowed_product
@@ -37,7 +37,7 @@ def lift_softmax(frame: Frame, term: Term) -> Lifted:
         raise Unreadable(anchor.node, "a softmax over a single key is always 1")
     slide = slid(frame, term)
     if slide is not None:
-        return attention_of(_parts(slide.frame, slide.term, slide.score, slide.found), slide.frame, slide.term)
+        return attention_of(parts_of_slid(slide), slide.frame, slide.term)
     offset = _offset(frame, term)
     parts = parts_of(frame, term)
     if poly(frame.facts.shape(anchor.scores)[anchor.dim]) != poly(frame.product.extent):
@@ -54,6 +54,10 @@ def parts_of(frame: Frame, term: Term) -> Parts:
     """What an attention is made of that sums the columns of a softmax at which the product reads it."""
     frame = frame.over(term.mixed)
     return _parts(frame, term, *_score(frame, term))
+
+
+def parts_of_slid(slide: Slid) -> Parts:
+    return _parts(slide.frame, slide.term, slide.score, slide.found)
 
 
 def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,19 @@ def sliding(
     return core
 
 
+def with_columns(q: Q, k: Q, v: Q, extra: Extra, *, first: int = 2, fill: float = -torch.inf, read: int = 2) -> Q:
+    """The first keys as columns of their own beside the window, of one softmax (some rows see none of them)."""
+    part = products(q, k)
+    band = hide_ends(parts(part, filled(part)).view(-1, N, COLUMNS))
+    qf, kf, vf = (x.flatten(0, 1) for x in (q, k, v))
+    every = torch.einsum("bnd,bgd->bng", qf * q.shape[-1] ** -0.5, kf[:, :first])
+    every = every.masked_fill((torch.arange(N) % 4 == 1)[:, None], fill)
+    weights = torch.cat([every, band], -1).softmax(-1)
+    window = by_reshaping(weights[..., first:].reshape(-1, N // W, W, COLUMNS))
+    near = torch.einsum("bcwd,bcdh->bcwh", window, windows(v)).reshape(vf.shape)
+    return (torch.einsum("bng,bgd->bnd", weights[..., :read], vf[:, :read]) + near).view(q.shape)
+
+
 def by_blocks(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     """Keys of three neighbours, and the band cut out of the block by strides."""
     keys = torch.einsum("bcwd,bckd->bcwk", q.reshape(-1, N // W, W, q.shape[-1]), windows(k)).contiguous()
@@ -169,6 +183,10 @@ SLIDING = (
          dtypes=WIDE, backward=True),
     Case("sliding-finite-ends", case(sliding(hide=fill_ends)), 1, "ends hidden by a finite number", dtypes=WIDE),
     Case("sliding-finite-padding", case(sliding(hide=fill_padding)), 0, "rows that see padding alone", refused=1),
+    Case("sliding-with-columns", case(with_columns), 2, "a window beside columns of the first keys", golden=1,
+         dtypes=WIDE, backward=True),
+    Case("sliding-columns-apart", case(partial(with_columns, read=1)), 0, "a column that no product sums", refused=1),
+    Case("sliding-columns-filled", case(partial(with_columns, fill=-1e9)), 0, "and a finite mask", refused=1),
     Case("sliding-overwritten", case(sliding(put=overwritten)), 0, "a write of other scores", refused=1),
     Case("sliding-too-far", case(sliding(skew=too_far)), 0, "skewed by two a row", refused=1),
     Case("sliding-open-ends", case(sliding(hide=lambda x: x)), 0, "padding takes part in the softmax", refused=1),
