@@ -41,6 +41,9 @@ def of_scores(f: Facts, scores: fx.Node) -> str:
     if "linalg_vector_norm" in names:
         return f"{_NONE}: its scores are lengths of differences (linalg_vector_norm)"
     for x in sources:
+        product = contraction(f, x) if x not in layers else None
+        if product is not None and any(_times_pairs(f, side) for side in (product.lhs, product.rhs)):
+            return f"{_NONE}: its scores weigh the elements of each pair's product by numbers of its own (edges)"
         summing = x in layers or contraction(f, x) is not None
         if summing and any(pairs(f, y) for y in made_of(f, x, (_name(x), "cat"))):
             return f"{_NONE}: its scores come from a layer over pairs of tokens (additive attention)"
@@ -97,6 +100,16 @@ def broadcast_both_ways(f: Facts, n: fx.Node) -> bool:
     return bool((a - b) & wide and (b - a) & wide)
 
 
+def each_pair(f: Facts, n: fx.Node) -> bool:
+    """Whether a tensor has a row for each pair of rows of two others, joined element by element."""
+    return any(broadcast_both_ways(f, x) for x in made_of(f, n, ()))
+
+
+def _times_pairs(f: Facts, n: fx.Node) -> bool:
+    """Whether a tensor holds the products of each pair of rows, element by element."""
+    return any(_name(x) == "mul" and broadcast_both_ways(f, x) for x in made_of(f, n, ()))
+
+
 def of_quotient(f: Facts, n: fx.Node) -> str:
     """Why exponentials that a sum of exponentials divides are no attention."""
     (top, *_) = n.all_input_nodes
@@ -124,7 +137,8 @@ def compares(f: Facts, scores: fx.Node) -> bool:
     """Whether scores hold a product of two tensors of which none is learned, or their distances."""
     found = _sources(f, scores)
     products = (contraction(f, x) for x in found)
-    if any(p is not None and f.parameters.isdisjoint((p.lhs, p.rhs)) for p in products):
+    sides = ((p.lhs, p.rhs) for p in products if p is not None)
+    if any(f.parameters.isdisjoint((a, b)) and not each_pair(f, a) and not each_pair(f, b) for a, b in sides):
         return True
     return any(_name(x) == "cdist" or (x.target in SUMS and written_out(f, x) is not None) for x in found)
 

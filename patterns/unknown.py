@@ -18,7 +18,7 @@ from attncc.patterns.contractions import Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES
-from attncc.patterns.reasons import made_of, pairs
+from attncc.patterns.reasons import each_pair, made_of, pairs
 from attncc.patterns.reductions import one_dim
 from attncc.patterns.schema import argument, op_name
 from attncc.patterns.written_out import SUMS, factored
@@ -47,7 +47,8 @@ def unknown_weights(f: Facts, data: Container[fx.Node]) -> Iterator[tuple[str, f
         else:
             continue
         rules = _RULES if outer is not None else (_running,) if _name(n) == "einsum" else (_picked,)
-        tried = (rule(f, weights, data) for rule in rules for weights, values in sides if values in data)
+        sides = [(w, v) for w, v in sides if v in data and not each_pair(f, v)]
+        tried = (rule(f, weights, data) for rule in rules for weights, _ in sides)
         found = next((x for x in tried if x is not None), None)
         if found is not None:
             yield (*found, n)

@@ -268,7 +268,7 @@ def summed_alone(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
         (summed_alone, "sums of elements of each token alone"),
         (additive, "sums over pairs of elements"),
         (distances, "distances (cdist)"),
-        (signed_edges, "its scores come from einsum"),
+        (signed_edges, "each pair's product by numbers of its own"),
         (pooled, "come from a layer (linear)"),
         (mixed_experts, "come from a layer (linear)"),
         (summed_experts, "summed element by element, as branches, levels and sampling points are"),
