@@ -190,11 +190,23 @@ class Editor:
             owner = self.reading.owner.get(shadow)
             if owner is None:
                 raise EditError(f"no node of the captured graph holds {shadow.name}")
+            kept = self._written(shadow, owner)
+            if kept is not None:
+                return self._node(kept)
             self._expand(owner)
             found = self.copies.get(shadow)
         if found is None:
             raise EditError(f"no node of the captured graph holds {shadow.name}")
         return self.taken.get(found, found)
+
+    def _written(self, shadow: fx.Node, owner: fx.Node) -> fx.Node | None:
+        """What an assignment (`x[i] = y`) wrote to: it has no result of its own, and its tensor is the trace's."""
+        given = written_args(shadow)
+        if owner.target is not operator.setitem or len(given) != 1:
+            return None
+        before, after = self.facts.value(given[0]), self.facts.value(shadow)
+        same = before.shape == after.shape and before.stride() == after.stride()
+        return given[0] if same and self.facts.aliases(given[0], shadow) else None
 
     def _made(self, shadow: fx.Node) -> fx.Node:
         """A node that the captured graph has not: behind its inputs where nothing writes to them, as several sites may

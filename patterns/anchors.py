@@ -22,6 +22,7 @@ from attncc.patterns.reductions import (
     exponent,
     one_dim,
     reduction,
+    scattered,
     skip_casts,
     tensor,
     written,
@@ -88,7 +89,7 @@ def near_misses(f: Facts) -> list[fx.Node]:
         while below is not None and below.target in _BOUNDED:
             below = tensor(below.args[0])
         reduced = None if below is None else reduction(f, below, SUMS)
-        of = None if reduced is None else skip_casts(reduced[1])
+        of = scattered(below) if reduced is None else skip_casts(reduced[1])
         if of is None:
             continue
         top = skip_casts(tensor(n.args[0]))

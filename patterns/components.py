@@ -20,13 +20,14 @@ from attncc.patterns.contractions import contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.frames import Frame
-from attncc.patterns.moves import MOVES
+from attncc.patterns.moves import MOVES, unexpanded
 from attncc.patterns.products import mentioned
 from attncc.patterns.reductions import one_dim, skip_casts
 from attncc.patterns.schema import argument, op_name
 from attncc.patterns.written_out import SUMS
 
 _STEPS = 12
+_POSITIVE = {"exp", "exp2", "sigmoid", "softplus", "relu", "elu", "square", "abs"}
 OWN_WEIGHTS = "each component has weights of its own (vector attention)"
 
 
@@ -43,9 +44,24 @@ def vector_quotients(f: Facts) -> Iterator[tuple[str, fx.Node, fx.Node]]:
             continue
         for summed in _sums(f, top):
             alike = _extents(f, summed) == _extents(f, total)
-            if summed is not total and alike and any(x in _weighed(f, summed) for x in _weighed(f, total)[:1]):
+            shared = [x for x in _weighed(f, total)[:1] if x in _weighed(f, summed)]
+            if summed is not total and alike and any(_is_made_positive(f, x) for x in shared):
                 yield OWN_WEIGHTS, n, summed
                 break
+
+
+def _is_made_positive(f: Facts, n: fx.Node) -> bool:
+    """Whether weights are made of what may be negative: others (a mask, lengths) are no scores but a mean's."""
+    stack, seen = [n], {n}
+    while stack and len(seen) < _STEPS:
+        x = stack.pop(0)
+        if op_name(x).rstrip("_") in _POSITIVE:
+            return True
+        if x.op == "call_function" and (x.target in MOVES or x.target in ELEMENTS):
+            fresh = [a for a in x.all_input_nodes if f.is_tensor(a) and a not in seen]
+            seen.update(fresh)
+            stack += fresh
+    return False
 
 
 def weighs_components(f: Facts, weights: fx.Node, dim: int, total: fx.Node) -> bool:
@@ -55,6 +71,9 @@ def weighs_components(f: Facts, weights: fx.Node, dim: int, total: fx.Node) -> b
     if total.target not in SUMS or not f.is_tensor(product) or op_name(product).rstrip("_") != "mul":
         return False
     along = one_dim(f, product, argument(total, "dim"))
+    values = [x for x in product.args if isinstance(x, fx.Node) and x is not weights]
+    if any(_extents(f, unexpanded(f, x)) == [f.shape(product)[along or 0]] for x in values):
+        return False  # one value for each weight, the same for all rows: an expectation
     return f.shape(product) == f.shape(weights) and along == dim and f.shape(weights)[-1] is not ONE
 
 

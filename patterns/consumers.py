@@ -11,6 +11,7 @@ from torch import fx
 from attncc.ir.build import ONE
 from attncc.ir.expr import Index, free
 from attncc.patterns.anchors import Anchor
+from attncc.patterns.components import shares_components
 from attncc.patterns.contractions import Contraction, contraction, mixture
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
@@ -78,7 +79,7 @@ def uses(f: Facts, anchor: Anchor, weights: Weights) -> Uses:
                 found = frame(f, product, left=side is product.lhs)
                 apart = side is not n and found.e is None
                 pooled = apart or (side is not n and not found.rows and not compares(f, anchor.scores))
-                each = each or apart
+                each = each or (apart and shares_components(found))
                 if not pooled:
                     seen.add(user)
                     if _sums_over(found, anchor, weights):

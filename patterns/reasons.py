@@ -9,6 +9,7 @@ from attncc.patterns.contractions import contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES, unexpanded
+from attncc.patterns.reductions import scattered
 from attncc.patterns.schema import is_batched, op_name
 from attncc.patterns.written_out import SUMS, written_out
 
@@ -112,6 +113,8 @@ def _times_pairs(f: Facts, n: fx.Node) -> bool:
 
 def of_quotient(f: Facts, n: fx.Node) -> str:
     """Why exponentials that a sum of exponentials divides are no attention."""
+    if scattered(n.all_input_nodes[-1]) is not None:
+        return "a softmax over groups that are numbered in a tensor (edges of a graph): each row has keys of its own"
     (top, *_) = n.all_input_nodes
     if compares(f, top):
         return "a quotient by a sum that is not that of the same exponentials over the keys"
@@ -151,6 +154,7 @@ _GOES = {
     "layer_norm": "it is normalised once more (layer_norm)",
     "the output": "it goes to the output",
 }
+_NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
 _WEIGHS = {
     "sum": "what it weighs is summed element by element, as branches, levels and sampling points are",
     "the output": "it scales a tensor element by element and nothing is summed, as a gate does",
@@ -167,7 +171,8 @@ def of_use(f: Facts, scores: fx.Node, weights: fx.Node, at: fx.Node) -> str:
         return f"only the largest of its weights are kept ({name}), and which they are no score says alone"
     if name in ("sum", "mean") and contraction(f, at) is not None:  # weighed and summed, by one number each
         return f"{of_scores(f, scores)}; {_WEIGHS['sum']}"
-    goes = (_WEIGHS if _scales(f, weights, at) else {}).get(name) or _GOES.get(name, f"it goes to {name}")
+    scaled = _WEIGHS.get(name, _WEIGHS["the output"] if name in _NORMS else None) if _scales(f, weights, at) else None
+    goes = scaled or _GOES.get(name, f"it goes to {name}")
     return f"the softmax is not multiplied with values: {goes}"
 
 

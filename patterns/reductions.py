@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from attncc.patterns.facts import Facts
-from attncc.patterns.schema import argument
+from attncc.patterns.schema import argument, op_name
 
 aten = torch.ops.aten
 CASTS = (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.detach.default)
@@ -67,6 +67,27 @@ def reduction(f: Facts, n: fx.Node | None, targets: tuple[object, ...]) -> tuple
     dim = one_dim(f, of, argument(n, "dim"))
     kept = restored is None if argument(n, "keepdim") else restored == dim
     return (n, of, dim) if dim is not None and kept else None
+
+
+def scattered(n: fx.Node | None) -> fx.Node | None:
+    """What is summed by groups that are numbered in a tensor, where each element reads the sum of its own group."""
+    n = _kept_from_zero(n)
+    if n is None or op_name(n) not in ("index_select", "gather", "index"):
+        return None
+    total = _kept_from_zero(tensor(n.args[0]))
+    source = None if total is None else _SCATTERS.get(op_name(total).rstrip("_"))
+    return None if total is None or source is None else skip_casts(tensor(argument(total, source)))
+
+
+_SCATTERS = {"scatter_add": "src", "scatter_reduce": "src", "index_add": "source"}
+
+
+def _kept_from_zero(n: fx.Node | None) -> fx.Node | None:
+    """What something small is added to."""
+    n = skip_casts(n)
+    while n is not None and op_name(n).rstrip("_") in ("add", "clamp", "clamp_min"):
+        n = skip_casts(tensor(n.args[0]))
+    return n
 
 
 def alike(f: Facts, a: fx.Node, seen_a: fx.Node, b: fx.Node, seen_b: fx.Node, depth: int = 8) -> bool:

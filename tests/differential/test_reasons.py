@@ -105,6 +105,22 @@ def signed_edges(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return scores / 1.1 / (scores.sum(-1, keepdim=True) + 1e-6) @ x
 
 
+def over_edges(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """Graph attention over a list of edges."""
+    start, end = torch.arange(4 * N) % N, torch.arange(4 * N) * 5 % N
+    scores = m.one(x)[:, start, 0] + m.one(x)[:, end, 0]
+    powers = scores.exp()
+    sums = torch.zeros(B, N).scatter_add(1, end.expand(B, -1), powers) + 1e-16
+    weights = powers / sums.index_select(1, end)
+    return torch.zeros(B, N, WIDTH).index_add(1, end, weights[..., None] * x[:, start])
+
+
+def expected(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """The mean of a distribution over bins."""
+    probabilities = m.gate(x).softmax(-1)
+    return (probabilities * torch.linspace(0, 1, probabilities.shape[-1])).sum(-1)
+
+
 def pooled(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return x + m.lin(m.one(x).softmax(1).mT @ x)
 
@@ -269,6 +285,8 @@ def summed_alone(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
         (additive, "sums over pairs of elements"),
         (distances, "distances (cdist)"),
         (signed_edges, "each pair's product by numbers of its own"),
+        (over_edges, "over groups that are numbered in a tensor"),
+        (expected, "come from a layer (linear); what it weighs is summed element by element"),
         (pooled, "come from a layer (linear)"),
         (mixed_experts, "come from a layer (linear)"),
         (summed_experts, "summed element by element, as branches, levels and sampling points are"),
@@ -314,6 +332,11 @@ def adapter(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return x + x @ m.lin.weight[:4].T @ m.lin.weight[4:8]
 
 
+def masked_mean(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    seen = (x > 0.2).to(x.dtype)
+    return x - (x * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp_min(1.0)
+
+
 def chosen_layers(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     """Experts as matrices that are picked by number, after what compares tokens."""
     numbers = m.gate(x).argmax(-1).flatten()
@@ -322,7 +345,9 @@ def chosen_layers(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return torch.bmm(m.down[numbers], hidden).view_as(x)
 
 
-SILENT = [chosen_layers, squeeze_excite, block_attention, additive_gate, contrastive, adapter, pooled_product]
+SILENT = [
+    chosen_layers, masked_mean, squeeze_excite, block_attention, additive_gate, contrastive, adapter, pooled_product,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("core", SILENT)

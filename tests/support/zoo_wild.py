@@ -145,6 +145,14 @@ def written_weights(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return weights @ v
 
 
+def looped_graph(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """A bias whose diagonal and some columns are set by lists of numbers."""
+    bias, at = extra["mask"].to(q.dtype).clone(), torch.arange(N)
+    bias[at, at] = 2.0
+    bias[:, torch.tensor([1, 4])] = 0.5
+    return (q @ k.mT * D**-0.5 + bias).softmax(-1) @ v
+
+
 def rolled_rows(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     """Scores of a row, taken for another one."""
     scores = (q @ k.mT * D**-0.5).roll(2, 2).masked_fill(~extra["mask"], -math.inf)
@@ -178,6 +186,7 @@ WILD: tuple[Case, ...] = (
     case("spread-out", spread_out, "copies that broadcast", golden=0, dtypes=HALF),
     case("special-names", special_names, "other names of the same functions", sites=2),
     case("written-weights", written_weights, "scores and weights written by index", extra=MASK, golden=0),
+    case("looped-graph", looped_graph, "a bias assigned to by numbers", extra=MASK, golden=0),
     case("rolled-rows", rolled_rows, "scores and weights whose rows are turned round", extra=MASK, golden=0),
     case("hopfield", hopfield, "steps that feed each other", sites=3),
 )
