@@ -96,13 +96,13 @@ class _Shadow(fx.Interpreter):
     def _opaque(self, n: fx.Node) -> Any:
         """New tensors for what a higher-order operator gives. Its body, if it has one of its own, is read by itself."""
         args, _ = self.fetch_args_kwargs_from_env(n)
-        for at, body in enumerate(args):
-            if isinstance(body, fx.GraphModule):
-                inputs = [x for x in args[at + 1 :] if not isinstance(x, str)]
-                expected = [p for p in body.graph.nodes if p.op == "placeholder"]
-                if len(inputs) == len(expected) and not any(isinstance(x, fx.GraphModule) for x in inputs):
-                    self.bodies.append((body, inputs))
-                break
+        first = next((at for at, x in enumerate(args) if isinstance(x, fx.GraphModule)), len(args))
+        bodies = [x for x in args[first:] if isinstance(x, fx.GraphModule)]
+        if str(n.target) == "autograd_function_apply":  # its backward takes other arguments
+            bodies = bodies[:1]
+        given = [x for x in args[first:] if not isinstance(x, fx.GraphModule | str)]
+        if len(bodies) == 1 and len(given) == sum(p.op == "placeholder" for p in bodies[0].graph.nodes):
+            self.bodies.append((bodies[0], given))
         return tree_map_only(torch.Tensor, torch_private.like, n.meta["example_value"])
 
     def _last(self) -> fx.Node | None:

@@ -145,8 +145,16 @@ def storage(x: torch.Tensor) -> int:
 
 
 def like(x: torch.Tensor) -> torch.Tensor:
-    """A tensor, made inside the trace in progress, of the shape, strides, dtype and device of a Dynamo fake."""
-    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+    """A tensor, made inside the trace in progress, of the shape, strides, dtype and device of a Dynamo fake.
+
+    The trace knows symbolic sizes and not what strides are made of them: there, a dense tensor of the same order."""
+    strides = x.stride()
+    if all(isinstance(s, int) for s in strides):
+        return torch.empty_strided(x.size(), strides, dtype=x.dtype, device=x.device)
+    hints = [s.node.hint if isinstance(s, torch.SymInt) else s for s in strides]
+    order = sorted(range(x.ndim), key=lambda d: -hints[d])
+    made = torch.empty([x.size(d) for d in order], dtype=x.dtype, device=x.device)
+    return made.permute([order.index(d) for d in range(x.ndim)])
 
 
 def known_number(n: fx.Node) -> float | int | bool | None:

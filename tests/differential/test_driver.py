@@ -118,13 +118,39 @@ class OwnGradient(Block):
         return self.attend(Scaled.apply(x))
 
 
-@pytest.mark.parametrize("kind", [Block, Checkpointed, OwnGradient])
-def test_gradients_survive(kind: type[Block]) -> None:
+class Weighed(torch.autograd.Function):
+    """Attention with a backward of its own, which has other arguments than the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return (q @ k.mT / 32**0.5).softmax(-1) @ v
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        weights = (q @ k.mT / 32**0.5).softmax(-1)
+        inner = weights * (g @ v.mT - (g @ v.mT * weights).sum(-1, keepdim=True)) * 32**-0.5
+        return inner @ k * 3, inner.mT @ q, weights.mT @ g
+
+
+class OwnAttention(Block):
+    def attend(self, x: Tensor) -> Tensor:
+        return Weighed.apply(*self.qkv(x).chunk(3, -1))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", [Block, Checkpointed, OwnGradient, OwnAttention])
+def test_gradients_survive(kind: type[Block], dynamic: bool) -> None:
     model, x = kind(), torch.randn(2, 16, 32, requires_grad=True)
-    report = attncc.explain(model, x)
-    assert [s.status for s in report.sites] in (["fused"], ["kept"]) and not report.notes
-    compiled = torch.compile(model, backend="attncc", options={"measure": False})
-    eager, ours = model(x), compiled(x)
+    compiled = torch.compile(model, backend="attncc", dynamic=dynamic, options={"measure": False})
+    found = dynamo.Collected()
+    token = dynamo.collecting.set(found)
+    try:
+        eager, ours = model(x), compiled(x)
+    finally:
+        dynamo.collecting.reset(token)
+    assert [s.status for s in found.sites] in (["fused"], ["kept"]) and not found.notes
     g = torch.randn_like(eager)
     (want,) = torch.autograd.grad(eager, x, g)
     (have,) = torch.autograd.grad(ours, x, g)
