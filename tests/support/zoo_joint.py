@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from zoo_case import Case
-from zoo_forms import SCALE
+from zoo_heads import SCALE
 from zoo_spellings import CAUSAL, D, Extra, H, N, Q, attend, randoms
 
 
