@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json as json_format
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: totals of each spelling."""
+    """Markdown: totals of each spelling, and how often each reason was given."""
     lines = ["| attention as | models | calls of softmax or SDPA | lifted | refused, with a reason | wrong | failed | "
              "fused by Inductor |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for spelling in SPELLINGS:
@@ -191,4 +192,6 @@ def table(found: dict[str, Any]) -> str:
                  sum(len(r["reasons"]) for r in good), sum(r["wrong"] for r in good), len(rows) - len(good),
                  sum(r["inductor"] or 0 for r in rows)]  # fmt: skip
         lines.append(f"| {spelling} | " + " | ".join(map(str, cells)) + " |")
+    reasons = Counter(r.rsplit(" (", 1)[0] for row in found["rows"].values() for r in row.get("reasons", ()))
+    lines += ["", "| sites | reason |", "|---|---|", *(f"| {n} | {reason} |" for reason, n in reasons.most_common())]
     return "\n".join(lines)

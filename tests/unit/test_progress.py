@@ -73,8 +73,11 @@ def test_the_backend_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dynamo, "waiting", waits)
     torch.compiler.reset()
-    compiled = torch.compile(lambda x: x + 1, backend="attncc", options={"inductor": False})
-    assert compiled(torch.ones(2)).tolist() == [2, 2]
+    options = {"inductor": False, "measure": False}
+    assert torch.compile(lambda x: x + 1, backend="attncc", options=options)(torch.ones(2)).tolist() == [2, 2]
+    assert not heard  # nothing in it can be attention
+    compiled = torch.compile(lambda x: (x @ x.mT).softmax(-1) @ x, backend="attncc", options=options)
+    assert compiled(torch.ones(2, 3)).tolist() == [[1, 1, 1]] * 2
     assert heard[:2] == ["reading the graph", "finding attention"]
 
 
