@@ -171,9 +171,9 @@ def same_value(f: Facts, a: Operand, b: Operand, extents: dict[Expr, Expr], when
 def _is_key_sum(f: Facts, x: Operand, k: Operand, j: Index, extents: dict[Expr, Expr], row: Expr | None) -> bool:
     """Whether an operand is the keys summed over all of them, or over those up to a row."""
     value = value_of(f, x, extents, f.order[x[0]] + 1)
-    if not isinstance(value, Load) or value.tensor.startswith(DOT):
+    if not isinstance(value, Load):
         return False
-    node = f.by_name[value.tensor]
+    node = f.by_name[value.tensor.removeprefix(DOT)]  # keys under a mask, summed, are a product of the two
     summed = _sum_over(f, node, value.index, j) if row is None else _sum_up_to(f, node, value.index, j, row)
     return summed is not None and same_value(f, summed, k, extents, f.order[node])
 

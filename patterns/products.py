@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from attncc.ir.affine import Extents
 from attncc.ir.attention import S
+from attncc.ir.build import TRUE
 from attncc.ir.expr import Expr, Index, Load, free, loads
 from attncc.patterns.contractions import DOT, contraction
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import Point
 from attncc.patterns.value import Unreadable
+from attncc.patterns.writes import Place
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ class Overwritten(Unreadable):
         self.by = by
 
 
-def stored(f: Facts, x: Expr, use: int) -> Expr | None:
-    """A product that is not the site's own, as a load of what the model computes anyway."""
+def stored(f: Facts, x: Expr, use: int, ext: Extents) -> Expr | None:
+    """A product that is not the site's own, as a load of what the model computes anyway: inside of its tensor also
+    where a selection around it takes another branch."""
     if not isinstance(x, Load) or not x.tensor.startswith(DOT):
         return None
     n = f.by_name[x.tensor.removeprefix(DOT)]
@@ -79,4 +83,4 @@ def stored(f: Facts, x: Expr, use: int) -> Expr | None:
     writes = f.writes(n, f.order[n], use)
     if writes:
         raise Overwritten(n, writes[-1])
-    return Load(n.name, x.index, "float")
+    return Load(n.name, Place(TRUE, x.index).kept(f.shape(n), ext), "float")

@@ -46,7 +46,7 @@ def lift_sdpa(f: Facts, n: fx.Node) -> Lifted:
         predicate = le(j, i)
     if mask is not None:
         value = Reader(f, use, extents, pair=frozenset({i, j})).value_at(mask, broadcast(f, mask, (*batch, i, j)), use)
-        value = rewrite(value, lambda x: stored(f, x, use))
+        value = rewrite(value, lambda x: stored(f, x, use, extents))
         if value.kind == "bool":
             predicate = and_(predicate, value)
         else:

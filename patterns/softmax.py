@@ -66,7 +66,7 @@ def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
         raise Unreadable(product.node, "the product with the values also scales or adds")
     if any(_drops(f, x) for x in loads(term.weight)):
         raise Unreadable(anchor.node, "dropout is on")
-    weight = rewrite(term.weight, lambda x: stored(f, x, frame.use))
+    weight = rewrite(term.weight, lambda x: stored(f, x, frame.use, frame.extents))
     score, weight = as_softmax(anchor, score, weight)
     again = masked_again(weight, score, half=f.dtype(anchor.scores) == torch.float16)
     weight = weight if again is None else again
@@ -160,7 +160,7 @@ def _score_over(frame: Frame, term: Term, leaves: frozenset[fx.Node]) -> tuple[E
     if mixture is not None and mixed is not None:
         found, score = mixed, substitute(score, {mixture.whole: mixed.load})
     score = _without(score, anchor.invariant)
-    return rewrite(score, lambda x: found.value if x is found.load else stored(f, x, frame.use)), found
+    return rewrite(score, lambda x: found.value if x is found.load else stored(f, x, frame.use, frame.extents)), found
 
 
 def _without_maxima(f: Facts, x: Expr, c: Index) -> Expr:

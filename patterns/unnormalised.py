@@ -77,7 +77,7 @@ def lift_unnormalised(f: Facts, product: Contraction, left: bool) -> Lifted | No
         return None
     if found.row is not None:
         value = whole.reader(pair=frozenset({c, found.row})).value_at(whole.weights, whole.weights_at, whole.read)
-    value = rewrite(value, lambda x: S if x is found.load else stored(f, x, whole.use))
+    value = rewrite(value, lambda x: S if x is found.load else stored(f, x, whole.use, whole.extents))
     if S not in set(walk(value)) or _is_scaled(value, c) or any(x.tensor.startswith(DOT) for x in loads(value)):
         return None
     normalizer, score, visible = _taken_apart(value)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from attncc.ir.affine import linear_in
+from attncc.ir.affine import linear_in, simplify
 from attncc.ir.attention import DTYPES
-from attncc.ir.build import ONE, ZERO, cast, not_, op, where
-from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, loads, walk
+from attncc.ir.build import FALSE, ONE, ZERO, cast, not_, op, where
+from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, loads, rewrite, substitute, walk
 from attncc.patterns.contractions import DOT, ROUNDED, Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
@@ -163,10 +163,23 @@ class Reader:
         def new() -> Expr:
             value = self.value_at(write, part.at, when + 1)
             if self.reach is None and not all(self._is_own(x) for x in loads(value)):
-                value = self.value_at(write, part.kept(f.shape(write), self.extents), when + 1)
+                kept = part.kept(f.shape(write), self.extents)
+                value = self._own_unkept(self.value_at(write, kept, when + 1), dict(zip(kept, part.at, strict=True)))
             return cast(value, kind)
 
-        return self.selected(part.inside, new, before)
+        return before() if part.inside is FALSE else self.selected(part.inside, new, before)
+
+    def _own_unkept(self, x: Expr, table: Mapping[Expr, Expr]) -> Expr:
+        """An expression whose loads of scores and weights are where they are read without the bounds that `table`
+        takes away, so that a product stays one wherever parts of it are written to."""
+        table = {kept: at for kept, at in table.items() if kept is not at}
+
+        def own(y: Expr) -> Expr | None:
+            if not isinstance(y, Load) or not self._is_own(y):
+                return None
+            return Load(y.tensor, tuple(simplify(substitute(i, table), self.extents) for i in y.index), y.kind)
+
+        return rewrite(x, own) if table else x
 
     def selected(self, c: Expr, yes: Callable[[], Expr], no: Callable[[], Expr]) -> Expr:
         """One value where a condition holds, another elsewhere, each read where it is."""

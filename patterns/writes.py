@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from attncc.ir.affine import Extents, less_than, nonnegative, simplify
-from attncc.ir.build import ONE, TRUE, ZERO, and_, eq, floordiv, ge, lt, maximum, minimum, mod, sub
+from attncc.ir.build import FALSE, ONE, TRUE, ZERO, and_, eq, floordiv, ge, lt, maximum, minimum, mod, sub
 from attncc.ir.expr import Expr, Index
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES, Point, reshape_index, slice_start
@@ -85,6 +85,8 @@ def _slice(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Place | None:
         inside, x = and_(inside, eq(mod(x, step), ZERO)), simplify(floordiv(x, step), ext)
     if not less_than(x, length, ext):
         inside = and_(inside, lt(x, length))
+    if nonnegative(sub(x, length), ext) or less_than(x, ZERO, ext):
+        inside = FALSE
     return Place(inside, (*at[:d], x, *at[d + 1 :]))
 
 

@@ -7,7 +7,7 @@ index, or that something is divided by, are >= 1 (without, there is nothing to p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from attncc.ir.build import ONE, ZERO, add, const, floordiv, mod, mul, sub
 from attncc.ir.expr import Const, Expr, Op, Size, rewrite, walk
@@ -150,6 +150,11 @@ def ends_of(factor: Expr, extents: Extents) -> Ends:
             return (_over(low, int(c)) or ({} if whole else None)), _over(high, int(c))
         case Op("floordiv" | "truncdiv", (x, c)) if is_positive(poly(c)) and nonnegative(x, extents):
             return {}, upper(poly(x), extents)
+        case Op("min" | "max", (x, y)) if factor.kind == "int":
+            lows, highs = ([end(poly(z), extents) for z in (x, y)] for end in (lower, upper))
+            if factor.name == "max":
+                return _of_any(lows, max), _of_all(highs, max)
+            return _of_all(lows, min), _of_any(highs, min)
         case Op("int", (x,)) if x.kind == "bool":
             return {}, {(): 1}
         case _:
@@ -159,6 +164,21 @@ def ends_of(factor: Expr, extents: Extents) -> Ends:
 def _over(p: Poly | None, c: int) -> Poly | None:
     """p // c where p is a number."""
     return {(): p.get((), 0) // c} if p is not None and set(p) <= {()} else None
+
+
+def _of_any(ends: list[Poly | None], best: Callable[[list[int]], int]) -> Poly | None:
+    """The best of the ends that are known, any of which is one."""
+    known = [p for p in ends if p is not None]
+    found = _of_all(known, best)
+    return found if found is not None or not known else known[0]
+
+
+def _of_all(ends: Sequence[Poly | None], best: Callable[[list[int]], int]) -> Poly | None:
+    """The best of all ends, where they are numbers."""
+    if not ends or any(p is None or not set(p) <= {()} for p in ends):
+        return None
+    value = best([p.get((), 0) for p in ends if p is not None])
+    return {(): value} if value else {}
 
 
 def scaled(p: Poly, by: int) -> Poly:
