@@ -70,7 +70,7 @@ def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
     score, weight = as_softmax(anchor, score, weight)
     again = masked_again(weight, score, half=f.dtype(anchor.scores) == torch.float16)
     weight = weight if again is None else again
-    bare = unguarded(f, frame.reader(), weight, score, frame.c)
+    bare = unguarded(f, frame.reader(), term, weight, score, frame.c)
     empty: Empty = "zero" if bare is not None else anchor.empty or "nan"
     return replace(
         frame.parts(found, score, half=anchor.scores, empty=empty), normalizer=anchor.normalizer,

@@ -7,6 +7,7 @@ from zoo_case import Case
 from zoo_diffusion import DIFFUSION
 from zoo_flex import FLEX
 from zoo_forms import FORMS
+from zoo_guards import GUARDS
 from zoo_images import IMAGES
 from zoo_joint import JOINT
 from zoo_library import LIBRARY
@@ -20,8 +21,8 @@ from zoo_vision import VISION
 from zoo_wild import WILD
 
 CASES: tuple[Case, ...] = (
-    *SPELLINGS, *WILD, *FORMS, *JOINT, *IMAGES, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *SLIDING, *BLOCKED, *TEXT, *VISION,
-    *DIFFUSION, *SIZES,
+    *SPELLINGS, *GUARDS, *WILD, *FORMS, *JOINT, *IMAGES, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *SLIDING, *BLOCKED, *TEXT,
+    *VISION, *DIFFUSION, *SIZES,
 )
 
 assert len({case.name for case in CASES}) == len(CASES)
@@ -29,9 +30,9 @@ assert len({case.name for case in CASES}) == len(CASES)
 #: What runs on every change; the others run with `--full`. Every form of spelling and mask is here once.
 QUICK = frozenset({
     "q-scaled-first", "in-float32", "einsum-of-other-orders", "by-bmm", "exp-minus-logsumexp", "exp-over-sum",
-    "safe-softmax", "masked-again", "times-the-mask", "fill-minus-100", "fill-minus-1e30", "add-minus-1e4", "clamped",
-    "added-in-place",
-    "triangle-in-the-graph", "window-in-the-graph", "documents", "sdpa-causal", "sdpa-narrow-values",
+    "safe-softmax", "masked-again", "times-the-mask", "decomposed-sdpa", "all-hidden", "lowest-maximum",
+    "guard-of-others", "fill-minus-100", "fill-minus-1e30", "add-minus-1e4", "clamped",
+    "added-in-place", "triangle-in-the-graph", "window-in-the-graph", "documents", "sdpa-causal", "sdpa-narrow-values",
     "sdpa-old-context", "element-by-element", "radial", "powers-of-two", "relu-shares", "graph-attention", "hopfield",
     "grouped-by-repeat", "grouped-by-einsum", "keys-first", "values-times-transpose", "null-key",
     "both-directions", "subtracted", "mixed-twice", "joint-heads", "two-products", "product-of-softmaxes",

@@ -114,30 +114,6 @@ def log_softmax_exp(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return F.log_softmax(q @ k.mT * D**-0.5, -1).exp() @ v
 
 
-def safe_softmax(q: Q, k: Q, v: Q, extra: Extra) -> Q:
-    scores = (q @ k.mT * D**-0.5).masked_fill(~extra["mask"], -torch.inf)
-    weights = torch.softmax(scores, -1)
-    return torch.where(extra["mask"].any(-1, keepdim=True), weights, 0.0) @ v
-
-
-def nan_to_num(q: Q, k: Q, v: Q, extra: Extra) -> Q:
-    scores = (q @ k.mT * D**-0.5).masked_fill(~extra["mask"], -torch.inf)
-    return torch.softmax(scores, -1).nan_to_num(0.0) @ v
-
-
-def masked_again(value: float) -> Core:
-    def core(q: Q, k: Q, v: Q, extra: Extra) -> Q:
-        hidden = extra["mask"].logical_not()
-        return (q @ k.mT * D**-0.5).masked_fill(hidden, value).softmax(-1).masked_fill(hidden, 0.0) @ v
-
-    return core
-
-
-def times_the_mask(q: Q, k: Q, v: Q, extra: Extra) -> Q:
-    scores = (q @ k.mT * D**-0.5).masked_fill(extra["mask"] == 0, -1e9)
-    return (scores.softmax(-1) * extra["mask"]) @ v
-
-
 def filled(value: float) -> Core:
     def core(q: Q, k: Q, v: Q, extra: Extra) -> Q:
         return (q @ k.mT * D**-0.5).masked_fill(~extra["mask"], value).softmax(-1) @ v
@@ -270,11 +246,6 @@ SPELLINGS = (
     case("exp-over-sum", exp_over_sum, "softmax by hand"),
     case("divided-after", divided_after, "normalised after the values", golden=0),
     case("log-softmax-exp", log_softmax_exp, "softmax by log_softmax"),
-    case("safe-softmax", safe_softmax, "rows that see nothing are zero", extra={"mask": LATE}, golden=0),
-    case("nan-to-num", nan_to_num, "rows that see nothing are zero", extra={"mask": LATE}),
-    case("masked-again", masked_again(-math.inf), "rows that see nothing are zero", extra={"mask": LATE}, golden=0),
-    case("masked-again-1e9", masked_again(-1e9), "rows that see nothing are zero", extra={"mask": LATE}),
-    case("times-the-mask", times_the_mask, "rows that see nothing are zero", extra={"mask": LATE}, golden=0),
     case("fill-minus-inf", filled(-math.inf), "a mask of -inf", extra=MASK),
     case("fill-minus-100", filled(-100.0), "a fill small enough to show", extra={"mask": LATE}, golden=0),
     case("fill-minus-1e4", filled(-1e4), "rows of fill are uniform", extra={"mask": LATE}),
