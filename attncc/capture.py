@@ -86,7 +86,7 @@ class _Shadow(fx.Interpreter):
         if number is not None:
             return number
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        written_out = in_place_of(n.target, args)
+        written_out = in_place_of(n, args)
         if written_out is not None:
             return written_out(*args, **kwargs)
         if self.repeats is None:

@@ -1,17 +1,21 @@
 """Library calls that hold a whole attention, or several products, written out in the operations they are made of.
 
 torch runs `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` as one operation each in inference. The shadow of a
-graph runs what is here in their place, so that the attention in them is found; an edit then takes the parts over.
+graph runs what is here in their place, so that the attention in them is found; an edit then takes the parts over. The
+kernels of `scaled_dot_product_attention`, called by their own names, are that function where only its result is used.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 from torch.utils._pytree import tree_leaves
 
 Tensor = torch.Tensor
@@ -123,6 +127,19 @@ def _is_several(equation: Any, tensors: Sequence[Tensor]) -> bool:
     return plain and len(terms) == len(tensors) > 1 and (len(terms) > 2 or not summed)
 
 
+def _attention(schema: torch.FunctionSchema, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+    """The first result of one of the kernels of `scaled_dot_product_attention`, whose arguments it names."""
+    given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+    mask = given.get("attn_mask", given.get("attn_bias"))
+    options = {name: given[name] for name in ("dropout_p", "is_causal", "scale", "enable_gqa") if name in given}
+    return (F.scaled_dot_product_attention(given["query"], given["key"], given["value"], mask, **options),)
+
+
+_KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention", "attention_math")
+#: Operations that give an attention first, and what an edit has no use for.
+_SDPA = {x: packet.default._schema
+         for packet in (getattr(torch.ops.aten, f"_scaled_dot_product_{name}") for name in _KERNELS)
+         for x in (packet, packet.default)}  # fmt: skip
 #: What to call in place of a library call, on plain tensors.
 PARTS: dict[object, Callable[..., Any]] = {
     torch._transformer_encoder_layer_fwd: transformer_encoder_layer,  # pyright: ignore[reportPrivateImportUsage]
@@ -134,9 +151,12 @@ PARTS: dict[object, Callable[..., Any]] = {
 }
 
 
-def in_place_of(target: object, args: Sequence[Any]) -> Callable[..., Any] | None:
+def in_place_of(n: fx.Node, args: Sequence[Any]) -> Callable[..., Any] | None:
     """What to call in place of a call with these arguments, if anything."""
-    found = PARTS.get(target)
+    if n.target in _SDPA:
+        alone = all(user.target is operator.getitem and user.args[1] == 0 for user in n.users)
+        return partial(_attention, _SDPA[n.target]) if alone else None
+    found = PARTS.get(n.target)
     tensors = [x for x in tree_leaves(list(args)) if isinstance(x, torch.Tensor)]
     if found is None or any(x.is_nested for x in tensors) or (found is einsum and not _is_several(args[0], tensors)):
         return None

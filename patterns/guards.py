@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -121,7 +122,7 @@ class _Guard:
         """Whether `n` says of each score whether it is -inf (`hidden`), or whether it is not."""
         if op_name(n) in ("logical_not", "bitwise_not"):
             return self._compares(n.all_input_nodes[0], n, at, dim, hidden=not hidden)
-        limit = n.args[1] if len(n.args) > 1 else -math.inf
+        limit: Any = n.args[1] if len(n.args) > 1 else -math.inf
         found = (op_name(n) in (("eq", "isneginf") if hidden else ("ne", "gt"))) and limit == -math.inf
         return found and self._is_scores(n.all_input_nodes[0], n, at, dim)
 
@@ -149,7 +150,7 @@ class _Guard:
 
 
 def _widens(f: Facts, cast: fx.Node) -> bool:
-    return torch.promote_types(f.dtype(cast.all_input_nodes[0]), f.dtype(cast)) == f.dtype(cast)
+    return torch.promote_types(f.dtype(cast.all_input_nodes[0]), f.dtype(cast)) is f.dtype(cast)
 
 
 def vanishes(weight: Expr) -> bool:

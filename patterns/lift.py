@@ -21,6 +21,7 @@ from attncc.patterns.linear import Recognised, data_nodes, linear_attentions
 from attncc.patterns.pieces import in_pieces
 from attncc.patterns.reasons import UNDER_VMAP, of_quotient, of_use, under_vmap
 from attncc.patterns.recurrence import recurrences
+from attncc.patterns.schema import is_operator
 from attncc.patterns.sdpa import lift_sdpa
 from attncc.patterns.softmax import lift_softmax
 from attncc.patterns.terms import Term
@@ -39,9 +40,8 @@ class Refusal:
 
 
 #: Operations that hold an attention and do not show it.
-_LIBRARY = {
-    "aten._transformer_encoder_layer_fwd.default", "aten._native_multi_head_attention.default",
-}  # fmt: skip
+#: What operations that hold a whole attention have in their names, or in those of their libraries.
+_WHOLE = ("attention", "attn", "transformer_encoder_layer")
 
 
 def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
@@ -83,8 +83,8 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
                 found += [] if site is None else [site]
             except Exception as error:
                 found.append(Refusal(*_reason(error, n), n))
-        elif n.op == "call_function" and str(n.target) in _LIBRARY:
-            found.append(Refusal("one library operation holds the whole attention, on nested tensors", n, n))
+        elif n in f.live and is_operator(n) and any(x in str(n.target).lower() for x in _WHOLE):
+            found.append(Refusal(f"it is one operation, and what that does is not in the graph ({n.target})", n, n))
     for frame, term, total in divided(f):
         late = _divided(frame, term, total)
         found += late

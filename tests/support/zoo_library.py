@@ -74,6 +74,19 @@ class Native(nn.Module):
         return out + weights.sum(-2)[..., None] if self.weights else out
 
 
+class Kernel(nn.Module):
+    """What SDPA runs on a CPU, called by its own name."""
+
+    def __init__(self, *, sums: bool) -> None:
+        super().__init__()
+        self.qkv, self.sums = nn.Linear(WIDTH, 3 * WIDTH), sums
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True, scale=0.3)
+        return (out + sums[..., None] if self.sums else out).transpose(1, 2).flatten(2)
+
+
 def encoder(*, layers: int = 2, settings: dict[str, Any], **arguments: Any) -> Callable[[], Made]:
     def make() -> Made:
         layer = nn.TransformerEncoderLayer(WIDTH, 4, 48, batch_first=True, **settings)
@@ -95,6 +108,8 @@ LIBRARY = (
     Case("native-attention", of(lambda: Native(weights=False)), 1, "one operation", golden=0),
     Case("native-attention-cross", of(lambda: Native(weights=False, cross=True)), 1, "keys from elsewhere"),
     Case("native-attention-weights", of(lambda: Native(weights=True)), 1, "averaged weights leave it", kept=1),
+    Case("kernel-of-sdpa", of(lambda: Kernel(sums=False)), 1, "SDPA's kernel by its own name", golden=0),
+    Case("kernel-of-sdpa-sums", of(lambda: Kernel(sums=True)), 0, "and its row sums", refused=1),
     Case("transformer-encoder", encoder(settings={"norm_first": True}, src_key_padding_mask=PADDED), 2,
          "torch's encoder in inference: a layer is one operation", golden=0, inductor=True),
     Case("transformer-encoder-post-norm", encoder(settings=GELU, mask=CAUSAL, is_causal=True), 2,
