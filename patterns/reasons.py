@@ -11,6 +11,7 @@ from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES, unexpanded
 from attncc.patterns.reductions import scattered
 from attncc.patterns.schema import is_batched, op_name
+from attncc.patterns.sources import SOURCES
 from attncc.patterns.written_out import SUMS, written_out
 
 _STEPS = 40
@@ -25,7 +26,7 @@ _NONE = "the softmax's input is no product of queries and keys"
 def of_scores(f: Facts, scores: fx.Node) -> str:
     """Why scores that hold no product of queries and keys are none."""
     sources = _sources(f, scores)
-    names = dict.fromkeys(_name(x) for x in sources)
+    names = dict.fromkeys(_name(x) for x in sources if x.target not in SOURCES)  # constants are a mask's
     if f.parameters.issuperset(sources):
         return f"{_NONE}: its scores are learned themselves and depend on no token"
     picked = _picked(f, scores)

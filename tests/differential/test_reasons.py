@@ -215,6 +215,12 @@ def after_a_break(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return (x - x.amax(-1, keepdim=True)).softmax(-1) @ k.mT.reshape(B, WIDTH, N)
 
 
+def masked_after_a_break(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """The same under a causal mask that this graph makes."""
+    hidden = ~x.new_ones(N, WIDTH).tril().bool()
+    return x.masked_fill(hidden, torch.finfo(x.dtype).min).softmax(-1) @ k.mT.reshape(B, WIDTH, N)
+
+
 def heads_of_one_channel(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return F.normalize(q, dim=-1) * (F.normalize(k, dim=-1) * v).sum(-2, keepdim=True)
 
@@ -295,6 +301,7 @@ def summed_alone(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
         (gated, "scales a tensor element by element and nothing is summed, as a gate does"),
         (normalised_twice, "as what is normalised twice is"),
         (after_a_break, "come into this graph from outside"),
+        (masked_after_a_break, "come into this graph from outside"),
     ],
 )
 def test_reason(core: Callable[..., Q], reason: str) -> None:
