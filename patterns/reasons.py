@@ -11,13 +11,17 @@ from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES, unexpanded
 from attncc.patterns.reductions import scattered
 from attncc.patterns.schema import is_batched, op_name
-from attncc.patterns.sources import SOURCES
 from attncc.patterns.written_out import SUMS, written_out
 
 _STEPS = 40
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
 _INNER = ("getitem", "unbind", "index_put", "amax", "max")
 _CHOSEN = {"topk", "sort", "argsort", "gather", "index", "scatter"}
+#: What masks are made of, beside scores.
+_MASKS = {
+    "ones", "ones_like", "new_ones", "zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full", "arange",
+    "eye",
+}  # fmt: skip
 _PICKED = "its scores were picked out of others"
 UNDER_VMAP = "under torch.vmap, whose batches a trace does not show"
 _NONE = "the softmax's input is no product of queries and keys"
@@ -26,7 +30,7 @@ _NONE = "the softmax's input is no product of queries and keys"
 def of_scores(f: Facts, scores: fx.Node) -> str:
     """Why scores that hold no product of queries and keys are none."""
     sources = _sources(f, scores)
-    names = dict.fromkeys(_name(x) for x in sources if x.target not in SOURCES)  # constants are a mask's
+    names = dict.fromkeys(name for x in sources if (name := _name(x)) not in _MASKS)
     if f.parameters.issuperset(sources):
         return f"{_NONE}: its scores are learned themselves and depend on no token"
     picked = _picked(f, scores)
