@@ -19,7 +19,7 @@ from attncc.patterns.flex import FLEX, lift_flex
 from attncc.patterns.frames import Frame
 from attncc.patterns.linear import Recognised, data_nodes, linear_attentions
 from attncc.patterns.pieces import in_pieces
-from attncc.patterns.reasons import UNDER_VMAP, of_quotient, of_use, under_vmap
+from attncc.patterns.reasons import DROPS, dropping, of_quotient, of_use, under_transform
 from attncc.patterns.recurrence import recurrences
 from attncc.patterns.schema import is_operator
 from attncc.patterns.sdpa import lift_sdpa
@@ -75,8 +75,9 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
     """Every site that weighs each key for each query."""
     found, weighed = _lifted(f, anchors(f))
     for n in f.graph.nodes:
-        if (n.target is SDPA or n.target is FLEX) and under_vmap(f, n):
-            found.append(Refusal(UNDER_VMAP, n, n))
+        transform = under_transform(f, n) if n.target is SDPA or n.target is FLEX else None
+        if transform is not None:
+            found.append(Refusal(transform, n, n))
         elif n.target is SDPA or n.target is FLEX:
             try:
                 site = lift_sdpa(f, n) if n.target is SDPA else lift_flex(f, n)
@@ -128,8 +129,8 @@ def _lifted(f: Facts, found: list[Anchor]) -> tuple[list[Lifted | Refusal], set[
     products: dict[fx.Node, list[Lifted | Refusal]] = {}
     for anchor in found:
         if anchor.node not in f.live:
-            if under_vmap(f, anchor.scores):
-                sites.append(Refusal(UNDER_VMAP, anchor.node, anchor.node))
+            transform = under_transform(f, anchor.scores)
+            sites += [] if transform is None else [Refusal(transform, anchor.node, anchor.node)]
             continue
         used = uses(f, anchor, weights)
         pieces = _in_pieces(anchor, used, weights)
@@ -198,8 +199,10 @@ def _unused(f: Facts, anchor: Anchor, used: Uses) -> Refusal:
     if used.alone:
         return Refusal("there is a single key, so there is nothing to choose from", used.others[0], anchor.node)
     if used.others:
-        reason = "the softmax runs over another axis than the product sums over"
-        return Refusal(reason, used.others[0], anchor.node)
+        (product, *_) = used.others
+        dropped = dropping(f, product)
+        reason = "the softmax runs over another axis than the product sums over" if dropped is None else DROPS
+        return Refusal(reason, dropped or product, anchor.node)
     at = used.escapes[0] if used.escapes else anchor.node
     if (used.each and not used.products) or weighs_components(f, anchor.node, anchor.dim, at):
         return Refusal(OWN_WEIGHTS, at, anchor.node)

@@ -10,7 +10,7 @@ from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES, unexpanded
 from attncc.patterns.reductions import scattered
-from attncc.patterns.schema import is_batched, op_name
+from attncc.patterns.schema import argument, op_name, transform_of
 from attncc.patterns.written_out import SUMS, written_out
 
 _STEPS = 40
@@ -23,7 +23,7 @@ _MASKS = {
     "eye",
 }  # fmt: skip
 _PICKED = "its scores were picked out of others"
-UNDER_VMAP = "under torch.vmap, whose batches a trace does not show"
+DROPS = "dropout is on"
 _NONE = "the softmax's input is no product of queries and keys"
 
 
@@ -90,6 +90,15 @@ def made_of(f: Facts, n: fx.Node, names: tuple[str, ...]) -> list[fx.Node]:
     return found
 
 
+def dropping(f: Facts, product: fx.Node) -> fx.Node | None:
+    """The dropout that a factor of a product went through."""
+    return next((x for a in product.all_input_nodes for x in made_of(f, a, ()) if drops(x)), None)
+
+
+def drops(n: fx.Node) -> bool:
+    return _name(n) == "dropout" and argument(n, "train") and argument(n, "p") != 0.0
+
+
 def pairs(f: Facts, n: fx.Node) -> bool:
     """Whether an operation adds two tensors, or lays them side by side, of which each is repeated along a dimension
     that the other has."""
@@ -126,10 +135,11 @@ def of_quotient(f: Facts, n: fx.Node) -> str:
     return of_scores(f, top)
 
 
-def under_vmap(f: Facts, scores: fx.Node) -> bool:
-    """Whether scores are made of the tensors that `torch.vmap` passes, which a trace holds as constants."""
+def under_transform(f: Facts, scores: fx.Node) -> str | None:
+    """Why scores are not read that are made of the tensors of a transform, which a trace holds as constants."""
     held = (getattr(f.graph.owning_module, str(x.target), None) for x in _behind(scores) if x.op == "get_attr")
-    return any(is_batched(x) for x in held)
+    kind = next((x for x in map(transform_of, held) if x is not None), None)
+    return None if kind is None else f"under torch.func.{kind}, whose tensors a trace does not show"
 
 
 def _behind(n: fx.Node) -> set[fx.Node]:
@@ -209,7 +219,7 @@ def used_by(f: Facts, n: fx.Node) -> str:
         x = stack.pop(0)
         if x.op == "output":
             return "the output"
-        like = _name(x).endswith("_like")
+        like = _name(x).endswith("_like") and not _name(x).startswith("rand")
         if x.op != "call_function" or not (x.target in MOVES or x.target in ELEMENTS or like):
             return _name(x) or x.name
         fresh = [u for u in x.users if u not in seen and u in f.live]

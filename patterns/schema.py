@@ -100,9 +100,12 @@ def hint(s: int | torch.SymInt) -> int | None:
     return int(node.hint) if node.has_hint() else None
 
 
-def is_batched(value: object) -> bool:
-    """Whether a tensor stands for the batch of tensors that `torch.vmap` runs over."""
-    return isinstance(value, torch.Tensor) and bool(cast(Any, torch)._C._functorch.is_batchedtensor(value))
+def transform_of(value: object) -> str | None:
+    """The transform of `torch.func` whose tensor a value is: "vmap" or "grad"."""
+    inside: Any = cast(Any, torch)._C._functorch
+    if not isinstance(value, torch.Tensor):
+        return None
+    return "vmap" if inside.is_batchedtensor(value) else "grad" if inside.is_gradtrackingtensor(value) else None
 
 
 def storage_id(value: object) -> int | None:

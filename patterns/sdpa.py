@@ -17,6 +17,7 @@ from attncc.patterns.moves import Point, broadcast, fitted
 from attncc.patterns.numbers import number
 from attncc.patterns.operands import Source, operand
 from attncc.patterns.products import stored
+from attncc.patterns.reasons import DROPS
 from attncc.patterns.schema import argument
 from attncc.patterns.value import Reader, Unreadable
 
@@ -25,7 +26,7 @@ def lift_sdpa(f: Facts, n: fx.Node) -> Lifted:
     """The attention of an SDPA call. Raises Unreadable with the reason where the IR cannot say it."""
     q, k, v, mask = (argument(n, name) for name in ("query", "key", "value", "attn_mask"))
     if argument(n, "dropout_p") != 0.0:
-        raise Unreadable(n, "dropout is on")
+        raise Unreadable(n, DROPS)
     shape = f.shape(n)
     rank = len(shape)
     if f.rank(q) < 2 or any(f.rank(x) != rank for x in (q, k, v)):

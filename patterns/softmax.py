@@ -20,7 +20,7 @@ from attncc.patterns.guards import masked_again, unguarded, vanishes
 from attncc.patterns.mixed import mixture_in
 from attncc.patterns.products import Overwritten, Product, products, stored
 from attncc.patterns.reach import Reach
-from attncc.patterns.reasons import of_scores
+from attncc.patterns.reasons import DROPS, of_scores
 from attncc.patterns.reductions import is_maximum
 from attncc.patterns.rowsums import row_sums
 from attncc.patterns.shares import as_softmax
@@ -65,7 +65,7 @@ def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
     if product.bias is not None or product.alpha != 1.0:
         raise Unreadable(product.node, "the product with the values also scales or adds")
     if any(_drops(f, x) for x in loads(term.weight)):
-        raise Unreadable(anchor.node, "dropout is on")
+        raise Unreadable(anchor.node, DROPS)
     weight = rewrite(term.weight, lambda x: stored(f, x, frame.use, frame.extents))
     score, weight = as_softmax(anchor, score, weight)
     again = masked_again(weight, score, half=f.dtype(anchor.scores) == torch.float16)

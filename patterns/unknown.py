@@ -18,7 +18,7 @@ from attncc.patterns.contractions import Contraction, contraction
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES
-from attncc.patterns.reasons import each_pair, made_of, pairs
+from attncc.patterns.reasons import DROPS, drops, each_pair, made_of, pairs
 from attncc.patterns.reductions import one_dim
 from attncc.patterns.schema import argument, op_name
 from attncc.patterns.written_out import SUMS, factored
@@ -67,7 +67,9 @@ def _between(f: Facts, weights: fx.Node, data: Container[fx.Node]) -> tuple[str,
         if n.target in MOVES or n.target in ELEMENTS or _name(n) == "index_put":
             divisor = n.args[1] if _name(n) == "div" and len(n.args) > 1 else None
             reduced = _reduction(f, divisor) if isinstance(divisor, fx.Node) else None
-            if reduced is not None and reason is None:
+            if drops(n):
+                reason = DROPS, n
+            elif reduced is not None and reason is None:
                 reason = f"weights divided by the {_name(reduced)} of their scores are no normaliser that is known", n
             held = [a for a in held if f.rank(a) > 0][:1]
         elif len(held) == 1 and f.is_tensor(n) and f.shape(held[0]) == f.shape(n):

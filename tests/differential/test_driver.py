@@ -158,6 +158,25 @@ def test_gradients_survive(kind: type[Block], dynamic: bool) -> None:
     torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
 
 
+def weighed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def batched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.vmap(weighed)(q, k, v)
+
+
+def derived(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.func.grad(lambda q: weighed(q, k, v).square().sum())(q)
+
+
+@pytest.mark.parametrize(("f", "name"), [(batched, "torch.func.vmap"), (derived, "torch.func.grad")])
+def test_transforms_are_said(f: Callable[..., Tensor], name: str) -> None:
+    report, eager, ours = both(f, *operands())
+    assert [s.status for s in report.sites] == ["refused"] and name in report.sites[0].reason
+    torch.testing.assert_close(ours, eager)
+
+
 def test_autocast_reads_what_the_model_reads() -> None:
     model, x = Block().eval(), torch.randn(2, 16, 32)
 

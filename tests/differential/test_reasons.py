@@ -256,9 +256,24 @@ def summed_alone(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return q + torch.einsum("bhn,bhnd->bhd", q.sum(-1).softmax(-1), v)[:, :, None]
 
 
+def dropped(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return F.dropout((q @ k.mT).softmax(-1), 0.1, True) @ v
+
+
+def dropped_shares(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return F.dropout((q @ k.mT).sigmoid(), 0.1, True) @ v
+
+
+def dropped_inside(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+
+
 @pytest.mark.parametrize(
     ("core", "reason"),
     [
+        (dropped, "dropout is on"),
+        (dropped_shares, "dropout is on"),
+        (dropped_inside, "dropout is on"),
         (concatenated, "pairs of tokens, added or side by side (additive attention)"),
         (concatenated_convolved, "pairs of tokens, added or side by side (additive attention)"),
         (added_pairs, "pairs of tokens, added or side by side (additive attention)"),
@@ -384,7 +399,15 @@ def drawn(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return F.gumbel_softmax(q @ k.mT, dim=-1) @ v
 
 
-@pytest.mark.parametrize(("core", "name"), [(stick_breaking, "cumsum"), (sparsemax, "sort"), (drawn, "exponential")])
+def dropped_by_hand(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    weights = (q @ k.mT).softmax(-1)
+    return weights * (torch.rand_like(weights) > 0.1) @ v
+
+
+USERS = [(stick_breaking, "cumsum"), (sparsemax, "sort"), (drawn, "exponential"), (dropped_by_hand, "rand_like")]
+
+
+@pytest.mark.parametrize(("core", "name"), USERS)
 def test_who_needs_the_scores(core: Callable[..., Q], name: str) -> None:
     facts, *_ = read(Model(core).eval(), torch.randn(B, N, WIDTH))
     (joint,) = together([site for site in lift_all(facts) if isinstance(site, Lifted)], facts)
