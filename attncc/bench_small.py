@@ -67,8 +67,11 @@ def small_models(name: str, spelling: str) -> Iterator[tuple[nn.Module, dict[str
     what fits together differs by type. `spelling` is transformers' `attn_implementation`. Raises NotSmall where there
     is none."""
     configs, models = _mappings()
-    config_class = configs[name]
-    found = models[config_class]
+    try:
+        config_class = configs[name]
+        found = models[config_class]
+    except (ImportError, ValueError) as error:  # named in a table, and not there
+        raise NotSmall(f"{type(error).__name__} while it was looked up") from error
     model_class = found[0] if isinstance(found, list | tuple) else found
     why: NotSmall | None = None
     made = False

@@ -22,7 +22,8 @@ def candidates(model: Any, config: Any) -> Iterator[dict[str, Any]]:
         required.add("decoder_input_ids")
     if "attention_mask" in taken and model.main_input_name == "input_ids":
         required.add("attention_mask")
-    first = required | {model.main_input_name}
+    main = model.main_input_name
+    first = required | ({main} if isinstance(main, str) else {*main})
     text = {n for n in ("input_ids", "attention_mask") if n in taken}
     images = {n for n in ("pixel_values", "bbox") if n in taken}
     tried: list[set[str]] = []

@@ -24,6 +24,7 @@ _MASKS = {
 }  # fmt: skip
 _PICKED = "its scores were picked out of others"
 DROPS = "dropout is on"
+_SPREADS = ("pad", "constant_pad_nd", "as_strided")
 _NONE = "the softmax's input is no product of queries and keys"
 
 
@@ -92,7 +93,7 @@ def made_of(f: Facts, n: fx.Node, names: tuple[str, ...]) -> list[fx.Node]:
 
 def dropping(f: Facts, product: fx.Node) -> fx.Node | None:
     """The dropout that a factor of a product went through."""
-    return next((x for a in product.all_input_nodes for x in made_of(f, a, ()) if drops(x)), None)
+    return next((x for a in product.all_input_nodes for x in made_of(f, a, _SPREADS) if drops(x)), None)
 
 
 def drops(n: fx.Node) -> bool:
