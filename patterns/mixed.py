@@ -206,7 +206,13 @@ def _bias(f: Facts, x: _Addend, use: int) -> Expr | None:
     if not x.over and not x.factors:
         return x.value if x.scale == 1.0 else mul(x.value, Const(x.scale))
     held = [*x.factors, x.value]
-    operands = [(f.by_name[y.tensor], y.index) for y in held if isinstance(y, Load)]
+    operands: list[tuple[fx.Node, Point]] = [(f.by_name[y.tensor], y.index) for y in held if isinstance(y, Load)]
+    for i, extent in x.over.items():  # factors summed before would make one -inf of terms that are inf and -inf
+        if isinstance(x.value, Load) and i not in mentioned(x.value.index) and isinstance(extent, Const):
+            n, at = operands[-1]
+            n = f.make(aten.unsqueeze.default, (n, 0), use)
+            n = f.make(aten.expand.default, (n, [int(extent.value), *[-1] * len(at)]), use)
+            operands[-1] = n, (i, *at)
     known = frozenset[Expr]().union(*(mentioned(at) for _, at in operands))
     if any(not isinstance(y, Load | Const) for y in held) or not known.issuperset(x.over):
         return None

@@ -67,6 +67,10 @@ def test_what_is_plain_attention_is_fused() -> None:
     assert status["fused"] >= 0.9 * sum(status.values()), status
 
 
+def test_what_is_minus_infinity_before_heads_are_mixed_with_both_signs_is_nan() -> None:
+    check(_seeded(20334), 20334, door=through_trace)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("first", range(1000, 5000, 500))
 def test_thousands(first: int) -> None:
