@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from torch import fx
 
@@ -21,13 +22,15 @@ from attncc.patterns.linear import Recognised, data_nodes, linear_attentions
 from attncc.patterns.pieces import in_pieces
 from attncc.patterns.reasons import DROPS, dropping, of_quotient, of_use, under_transform
 from attncc.patterns.recurrence import recurrences
-from attncc.patterns.schema import is_operator
+from attncc.patterns.schema import hint, is_operator
 from attncc.patterns.sdpa import lift_sdpa
 from attncc.patterns.softmax import lift_softmax
 from attncc.patterns.terms import Term
 from attncc.patterns.unknown import unknown_weights
 from attncc.patterns.unnormalised import lift_unnormalised, weighted_by_scores
 from attncc.patterns.value import Unreadable
+
+_OTHER_WEIGHTS = "what it weighs is weighed by another attention, of which it is the values"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,6 @@ class Refusal:
     anchor: fx.Node
 
 
-#: Operations that hold an attention and do not show it.
 #: What operations that hold a whole attention have in their names, or in those of their libraries.
 _WHOLE = ("attention", "attn", "transformer_encoder_layer")
 
@@ -126,8 +128,9 @@ def _lifted(f: Facts, found: list[Anchor]) -> tuple[list[Lifted | Refusal], set[
     """What becomes of each softmax: the attentions that it is, or why it is none; and the products that they weigh."""
     weights = Weights({a.node.name: a for a in found})
     sites: list[Lifted | Refusal] = []
-    products: dict[fx.Node, list[Lifted | Refusal]] = {}
-    for anchor in found:
+    products: dict[tuple[fx.Node, fx.Node], list[Lifted | Refusal]] = {}  # by what they weigh with, too
+    done: set[fx.Node] = set()  # a product is one attention, whichever of its factors holds the weights
+    for anchor in sorted(found, key=lambda a: -_elements(f, a.node)):  # of two in one product, what has a row a query
         if anchor.node not in f.live:
             transform = under_transform(f, anchor.scores)
             sites += [] if transform is None else [Refusal(transform, anchor.node, anchor.node)]
@@ -136,17 +139,26 @@ def _lifted(f: Facts, found: list[Anchor]) -> tuple[list[Lifted | Refusal], set[
         pieces = _in_pieces(anchor, used, weights)
         if pieces:
             sites += pieces
-            products |= {x.node: [] for x in pieces}
+            done |= {x.node for x in pieces}
             continue
         for frame in used.products:
-            if frame.node not in products:
-                products[frame.node] = _of_product(frame, weights)
-        own = [x for frame in used.products for x in products[frame.node] if x.anchor is anchor.node]
+            key = frame.node, frame.weights
+            if key not in products and frame.node not in done:
+                products[key] = _of_product(frame, weights)
+                done |= {x.node for x in products[key] if isinstance(x, Lifted)}
+        held = [x for frame in used.products for x in products.get((frame.node, frame.weights), ())]
+        own = [x for x in held if x.anchor is anchor.node]
         lifted = [x for x in own if isinstance(x, Lifted)]
         failed = [frame.node for frame in used.products if frame.node not in {x.node for x in lifted}]
         escapes = (*used.escapes, *failed)
-        sites += [replace(x, escapes=escapes) for x in lifted] or own[:1] or [_unused(f, anchor, used)]
-    return sites, set(products)
+        taken = [x.node for x in used.products if x.node in done]
+        other = [Refusal(_OTHER_WEIGHTS, n, anchor.node) for n in taken[:1]] or [_unused(f, anchor, used)]
+        sites += [replace(x, escapes=escapes) for x in lifted] or own[:1] or other
+    return sites, done | {node for node, _ in products}
+
+
+def _elements(f: Facts, n: fx.Node) -> int:
+    return prod(hint(s) or 1 for s in f.value(n).shape)
 
 
 def _in_pieces(anchor: Anchor, used: Uses, weights: Weights) -> Sequence[Lifted | Refusal]:

@@ -98,7 +98,19 @@ def sum_with_its_maximum(q: Q, k: Q, v: Q, extra: Extra) -> Q:
 WIDE = (torch.float32, torch.bfloat16)
 MASK = {"mask": CAUSAL}
 MIX = {"mix": randoms(H, H)}
+def routed_values(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Keys and values scaled by a softmax of their own (soft routing of regions)."""
+    scale = (q.mean(2, keepdim=True) @ k.mT).softmax(-1).mT
+    return (q @ (k * scale).mT * SCALE).softmax(-1) @ (v * scale)
+
+
+def normalised_values(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return (q @ k.mT * SCALE).softmax(-1) @ v.softmax(-2)
+
+
 JOINT = (
+    Case("routed-values", attend(routed_values), 1, "values scaled by another softmax", golden=1, refused=1),
+    Case("normalised-values", attend(normalised_values), 1, "values that are a softmax", refused=1),
     Case("differential", attend(differential, lam=randoms(2), **MASK), 2, "two softmaxes, a learned difference",
          dtypes=WIDE, golden=1, backward=True),
     Case("mixed-twice", attend(mixed_twice, before=randoms(H, H), bias=randoms(H), after=randoms(H, H)), 1,
