@@ -17,6 +17,7 @@ from attncc.ir.linear import UNIT, X
 from attncc.passes.area import Area, area
 from attncc.passes.area import picture as draw
 from attncc.passes.bounds import loop_bounds
+from attncc.passes.simulate import expressions
 from attncc.patterns.assemble import Lifted
 from attncc.patterns.facts import Facts
 
@@ -88,7 +89,7 @@ def sizes_of(site: Lifted, facts: Facts) -> tuple[int, ...] | None:
 def extent_of(a: Attention, sizes: tuple[int, ...]) -> tuple[Area | None, str | None]:
     """How much of the scores the mask leaves, and a picture of it. No area where the bounds read data."""
     bounds = loop_bounds(a)
-    read = any(loads(*(n for x in bounds.visit for n in (x.lo, x.hi))))
+    read = any(loads(*expressions(bounds))) or any(x.bits for x in bounds.visit)
     found = None if read else area(a, bounds, sizes)
     return found, None if a.mask is TRUE else draw(a, sizes)
 

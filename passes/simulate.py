@@ -52,7 +52,7 @@ def simulate(
     table = size_table(a, sizes)
     n, m = extent(a.i.extent, table), extent(a.j.extent, table)
     used: set[Expr] = set()
-    for x in _expressions(bounds):
+    for x in expressions(bounds):
         used |= free(x)
     device = next((t.device for t in (tensors or {}).values()), torch.device("cpu"))
     leaves: dict[Expr, torch.Tensor] = {s: torch.tensor(v, device=device) for s, v in table.items()}
@@ -104,7 +104,8 @@ def simulate(
     return Tiles(all_of(bounds.visit), all_of(full), hidden, end - first, full_shape[:-1], repeat)
 
 
-def _expressions(bounds: Bounds) -> list[Expr]:
+def expressions(bounds: Bounds) -> list[Expr]:
+    """Everything that bounds are made of."""
     found: list[Expr] = [r.expr for r in bounds.rows]
     every = (*bounds.visit, *bounds.full, *bounds.full_parts, *(bounds.hidden or ()))
     return found + [n for x in every for n in x.expressions]

@@ -9,9 +9,9 @@ from torch import fx
 
 from attncc.ir.affine import simplify
 from attncc.ir.attention import Access, Attention, Axis, Empty, Normalizer, Output, Tensor, W
-from attncc.ir.build import NEG_INF, ONE, TRUE, ZERO, and_, lt
+from attncc.ir.build import NEG_INF, ONE, TRUE, ZERO, and_, lt, not_, or_
 from attncc.ir.evaluate import NAME_OF
-from attncc.ir.expr import Const, Expr, Index, Load, Size, free, loads, rewrite, substitute
+from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, rewrite, substitute
 from attncc.ir.verify import verify
 from attncc.patterns.contractions import contraction
 from attncc.patterns.facts import Facts
@@ -131,7 +131,7 @@ def assemble(
         raise Unreadable(anchor, "which keys are hidden depends on the scores themselves, which a mask cannot say")
     mask = and_(masked.mask, p.mask)
     if p.empty == "zero":  # a row of -inf gives zero, where a plain softmax gives NaN: hide what data makes -inf
-        mask = and_(mask, *(lt(NEG_INF, x) for x in loads(masked.score) if x.kind == "float" and not _learned(p, x)))
+        mask = and_(mask, _not_hidden_by_data(p, masked.score))
     renamer = _Renamer(p, names)
     operands = [
         renamer.operand(name, source, dtype)
@@ -139,6 +139,9 @@ def assemble(
     ]
     score, mask, weight = (renamer.expr(x) for x in (masked.score, mask, p.weight))
     sink = None if p.sink is None else renamer.expr(p.sink)
+    for n in renamer.nodes:
+        if n in p.facts.made and p.facts.spoilt(n, p.facts.order[node]):
+            raise Unreadable(node, "a tensor that the model writes to between reading it and the attention")
 
     def axis(name: str, index: Expr | None) -> Axis:
         return Axis(name, renamer.extent(ONE if index is None else p.extents[index]))
@@ -162,6 +165,18 @@ def assemble(
         verify(attention), node, anchor, tuple(renamer.nodes), tuple(renamer.dtypes), sizes, factors, tuple(order),
         escapes, lse, tuple(range(len(own), len(batch))), masked.floor,
     )  # fmt: skip
+
+
+def _not_hidden_by_data(p: Parts, x: Expr) -> Expr:
+    """Where no tensor that a score reads makes it -inf: one that it reads of some keys only hides no others."""
+    match x:
+        case Load():
+            return lt(NEG_INF, x) if x.kind == "float" and not _learned(p, x) else TRUE
+        case Op("where", (c, a, b)):
+            first, second = _not_hidden_by_data(p, a), _not_hidden_by_data(p, b)
+            return and_(first if first is TRUE else or_(not_(c), first), second if second is TRUE else or_(c, second))
+        case _:
+            return and_(*(_not_hidden_by_data(p, a) for a in x.children))
 
 
 def _learned(p: Parts, x: Load) -> bool:

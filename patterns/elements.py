@@ -110,8 +110,15 @@ def _where(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     args = _args(r, n, at, 3)
     if args is None:
         return None
-    a, b = _together(*args[1:])
+    a, b = _together(*(_fitting(r.facts.dtype(n), x) for x in args[1:]))
     return where(cast(args[0], "bool"), a, b)
+
+
+def _fitting(dtype: torch.dtype, x: Expr) -> Expr:
+    """A number as a tensor of float16 holds it, where it may be too large for one."""
+    if dtype != torch.float16 or not isinstance(x, Const) or not isinstance(x.value, float):
+        return x
+    return const(float(torch.tensor(x.value).to(dtype)))
 
 
 def _masked_fill(r: Reader, n: fx.Node, at: Point) -> Expr | None:

@@ -86,6 +86,19 @@ class Facts:
         self.made.add(n)
         return n
 
+    def spoilt(self, n: fx.Node, use: int) -> bool:
+        """Whether a made node, computed at `use`, holds something else than at its own place: what it is made of is
+        written to in between."""
+        stack, seen = [n], {n}
+        while stack:
+            x = stack.pop()
+            if x not in self.made and self.writes(x, self.order[n] - 1, use):
+                return True
+            fresh = [a for a in x.all_input_nodes if x in self.made and a not in seen]
+            seen.update(fresh)
+            stack += fresh
+        return False
+
     def value(self, n: fx.Node) -> Any:
         return n.meta.get("val")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from attncc.ir.build import ONE
-from attncc.patterns.contractions import contraction
+from attncc.patterns.contractions import contraction, mixture
 from attncc.patterns.elements import ELEMENTS
 from attncc.patterns.facts import Facts
 from attncc.patterns.moves import MOVES, unexpanded
@@ -153,8 +153,11 @@ def _behind(n: fx.Node) -> set[fx.Node]:
 
 
 def compares(f: Facts, scores: fx.Node) -> bool:
-    """Whether scores hold a product of two tensors of which none is learned, or their distances."""
+    """Whether scores hold a product of two tensors of which none is learned, or their distances; heads may be mixed."""
     found = _sources(f, scores)
+    mixed = (mixture(f, x) for x in found)
+    if any(mix is not None and compares(f, mix.lhs) for mix in mixed):
+        return True
     products = (contraction(f, x) for x in found)
     sides = ((p.lhs, p.rhs) for p in products if p is not None)
     if any(f.parameters.isdisjoint((a, b)) and not each_pair(f, a) and not each_pair(f, b) for a, b in sides):

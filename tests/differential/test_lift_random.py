@@ -67,8 +67,15 @@ def test_what_is_plain_attention_is_fused() -> None:
     assert status["fused"] >= 0.9 * sum(status.values()), status
 
 
-def test_what_is_minus_infinity_before_heads_are_mixed_with_both_signs_is_nan() -> None:
-    check(_seeded(20334), 20334, door=through_trace)
+@pytest.mark.parametrize("seed", [
+    20334,  # what is -inf before heads are mixed with both signs is nan
+    50108,  # numbers too large for float16 are infinite where they are chosen
+    50786,  # a tensor that is read for some rows only hides keys from those
+    52115,  # bounds that read data, in stripes of what is hidden
+    54391,  # keys that are overwritten after the squared distances to them
+])  # fmt: skip
+def test_what_once_went_wrong(seed: int) -> None:
+    check(_seeded(seed), seed, door=through_trace)
 
 
 @pytest.mark.full
