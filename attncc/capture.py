@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from attncc import torch_private
@@ -72,6 +73,9 @@ class _Shadow(fx.Interpreter):
         last = self._last()
         result = self._run(n)
         made = torch_private.traced_node(result)
+        if made is None and n.op == "call_function" and isinstance(result, FakeTensor):  # out of a `torch.vmap`
+            result = torch_private.like(result)
+            made = torch_private.traced_node(result)
         if made is not None and n.op != "output":
             self.pairs.append((made, n))
         if isinstance(result, tuple | list):

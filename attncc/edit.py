@@ -188,7 +188,7 @@ class Editor:
             found = self.copies[shadow] = self._made(shadow)
         if found is None:
             owner = self.reading.owner.get(shadow)
-            if owner is None:
+            if owner is None or shadow.op == "get_attr":
                 raise EditError(f"no node of the captured graph holds {shadow.name}")
             kept = self._written(shadow, owner)
             if kept is not None:

@@ -7,6 +7,7 @@ low-rank layers) is left alone: nothing makes weights of its scores.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from torch import fx
@@ -22,7 +23,9 @@ from attncc.patterns.frames import frame
 from attncc.patterns.layers import is_learned
 from attncc.patterns.moves import MOVES
 from attncc.patterns.products import products, stored
+from attncc.patterns.reductions import is_maximum
 from attncc.patterns.schema import op_name
+from attncc.patterns.value import Unreadable
 
 _SEARCH = 40  # nodes looked at behind a product
 _BENDING = {
@@ -80,6 +83,8 @@ def lift_unnormalised(f: Facts, product: Contraction, left: bool) -> Lifted | No
     value = rewrite(value, lambda x: S if x is found.load else stored(f, x, whole.use, whole.extents))
     if S not in set(walk(value)) or _is_scaled(value, c) or any(x.tensor.startswith(DOT) for x in loads(value)):
         return None
+    if any(is_maximum(f.by_name[x.tensor]) for x in loads(value)) and any(_is_huge(x) for x in walk(value)):
+        raise Unreadable(product.node, "a row of large numbers less its maximum, whose roundings are all that is left")
     normalizer, score, visible = _taken_apart(value)
     parts = whole.parts(found, score, half=whole.weights, empty="nan")
     return assemble(replace(parts, mask=visible, normalizer=normalizer), product.node, product.node)
@@ -115,6 +120,10 @@ def _is_scaled(x: Expr, key: Expr) -> bool:
             return False
         (x,) = rest
     return x is S
+
+
+def _is_huge(x: Expr) -> bool:
+    return isinstance(x, Const) and isinstance(x.value, float) and 1e4 <= abs(x.value) < math.inf
 
 
 def _zero(x: Expr) -> bool:

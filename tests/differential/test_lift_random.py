@@ -78,6 +78,10 @@ def test_what_once_went_wrong(seed: int) -> None:
     check(_seeded(seed), seed, door=through_trace)
 
 
+def test_a_row_of_fills_less_its_maximum_once_went_wrong() -> None:
+    check(_seeded(90988), 90988, door=through_dynamo)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("first", range(1000, 5000, 500))
 def test_thousands(first: int) -> None:

@@ -228,6 +228,18 @@ def null_key(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return (q @ k.mT * D**-0.5).softmax(-1) @ v
 
 
+def by_vmap(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """A mask function of single indices, that reads data, batched by `torch.vmap` as transformers does it."""
+    doc, rows = extra["doc"], torch.arange(N)
+
+    def seen(b: Q, i: Q, j: Q) -> Q:
+        return (j <= i) | (doc[b, i] == doc[b, j])
+
+    of_row = torch.vmap(torch.vmap(seen, (None, None, 0)), (None, 0, None))
+    mask = torch.vmap(of_row, (0, None, None))(torch.arange(B), rows, rows)
+    return (q @ k.mT * D**-0.5).masked_fill(~mask[:, None], -math.inf).softmax(-1) @ v
+
+
 def case(name: str, core: Core, why: str, sites: int = 1, extra: Extra | None = None, **more: Any) -> Case:
     return Case(name, attend(core, **(extra or {})), sites, why, **more)
 
@@ -257,6 +269,7 @@ SPELLINGS = (
     case("triangle-in-the-graph", triangle_in_the_graph, "triu of a full matrix", golden=0),
     case("window-in-the-graph", window_in_the_graph, "arange, compare, where", golden=0),
     case("documents", documents, "packed documents and padding", extra={"doc": DOC, "pad": PAD}, golden=0),
+    case("by-vmap", by_vmap, "a mask function under vmap", extra={"doc": DOC}, golden=0),
     case("sdpa-causal", sdpa_causal, "is_causal and scale"),
     case("sdpa-old-context", sdpa_under_the_old_context, "the deprecated torch.backends.cuda.sdp_kernel"),
     case("sdpa-bias", sdpa_bias, "a learned bias with -inf", extra={**MASK, "bias": randoms(H, N, N)}),
