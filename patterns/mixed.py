@@ -67,7 +67,6 @@ class _Addend:
         return found
 
 
-
 @dataclass(frozen=True)
 class _Mixed:
     """What one addend says of the scores: `scale` times small tensors, of the scores of a head."""
@@ -295,7 +294,7 @@ class _Taker:
         self.heads += 1
         self.frame = self.frame.over({g: extent})
         reader = self.frame.reader()
-        scores, at, biases = self._without_biases(reader, inner, at)
+        scores, at, biases = self._without_biases(reader, inner, at, f.order[n])
         try:
             found = self.taken(reader.value_at(scores, at, f.order[n]))
         except _NotLinear:
@@ -322,14 +321,16 @@ class _Taker:
             found += [] if bias is None else [_Addend(bias, score=False)]
         return found
 
-    def _without_biases(self, r: Reader, n: fx.Node, at: Point) -> tuple[fx.Node, Point, list[tuple[fx.Node, Point]]]:
-        """Scores at a point less the tensors that are added to their product, and these."""
+    def _without_biases(
+        self, r: Reader, n: fx.Node, at: Point, when: int
+    ) -> tuple[fx.Node, Point, list[tuple[fx.Node, Point]]]:  # fmt: skip
+        """Scores at a point less the tensors that are added to their product, and these, as they are at `when`."""
         f = self.facts
         found: list[tuple[fx.Node, Point]] = []
         while n.target is aten.add.Tensor and argument(n, "alpha") == 1 and all(f.is_tensor(x) for x in n.args):
             sides: list[tuple[fx.Node, Point]] = [(x, broadcast(f, x, at)) for x in n.all_input_nodes]
             held = [self.holds(r.value_at(x, p, f.order[n])) for x, p in sides]
-            if sorted(held) != [False, True]:
+            if sorted(held) != [False, True] or f.writes(n, f.order[n], when):
                 break
             found.append(sides[held.index(False)])
             n, at = sides[held.index(True)]
