@@ -85,8 +85,7 @@ def is_positive(x: Expr) -> bool:
         case Op("log1p", (a,)) | Op("sqrt" | "rsqrt", (a,)):
             return is_positive(a)
         case Op("add", (a, b)):
-            sides = _is_not_negative(a) and _is_not_negative(b) and (is_positive(a) or is_positive(b))
-            return sides or _has_no_root(x)
+            return _is_not_negative(a) and _is_not_negative(b) and (is_positive(a) or is_positive(b))
         case Op("mul" | "div" | "min", (a, b)):
             return is_positive(a) and is_positive(b)
         case Op("max", (a, b)):
@@ -99,40 +98,6 @@ def is_positive(x: Expr) -> bool:
             return is_positive(a)
         case _:
             return False
-
-
-def _has_no_root(x: Expr) -> bool:
-    """Whether an expression is a quadratic of the score that is above zero everywhere (a Taylor softmax)."""
-    found = _quadratic(x)
-    if found is None:
-        return False
-    c, b, a = found
-    return a > 0 and b * b < 4 * a * c
-
-
-def _quadratic(x: Expr) -> tuple[float, float, float] | None:
-    """(c, b, a) of c + b s + a s^2."""
-    match x:
-        case Const(value):
-            return float(value), 0.0, 0.0
-        case Op(name, (y,)) if name in ROUNDINGS:
-            return _quadratic(y)
-        case Op("add" | "sub" | "mul" | "div", (y, z)):
-            left, right = _quadratic(y), _quadratic(z)
-            if left is None or right is None:
-                return None
-            if x.name in ("add", "sub"):
-                sign = 1.0 if x.name == "add" else -1.0
-                p, q, r = (m + sign * n for m, n in zip(left, right, strict=True))
-                return p, q, r
-            if x.name == "div":
-                right = (1.0 / right[0], 0.0, 0.0) if right[0] and right[1:] == (0.0, 0.0) else None
-            if right is None or left[1] * right[2] or left[2] * right[1] or left[2] * right[2]:
-                return None
-            (m0, m1, m2), (n0, n1, n2) = left, right
-            return m0 * n0, m0 * n1 + m1 * n0, m0 * n2 + m1 * n1 + m2 * n0
-        case _:
-            return (0.0, 1.0, 0.0) if x is S else None
 
 
 def _is_not_negative(x: Expr) -> bool:
