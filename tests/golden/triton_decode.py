@@ -73,7 +73,7 @@ def attention(
     t0 = tl.maximum(tl.minimum(length, M), 0)
     t1 = t0 // 64
     t2 = (t0 + 63) // 64
-    count = tl.maximum(0, tl.minimum(t1, t2))
+    count = tl.minimum(t1, t2)
     for block in range(count * split // splits, count * (split + 1) // splits):
         j0 = block * BLOCK_N
         j = (j0 + tl.arange(0, BLOCK_N))[None, :]
@@ -92,10 +92,9 @@ def attention(
         v = tl.load(v_block + v_in)
         acc = tl.dot(p.to(tl.bfloat16), v, acc, input_precision="ieee")
     # blocks where the mask decides
-    t3 = tl.maximum(t1, 0)
-    count0 = tl.maximum(t3, t2) - t3
+    count0 = tl.maximum(t1, t2) - t1
     for t in range(count0 * split // splits, count0 * (split + 1) // splits):
-        block = t3 + t
+        block = t1 + t
         j0 = block * BLOCK_N
         j = (j0 + tl.arange(0, BLOCK_N))[None, :]
         j_ok = j < M

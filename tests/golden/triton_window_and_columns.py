@@ -29,13 +29,6 @@ BLOCK_M = tl.constexpr(64)
 BLOCK_N = tl.constexpr(64)
 
 
-@triton.jit
-def floor_div(a, b):
-    """a // b rounded down; Triton rounds towards zero."""
-    q = a // b
-    return q - tl.where((a != q * b) & ((a < 0) != (b < 0)), 1, 0)
-
-
 @triton.jit(do_not_specialize=["B", "N", "M"])
 def attention(
     q_ptr, q_s0, q_s1, q_s2, q_s3, k_ptr, k_s0, k_s1, k_s2, k_s3, v_ptr, v_s0, v_s1, v_s2, v_s3, B, N, M,
@@ -123,7 +116,7 @@ def attention(
         acc = tl.dot(p.to(tl.bfloat16), v, acc, input_precision="ieee")
     # stripes of keys, gathered into blocks
     t6 = tl.minimum(i1, t1 * 64)
-    count0 = (tl.maximum(floor_div(t6 + 31, 32), 0) * 2 + 63) // 64
+    count0 = (tl.maximum((t6 + 31) // 32, 0) * 2 + 63) // 64
     for t in range(0, count0):
         slot0 = t * BLOCK_N
         slot = (slot0 + tl.arange(0, BLOCK_N))[None, :]
