@@ -6,16 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attncc.dynamo import attncc_backend as backend
-    from attncc.explanation import explain, explain_program
+    from attncc.driver.backend import attncc_backend as backend
+    from attncc.driver.explanation import explain, explain_program
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "backend", "explain", "explain_program"]
 
 _LAZY = {
-    "backend": ("attncc.dynamo", "attncc_backend"),
-    "explain": ("attncc.explanation", "explain"),
-    "explain_program": ("attncc.explanation", "explain_program"),
+    "backend": ("attncc.driver.backend", "attncc_backend"),
+    "explain": ("attncc.driver.explanation", "explain"),
+    "explain_program": ("attncc.driver.explanation", "explain_program"),
 }
 
 

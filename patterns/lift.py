@@ -9,26 +9,26 @@ from math import prod
 from torch import fx
 
 from attncc.ir.verify import VerifyError
-from attncc.patterns.anchors import SDPA, Anchor, anchors, near_misses
-from attncc.patterns.assemble import Lifted
-from attncc.patterns.components import OWN_WEIGHTS, vector_quotients, weighs_components
-from attncc.patterns.consumers import Uses, Weights, uses
-from attncc.patterns.contractions import Contraction, contraction
-from attncc.patterns.divided import divided
-from attncc.patterns.facts import Facts
-from attncc.patterns.flex import FLEX, lift_flex
-from attncc.patterns.frames import Frame
-from attncc.patterns.linear import Recognised, data_nodes, linear_attentions
-from attncc.patterns.pieces import in_pieces
-from attncc.patterns.reasons import DROPS, dropping, of_quotient, of_use, under_transform
-from attncc.patterns.recurrence import recurrences
-from attncc.patterns.schema import hint, is_operator
-from attncc.patterns.sdpa import lift_sdpa
-from attncc.patterns.softmax import lift_softmax
-from attncc.patterns.terms import Term
-from attncc.patterns.unknown import unknown_weights
-from attncc.patterns.unnormalised import lift_unnormalised, weighted_by_scores
-from attncc.patterns.value import Unreadable
+from attncc.patterns.graph.facts import Facts
+from attncc.patterns.graph.operators import hint, is_operator
+from attncc.patterns.linear.linear import Recognised, data_nodes, linear_attentions
+from attncc.patterns.linear.recurrence import recurrences
+from attncc.patterns.reader.contractions import Contraction, contraction
+from attncc.patterns.reader.value import Unreadable
+from attncc.patterns.refusals.reasons import DROPS, dropping, of_quotient, of_use, under_transform
+from attncc.patterns.refusals.unknown import unknown_weights
+from attncc.patterns.site.assemble import Lifted
+from attncc.patterns.site.frames import Frame
+from attncc.patterns.softmax.anchors import SDPA, Anchor, anchors, near_misses
+from attncc.patterns.softmax.flex import FLEX, lift_flex
+from attncc.patterns.softmax.late_division import divided
+from attncc.patterns.softmax.pieces import in_pieces
+from attncc.patterns.softmax.sdpa import lift_sdpa
+from attncc.patterns.softmax.softmax import lift_softmax
+from attncc.patterns.softmax.sums_of_softmaxes import Term
+from attncc.patterns.softmax.unnormalised import lift_unnormalised, weighted_by_scores
+from attncc.patterns.softmax.vector_weights import OWN_WEIGHTS, vector_quotients, weighs_components
+from attncc.patterns.softmax.weight_users import Uses, Weights, uses
 
 _OTHER_WEIGHTS = "what it weighs is weighed by another attention, of which it is the values"
 

@@ -7,7 +7,7 @@ What a kernel must know: `visit` and `full`, or `visit` and `hidden`. What it ma
 `Interval.stripe`, `residue`, `full_parts`. A kernel that walks blocks of keys goes from block to block by the stripe:
 where a stripe is wider than a block (S2, a neighbourhood in row-major order), the next block begins at the next key of
 the stripe; a narrower one (a dilation) is left to the mask, or to a token order that makes it dense
-(`attncc.passes.tile_layout`).
+(`attncc.passes.rewrites.tile_layout`).
 What only appears where the caller asked for it: `Bounds.rows` (a caller whose kernel cannot scan rows does not ask).
 Bounds speak of visible keys alone: a row without any, whose result is the mean of V, is the kernel's business.
 """

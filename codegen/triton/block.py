@@ -8,8 +8,8 @@ from typing import Literal
 from attncc.codegen.triton.expressions import Scope
 from attncc.codegen.triton.frame import Frame
 from attncc.codegen.triton.plan import TL_TYPES
+from attncc.codegen.triton.score_parts import only
 from attncc.codegen.triton.segments import Striped
-from attncc.codegen.triton.terms import only
 from attncc.ir import Const, Expr, S, W
 from attncc.ir.build import TRUE, and_, le, lt, mod, not_, sub
 from attncc.ir.expr import free

@@ -19,8 +19,8 @@ from attncc.codegen.triton.expressions import Scope
 from attncc.codegen.triton.frame import Frame
 from attncc.codegen.triton.kernel import BLOCK_COUNT, FLAGS, LISTS, Kernel, kernel
 from attncc.codegen.triton.plan import Plan
+from attncc.codegen.triton.score_parts import comparison_sides
 from attncc.codegen.triton.segments import Run
-from attncc.codegen.triton.terms import comparison_sides
 from attncc.ir import Const, Expr, Index, Op
 from attncc.ir.affine import linear_in
 from attncc.ir.build import ZERO, add, and_, const, floordiv, not_, or_

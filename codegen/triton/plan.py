@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from attncc.codegen.triton.config import TritonConfig
 from attncc.codegen.triton.operands import Operand, chunks, operands
 from attncc.codegen.triton.rows import folded_axes
+from attncc.codegen.triton.score_parts import scaled, weight_factor
 from attncc.codegen.triton.segments import Segments, segments
-from attncc.codegen.triton.terms import scaled, weight_factor
 from attncc.ir import Attention, Axis, Const, Expr, Interval, Op
 from attncc.ir.bounds import TILE_HI, TILE_LO, Bounds, Stripe
 from attncc.ir.build import ONE as ONE_

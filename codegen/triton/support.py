@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attncc.codegen.triton.operands import head_sizes, operands
-from attncc.codegen.triton.terms import keeps_zero
+from attncc.codegen.triton.score_parts import keeps_zero
 from attncc.ir import Attention
 from attncc.ir.expr import free, loads
 

@@ -8,7 +8,7 @@ from bounds_cases import attention, blocks, check_sound, data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attncc.passes.bounds import analyse, loop_bounds
+from attncc.passes.bounds.bounds import analyse, loop_bounds
 
 # Masks whose key intervals the bounds find exactly, and whose full keys too.
 EXACT = {

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_catalogue import CATALOGUE, Mask, N
 
-from attncc.passes.bounds import loop_bounds
-from attncc.passes.spans import spanned, tables
+from attncc.passes.bounds.bounds import loop_bounds
+from attncc.passes.tables.spans import spanned, tables
 
 
 @pytest.mark.parametrize("name", CATALOGUE)

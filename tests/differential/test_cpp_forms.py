@@ -15,7 +15,7 @@ from attncc.codegen.cpp import emit
 from attncc.ir import Attention
 from attncc.ir.bounds import unskipped
 from attncc.ir.evaluate import DTYPE_OF
-from attncc.passes.bounds import loop_bounds
+from attncc.passes.bounds.bounds import loop_bounds
 from attncc.runtime.cpp import CppKernel
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attncc
-from attncc import dynamo
-from attncc.report import Report
+from attncc.driver import backend
+from attncc.report.model import Report
 
 FAST = {"inductor": False, "measure": False}
 
@@ -144,12 +144,12 @@ class OwnAttention(Block):
 def test_gradients_survive(kind: type[Block], dynamic: bool) -> None:
     model, x = kind(), torch.randn(2, 16, 32, requires_grad=True)
     compiled = torch.compile(model, backend="attncc", dynamic=dynamic, options={"measure": False})
-    found = dynamo.Collected()
-    token = dynamo.collecting.set(found)
+    found = backend.Collected()
+    token = backend.collecting.set(found)
     try:
         eager, ours = model(x), compiled(x)
     finally:
-        dynamo.collecting.reset(token)
+        backend.collecting.reset(token)
     assert [s.status for s in found.sites] in (["fused"], ["kept"]) and not found.notes
     g = torch.randn_like(eager)
     (want,) = torch.autograd.grad(eager, x, g)
@@ -217,7 +217,7 @@ def test_a_failing_edit_leaves_the_graph_as_it_came(monkeypatch: pytest.MonkeyPa
     def broken(*args: object) -> None:
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(dynamo.Editor, "finish", broken)
+    monkeypatch.setattr(backend.Editor, "finish", broken)
     model, x = Block().eval(), torch.randn(2, 16, 32)
     report = attncc.explain(model, x)
     assert [s.status for s in report.sites] == ["kept"] and "on purpose" in report.sites[0].reason
@@ -227,14 +227,14 @@ def test_a_failing_edit_leaves_the_graph_as_it_came(monkeypatch: pytest.MonkeyPa
 
 
 def test_no_compiler_is_said_and_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attncc import kernels  # noqa: PLC0415 - its caches are cleared here
+    from attncc.kernels import build  # noqa: PLC0415 - its caches are cleared here
 
-    kernels.built.cache_clear()
-    monkeypatch.setattr(kernels, "find_toolchain", lambda: None)
+    build.built.cache_clear()
+    monkeypatch.setattr(build, "find_toolchain", lambda: None)
     try:
         report, eager, ours = both(Block().eval(), torch.randn(2, 16, 32))
     finally:
-        kernels.built.cache_clear()
+        build.built.cache_clear()
     assert [s.status for s in report.sites] == ["kept"] and "compiler" in report.sites[0].reason
     torch.testing.assert_close(ours, eager)
 
@@ -247,8 +247,8 @@ def test_the_mask_leaves_the_compiled_graph() -> None:
     compiled: list[str] = []
 
     def keep(gm: Any, inputs: Any) -> Any:
-        found = dynamo.Collected()
-        compiled.extend(str(n.target) for n in dynamo.rewrite(gm, inputs, found, measure=False).graph.nodes)
+        found = backend.Collected()
+        compiled.extend(str(n.target) for n in backend.rewrite(gm, inputs, found, measure=False).graph.nodes)
         return gm
 
     torch.compile(causal, backend=keep)(*operands())

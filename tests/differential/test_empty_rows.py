@@ -11,8 +11,8 @@ from mask_catalogue import CATALOGUE, N
 
 from attncc.codegen.torch_form import run_blocked
 from attncc.ir import Attention, interpret, parse_expr, print_expr, verify
-from attncc.passes.bounds import loop_bounds
-from attncc.passes.spans import spanned, tables
+from attncc.passes.bounds.bounds import loop_bounds
+from attncc.passes.tables.spans import spanned, tables
 
 #: Rows spread over tiles, whole tiles, and those of the last one.
 HIDDEN = f"(i % 64 < 3 or (60 <= i and i < 140) or {N - 5} <= i)"

@@ -8,8 +8,8 @@ from bounds_cases import blocks, tiled
 from cpp_build import check, host_isas
 
 from attncc.ir import Attention, parse_attention, print_attention, verify
-from attncc.passes.simulate import keys_of, simulate
-from attncc.passes.spans import FILL, spanned, tables
+from attncc.passes.bounds.simulate import keys_of, simulate
+from attncc.passes.tables.spans import FILL, spanned, tables
 
 N, M = 192, 256
 LOWEST = torch.finfo(torch.float32).min

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from lifting import Q, read, values
 from torch import nn
 
-from attncc.alternative import hint
+from attncc.driver.baseline import hint
 from attncc.ir import Const, interpret_linear, parse_linear, print_linear
-from attncc.patterns.facts import Facts
+from attncc.patterns.graph.facts import Facts
 from attncc.patterns.lift import Refusal, lift_all
-from attncc.patterns.linear import Recognised
+from attncc.patterns.linear.linear import Recognised
 
 B, H, N, D = 2, 4, 21, 8
 

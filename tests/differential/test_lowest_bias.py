@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attncc.ir import interpret, parse_attention, print_attention
-from attncc.kernels import built
+from attncc.kernels.build import built
 
 TEXT = """attention
 batch  b0 = 2, b1 = 2, b2 = 4

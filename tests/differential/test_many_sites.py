@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attncc import capture, dynamo
-from attncc.dynamo import Collected, collecting
-from attncc.patterns.value import Reader
+from attncc.driver import backend, capture
+from attncc.driver.backend import Collected, collecting
+from attncc.patterns.reader.value import Reader
 
 FAST = {"inductor": False, "measure": False}
 
@@ -91,14 +91,14 @@ def work(layers: int, windows: tuple[int | None, ...], dynamic: bool, monkeypatc
 
         patch.setattr(owner, name, counted)
 
-    dynamo._planned.cache_clear()
+    backend._planned.cache_clear()
     torch._dynamo.reset()
     found = Collected()
     token = collecting.set(found)
     with monkeypatch.context() as patch:
         counting(capture._Shadow, "call_function")
         counting(Reader, "_read")
-        counting(dynamo, "split_axes")
+        counting(backend, "split_axes")
         try:
             got = torch.compile(model, backend="attncc", dynamic=dynamic, options=FAST)(x)
         finally:

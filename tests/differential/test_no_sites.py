@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from lifting import Q, read
 from reason_model import WIDTH, B, Model, N
 
-from attncc.patterns.assemble import Lifted
+from attncc.driver.site_groups import together
 from attncc.patterns.lift import lift_all
-from attncc.patterns.reasons import used_by
-from attncc.together import together
+from attncc.patterns.refusals.reasons import used_by
+from attncc.patterns.site.assemble import Lifted
 
 
 def pooled_product(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:

@@ -13,9 +13,9 @@ from random_ir import Program, programs
 
 from attncc.ir import Attention, Const, Index, Op, Size, interpret, parse_attention, parse_expr, verify
 from attncc.ir.terms import ROUNDINGS, walk
-from attncc.passes.drop_rounding import drop_rounding
-from attncc.passes.fold_predicates import fold_predicates
-from attncc.passes.split_axes import split_axes
+from attncc.passes.rewrites.drop_rounding import drop_rounding
+from attncc.passes.rewrites.fold_predicates import fold_predicates
+from attncc.passes.rewrites.split_axes import split_axes
 
 RANDOM = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from attncc.ir import interpret_linear, parse_linear, print_linear
 from attncc.patterns.lift import Refusal, lift_all
-from attncc.patterns.linear import Recognised
+from attncc.patterns.linear.linear import Recognised
 
 B, H, T, D, E = 2, 3, 4, 6, 5
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attncc.dynamo import Collected, collecting
-from attncc.explanation import report
-from attncc.report import Report
+from attncc.driver.backend import Collected, collecting
+from attncc.driver.explanation import report
+from attncc.report.model import Report
 
 FAST = {"inductor": False, "measure": False}
 

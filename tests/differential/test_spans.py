@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncc.ir import Const, Load, Tensor, interpret, parse_expr, verify
-from attncc.passes.spans import spanned, tables
+from attncc.passes.tables.spans import spanned, tables
 
 ROW = "min(i, M - 1)"
 

@@ -12,11 +12,11 @@ from mask_catalogue import neighbourhood
 
 from attncc.ir import Bounds, interpret, parse_expr, verify
 from attncc.ir.bounds import Interval
-from attncc.passes.area import area
-from attncc.passes.bounds import loop_bounds
-from attncc.passes.tile_choice import Terms, tiles_of
-from attncc.passes.tile_layout import TileOrder, grid_of, tile_layout
-from attncc.passes.unroll_stripes import unroll_stripes
+from attncc.passes.bounds.area import area
+from attncc.passes.bounds.bounds import loop_bounds
+from attncc.passes.rewrites.tile_choice import Terms, tiles_of
+from attncc.passes.rewrites.tile_layout import TileOrder, grid_of, tile_layout
+from attncc.passes.rewrites.unroll_stripes import unroll_stripes
 
 
 @pytest.mark.parametrize("name", MASKS)

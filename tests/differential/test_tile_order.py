@@ -10,13 +10,13 @@ from bounds_cases import blocks, check_sound
 from grid_masks import MASKS, grid
 from grid_models import Ball, Grid, Halo, Meshed, Neighbourhood, Padded, Windows
 
-from attncc.dynamo import Collected, collecting
+from attncc.driver.backend import Collected, collecting
 from attncc.ir import print_attention
-from attncc.kernels import built
-from attncc.passes.bounds import loop_bounds
-from attncc.passes.tile_choice import InTiles, in_tiles
-from attncc.report import Site
-from attncc.tile_order import TileOrdered
+from attncc.kernels.build import built
+from attncc.kernels.tile_order import TileOrdered
+from attncc.passes.bounds.bounds import loop_bounds
+from attncc.passes.rewrites.tile_choice import InTiles, in_tiles
+from attncc.report.model import Site
 
 MODELS: dict[str, Grid] = {
     "2-D": Neighbourhood((64, 64), (7, 7)),

@@ -22,8 +22,8 @@ from attncc.codegen.triton.plan import plan
 from attncc.ir import Attention, Bounds, W, interpret, print_attention
 from attncc.ir.build import const
 from attncc.ir.evaluate import DTYPE_OF
-from attncc.passes.bounds import loop_bounds
-from attncc.passes.spans import Looked, spanned, tables
+from attncc.passes.bounds.bounds import loop_bounds
+from attncc.passes.tables.spans import Looked, spanned, tables
 
 SMALL = TritonConfig(16, 16, 4, 1)
 WIDE = TritonConfig(32, 32, 4, 1)

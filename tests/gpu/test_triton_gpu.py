@@ -13,7 +13,7 @@ from triton_cases import CASES, make
 from attncc.codegen.triton import configs, emit, reads_by_key
 from attncc.ir import Attention, interpret
 from attncc.ir.evaluate import DTYPE_OF
-from attncc.passes.bounds import loop_bounds
+from attncc.passes.bounds.bounds import loop_bounds
 from attncc.runtime.triton_launch import TritonKernel, capability_of
 
 DEVICE = torch.device("cuda")

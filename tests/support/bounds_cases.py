@@ -10,7 +10,7 @@ import torch
 from attncc.ir import Attention, Bounds, parse_attention, verify
 from attncc.ir.evaluate import Evaluator
 from attncc.ir.interpret import extent, size_table
-from attncc.passes.simulate import full_keys, keys_of, simulate
+from attncc.passes.bounds.simulate import full_keys, keys_of, simulate
 
 DATA = """
 tensor doc: i64[B, M]

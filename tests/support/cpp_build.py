@@ -13,7 +13,7 @@ import torch
 from attncc.codegen.cpp import emit
 from attncc.ir import Attention, Bounds, interpret
 from attncc.ir.evaluate import DTYPE_OF
-from attncc.passes.bounds import loop_bounds
+from attncc.passes.bounds.bounds import loop_bounds
 from attncc.runtime.cpp import NEEDS, CppKernel, CppToolchain, processor
 
 _folder = tempfile.TemporaryDirectory(prefix="attncc-test-")

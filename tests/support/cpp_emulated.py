@@ -18,7 +18,7 @@ from cpp_build import compare
 from attncc.codegen.cpp import emit
 from attncc.ir import Attention, interpret
 from attncc.ir.evaluate import DTYPE_OF
-from attncc.passes.bounds import loop_bounds
+from attncc.passes.bounds.bounds import loop_bounds
 from attncc.runtime.cpp import CppToolchain
 
 CROSS, EMULATOR, ROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", Path("/usr/aarch64-linux-gnu")

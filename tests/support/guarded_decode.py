@@ -8,9 +8,9 @@ import sys
 import torch
 from guarded import guarded
 
-import attncc.tables
+import attncc.kernels.skip_tables
 from attncc.ir import interpret, parse_attention, print_attention, verify
-from attncc.kernels import built
+from attncc.kernels.build import built
 
 KEYS, WIDTH = 256, 64
 
@@ -61,7 +61,7 @@ def main(mask: str, rows: int, first: int, end: int, readable: int) -> None:
 
 
 if __name__ == "__main__":
-    attncc.tables.WORTHWHILE = 0
+    attncc.kernels.skip_tables.WORTHWHILE = 0
     for case in json.loads(sys.argv[1]):
         print(case, flush=True)
         main(*case)

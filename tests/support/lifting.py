@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attncc import capture
-from attncc.patterns.facts import Facts
+from attncc.driver import capture
+from attncc.patterns.graph.facts import Facts
 
 Q = torch.Tensor
 

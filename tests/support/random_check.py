@@ -14,10 +14,11 @@ from random_models import Program, Sizes
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from attncc import dynamo, kernels
+from attncc.driver import backend
 from attncc.ir import Attention, interpret, parse_attention
-from attncc.kernels import Built
-from attncc.report import Site
+from attncc.kernels import build
+from attncc.kernels.build import Built
+from attncc.report.model import Site
 
 
 class Mismatch(AssertionError):
@@ -45,9 +46,9 @@ def _oracle(spec: str, device: str) -> Built:
 
 @contextmanager
 def _kernels(kind: str) -> Any:
-    dynamo.op.install(kernels.build, kernels.blocked)  # forget the kernels of another kind
+    backend.op.install(build.build, build.blocked)  # forget the kernels of another kind
     if kind == "oracle":
-        with mock.patch.object(kernels, "built", _oracle), mock.patch.object(dynamo, "built", _oracle):
+        with mock.patch.object(build, "built", _oracle), mock.patch.object(backend, "built", _oracle):
             yield
     else:
         yield
@@ -56,20 +57,20 @@ def _kernels(kind: str) -> Any:
 Run = Callable[[Any], None]
 
 
-def through_dynamo(p: Program, run: Run, module: torch.nn.Module, data: list[torch.Tensor]) -> dynamo.Collected:
+def through_dynamo(p: Program, run: Run, module: torch.nn.Module, data: list[torch.Tensor]) -> backend.Collected:
     """Run the program as `torch.compile` makes it."""
-    found = dynamo.Collected()
-    token = dynamo.collecting.set(found)
+    found = backend.Collected()
+    token = backend.collecting.set(found)
     torch._dynamo.reset()
     try:
         options = {"inductor": False, "measure": False}
-        run(torch.compile(module, backend=dynamo.attncc_backend, options=options, dynamic=p.dynamic or None))
+        run(torch.compile(module, backend=backend.attncc_backend, options=options, dynamic=p.dynamic or None))
     finally:
-        dynamo.collecting.reset(token)
+        backend.collecting.reset(token)
     return found
 
 
-def through_trace(p: Program, run: Run, module: torch.nn.Module, data: list[torch.Tensor]) -> dynamo.Collected:
+def through_trace(p: Program, run: Run, module: torch.nn.Module, data: list[torch.Tensor]) -> backend.Collected:
     """Run the program's trace, rewritten: what a backend does, ten times as fast without Dynamo."""
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
@@ -78,17 +79,17 @@ def through_trace(p: Program, run: Run, module: torch.nn.Module, data: list[torc
 
     with torch.no_grad():
         gm = make_fx(flat, pre_dispatch=True)(*copy.deepcopy([*state.values(), *data]))
-        found = dynamo.Collected()
-        token = dynamo.collecting.set(found)
+        found = backend.Collected()
+        token = backend.collecting.set(found)
         try:
-            edited = dynamo.rewrite(gm, [*state.values(), *data], found, measure=False)
+            edited = backend.rewrite(gm, [*state.values(), *data], found, measure=False)
         finally:
-            dynamo.collecting.reset(token)
+            backend.collecting.reset(token)
         run(lambda *x: edited(*state.values(), *x))
     return found
 
 
-Door = Callable[..., dynamo.Collected]
+Door = Callable[..., backend.Collected]
 
 
 def check(p: Program, seed: int, kind: str = "oracle", door: Door = through_dynamo) -> list[Site]:
@@ -145,7 +146,7 @@ def check_gradients(p: Program, seed: int) -> bool:
     torch._dynamo.reset()
     options = {"inductor": False, "measure": False}
     with _kernels("oracle"):
-        got = gradients(torch.compile(module, backend=dynamo.attncc_backend, options=options), module, data)
+        got = gradients(torch.compile(module, backend=backend.attncc_backend, options=options), module, data)
     for n, (a, b, c) in enumerate(zip(got, want, best, strict=True)):
         known = torch.isfinite(b) & torch.isfinite(c)  # a row that sees nothing may have no gradient, but must not
         _same(*(torch.where(known, x, torch.zeros_like(x)) for x in (a, b, c)), f"gradient {n}")

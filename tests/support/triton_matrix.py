@@ -15,7 +15,7 @@ from triton_cases import CASES, text
 
 from attncc.codegen.triton import TritonConfig, configs, emit
 from attncc.ir import Attention, parse_attention, verify
-from attncc.passes.bounds import loop_bounds
+from attncc.passes.bounds.bounds import loop_bounds
 from attncc.runtime.triton_compile import Compiled, compile_for
 
 #: Shared memory a block may use.

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from zoo_case import Case
 
-from attncc.dynamo import Collected, collecting
-from attncc.explanation import report
-from attncc.report import Report
+from attncc.driver.backend import Collected, collecting
+from attncc.driver.explanation import report
+from attncc.report.model import Report
 
 
 @dataclass(frozen=True)

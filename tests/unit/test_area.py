@@ -6,10 +6,10 @@ import pytest
 import torch
 from bounds_cases import attention, blocks, data, tiled, visible
 
-from attncc.passes import area as area_module
-from attncc.passes.area import Area, area, picture
-from attncc.passes.bounds import loop_bounds
-from attncc.passes.spans import spanned, tables
+from attncc.passes.bounds import area as area_module
+from attncc.passes.bounds.area import Area, area, picture
+from attncc.passes.bounds.bounds import loop_bounds
+from attncc.passes.tables.spans import spanned, tables
 
 MASKS = [
     "0 <= j", "j <= i", "j <= i and i - j <= 20", "j < P or j <= i", "abs(i - j) <= 20 or i < 10 or j < 10",

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from attncc import bench_cpu
-from attncc.bench_cpu_rivals import RIVALS, Tensors, eager, flex, inductor, read, sdpa, sdpa_gqa
-from attncc.bench_cpu_rows import (
+from attncc.bench import cpu
+from attncc.bench.cpu_rivals import RIVALS, Tensors, eager, flex, inductor, read, sdpa, sdpa_gqa
+from attncc.bench.cpu_rows import (
     CpuRow,
     Goal,
     alibi,
@@ -31,10 +31,10 @@ from attncc.bench_cpu_rows import (
     t5_bias,
     window,
 )
-from attncc.bench_report import line, markdown, plot, verdict
-from attncc.bench_row import visible_pairs
+from attncc.bench.report import line, markdown, plot, verdict
+from attncc.bench.row import visible_pairs
+from attncc.frontends.targets import TargetError
 from attncc.ir import interpret, parse_attention, verify
-from attncc.targets import TargetError
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -49,7 +49,7 @@ def tensors(row: CpuRow) -> Tensors:
 
 @pytest.mark.parametrize("row", SMALL, ids=lambda r: r.row.name)
 def test_all_spellings_agree(row: CpuRow) -> None:
-    row = bench_cpu.in_dtype(row, "f32")
+    row = cpu.in_dtype(row, "f32")
     a, t = verify(parse_attention(row.row.text)), tensors(row)
     want = interpret(a, t, [], compute=torch.float64)["out"].view(row.row.batch, -1, row.row.rows, row.row.d)
     at = torch.tensor([0, row.row.rows - 1])
@@ -73,8 +73,8 @@ def test_a_plain_row_has_the_tensors_of_its_row() -> None:
 
 
 def test_rivals_that_cannot_say_why() -> None:
-    huge = bench_cpu.in_dtype(causal(65536), "f32").row
-    tiny = bench_cpu.in_dtype(dense(16), "f32").row
+    huge = cpu.in_dtype(causal(65536), "f32").row
+    tiny = cpu.in_dtype(dense(16), "f32").row
     for make, row, why in ((inductor, huge, "GiB of scores"), (sdpa, huge, "s a call"), (flex, huge, "s a call"),
                            (sdpa_gqa, tiny, "no grouped heads"), (read, tiny, "not bound by reading")):  # fmt: skip
         with pytest.raises(ValueError, match=why):
@@ -88,13 +88,13 @@ def test_names_are_all_different() -> None:
 
 
 def test_a_row_is_checked_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = bench_cpu.in_dtype(replace(decode(40), goals=(Goal("sdpa", {"f32": 1.0}),)), "f32")
+    row = cpu.in_dtype(replace(decode(40), goals=(Goal("sdpa", {"f32": 1.0}),)), "f32")
 
     def broken(row: CpuRow, t: Tensors) -> Any:
         raise ValueError("out of order\nfor good")
 
     monkeypatch.setitem(RIVALS, "flex", broken)
-    done = bench_cpu.measure_row(row, 0.01, ["sdpa", "read", "flex"])
+    done = cpu.measure_row(row, 0.01, ["sdpa", "read", "flex"])
     assert done["absent"] == {"flex": "out of order"}
     assert set(done["ms"]) == {"attncc", "sdpa", "read"} and set(done["ratio"]) == {"sdpa", "read"}
     assert "attncc" in done["spread"] and all(x >= 0 for x in done["spread"].values())  # others may be too slow for one
@@ -104,9 +104,9 @@ def test_a_row_is_checked_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_cpu, "error_of", lambda *_: 0.5)
+    monkeypatch.setattr(cpu, "error_of", lambda *_: 0.5)
     with pytest.raises(RuntimeError, match="differs from eager"):
-        bench_cpu.measure_row(bench_cpu.in_dtype(decode(40), "f32"), 0.01, [])
+        cpu.measure_row(cpu.in_dtype(decode(40), "f32"), 0.01, [])
 
 
 def done(name: str, dtype: str, ratio: float, **more: Any) -> dict[str, Any]:
@@ -155,30 +155,30 @@ def test_noise_is_reported() -> None:
 
 
 def test_parts_of_a_suite_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_cpu, "_measured", lambda row, *_: done(row.row.name, row.row.dtype, 1.5))
-    monkeypatch.setattr(bench_cpu, "build_all", lambda wanted: list(wanted))
+    monkeypatch.setattr(cpu, "_measured", lambda row, *_: done(row.row.name, row.row.dtype, 1.5))
+    monkeypatch.setattr(cpu, "build_all", lambda wanted: list(wanted))
     out = tmp_path / "report.json"
-    bench_cpu.run(quick=True, json=out, only="dense,BERT 32", dtypes=["f32"])
-    report = bench_cpu.run(quick=True, json=out, only="Swin, dense", dtypes=["bf16", "f32"], picture=tmp_path / "x.svg")
+    cpu.run(quick=True, json=out, only="dense,BERT 32", dtypes=["f32"])
+    report = cpu.run(quick=True, json=out, only="Swin, dense", dtypes=["bf16", "f32"], picture=tmp_path / "x.svg")
     assert json.loads(out.read_text()) == report
     assert sorted((r["row"], r["dtype"]) for r in report["rows"]) == [
         ("BERT 32", "f32"), ("Swin 7x7 windows", "bf16"), ("Swin 7x7 windows", "f32"), ("dense 1024", "bf16"),
         ("dense 1024", "f32"),
     ]  # fmt: skip
     assert (tmp_path / "x.svg").read_text().startswith("<svg")
-    assert bench_cpu.run(json=out, only="none")["rows"] == report["rows"]
+    assert cpu.run(json=out, only="none")["rows"] == report["rows"]
     out.write_text(json.dumps({**report, "machine": {"processor": "another"}}))
     with pytest.raises(TargetError, match="another"):
-        bench_cpu.run(json=out, only="none")
+        cpu.run(json=out, only="none")
 
 
 def test_what_is_unknown() -> None:
     with pytest.raises(TargetError, match="no row is called 'nothing'"):
-        bench_cpu.run(only="nothing")
+        cpu.run(only="nothing")
     with pytest.raises(TargetError, match="no dtype f8"):
-        bench_cpu.run(dtypes=["f8"])
+        cpu.run(dtypes=["f8"])
     with pytest.raises(TargetError, match="no rival xformers"):
-        bench_cpu.run(rivals=["sdpa", "xformers"])
+        cpu.run(rivals=["sdpa", "xformers"])
 
 
 def test_visible_pairs_of_a_small_row() -> None:

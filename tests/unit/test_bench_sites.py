@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from attncc import bench_sites
-from attncc.bench_sites import line, measured, run, table
-from attncc.bench_small import NotSmall, model_types, small_models
+from attncc.bench import sites
+from attncc.bench.sites import line, measured, run, table
+from attncc.bench.small import NotSmall, model_types, small_models
 
 
 class TwoKinds(nn.Module):
@@ -39,7 +39,7 @@ def two_kinds(name: str, spelling: str) -> Iterator[tuple[nn.Module, dict[str, A
 
 
 def test_a_model_whose_sites_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_sites, "small_models", two_kinds)
+    monkeypatch.setattr(sites, "small_models", two_kinds)
     row = measured("both", "eager")
     assert (row["calls"], row["lifted"], row["fused"], row["wrong"], row["breaks"]) == (2, 1, 1, False, 0)
     assert [("topk" in reason, "test_bench_sites.py" in reason) for reason in row["reasons"]] == [(True, True)]
@@ -49,21 +49,21 @@ def test_a_model_whose_sites_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_numbers_that_differ_are_said_to_be_wrong() -> None:
     exact = [torch.zeros(3, dtype=torch.double)]
-    assert bench_sites._error([torch.tensor([0.0, 0.5, 0.0])], exact) == 0.5
-    assert bench_sites._error([torch.tensor([0.0, float("nan"), 0.0])], exact) == float("inf")
-    assert bench_sites._error([torch.zeros(2)], exact) == float("inf")
+    assert sites._error([torch.tensor([0.0, 0.5, 0.0])], exact) == 0.5
+    assert sites._error([torch.tensor([0.0, float("nan"), 0.0])], exact) == float("inf")
+    assert sites._error([torch.zeros(2)], exact) == float("inf")
 
 
 def test_rows_are_kept_and_what_is_skipped_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_sites, "small_models", two_kinds)
-    monkeypatch.setattr(bench_sites, "model_types", lambda: iter(["none", "both"]))
+    monkeypatch.setattr(sites, "small_models", two_kinds)
+    monkeypatch.setattr(sites, "model_types", lambda: iter(["none", "both"]))
     file = tmp_path / "sites.json"
     first = run(json=file, only="none")
     assert first["rows"]["none eager"] == {"skipped": "too many heads"}
     both = run(json=file)["rows"]
     assert list(both) == ["none eager", "none sdpa", "both eager", "both sdpa"]
     assert json.loads(file.read_text())["rows"] == both
-    monkeypatch.setattr(bench_sites, "measured", lambda *_: pytest.fail("it was measured before"))
+    monkeypatch.setattr(sites, "measured", lambda *_: pytest.fail("it was measured before"))
     assert "| eager | 1 | 2 | 1 | 1 | 0 | 0 |" in table(run(json=file))
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from attncc import bench_windows
-from attncc.bench_windows import CAPS, MODELS, Limits, Stack, example, line, measured, run, table
-from attncc.targets import TargetError
+from attncc.bench import windows
+from attncc.bench.windows import CAPS, MODELS, Limits, Stack, example, line, measured, run, table
+from attncc.frontends.targets import TargetError
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -35,8 +35,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
 
         return sleep
 
-    monkeypatch.setattr(bench_windows, "_call", call)
-    monkeypatch.setattr(bench_windows, "_seconds_a_pair", lambda size: 1e-12)
+    monkeypatch.setattr(windows, "_call", call)
+    monkeypatch.setattr(windows, "_seconds_a_pair", lambda size: 1e-12)
 
 
 def test_what_takes_too_long_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_what_takes_too_long_is_left_out_with_its_reason(monkeypatch: pytest.Mon
     last: dict[str, float] = {}
     start = time.monotonic()
     name = "Mistral-like, window 1024"
-    row = measured(name, 64, bench_windows.PEERS, 3, Limits(seconds=0.01, row_seconds=1.0), last)
+    row = measured(name, 64, windows.PEERS, 3, Limits(seconds=0.01, row_seconds=1.0), last)
     assert time.monotonic() - start < 20
     assert {"attncc", "eager"} <= set(row["ms"]) and row["error"] == 0
     assert "over 1 s" in row["skipped"]["inductor"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attncc import capture
+from attncc.driver import capture
 
 
 def reading_of(function: Callable[..., Any], *inputs: Any) -> capture.Reading:

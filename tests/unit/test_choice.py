@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import attncc
-from attncc import choice
+from attncc.driver import selection
 
 
 class Windowed(torch.nn.Module):
@@ -30,7 +30,7 @@ def test_no_rival_is_set_up_whose_mask_or_scores_fill_a_gigabyte(
     def trial(*_: object) -> None:
         raise AssertionError("the rival's inputs were made")
 
-    monkeypatch.setattr(choice, "trial", trial)
+    monkeypatch.setattr(selection, "trial", trial)
     torch.compiler.reset()
     x = torch.randn(1, 1, 16384 + 1, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 import attncc
-from attncc.cli import app
-from attncc.report import Report, Site
+from attncc.cli.app import app
+from attncc.report.model import Report, Site
 from attncc.runtime.store import Store, key
 
 SOURCE = "void attention(const float* q) {  // [b, h]\n}\n"
@@ -149,7 +149,7 @@ def test_bad_input_gives_one_line_and_code_2(args: list[str], says: str) -> None
 def test_the_process_prints_one_line_without_a_traceback(tmp_path: Path, target: str) -> None:
     torch.export.save(torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),)), tmp_path / "whole.pt2")
     (tmp_path / "cut.pt2").write_bytes((tmp_path / "whole.pt2").read_bytes()[:-30])
-    command = [sys.executable, "-c", "from attncc.cli import main; main()", "inspect", target]
+    command = [sys.executable, "-c", "from attncc.cli.app import main; main()", "inspect", target]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1

@@ -15,7 +15,7 @@ from attncc.codegen.cpp.expressions import fits_32_bits
 from attncc.codegen.cpp.weights import linear_factor, vanishes
 from attncc.ir import Access, Attention, Const, Expr, S, Size, W, parse_attention, parse_expr
 from attncc.ir.build import floordiv, mul
-from attncc.passes.bounds import loop_bounds
+from attncc.passes.bounds.bounds import loop_bounds
 from attncc.runtime.cpp import CppToolchain
 
 CAUSAL = """attention

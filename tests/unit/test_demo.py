@@ -7,9 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from attncc import demo
-from attncc.demo import Embedder, Outcome, closest_pairs, compare, interleaved_medians, nearest, read_sentences
-from attncc.targets import TargetError
+from attncc.cli import demo
+from attncc.cli.demo import Embedder, Outcome, closest_pairs, compare, interleaved_medians, nearest, read_sentences
+from attncc.frontends.targets import TargetError
 
 
 def test_our_sentences_are_distinct() -> None:

@@ -11,20 +11,21 @@ import torch
 import transformers
 from torch import fx
 
-from attncc import choice, dynamo, kernels, sites
-from attncc.patterns.value import Reader
+from attncc.driver import backend, describe, selection
+from attncc.kernels import build
+from attncc.patterns.reader.value import Reader
 
 COUNTED = [
-    (kernels, "fold_predicates"), (kernels, "loop_bounds"), (kernels, "spanned"), (kernels.cpp, "emit"),
-    (dynamo, "split_axes"), (dynamo, "print_attention"), (sites, "area"), (sites, "draw"), (choice, "trial"),
+    (build, "fold_predicates"), (build, "loop_bounds"), (build, "spanned"), (build.cpp, "emit"),
+    (backend, "split_axes"), (backend, "print_attention"), (describe, "area"), (describe, "draw"), (selection, "trial"),
 ]  # fmt: skip
 
 
 def work(layers: int, implementation: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each analysis ran for a model of so many layers, in a process that has seen nothing yet."""
-    for cached in (kernels.built, kernels.optimise, dynamo._planned, sites.extent_of):
+    for cached in (build.built, build.optimise, backend._planned, describe.extent_of):
         cached.cache_clear()
-    choice._decided.clear()
+    selection._decided.clear()
     counts: Counter[str] = Counter()
 
     def counting(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,20 +45,20 @@ def work(layers: int, implementation: str, dynamic: bool | None, monkeypatch: py
         vocab_size=50, attn_implementation=implementation,
     )  # fmt: skip
     model = transformers.LlamaModel(config).eval()
-    found = dynamo.Collected()
-    token = dynamo.collecting.set(found)
+    found = backend.Collected()
+    token = backend.collecting.set(found)
     torch._dynamo.reset()
     with monkeypatch.context() as patch, torch.no_grad():
         for module, name in COUNTED:
             patch.setattr(module, name, counting(name, getattr(module, name)))
         patch.setattr(Reader, "_read", read)
-        patch.setattr(choice, "_measure", lambda *args: choice.Choice(True, None, "not measured here"))
+        patch.setattr(selection, "_measure", lambda *args: selection.Choice(True, None, "not measured here"))
         try:
             torch.compile(model, backend="attncc", dynamic=dynamic, options={"inductor": False})(
                 torch.randint(1, 40, (2, 16)), use_cache=False
             )
         finally:
-            dynamo.collecting.reset(token)
+            backend.collecting.reset(token)
     assert [s.status for s in found.sites] == ["fused"] * layers
     return counts
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from attncc import capture
-from attncc.plain import plain
+from attncc.driver import capture
+from attncc.driver.plain import plain
 
 
 class Scaled(nn.Module):

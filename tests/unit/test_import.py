@@ -26,7 +26,7 @@ assert not started, f"started {{started}}"
 """
 
 
-@pytest.mark.parametrize("module", ["attncc", "attncc.dynamo"])
+@pytest.mark.parametrize("module", ["attncc", "attncc.driver.backend"])
 def test_import_is_light(module: str) -> None:
     code = PROBE.format(module=module, heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -48,7 +48,8 @@ def test_the_probe_sees_a_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "first", ["pass", "attncc.explain", "import attncc.dynamo", "import attncc.explanation, attncc.cli"]
+    "first",
+    ["pass", "attncc.explain", "import attncc.driver.backend", "import attncc.driver.explanation, attncc.cli.app"],
 )
 def test_public_names_are_functions_whatever_came_first(first: str) -> None:
     code = (

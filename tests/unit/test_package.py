@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("passes", "codegen", "patterns", "runtime")
+INNER = ("bench", "cli", "driver", "frontends", "ir", "kernels", "report")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def names(wheel: Path) -> set[str]:
 
 def sources() -> set[str]:
     """Every file of the tree, headers and data included, under the name that it has in the wheel."""
-    own = [*(ROOT / "attncc").glob("*"), *(ROOT / "attncc" / "ir").rglob("*")]
+    own = [*(ROOT / "attncc").glob("*"), *(p for room in INNER for p in (ROOT / "attncc" / room).rglob("*"))]
     rooms = [path for room in ROOMS for path in (ROOT / room).rglob("*")]
     found = {str(path.relative_to(ROOT)) for path in own if path.is_file()}
     found |= {f"attncc/{path.relative_to(ROOT)}" for path in rooms if path.is_file()}
@@ -61,14 +62,14 @@ def test_the_wheel_holds_every_file(names: set[str]) -> None:
 
 
 def test_the_wheel_holds_data_licence_and_entry_points(names: set[str], wheel: Path) -> None:
-    assert {"attncc/py.typed", "attncc/sentences.txt"} <= sources()
+    assert {"attncc/py.typed", "attncc/cli/sentences.txt"} <= sources()
     assert any(name.endswith("/LICENSE") for name in names)
     with zipfile.ZipFile(wheel) as archive:
-        assert archive.read("attncc/sentences.txt") == (ROOT / "examples" / "sentences.txt").read_bytes()
+        assert archive.read("attncc/cli/sentences.txt") == (ROOT / "examples" / "sentences.txt").read_bytes()
         (entry,) = (name for name in names if name.endswith("entry_points.txt"))
         text = archive.read(entry).decode()
     assert "[torch_dynamo_backends]\nattncc = attncc.dynamo:attncc_backend" in text
-    assert "[console_scripts]\nattncc = attncc.cli:main" in text
+    assert "[console_scripts]\nattncc = attncc.cli.app:main" in text
 
 
 def test_the_wheel_imports(wheel: Path, tmp_path: Path) -> None:

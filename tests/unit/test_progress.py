@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from attncc import dynamo
+from attncc.driver import backend
 from attncc.progress import listening, reporting, step, waiting
 
 
@@ -71,7 +71,7 @@ def test_the_backend_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
         with listening(heard.append):
             yield
 
-    monkeypatch.setattr(dynamo, "waiting", waits)
+    monkeypatch.setattr(backend, "waiting", waits)
     torch.compiler.reset()
     options = {"inductor": False, "measure": False}
     assert torch.compile(lambda x: x + 1, backend="attncc", options=options)(torch.ones(2)).tolist() == [2, 2]

@@ -10,7 +10,7 @@ import torch
 from attncc.ir import Const, Expr, Index
 from attncc.ir.build import ONE, add, and_, const, eq, floordiv, ge, lt, mod, mul, not_, op, or_, sub, where
 from attncc.ir.evaluate import Evaluator
-from attncc.patterns.reach import Reach
+from attncc.patterns.reader.assumptions import Reach
 
 AXES = {Index("a"): Const(4), Index("b"): Const(3), Index("t"): Const(7)}
 EXTENTS: dict[Expr, Expr] = dict(AXES)

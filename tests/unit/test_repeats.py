@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, fx
 
-from attncc import capture, repeats
+from attncc.driver import capture, repeats
 
 
 def shadow(function: Callable[..., Any], *inputs: Any, dynamic: bool | None = None, **more: Any) -> capture.Reading:

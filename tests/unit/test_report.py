@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from attncc.report import Report, Site, alike, merged_path, ranges
+from attncc.report.model import Report, Site, alike, merged_path, ranges
 
 FUSED = Site(
     index=0, status="fused", path="encoder.layer.0.attention.self", where="modeling_bert.py:141",

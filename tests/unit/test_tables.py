@@ -8,13 +8,13 @@ import pytest
 import torch
 from bounds_cases import attention, blocks, data, tiled, visible
 
-import attncc.constants
-import attncc.tables
+import attncc.kernels.constant_masks
+import attncc.kernels.skip_tables
 from attncc.codegen import torch_form
 from attncc.ir import Attention, interpret
-from attncc.passes.maps import BlockMap, block_map, keys_in, map_tables
-from attncc.passes.spans import spanned, tables
-from attncc.tables import Tabled
+from attncc.kernels.skip_tables import Tabled
+from attncc.passes.bounds.block_maps import BlockMap, block_map, keys_in, map_tables
+from attncc.passes.tables.spans import spanned, tables
 
 
 class Recorded:
@@ -33,7 +33,7 @@ class Recorded:
 
 
 def test_large_calls_make_tables(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(attncc.tables, "WORTHWHILE", 2000)
+    monkeypatch.setattr(attncc.kernels.skip_tables, "WORTHWHILE", 2000)
     a = attention("doc[b, min(i, M - 1)] == doc[b, j] and j <= i and blocks[h, min(i // 8, 7), min(j // 8, 7)]")
     found = spanned(a, by_looking="none")
     assert len(found.spans) == len(found.maps) == 1
@@ -57,7 +57,7 @@ def test_large_calls_make_tables(monkeypatch) -> None:  # type: ignore[no-untype
 
 def test_tables_are_made_again_only_for_other_sources(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Layers pass the same documents; a write that leaves no trace in the tensor is seen."""
-    monkeypatch.setattr(attncc.tables, "WORTHWHILE", 1000)
+    monkeypatch.setattr(attncc.kernels.skip_tables, "WORTHWHILE", 1000)
     a = attention("doc[b, min(i, M - 1)] == doc[b, j] and j <= i")
     found = spanned(a, by_looking="none")
     made: list[int] = []
@@ -66,7 +66,7 @@ def test_tables_are_made_again_only_for_other_sources(monkeypatch) -> None:  # t
         made.append(1)
         return tables(*args)
 
-    monkeypatch.setattr(attncc.tables, "tables", counted)
+    monkeypatch.setattr(attncc.kernels.skip_tables, "tables", counted)
     kernel = Tabled(Recorded(a), found, lambda: Recorded(found.attention))
     sizes, tensors = (1, 50, 50, 0), data(1, 50, 50)
     out = torch.empty(1, 4, 50, 8)
@@ -95,7 +95,7 @@ def test_masks_given_as_tensors_are_looked_at_only_where_asked() -> None:
 
 def test_a_mask_that_shows_little_is_looked_at_more_and_more_rarely(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """A band of the same memory, later on, is found; a random mask is passed over for 1, 2, 4 .. calls."""
-    monkeypatch.setattr(attncc.tables, "WORTHWHILE", 1000)
+    monkeypatch.setattr(attncc.kernels.skip_tables, "WORTHWHILE", 1000)
     a, sizes, tensors = attention("dense[b, i, j] and j <= i"), (1, 300, 300, 0), data(1, 300, 300)
     found = spanned(a, by_looking="quick")
     plain, skipping = Recorded(a), Recorded(found.attention)
@@ -106,7 +106,7 @@ def test_a_mask_that_shows_little_is_looked_at_more_and_more_rarely(monkeypatch)
         looked.append(len(plain.calls))
         return map_tables(*args)
 
-    monkeypatch.setattr(attncc.tables, "map_tables", counted)
+    monkeypatch.setattr(attncc.kernels.skip_tables, "map_tables", counted)
     out = torch.empty(1, 4, 300, 8)
 
     def run() -> None:
@@ -126,8 +126,8 @@ def test_a_mask_that_shows_little_is_looked_at_more_and_more_rarely(monkeypatch)
 
 def test_a_buffer_that_stays_the_same_is_looked_at_no_more(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """A write is seen, and from then on the buffer is looked at in every call."""
-    monkeypatch.setattr(attncc.tables, "WORTHWHILE", 1000)
-    monkeypatch.setattr(attncc.constants, "FOUND_AGAIN", 3)
+    monkeypatch.setattr(attncc.kernels.skip_tables, "WORTHWHILE", 1000)
+    monkeypatch.setattr(attncc.kernels.constant_masks, "FOUND_AGAIN", 3)
     a, sizes, tensors = attention("dense[b, i, j]"), (1, 300, 300, 0), data(1, 300, 300)
     i = torch.arange(300)
     tensors["dense"] = (i[:, None] - i).abs()[None] < 20
@@ -139,7 +139,7 @@ def test_a_buffer_that_stays_the_same_is_looked_at_no_more(monkeypatch) -> None:
         looked.append(1)
         return map_tables(*args)
 
-    monkeypatch.setattr(attncc.tables, "map_tables", counted)
+    monkeypatch.setattr(attncc.kernels.skip_tables, "map_tables", counted)
     out = torch.empty(1, 4, 300, 8)
 
     def calls(n: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attncc.targets import TargetError, load
+from attncc.frontends.targets import TargetError, load
 
 MODULE = """
 import torch

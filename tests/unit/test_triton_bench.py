@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from attncc import bench_gpu
-from attncc.bench_gpu_rows import (
+from attncc.bench import gpu
+from attncc.bench.gpu_rows import (
     block_table,
     causal,
     decode,
@@ -24,12 +24,12 @@ from attncc.bench_gpu_rows import (
     t5_bias,
     window,
 )
-from attncc.bench_row import Row, mask_of, visible_pairs
+from attncc.bench.row import Row, mask_of, visible_pairs
 from attncc.codegen.triton import configs, emit, reads_by_key, unsupported
+from attncc.frontends.targets import TargetError
 from attncc.ir import interpret, parse_attention, verify
-from attncc.passes.bounds import loop_bounds
+from attncc.passes.bounds.bounds import loop_bounds
 from attncc.runtime.triton_compile import compile_for
-from attncc.targets import TargetError
 
 SMALL = [
     causal(64, 64), causal(64, 64, 4), window(64, 9), documents(64, 5), prefix_lm(64, 20), t5_bias(64), soft_cap(64),
@@ -44,7 +44,7 @@ def small(row: Row) -> Row:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(TargetError, match="needs a GPU"):
-        bench_gpu.run(quick=True)
+        gpu.run(quick=True)
 
 
 @pytest.mark.parametrize("row", SMALL, ids=lambda r: r.name)
@@ -92,10 +92,10 @@ def test_rows_compile(row: Row) -> None:
 @pytest.mark.parametrize("row", [block_table(64, 8, 0.3), decode(64, 3)], ids=lambda r: r.name)
 def test_a_row_runs_from_its_text_to_its_result(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel that the bench calls, on this machine's processor, with what the run does around it."""
-    monkeypatch.setattr(bench_gpu, "RIVALS", {"attncc": bench_gpu.ours, "unfused": bench_gpu.unfused})
-    monkeypatch.setattr(bench_gpu, "on_cuda", lambda run, repeats: float(run() is None) + 1e-3)
+    monkeypatch.setattr(gpu, "RIVALS", {"attncc": gpu.ours, "unfused": gpu.unfused})
+    monkeypatch.setattr(gpu, "on_cuda", lambda run, repeats: float(run() is None) + 1e-3)
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
-    done = bench_gpu.measure_row(small(row), torch.device("cpu"), 1e12, 1)
+    done = gpu.measure_row(small(row), torch.device("cpu"), 1e12, 1)
     assert done["absent"] == {} and done["difference"] < 0.05 and done["us"]["attncc"] > 0
 
 
@@ -112,9 +112,9 @@ def test_the_run_prints_and_writes_its_rows(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(bench_gpu, "matmul_ceiling", lambda device: 5e14)
-    monkeypatch.setattr(bench_gpu, "measure_row", measured)
-    bench_gpu.run(quick=True, json=tmp_path / "gpu.json")
+    monkeypatch.setattr(gpu, "matmul_ceiling", lambda device: 5e14)
+    monkeypatch.setattr(gpu, "measure_row", measured)
+    gpu.run(quick=True, json=tmp_path / "gpu.json")
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert written["device"] == "a GPU" and {"torch", "triton"} <= set(written["versions"])
     assert [r["name"] for r in written["rows"]] == [r.name for r in rows(quick=True)]
@@ -132,9 +132,9 @@ def test_a_row_is_measured_with_rivals_that_fail_left_out(monkeypatch: pytest.Mo
     def broken(row: Row, t: dict[str, torch.Tensor]) -> Any:
         raise ValueError("no such backend")
 
-    monkeypatch.setattr(bench_gpu, "RIVALS", {"attncc": call(1.0), "flash": broken, "flex": call(1.5)})
-    monkeypatch.setattr(bench_gpu, "on_cuda", lambda run, repeats: 0.001 * float(run()))
-    done = bench_gpu.measure_row(small(decode(64, 3)), torch.device("cpu"), 1e12, 3)
+    monkeypatch.setattr(gpu, "RIVALS", {"attncc": call(1.0), "flash": broken, "flex": call(1.5)})
+    monkeypatch.setattr(gpu, "on_cuda", lambda run, repeats: 0.001 * float(run()))
+    done = gpu.measure_row(small(decode(64, 3)), torch.device("cpu"), 1e12, 3)
     assert done["ratio"] == pytest.approx({"flex": 1.5})
     assert done["us"]["attncc"] == pytest.approx(1000.0)
     assert done["difference"] == pytest.approx(0.5)

@@ -13,10 +13,10 @@ from triton_matrix import Job, attention
 from attncc.codegen.triton import TritonConfig, configs, emit, reads_by_key, unsupported
 from attncc.codegen.triton.config import fits
 from attncc.codegen.triton.operands import chunks
-from attncc.codegen.triton.terms import keeps_zero, scaled, weight_factor
+from attncc.codegen.triton.score_parts import keeps_zero, scaled, weight_factor
 from attncc.ir import Attention, Bounds, Const, S, W, parse_attention
 from attncc.ir.build import add, const, mul, op
-from attncc.passes.bounds import loop_bounds
+from attncc.passes.bounds.bounds import loop_bounds
 
 
 def of(case: Case, dtype: str = "bf16") -> Attention:

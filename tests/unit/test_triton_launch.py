@@ -11,16 +11,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_cases import make
 
-from attncc import kernels
 from attncc.codegen.triton import TritonConfig, emit, reads_by_key
 from attncc.ir import print_attention
-from attncc.kernels import Remembered
-from attncc.passes.bounds import loop_bounds
+from attncc.kernels import build
+from attncc.kernels.build import Remembered
+from attncc.kernels.skip_tables import BySize
+from attncc.passes.bounds.bounds import loop_bounds
 from attncc.runtime import triton_launch
 from attncc.runtime.store import Store
 from attncc.runtime.triton_launch import TritonKernel, tuning_allowed
 from attncc.runtime.triton_module import load_module
-from attncc.tables import BySize
 
 SOURCE = """
 calls = []
@@ -114,9 +114,9 @@ def test_a_choice_outlives_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_large_calls_of_masks_that_data_decides_make_lists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What the driver builds for a GPU, seen on a machine without one."""
-    monkeypatch.setattr(kernels, "capability_of", lambda device: "sm_90")
-    monkeypatch.setattr(kernels, "default_store", lambda: Store(tmp_path))
-    documents = kernels.built.__wrapped__(print_attention(make("documents").attention), "cuda")
+    monkeypatch.setattr(build, "capability_of", lambda device: "sm_90")
+    monkeypatch.setattr(build, "default_store", lambda: Store(tmp_path))
+    documents = build.built.__wrapped__(print_attention(make("documents").attention), "cuda")
     assert documents.language == "triton" and isinstance(documents.kernel, BySize)
     assert "look" not in documents.kernel.plain.module(0).SIGNATURES
     seen: list[int] = []
@@ -127,7 +127,7 @@ def test_large_calls_of_masks_that_data_decides_make_lists(monkeypatch: pytest.M
     for n in (1000, 2000):
         documents.kernel([], [1, n, n], [])
     assert seen == [-1000, 2000]
-    causal = kernels.built.__wrapped__(print_attention(make("causal").attention), "cuda")
+    causal = build.built.__wrapped__(print_attention(make("causal").attention), "cuda")
     assert isinstance(causal.kernel, TritonKernel)
 
 

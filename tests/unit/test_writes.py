@@ -12,8 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from attncc.ir import Const, Expr, Index
 from attncc.ir.evaluate import Evaluator
-from attncc.patterns.facts import Facts
-from attncc.patterns.writes import place
+from attncc.patterns.graph.facts import Facts
+from attncc.patterns.reader.writes import place
 
 
 def value(x: Expr, at: tuple[int, ...]) -> int:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from attncc import demo
+from attncc.cli import demo
 
 
 def test_demo(capfd: pytest.CaptureFixture[str]) -> None:

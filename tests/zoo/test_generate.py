@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers.cache_utils import StaticLayer
 
-import attncc.tables
+import attncc.kernels.skip_tables
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -114,7 +114,7 @@ def test_what_a_static_cache_does_not_hold_yet_is_not_read(family: str, monkeypa
     """NaN in every place that was not written: a weight of 0 would not keep it out, as eager shows.
 
     The prompt fills whole blocks of the map of its mask, so that no block holds a place that was not written."""
-    monkeypatch.setattr(attncc.tables, "WORTHWHILE", 0)  # as for caches of many tokens
+    monkeypatch.setattr(attncc.kernels.skip_tables, "WORTHWHILE", 0)  # as for caches of many tokens
     model = model_of(family, "sdpa")
     given = {"input_ids": torch.randint(3, 90, (2, 16))}
     asked: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "disable_compile": True}

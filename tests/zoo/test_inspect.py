@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from attncc.cli import app
+from attncc.cli.app import app
 from attncc.ir import parse_attention, print_attention
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def test_the_backend_is_found_without_importing_attncc() -> None:
         "q = torch.randn(1, 2, 32, 16)\n"
         "def f(q): return torch.nn.functional.scaled_dot_product_attention(q, q, q)\n"
         "got = torch.compile(f, backend='attncc')(q)\n"
-        "assert 'attncc.dynamo' in sys.modules\n"
+        "assert 'attncc.driver.backend' in sys.modules\n"
         "torch.testing.assert_close(got, f(q))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

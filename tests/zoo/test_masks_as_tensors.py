@@ -11,11 +11,11 @@ from bounds_cases import blocks, check_sound
 from torch import nn
 from torch.nn import functional as F
 
-from attncc.dynamo import Collected, collecting
+from attncc.driver.backend import Collected, collecting
 from attncc.ir import parse_attention
-from attncc.kernels import built, optimise
-from attncc.passes.spans import spanned, tables
-from attncc.tables import Tabled
+from attncc.kernels.build import built, optimise
+from attncc.kernels.skip_tables import Tabled
+from attncc.passes.tables.spans import spanned, tables
 
 N = 1024
 _I = torch.arange(N)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attncc.dynamo import Collected, collecting
+from attncc.driver.backend import Collected, collecting
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from allocations import allocations
 
-from attncc.dynamo import Collected, collecting
+from attncc.driver.backend import Collected, collecting
 
 N = 1024  # from here on kernels make tables for documents and padding
 SMALL: dict[str, Any] = {

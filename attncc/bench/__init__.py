@@ -1,0 +1,1 @@
+"""`attncc bench`: suites that measure attncc beside its peers."""

@@ -1,0 +1,1 @@
+"""The `attncc` command, one file a command."""

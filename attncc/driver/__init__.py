@@ -1,0 +1,1 @@
+"""The driver: from a Dynamo graph to one whose attentions are kernels."""

@@ -1,0 +1,143 @@
+"""Reading a Dynamo graph: its shadow in normal form, and for each shadow node the Dynamo node it came from.
+
+The graph that Dynamo handed over stays the one that is edited and run; the shadow is only read. A Dynamo node that is
+several ATen ops (`multi_head_attention_forward`) owns all of their shadow nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
+
+from attncc import torch_private
+from attncc.driver.library_calls import in_place_of
+from attncc.driver.repeats import Repeats
+from attncc.patterns.graph.facts import Facts
+from attncc.patterns.softmax.flex import FLEX
+
+
+@dataclass
+class Reading:
+    """The shadow of `module` and how the two correspond."""
+
+    module: fx.GraphModule
+    shadow: fx.GraphModule
+    origin: dict[fx.Node, fx.Node]
+    owner: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    results: dict[fx.Node, Any] = field(default_factory=dict)
+    bodies: list[tuple[fx.GraphModule, list[Any]]] = field(default_factory=list)
+
+    def facts(self) -> Facts:
+        """Facts of the shadow, with the dtypes that Dynamo saw (a trace does not see autocast)."""
+        dtypes: dict[fx.Node, torch.dtype] = {}
+        for shadow, node in self.origin.items():
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.Tensor):
+                dtypes[shadow] = value.dtype
+        learned = {s for s, n in self.origin.items() if isinstance(n.meta.get("example_value"), torch.nn.Parameter)}
+        return Facts(self.shadow.graph, dtypes, frozenset(learned))
+
+    @property
+    def uses_autocast(self) -> bool:
+        """Whether an operation's dtype may depend on where in the graph it stands. Regions that turn autocast off, as
+        rotary embeddings have them, say nothing where none is on."""
+        regions = _regions(self.module)
+        around = any(torch.is_autocast_enabled(str(n.args[0])) for n in regions)
+        return around or any(n.args[2] for n in regions)
+
+
+def _regions(module: fx.GraphModule) -> list[fx.Node]:
+    """Where regions of autocast begin: (device type, dtype, enabled, cache) are the arguments."""
+    return [n for n in module.graph.nodes if getattr(n.target, "__name__", "") == "_enter_autocast"]
+
+
+class _Shadow(fx.Interpreter):
+    """Runs a Dynamo graph under a trace, noting which traced node holds each Dynamo node's result."""
+
+    def __init__(self, module: fx.GraphModule, repeats: Repeats | None) -> None:
+        super().__init__(module)
+        self.repeats = repeats
+        self.pairs: list[tuple[fx.Node, fx.Node]] = []
+        self.made: list[tuple[fx.Node, list[str]]] = []  # names: the traced graph loses nodes when it is cleaned up
+        self.parts: dict[fx.Node, Any] = {}
+        self.bodies: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        last = self._last()
+        result = self._run(n)
+        made = torch_private.traced_node(result)
+        if made is None and n.op == "call_function" and isinstance(result, FakeTensor):  # out of a `torch.vmap`
+            result = torch_private.like(result)
+            made = torch_private.traced_node(result)
+        if made is not None and n.op != "output":
+            self.pairs.append((made, n))
+        if isinstance(result, tuple | list):
+            self.parts[n] = [torch_private.traced_node(x) for x in result]
+        self.made.append((n, self._since(last)))
+        return result
+
+    def _run(self, n: fx.Node) -> Any:
+        if isinstance(n.target, HigherOrderOperator) and n.target is not FLEX:
+            return self._opaque(n)
+        number = torch_private.known_number(n)
+        if number is not None:
+            return number
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        written_out = in_place_of(n, args)
+        if written_out is not None:
+            return written_out(*args, **kwargs)
+        if self.repeats is None:
+            return super().run_node(n)
+        return self.repeats.run(n, args, kwargs, lambda: super(_Shadow, self).run_node(n))
+
+    def _opaque(self, n: fx.Node) -> Any:
+        """New tensors for what a higher-order operator gives. Its body, if it has one of its own, is read by itself."""
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        first = next((at for at, x in enumerate(args) if isinstance(x, fx.GraphModule)), len(args))
+        bodies = [x for x in args[first:] if isinstance(x, fx.GraphModule)]
+        if str(n.target) == "autograd_function_apply":  # its backward takes other arguments
+            bodies = bodies[:1]
+        given = [x for x in args[first:] if not isinstance(x, fx.GraphModule | str)]
+        if len(bodies) == 1 and len(given) == sum(p.op == "placeholder" for p in bodies[0].graph.nodes):
+            self.bodies.append((bodies[0], given))
+        return tree_map_only(torch.Tensor, torch_private.like, n.meta["example_value"])
+
+    def _last(self) -> fx.Node | None:
+        mode = torch_private.get_proxy_mode()
+        return None if mode is None else next(iter(reversed(mode.tracer.graph.nodes)), None)
+
+    def _since(self, last: fx.Node | None) -> list[str]:
+        end = self._last()
+        names: list[str] = []
+        while end is not None and end is not last and end.op != "root":
+            names.append(end.name)
+            end = end.prev
+        return names[::-1]
+
+
+def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
+    """The shadow of a Dynamo graph. Raises whatever the trace raises; the module itself is not touched."""
+    own = None if _regions(module) else torch_private.fakes_of_dynamo(module, inputs)
+    mode, fakes = own or torch_private.fake_inputs(inputs)
+    shadow = _Shadow(module, None if own is None else Repeats())
+    # Grad mode is part of what Dynamo captured, and a trace under no_grad records less.
+    with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
+        traced = torch_private.trace(lambda *a: shadow.run(*a), mode, fakes)
+    names = {n.name: n for n in traced.graph.nodes}
+    reading = Reading(module, traced, {}, bodies=shadow.bodies)
+    for made, node in shadow.pairs:
+        found = names.get(made.name)
+        if found is not None:
+            reading.origin.setdefault(found, node)
+    for node, made in shadow.made:
+        reading.owner |= {names[name]: node for name in made if name in names}
+    for node, parts in shadow.parts.items():
+        reading.results[node] = [None if p is None else names.get(p.name) for p in parts]
+    return reading

@@ -1,0 +1,111 @@
+"""From what lifting found to what a report says: where a site is in the user's code, and what it computes."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from attncc.driver.baseline import Untimeable, hint
+from attncc.ir import Attention, Linear, print_expr
+from attncc.ir.build import TRUE
+from attncc.ir.expr import Const, Expr, Size, Var, loads, substitute
+from attncc.ir.linear import UNIT, X
+from attncc.passes.bounds.area import Area, area
+from attncc.passes.bounds.area import picture as draw
+from attncc.passes.bounds.bounds import loop_bounds
+from attncc.passes.bounds.simulate import expressions
+from attncc.patterns.graph.facts import Facts
+from attncc.patterns.site.assemble import Lifted
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_MODULE_PREFIX = re.compile(r"^L\['[^']*'\]\.?|^self\.?")
+
+
+def module_path(n: fx.Node) -> str:
+    """The path of the innermost module that a node of a Dynamo graph belongs to, as the user would write it."""
+    stack = n.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    path = _MODULE_PREFIX.sub("", path)
+    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", "." + path if path else "")
+    path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path)
+    return path.strip(".").replace("..", ".")
+
+
+def user_line(n: fx.Node) -> str:
+    """`file.py:12` of the innermost line of the user's code (or of the model library's) that made a node."""
+    frames = list(_FRAME.finditer(n.meta.get("stack_trace") or ""))
+    torch_home = str(Path(torch.__file__).parent)
+    own = [f for f in frames if not f["file"].startswith(torch_home)] or frames
+    if not own:
+        return ""
+    file = Path(own[-1]["file"])
+    try:
+        file = file.relative_to(Path.cwd())
+    except ValueError:
+        file = Path(*file.parts[-3:]) if len(file.parts) > 3 else file
+    return f"{file}:{own[-1]['line']}"
+
+
+def equation(a: Attention) -> str:
+    """One line of mathematics: `softmax(s * 0.125) v`, s being q_i . k_j."""
+    score = print_expr(a.score)
+    normalised = {"none": score}.get(a.normalizer, f"{a.normalizer}({score})")
+    sink = "" if a.sink is None else f" with sink {print_expr(a.sink)}"
+    weight = print_expr(a.weight)
+    return f"{normalised if weight == 'w' else weight.replace('w', normalised, 1)} v{sink}"
+
+
+def linear_equation(a: Linear) -> str:
+    """One line of mathematics: `relu(q) (relu(k)^T v) / z`."""
+    q, k = (print_expr(substitute(phi, {X: Var(name)})) for phi, name in ((a.phi_q, "q"), (a.phi_k, "k")))
+    divided = "" if a.over is None else f" / ({print_expr(a.over)})"
+    if a.sees == "all":
+        return f"({q}) (({k})^T v){divided}" if q != "q" or k != "k" else f"q (k^T v){divided}"
+    decay = "" if a.decay is UNIT else "decay * "
+    change = "v" if a.rule == "add" else f"(v - ({decay}S)^T k)"
+    rate = "" if a.rate is UNIT else "rate * "
+    return f"S = {decay}S + k {rate}{change}, out = q S{divided}"
+
+
+def mask(a: Attention) -> str:
+    return "all" if a.mask is TRUE else print_expr(a.mask)
+
+
+def sizes_of(site: Lifted, facts: Facts) -> tuple[int, ...] | None:
+    """The sizes that the graph was captured with; None where they are known only from data."""
+    try:
+        return tuple(hint(x, facts) for x in site.sizes)
+    except Untimeable:
+        return None
+
+
+@lru_cache(maxsize=256)
+def extent_of(a: Attention, sizes: tuple[int, ...]) -> tuple[Area | None, str | None]:
+    """How much of the scores the mask leaves, and a picture of it. No area where the bounds read data."""
+    bounds = loop_bounds(a)
+    read = any(loads(*expressions(bounds))) or any(x.bits for x in bounds.visit)
+    found = None if read else area(a, bounds, sizes)
+    return found, None if a.mask is TRUE else draw(a, sizes)
+
+
+def shapes(site: Lifted) -> dict[str, tuple[int | str, ...]]:
+    """Dimensions of q, k and v as the model sees them; symbols as text."""
+    a = site.attention
+    origin = dict(zip(a.sizes, site.sizes, strict=True))
+
+    def extent(x: Const | Size) -> int | str:
+        value: Expr = origin.get(x, x) if isinstance(x, Size) else x
+        return int(value.value) if isinstance(value, Const) else print_expr(value)
+
+    batch = tuple(extent(x.extent) for x in a.batch)
+    return {
+        "q": (*batch, extent(a.i.extent), extent(a.d.extent)),
+        "k": (*batch, extent(a.j.extent), extent(a.d.extent)),
+        "v": (*batch, extent(a.j.extent), extent(a.e.extent)),
+    }

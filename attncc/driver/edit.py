@@ -1,0 +1,399 @@
+"""Editing the Dynamo graph: a fused node takes the place of the product with the values, and what it made idle goes."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from attncc.driver.capture import Reading
+from attncc.driver.site_groups import sources
+from attncc.ir import Attention, print_attention
+from attncc.ir.evaluate import DTYPE_OF
+from attncc.ir.expr import Const, Expr, Op, Size
+from attncc.patterns.graph.facts import Facts
+from attncc.patterns.graph.operators import argument, written_args
+from attncc.patterns.graph.strides import noticed, order_in_memory
+from attncc.patterns.site.assemble import Lifted, Lse, Rows
+from attncc.patterns.softmax.anchors import SDPA
+from attncc.patterns.softmax.flex import FLEX
+
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,
+    "neg": operator.neg, "max": torch.sym_max, "min": torch.sym_min,
+}  # fmt: skip
+_NEW = {"new_zeros", "new_full", "new_empty", "zeros", "zeros_like", "full", "empty"}
+_COPIED = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+class EditError(Exception):
+    """The graph cannot hold the fused node; the message is the reason."""
+
+
+class Editor:
+    """Edits one Dynamo graph. Every change keeps the graph runnable; `finish` checks it."""
+
+    def __init__(self, reading: Reading, facts: Facts) -> None:
+        self.reading, self.facts = reading, facts
+        self.graph = reading.module.graph
+        self.order = {n: at for at, n in enumerate(self.graph.nodes)}
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.taken: dict[fx.Node, fx.Node] = {}  # what was replaced, by what
+        self.size_nodes: dict[Expr, fx.Node] = {}
+        owner = reading.owner
+        acts = [s for s in reading.shadow.graph.nodes if s in owner and _acts(s)]
+        self.effects = {owner[s] for s in acts}
+        self.writes = self.effects - {owner[s] for s in acts if written_args(s) != [*s.args[:1]] or _is_random(s)}
+
+    def fuse(self, parts: Sequence[tuple[Lifted, Attention]]) -> None:
+        """Replace a node by calls of attncc's operator, one for each site that adds up to it (with its attention after
+        the passes)."""
+        first = parts[0][0]
+        target = self.place(first.node)
+        sums = None if first.lse is None else self.place(first.lse.node)
+        placed = [n for n in (target, sums) if n is not None]
+        call = self.graph.call_function
+        early = min(placed, key=self.position)
+        for n in sources((n for site, _ in parts for n in site.tensors), self.facts):
+            if self._node(n)._erased:
+                raise EditError("another site has taken what it reads")
+            if early is not target and self.position(self._node(n)) > self.position(early):
+                raise EditError("the sums of its rows are used before its values are computed")
+        with self.graph.inserting_before(early):
+            calls = [self.call(site, a, target) for site, a in parts]
+            outs = [self.output(outputs, site, a, target) for outputs, (site, a) in zip(calls, parts, strict=True)]
+            whole = functools.reduce(lambda x, y: call(torch.ops.aten.add.Tensor, (x, y)), outs)
+            made = [self.laid_out(whole, first.node)]
+            if first.lse is not None:
+                made.append(self._lse(calls[0], first, parts[0][1], first.lse, target))
+        for old, new in zip(placed, made, strict=True):
+            self.replace(old, new)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Put `new` in the place of `old`, which goes with what only it used."""
+        new.meta.update({k: old.meta[k] for k in _COPIED if k in old.meta})
+        new.meta["example_value"] = old.meta.get("example_value")
+        old.replace_all_uses_with(new)
+        self.taken[old], self.order[new] = new, self.position(old)
+        self._remove(old)
+
+    def laid_out(self, made: fx.Node, shadow: fx.Node) -> fx.Node:
+        """What takes the place of `shadow`, in memory as that was if somebody would notice."""
+        if not noticed(self.facts, shadow):
+            return made
+        order = order_in_memory(self.facts.value(shadow))
+        call, plain = self.graph.call_function, order == tuple(range(len(order)))
+        made = made if plain else call(torch.ops.aten.permute.default, (made, list(order)))
+        made = call(torch.ops.aten.contiguous.default, (made,))
+        back = [order.index(d) for d in range(len(order))]
+        return made if plain else call(torch.ops.aten.permute.default, (made, back))
+
+    def position(self, n: fx.Node) -> int:
+        return self.order.get(n, len(self.order))
+
+    def call(self, site: Lifted, a: Attention, target: fx.Node) -> fx.Node:
+        """A call of the operator at the graph's insertion point."""
+        tensors = [self._cast(self._node(n), n, dtype) for n, dtype in zip(site.tensors, site.dtypes, strict=True)]
+        sizes = [self._size(x, target) for x in site.sizes]
+        op = torch.ops.attncc.attention.default
+        outputs = self.graph.call_function(op, (tensors, sizes, print_attention(a)))
+        outputs.meta.update({k: target.meta[k] for k in _COPIED if k in target.meta})
+        return outputs
+
+    def extents(self, site: Lifted, before: fx.Node) -> list[int | fx.Node]:
+        """Those of the axes (*batch, i, e) of a site's output."""
+        return [self._extent(x.extent, site, before) for x in site.attention.out_axes]
+
+    def output(
+        self, outputs: fx.Node, site: Lifted, a: Attention, target: fx.Node, factor: fx.Node | None = None
+    ) -> fx.Node:
+        """The operator's output, times a factor over its axes, in the shape that the graph has."""
+        call = self.graph.call_function
+        out = call(operator.getitem, (outputs, a.outputs.index("out")))
+        unsplit = self.extents(site, target)
+        if len(a.out_axes) != len(unsplit):
+            out = call(torch.ops.aten.reshape.default, (out, unsplit))
+        if factor is not None:
+            out = call(torch.ops.aten.to.dtype, (call(torch.ops.aten.mul.Tensor, (out, factor)), DTYPE_OF[a.dtype]))
+        if site.summed:
+            out = call(torch.ops.aten.sum.dim_IntList, (out, list(site.summed)))
+            unsplit = [x for at, x in enumerate(unsplit) if at not in site.summed]
+        if site.order != tuple(range(len(site.order))):
+            out = call(torch.ops.aten.permute.default, (out, list(site.order)))
+        shape = self.facts.shape(site.node)
+        if len(shape) != len(unsplit):
+            out = call(torch.ops.aten.reshape.default, (out, [self._size(s, target) for s in shape]))
+        return out
+
+    def _lse(self, outputs: fx.Node, site: Lifted, a: Attention, lse: Lse, target: fx.Node) -> fx.Node:
+        """The logarithm of the sums of exponentials as the graph has it."""
+        call = self.graph.call_function
+        x = call(operator.getitem, (outputs, a.outputs.index("lse")))
+        x = self.in_rows(x, lse.rows, target)
+        if lse.base_two:
+            x = call(torch.ops.aten.mul.Tensor, (x, math.log2(math.e)))
+        if site.floor is not None:
+            x = call(torch.ops.aten.clamp_min.default, (x, site.floor))
+        dtype = self.facts.dtype(lse.node)
+        if dtype != DTYPE_OF[a.compute_dtype]:
+            x = call(torch.ops.aten.to.dtype, (x, dtype))
+        x = call(torch.ops.aten.reshape.default, (x, [self._size(s, target) for s in self.facts.shape(lse.node)]))
+        return call(torch.ops.aten.contiguous.default, (x,))
+
+    def in_rows(self, x: fx.Node, rows: Rows, before: fx.Node) -> fx.Node:
+        """A tensor over (*batch, i) of a site as the model has these rows."""
+        if not rows.order:
+            return x
+        call = self.graph.call_function
+        x = call(torch.ops.aten.reshape.default, (x, [self._size(s, before) for s in rows.shape]))
+        return call(torch.ops.aten.permute.default, (x, list(rows.order)))
+
+    def out_of_rows(self, x: fx.Node, rows: Rows, site: Lifted, before: fx.Node) -> fx.Node:
+        """A flat tensor over the model's rows as one over (*batch, i) of a site."""
+        call = self.graph.call_function
+        if rows.order:
+            shape = [self._size(rows.shape[n], before) for n in rows.order]
+            x = call(torch.ops.aten.reshape.default, (x, shape))
+            x = call(torch.ops.aten.permute.default, (x, [rows.order.index(n) for n in range(len(shape))]))
+        return call(torch.ops.aten.reshape.default, (x, self.extents(site, before)[:-1]))
+
+    def finish(self) -> fx.GraphModule:
+        self._drop_unread()
+        self._drop_empty_vmaps()
+        self.graph.lint()
+        self.reading.module.recompile()
+        return self.reading.module
+
+    def place(self, shadow: fx.Node) -> fx.Node:
+        """The Dynamo node for a shadow node, its composite owner expanded if need be."""
+        node = self._node(shadow)
+        if node._erased or node in self.taken.values():
+            raise EditError("another site has taken its place already")
+        return node
+
+    def _node(self, shadow: fx.Node) -> fx.Node:
+        """The node of the edited graph that holds a shadow node's value."""
+        found = self.copies.get(shadow) or self.reading.origin.get(shadow)
+        written = [x for x in written_args(shadow) if x is shadow.args[0]]
+        if found is None and written:  # `x[at] = y` results in what it wrote to
+            return self._node(written[0])
+        if found is None and shadow in self.facts.made:
+            if self.reading.uses_autocast:
+                raise EditError("an operand of its own would be computed under autocast")
+            found = self.copies[shadow] = self._made(shadow)
+        if found is None:
+            owner = self.reading.owner.get(shadow)
+            if owner is None or shadow.op == "get_attr":
+                raise EditError(f"no node of the captured graph holds {shadow.name}")
+            kept = self._written(shadow, owner)
+            if kept is not None:
+                return self._node(kept)
+            self._expand(owner)
+            found = self.copies.get(shadow)
+        if found is None:
+            raise EditError(f"no node of the captured graph holds {shadow.name}")
+        return self.taken.get(found, found)
+
+    def _written(self, shadow: fx.Node, owner: fx.Node) -> fx.Node | None:
+        """What an assignment (`x[i] = y`) wrote to: it has no result of its own, and its tensor is the trace's."""
+        given = written_args(shadow)
+        if owner.target is not operator.setitem or len(given) != 1:
+            return None
+        before, after = self.facts.value(given[0]), self.facts.value(shadow)
+        same = before.shape == after.shape and before.stride() == after.stride()
+        return given[0] if same and self.facts.aliases(given[0], shadow) else None
+
+    def _made(self, shadow: fx.Node) -> fx.Node:
+        """A node that the captured graph has not: behind its inputs where nothing writes to them, as several sites may
+        read it."""
+        inputs = [self._node(x) for x in shadow.all_input_nodes]
+        if not all(x in self.facts.unwritten for x in sources([shadow], self.facts)):
+            return self.graph.node_copy(shadow, self._node)
+        given = [n for n in self.graph.nodes if n.op == "placeholder"]
+        with self.graph.inserting_after(max([*given[-1:], *inputs])):
+            return self.graph.node_copy(shadow, self._node)
+
+    def _held(self, shadow: fx.Node, before: fx.Node) -> int | fx.Node:
+        """The same for tensors and sizes: a size that no node of Dynamo's holds is computed."""
+        value = self.facts.value(shadow)
+        if isinstance(value, torch.SymInt) and shadow not in self.copies and shadow not in self.reading.origin:
+            return self._size(self.facts.size(value), before)
+        return self._node(shadow)
+
+    def _expand(self, owner: fx.Node) -> None:
+        """Put the ATen ops of a composite call (multi_head_attention_forward) in its place."""
+        parts = [n for n, o in self.reading.owner.items() if o is owner and n.op == "call_function"]
+        results = self.reading.results.get(owner)
+        if not parts or not self._writes_own(parts) or self.reading.uses_autocast:
+            raise EditError(f"{owner.name} is several operations that cannot be taken apart")
+        with self.graph.inserting_before(owner):
+            for n in parts:
+                self.copies[n] = self.graph.node_copy(n, lambda x: self._held(x, owner))  # type: ignore[arg-type]
+                if n.target is torch.ops.aten.view.default:  # a fused part may lie otherwise than what it replaces
+                    self.copies[n].target = torch.ops.aten.reshape.default
+                self.copies[n].meta.update({k: owner.meta[k] for k in _COPIED if k in owner.meta})
+                if written_args(n):
+                    self.effects.add(self.copies[n])
+                    self.writes.add(self.copies[n])
+        if results is None:
+            last = next(s for s, o in self.reading.origin.items() if o is owner)
+            owner.replace_all_uses_with(self.copies[last])
+        else:
+            for user in list(owner.users):
+                if user.target is not operator.getitem:
+                    raise EditError(f"{owner.name} is used as a whole")
+                part = results[user.args[1]]
+                if part is not None:
+                    made = self.copies[part] if part in self.copies else self._node(part)
+                    user.replace_all_uses_with(made)
+                    if self.reading.origin.get(part) is user:
+                        self.reading.origin[part] = made
+                if not user.users:
+                    self.graph.erase_node(user)
+        if not owner.users:
+            self.graph.erase_node(owner)
+
+    def _writes_own(self, parts: Sequence[fx.Node]) -> bool:
+        """Whether nodes write to nothing but what they make themselves."""
+        inside = set(parts)
+        given = {self.facts.storage(a) for n in parts for a in n.all_input_nodes if a not in inside}
+        return all(self.facts.storage(x) not in given | {None} for n in parts for x in written_args(n))
+
+    def _cast(self, n: fx.Node, shadow: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return n if self.facts.dtype(shadow) == dtype else self.graph.call_function(torch.ops.aten.to.dtype, (n, dtype))
+
+    def _extent(self, x: Const | Size, site: Lifted, before: fx.Node) -> int | fx.Node:
+        if isinstance(x, Const):
+            return int(x.value)
+        return self._size(site.sizes[site.attention.sizes.index(x)], before)
+
+    def _size(self, x: Expr, before: fx.Node) -> int | fx.Node:
+        """A node (or number) for an integer expression over the graph's symbols, available before a node."""
+        if isinstance(x, Const):
+            return int(x.value)
+        known = self.size_nodes.get(x)
+        if known is None:
+            known = self._find_size(x, before)
+            if isinstance(x, Size):
+                self.size_nodes[x] = known
+        return known
+
+    def _find_size(self, x: Expr, before: fx.Node) -> fx.Node:
+        for shadow, node in self.reading.origin.items():
+            value = self.facts.value(shadow)
+            if isinstance(value, torch.SymInt) and node.op == "placeholder" and self.facts.size(value) is x:
+                return node
+        for shadow, node in self.reading.origin.items():
+            if node.op != "placeholder" or not self.facts.is_tensor(shadow):
+                continue
+            for dim, extent in enumerate(self.facts.shape(shadow)):
+                if extent is x:
+                    return self._sym_size(node, dim)
+        if isinstance(x, Op) and x.name in _ARITHMETIC:
+            args = [self._size(a, before) for a in x.args]
+            return self.graph.call_function(_ARITHMETIC[x.name], tuple(args))
+        for shadow, node in self.reading.origin.items():
+            if node in self.order and self.order[node] < self.order.get(before, -1) and self.facts.is_tensor(shadow):
+                for dim, extent in enumerate(self.facts.shape(shadow)):
+                    if extent is x:
+                        return self._sym_size(node, dim)
+        raise EditError(f"the size {x!r} cannot be had from the graph's inputs")
+
+    def _sym_size(self, node: fx.Node, dim: int) -> fx.Node:
+        last = max((n for n in self.order if n.op == "placeholder"), key=self.order.__getitem__)
+        with self.graph.inserting_after(last if node.op == "placeholder" else node):
+            return self.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+
+    def _remove(self, start: fx.Node) -> None:
+        """Erase `start` and what only it used, stopping at anything that writes or draws random numbers."""
+        stack = [start]
+        while stack:
+            n = stack.pop()
+            if n.users or n.op in ("placeholder", "output") or n in self.effects or n._erased:
+                continue
+            inputs = n.all_input_nodes
+            self.graph.erase_node(n)
+            stack += inputs
+
+    def _drop_unread(self) -> None:
+        """New tensors that are filled in and never read, of which one may be written into another: `_remove` stops at
+        the write."""
+        while sum(self._dropped(n) for n in reversed(list(self.graph.nodes))):
+            pass
+
+    def _dropped(self, n: fx.Node) -> bool:
+        if n._erased or getattr(n.target, "__name__", n.target) not in _NEW:
+            return False
+        reached = _reached_by(n)
+        if any(x.op == "output" or (x in self.effects and not self._fills(x, reached)) for x in reached):
+            return False
+        if not any(self._fills(x, reached) for x in reached):
+            return False
+        inputs = [a for x in reached for a in x.all_input_nodes if a not in reached]
+        for x in sorted(reached, reverse=True):  # nodes compare by their place in the graph
+            self.graph.erase_node(x)
+        for a in inputs:
+            self._remove(a)
+        return True
+
+    def _fills(self, n: fx.Node, tensors: Collection[fx.Node]) -> bool:
+        """Whether a node does nothing but write to one of some tensors."""
+        return n in self.writes and bool(n.args) and n.args[0] in tensors
+
+    def _drop_empty_vmaps(self) -> None:
+        """Levels of vmap that nothing is left in: what made a block mask is gone, and its levels stay."""
+        open_levels: list[fx.Node] = []
+        loads: list[fx.Node] = []
+        for n in list(self.graph.nodes):
+            name = getattr(n.target, "__name__", "")
+            if name == "_vmap_increment_nesting":
+                open_levels.append(n)
+            elif name == "_vmap_decrement_nesting" and open_levels:
+                self.graph.erase_node(n)
+                self.graph.erase_node(open_levels.pop())
+            elif name == "_add_batch_dim" and not n.users:
+                self._remove(n)
+            elif name == "lazy_load_decompositions":
+                loads.append(n)
+            else:
+                open_levels.clear()
+        if not any(getattr(n.target, "__name__", "") == "_vmap_increment_nesting" for n in self.graph.nodes):
+            for n in loads:
+                self.graph.erase_node(n)
+
+
+def _reached_by(n: fx.Node) -> dict[fx.Node, None]:
+    """A node and everything computed from it."""
+    found: dict[fx.Node, None] = {}
+    stack = [n]
+    while stack:
+        x = stack.pop()
+        if x not in found:
+            found[x] = None
+            stack += x.users
+    return found
+
+
+def _acts(n: fx.Node) -> bool:
+    target = n.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return n.op == "call_function" and target is not FLEX and getattr(target, "__name__", "") != "getitem"
+    if target is torch.ops.aten.dropout.default and (not argument(n, "train") or argument(n, "p") == 0.0):
+        return False
+    if target is SDPA and argument(n, "dropout_p") == 0.0:
+        return False
+    return bool(written_args(n)) or _is_random(n)
+
+
+def _is_random(n: fx.Node) -> bool:
+    return isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
+
+
+def source_text(graph: fx.Graph) -> str:
+    """A graph as readable Python."""
+    return graph.python_code("self").src.strip()

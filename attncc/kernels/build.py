@@ -1,0 +1,229 @@
+"""From an attention to a kernel: the passes, the emitter for the device, the toolchain, the store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attncc.codegen import cpp, torch_form, triton
+from attncc.ir import Attention, Bounds, parse_attention, print_attention
+from attncc.kernels.skip_tables import BySize, Tabled
+from attncc.kernels.tile_order import TileOrdered, movable
+from attncc.passes.bounds.area import Area
+from attncc.passes.bounds.bounds import loop_bounds
+from attncc.passes.rewrites.drop_rounding import drop_rounding
+from attncc.passes.rewrites.fold_predicates import fold_predicates
+from attncc.passes.rewrites.tile_choice import InTiles, in_tiles
+from attncc.passes.tables.spans import reads_by_key, spanned
+from attncc.progress import step
+from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, KernelError, detect_isa
+from attncc.runtime.op import Kernel
+from attncc.runtime.store import Store, StoreError, key
+from attncc.runtime.triton_launch import TritonKernel, capability_of
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel with what a report says of it. `reason` is why it is not a compiled one, where it is not; `note` says
+    more about the one there is."""
+
+    kernel: Kernel
+    source: str
+    language: str
+    name: str
+    reason: str = ""
+    note: str = ""
+
+    @property
+    def shown(self) -> str:
+        note = self.kernel.note if isinstance(self.kernel, TileOrdered) else self.note
+        return f"{self.name}, {note}" if note else self.name
+
+    def area(self, row_major: Area | None) -> Area | None:
+        """The area that the kernel visits, given that of the loop bounds in row-major order."""
+        if row_major is not None and isinstance(self.kernel, TileOrdered):
+            return self.kernel.area(row_major)
+        return row_major
+
+
+class TorchKernel:
+    """The plain-torch form, for devices, dtypes and machines that have nothing better."""
+
+    def __init__(self, a: Attention) -> None:
+        self.attention = a
+
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
+    ) -> None:
+        for out, value in zip(outputs, blocked(self.attention, tensors, sizes), strict=True):
+            out.copy_(value)
+
+
+def blocked(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+    """The plain-torch form, which leaves out the keys that a block of rows does not see. Differentiable."""
+    return torch_form.run_blocked(a, tensors, sizes, bounds=_bounds(a))
+
+
+@lru_cache(maxsize=1024)
+def _bounds(a: Attention) -> Bounds:
+    return loop_bounds(optimise(a), rows=True)
+
+
+@lru_cache(maxsize=1024)
+def optimise(a: Attention) -> Attention:
+    """What every kernel is made from: no rounding points, predicates in canonical form. Exact (or more accurate)."""
+    return fold_predicates(drop_rounding(a))
+
+
+def build_all(wanted: Iterable[tuple[str, str]]) -> None:
+    """Build the kernels of (spec, device) pairs side by side: compilers run in processes of their own."""
+    todo = list(dict.fromkeys(wanted))
+    if len(todo) > 1:
+        with ThreadPoolExecutor(max_workers=min(len(todo), os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda pair: built(*pair), todo))
+
+
+def build(a: Attention, spec: str, device: torch.device) -> Kernel:
+    """The kernel of an attention on a device, for `attncc.runtime.op`."""
+    return built(spec, device.type).kernel
+
+
+@lru_cache(maxsize=1024)
+def built(spec: str, device: str) -> Built:
+    """The kernel of a spec, compiled and kept in the store; where it cannot be, the plain-torch form and the reason."""
+    a = optimise(parse_attention(spec))
+    bounds = loop_bounds(a, rows=True)
+    if device == "cpu":
+        return _in_tiles(a, bounds, _skipping(a, _cpp(a, bounds)))
+    if device == "cuda":
+        return _listed(a, bounds, _triton(a, bounds))
+    return _torch(a, f"no emitter for device {device}")
+
+
+def _skipping(a: Attention, plain: Built) -> Built:
+    """`plain`; where the mask reads data by key, with a second kernel for large calls, whose bounds read tables."""
+    if plain.language == "torch" or not reads_by_key(a):
+        return plain
+    kernel, found = plain.kernel, spanned(a, by_looking="none")
+    if found.spans or found.maps:
+        kernel = Tabled(kernel, found, partial(_cpp_kernel, found.attention, found.bounds))
+    if found.more_by_looking:
+        found = spanned(a, by_looking="quick")
+        kernel = Tabled(kernel, found, partial(_cpp_kernel, found.attention, found.bounds))
+    return replace(plain, kernel=kernel)
+
+
+def _cpp_kernel(a: Attention, bounds: Bounds) -> Kernel:
+    return _cpp(a, bounds).kernel
+
+
+def _in_tiles(a: Attention, bounds: Bounds, plain: Built) -> Built:
+    """`plain`, or where a mask over a grid makes it less work, a kernel for tokens in tile order beside it."""
+    if plain.language == "torch":
+        return plain
+    found = in_tiles(a, bounds)
+    if isinstance(found, InTiles):
+        found = movable(a) or found
+    if found is None or isinstance(found, str):
+        return replace(plain, note=f"not in tile order: {found}" if found else "")
+    tiled = _cpp(found.attention, found.bounds)
+    if tiled.language == "torch":
+        return replace(plain, note=f"not in tile order: {tiled.reason}")
+    return replace(plain, kernel=TileOrdered(a, plain.kernel, found, tiled.kernel, default_store), source=tiled.source)
+
+
+def _listed(a: Attention, bounds: Bounds, plain: Built) -> Built:
+    """`plain`; where the mask reads data by key, with kernels for large calls that make lists of key blocks first."""
+    if plain.language == "torch" or not triton.reads_by_key(a):
+        return plain
+    return replace(plain, kernel=BySize(a, plain.kernel, lambda: _triton(a, bounds, lists=True).kernel))
+
+
+def _torch(a: Attention, reason: str) -> Built:
+    return Built(TorchKernel(a), print_attention(a), "torch", "plain torch", reason)
+
+
+def _cpp(a: Attention, bounds: Bounds) -> Built:
+    reason = cpp.unsupported(a)
+    if reason is not None:
+        return _torch(a, reason)
+    toolchain = find_toolchain()
+    if toolchain is None:
+        return _torch(a, "no C++ compiler found (set CXX, or install g++ or clang++)")
+    try:
+        isa = detect_isa()
+        source = cpp.emit(a, bounds, isa)
+        folder = _compiled(source, isa, toolchain, kernel_name(a))
+        kernel = CppKernel(folder / "kernel.so", a)
+    except CompileError as error:
+        return _torch(a, f"the C++ compiler failed: {_first_error(str(error))}")
+    except (KernelError, StoreError, OSError) as error:
+        return _torch(a, str(error))
+    return Built(kernel, source, "cpp", f"C++ {isa} kernel")
+
+
+def _first_error(message: str) -> str:
+    lines = message.strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[-1])
+
+
+def _triton(a: Attention, bounds: Bounds, *, lists: bool = False) -> Built:
+    reason = triton.unsupported(a)
+    if reason is not None:
+        return _torch(a, reason)
+    capability = capability_of(torch.device("cuda"))
+    space = triton.configs(a, capability, tf32=bool(torch.backends.cuda.matmul.allow_tf32), lists=lists)
+    sources = [triton.emit(a, bounds, config) for config in space]
+    kernel = TritonKernel(sources, remember=Remembered(default_store()))
+    return Built(kernel, sources[0], "triton", f"Triton {capability} kernel")
+
+
+class Remembered(dict[str, str]):
+    """The store's records as the mapping of strings that a tuner keeps its choices in."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.store = store
+
+    def get(self, name: str, default: Any = None) -> Any:
+        record = self.store.recall(key({"kind": "tuning", "name": name}))
+        return default if record is None else record.get("choice", default)
+
+    def __setitem__(self, name: str, choice: str) -> None:
+        self.store.remember(key({"kind": "tuning", "name": name}), {"choice": choice})
+
+
+def _compiled(source: str, isa: str, toolchain: CppToolchain, name: str) -> Path:
+    """The store's folder that holds `kernel.so` built from `source`."""
+    parts = {"source": source, "isa": isa, "compiler": toolchain.version, "flags": " ".join(toolchain.flags(isa))}
+
+    def make(folder: Path) -> None:
+        step(f"compiling {name} for {isa}")
+        (folder / "kernel.cpp").write_text(source)
+        toolchain.compile(source, isa, folder / "kernel.so")
+
+    return default_store().get_or_build(key(parts), name, make)
+
+
+def kernel_name(a: Attention) -> str:
+    """A readable name: `masked-softmax-f32-d64`."""
+    mask = "dense" if repr(a.mask) == "True" else "masked"
+    return f"{mask}-{a.normalizer}-{a.tensor(a.q.tensor).dtype}-d{a.d.extent!r}"
+
+
+@lru_cache(maxsize=1)
+def find_toolchain() -> CppToolchain | None:
+    return CppToolchain.find()
+
+
+@lru_cache(maxsize=1)
+def default_store() -> Store:
+    """The store of this process; see `Store` for where it lies."""
+    return Store()

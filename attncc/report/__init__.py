@@ -1,0 +1,1 @@
+"""What is reported of each site: the model of a report, its text and its pictures."""

@@ -1,0 +1,1 @@
+"""Masks become loop bounds."""

@@ -1,0 +1,267 @@
+"""Masks that nothing but looking can bound: a map of each literal, made once per call, or once ever where constant.
+
+A literal such as `blocks[h, i // 64, j // 64]` or `visible[b, i, j]` says nothing in closed form. Its map holds for
+every group of rows one bit for each block of keys: whether any row of the group sees a key of the block, and whether
+all rows see all its keys. Where the literal depends on rows and keys through `i // c` and `j // c` alone it is looked
+at once per block, which is all there is to see; else once per pair, in slices, so that nothing of the size of the score
+matrix is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from math import prod
+
+import torch
+
+from attncc.ir import Attention, Const, Expr, Load, Op, Size, Tensor
+from attncc.ir.affine import Poly, poly
+from attncc.ir.bounds import TILE_LO, Bits
+from attncc.ir.build import ONE, ZERO, add, const, floordiv
+from attncc.ir.evaluate import DTYPE_OF, Evaluator
+from attncc.ir.interpret import extent, size_table
+from attncc.ir.rewrite import rewrite
+from attncc.ir.terms import free, loads, walk
+from attncc.passes.bounds.predicates import mentions
+
+#: Keys of a block where the literal has no blocks of its own.
+BLOCK = 16
+#: Operations on each pair that looking at it may take: a cast, a comparison, and one more.
+MOST_COMPUTED = 3
+_SLICE = 1 << 20  # pairs looked at at a time, few enough to stay in a cache
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """i64[*batch axes the literal mentions, groups of `group` rows, 2, words]: a bit for each `block` keys, of what
+    some row sees, then of what all rows see. A literal that does not mention the row has one group. With `else_all` a
+    row that sees nothing sees everything."""
+
+    tensor: Tensor
+    index: tuple[Expr, ...]
+    literal: Expr
+    group: int
+    block: int
+    else_all: bool = False
+
+    @property
+    def sources(self) -> tuple[Expr, ...]:
+        """What the map is made from."""
+        return (self.literal,)
+
+    @property
+    def some(self) -> Bits:
+        """Keys outside are hidden from every row of the tile."""
+        return Bits(self.tensor.name, (*self.index, ZERO), self.block, self.group)
+
+    @property
+    def every(self) -> Bits:
+        """Keys inside are seen by every row of the tile."""
+        return Bits(self.tensor.name, (*self.index, ONE), self.block, self.group)
+
+
+def block_map(literal: Expr, a: Attention, name: str, group: int) -> BlockMap:
+    """The map for tiles of up to `group` rows that do not cross a multiple of it."""
+    axes = [x for x in a.batch if x.index in free(literal)]
+    index: tuple[Expr, ...] = tuple(x.index for x in axes)
+    by_key = blocks_of(literal, a.j.index)
+    block = BLOCK if by_key is None or by_key[1] < BLOCK else by_key[1]
+    groups: Expr = ONE
+    at: Expr = ZERO
+    if mentions(literal, a.i.index):
+        groups = floordiv(add(a.i.extent, const(group - 1)), const(group))
+        at = floordiv(TILE_LO, const(group))
+    words = floordiv(add(a.j.extent, const(block * 64 - 1)), const(block * 64))
+    tensor = Tensor(name, "i64", (*(x.extent for x in axes), groups, const(2), words))
+    return BlockMap(tensor, (*index, at), literal, group, block)
+
+
+def blocks_of(literal: Expr, index: Expr) -> tuple[Expr, int] | None:
+    """(the literal over block numbers, the block size) where `index` occurs only as `index // c` of one constant c."""
+    sizes: set[int] = set()
+
+    def rule(x: Expr) -> Expr | None:
+        if isinstance(x, Op) and x.name == "floordiv" and x.args[0] is index and isinstance(x.args[1], Const):
+            sizes.add(int(x.args[1].value))
+            return Load("number of the block", (), "int")  # a leaf that cannot be the index itself
+        return None
+
+    hidden = rewrite(literal, rule)
+    if len(sizes) != 1 or mentions(hidden, index):
+        return None
+    number = Load("number of the block", (), "int")
+    return rewrite(hidden, lambda x: index if x is number else None), sizes.pop()
+
+
+def by_pair(literal: Expr, a: Attention) -> bool:
+    """Whether a map of the literal looks at every pair of a row and a key, having no blocks."""
+    return mentions(literal, a.i.index) and blocks_of(literal, a.j.index) is None
+
+
+def quick(literal: Expr, a: Attention) -> bool:
+    """Whether looking at a pair costs little beside attending to it: nothing is gathered, and little computed."""
+    indices = {x.index for x in (*a.batch, a.i, a.j)}
+    read = loads(literal)
+    computed = sum(isinstance(x, Op) and mentions(x, a.j.index) for x in walk(literal))
+    return computed <= MOST_COMPUTED and bool(read) and all(_straight(x, indices) for x in read)
+
+
+def share(words: torch.Tensor, m: BlockMap, keys: int) -> tuple[float, float]:
+    """The shares of pairs that the map leaves, and that it proves to be seen by every row."""
+    some, every = (keys_in(x, m.block, keys).to(torch.float32).mean() for x in words.unbind(-2))
+    return float(some), float(every)
+
+
+def map_tables(
+    maps: Sequence[BlockMap], a: Attention, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int] = ()
+) -> dict[str, torch.Tensor]:
+    """The maps by name, on the device of `tensors`."""
+    return {m.tensor.name: _table(m, a, tensors, sizes) for m in maps}
+
+
+def _table(m: BlockMap, a: Attention, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
+    table = size_table(a, sizes)
+    n, keys = extent(a.i.extent, table), extent(a.j.extent, table)
+    device = next(iter(tensors.values())).device
+    axes = [x for x in a.batch if x.index in m.index]
+    counts = [extent(x.extent, table) for x in axes]
+    literal, rows, group = m.literal, n, m.group
+    by_row = blocks_of(literal, a.i.index)
+    if not mentions(literal, a.i.index):
+        rows = group = 1
+    elif by_row is not None and group % by_row[1] == 0:
+        literal, rows, group = by_row[0], -(-n // by_row[1]), group // by_row[1]
+    by_key = blocks_of(literal, a.j.index)
+    width, columns = 1, keys
+    if by_key is not None and m.block % by_key[1] == 0:
+        literal, width = by_key
+        columns = -(-keys // width)
+    names: list[Expr] = [*(x.index for x in axes), a.i.index, a.j.index]
+    sized: dict[Expr, torch.Tensor] = {s: torch.tensor(v, device=device) for s, v in table.items()}
+    step = max(1, _SLICE // max(1, prod(counts) * columns * group)) * group
+    whole = rows // group * group
+    room = cache(_room)
+    found: list[torch.Tensor] = []
+    cuts = [*range(0, whole, step), *([whole] if whole < rows else []), rows]
+    for first, end in pairwise(cuts):
+        ranges = [*((0, c) for c in counts), (first, end), (0, columns)]
+        leaves = {x: _along(at, len(names), *r, device) for at, (x, r) in enumerate(zip(names, ranges, strict=True))}
+        ev = Evaluator({**sized, **leaves}, tensors, DTYPE_OF[a.compute_dtype])
+        ev.known |= _views(literal, ev, dict(zip(names, ranges, strict=True)), table)
+        shape = (*counts, end - first, columns)
+        found.append(torch.stack(_seen(literal, ev, shape, min(group, end - first), room, m.else_all), -2))
+    return words_of(torch.cat(found, -3), m.block // width)
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+Room = Callable[[tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
+
+
+def _seen(
+    literal: Expr, ev: Evaluator, shape: tuple[int, ...], group: int, room: Room, else_all: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether some row and whether every row of each group sees a key, u8[.., groups, columns] of 0 and 1."""
+    match literal:
+        case Op("not", (x,)):
+            some, every = _seen(x, ev, shape, group, room, False)  # what may see all is no negation
+            return 1 - every, 1 - some
+        case Op(("lt" | "le" | "eq" | "ne") as name, (a, b)) if a.kind == "float":
+            x, y = ev(a), ev(b)
+            # into floats, which torch does five times as fast as into bytes, in memory that is there already
+            seen = room(_broadcast(x.shape, y.shape), ev.compute, x.device)
+            getattr(torch, name)(x, y, out=seen)
+        case _:
+            seen = ev(literal).view(torch.uint8)
+    seen = seen.expand(shape)
+    if else_all and not (empty := 1 - seen.amax(-1, keepdim=True)).logical_not().all():
+        seen = torch.maximum(seen, empty)
+    seen = seen.view(*shape[:-2], -1, group, shape[-1])
+    return seen.amax(-2).to(torch.uint8), seen.amin(-2).to(torch.uint8)
+
+
+def _broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    wide: Callable[..., Sequence[int]] = torch.broadcast_shapes  # type: ignore[reportUnknownMemberType]
+    return tuple(wide(tuple(a), tuple(b)))
+
+
+def _along(at: int, rank: int, first: int, end: int, device: torch.device) -> torch.Tensor:
+    view = [1] * rank
+    view[at] = -1
+    return torch.arange(first, end, device=device).view(view)
+
+
+def _views(
+    literal: Expr, ev: Evaluator, ranges: Mapping[Expr, tuple[int, int]], table: Mapping[Expr, int]
+) -> dict[Expr, torch.Tensor]:
+    """The loads of `literal` that need no gather."""
+    found: dict[Expr, torch.Tensor] = {}
+    for x in loads(literal):
+        view = _view(x, ev.tensors[x.tensor], ranges, table)
+        if view is not None:
+            found[x] = view.to(torch.bool if x.kind == "bool" else torch.int64 if x.kind == "int" else ev.compute)
+    return found
+
+
+def _straight(x: Load, indices: Set[Expr]) -> list[tuple[Expr | None, Poly]] | None:
+    """Of each dimension the index it goes along, one step a step, and what is added; None where it is anything else."""
+    found: list[tuple[Expr | None, Poly]] = []
+    for n in x.index:
+        rest = poly(n)
+        along = [m[0] for m, c in rest.items() if len(m) == 1 and c == 1 and m[0] in indices]
+        for index in along:
+            del rest[(index,)]
+        if len(along) > 1 or not all(isinstance(f, Size) for m in rest for f in m):
+            return None
+        found.append((along[0] if along else None, rest))
+    moving = [index for index, _ in found if index is not None]
+    return found if len(set(moving)) == len(moving) else None
+
+
+def _view(
+    x: Load, source: torch.Tensor, ranges: Mapping[Expr, tuple[int, int]], table: Mapping[Expr, int]
+) -> torch.Tensor | None:
+    """What a straight load gives over the ranges of the indices, as a view of its tensor; None for any other load."""
+    straight = _straight(x, ranges.keys())
+    if straight is None:
+        return None
+    order: list[Expr] = []
+    for dim, (index, rest) in reversed(list(enumerate(straight))):
+        offset = sum(c * prod(table[f] for f in m) for m, c in rest.items())
+        if index is None:
+            source = source.select(dim, offset)
+        else:
+            first, end = ranges[index]
+            source = source.narrow(dim, first + offset, end - first)
+            order.insert(0, index)
+    source = source.permute([order.index(index) for index in ranges if index in order])
+    for at, index in enumerate(ranges):
+        if index not in order:
+            source = source.unsqueeze(at)
+    return source
+
+
+def _split(x: torch.Tensor, size: int) -> torch.Tensor:
+    """The last dimension in runs of `size`."""
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
+def words_of(keys: torch.Tensor, block: int) -> torch.Tensor:
+    """Bits (..., 2, columns) -> i64 (..., 2, words), a bit for each `block` columns: any of them, and all of them."""
+    short = -keys.shape[-1] % (block * 64)
+    some, every = keys.to(torch.uint8).unbind(-2)
+    some = _split(torch.nn.functional.pad(some, (0, short), value=0), block).amax(-1)
+    every = _split(torch.nn.functional.pad(every, (0, short), value=1), block).amin(-1)
+    bits = _split(torch.stack([some, every], -2), 64).to(torch.int64)
+    return (bits << torch.arange(64, device=keys.device)).sum(-1).contiguous()
+
+
+def keys_in(words: torch.Tensor, block: int, keys: int) -> torch.Tensor:
+    """i64 (..., words) -> booleans (..., keys): the keys of the blocks whose bits are set."""
+    bits = (words[..., None] >> torch.arange(64, device=words.device)) & 1
+    return bits.flatten(-2).to(torch.bool).repeat_interleave(block, -1)[..., :keys]

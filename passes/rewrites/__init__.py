@@ -1,0 +1,1 @@
+"""Passes: an attention becomes another one that computes the same."""

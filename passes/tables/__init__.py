@@ -1,0 +1,1 @@
+"""Bounds that a small table gives at run time."""

@@ -1,0 +1,1 @@
+"""Recognising linear attention and recurrences."""

@@ -1,0 +1,1 @@
+"""Reading: what a tensor is at an index, as an expression."""

@@ -1,0 +1,33 @@
+"""What a model learned, rather than computes from its input: a product with it is a layer, no comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from attncc.patterns.graph.facts import Facts
+from attncc.patterns.graph.operators import op_name
+from attncc.patterns.reader.pointwise import ELEMENTS
+from attncc.patterns.reader.view_ops import MOVES
+
+
+def is_learned(f: Facts, n: fx.Node) -> bool:
+    """Whether a tensor is a parameter seen through views and casts, or matrices picked out of one (of experts)."""
+    while n.op == "call_function" and n.all_input_nodes:
+        if not (n.target in MOVES or n.target in ELEMENTS or picks_matrices(f, n)):
+            break
+        n = n.all_input_nodes[0]
+    return n in f.parameters or n.op == "get_attr"
+
+
+def picks_matrices(f: Facts, n: fx.Node) -> bool:
+    """Whether a node picks whole matrices out of a tensor, by their numbers."""
+    source = n.args[0] if n.args else None
+    if not isinstance(source, fx.Node) or not f.is_tensor(source):
+        return False
+    name = op_name(n)
+    if name == "index":
+        numbers: Any = n.args[1]
+        return f.rank(source) - len(numbers) >= 2 and all(isinstance(x, fx.Node) for x in numbers)
+    return name == "index_select" and f.rank(source) >= 3

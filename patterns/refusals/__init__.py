@@ -1,0 +1,1 @@
+"""Why a site is no attention, or none that attncc can take."""

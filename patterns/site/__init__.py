@@ -1,0 +1,1 @@
+"""What the parts of a site are read as: operands, masks, frames, and the node put together."""

@@ -1,0 +1,1 @@
+"""Recognising attention that normalises its scores."""

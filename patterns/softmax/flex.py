@@ -1,0 +1,145 @@
+"""`flex_attention` says what it is: its score and its mask are graphs of scalars, read by the same rules.
+
+    score_mod(q_i . k_j * scale, b, h, i, j) where mask_mod(b, h, i, j), over the keys, times v
+
+A row that sees nothing gives zeros. The tensors of the block mask are not read: they say again, block by block, what
+`mask_mod` says, and eager `flex_attention` does not look at them either. Where the blocks may say more than the
+function does, the site is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from attncc.ir.affine import divide
+from attncc.ir.attention import S
+from attncc.ir.build import ONE, TRUE, ZERO, cast, const, mul
+from attncc.ir.expr import Const, Expr, Index, Load, rewrite
+from attncc.patterns.graph.facts import Facts
+from attncc.patterns.reader.value import Reader, Unreadable
+from attncc.patterns.reader.view_ops import Point, fitted
+from attncc.patterns.site.assemble import Lifted, Lse, Parts, assemble
+from attncc.patterns.site.operands import Source, operand
+from attncc.patterns.site.products import stored
+
+FLEX = torch.ops.higher_order.flex_attention
+#: A block of this size or more is the whole of any tensor: what a call without a block mask is given.
+WHOLE = 1 << 30
+
+
+def lift_flex(f: Facts, n: fx.Node) -> Lifted | None:
+    """The attention of a flex_attention node; None where nothing uses it. Raises Unreadable with the reason."""
+    arguments: Any = n.args
+    q, k, v, score_mod, blocks, scale, _, score_extra, mask_extra = arguments
+    results = _results(f, n)
+    if 2 in results:
+        raise Unreadable(n, "the largest score of each row is asked for, which the IR does not give")
+    if 0 not in results:
+        return None
+    node = results[0]
+    shape = f.shape(node)
+    b, h, i, e = out = tuple(ZERO if s is ONE else Index(f"o{d}") for d, s in enumerate(shape))
+    j, d = Index("c"), Index("d")
+    use = f.order[n]
+    extents: dict[Expr, Expr] = {x: s for x, s in zip(out, shape, strict=True) if x is not ZERO}
+    extents |= {j: f.shape(k)[-2], d: f.shape(q)[-1]}
+    reader = Reader(f, use, extents, pair=frozenset({i, j}))
+
+    def source(x: Any, *own: Expr) -> Source:
+        return operand(f, x, (*_heads(f, n, x, (b, h), extents), *own), extents, read=use, use=use)
+
+    scaled = mul(S, const(float(scale)))
+    score = _scalar(reader, n, score_mod, (scaled, b, h, i, j), score_extra, "score_mod")
+    mask = cast(_scalar(reader, n, blocks[-1], (b, h, i, j), mask_extra, "mask_mod"), "bool")
+    _check_blocks(f, n, mask, blocks)
+    parts = Parts(
+        facts=f, out=out, out_shape=shape, i=None if i is ZERO else i, j=j, d=d, e=None if e is ZERO else e,
+        extents=extents, q=source(q, i, d), k=source(k, j, d), v=source(v, j, e), score=cast(score, "float"),
+        product_dtype=f.dtype(node), dtype=f.dtype(node), half=False, empty="zero", mask=mask,
+        outputs=("out", "lse") if 1 in results else ("out",),
+    )  # fmt: skip
+    return assemble(parts, node, n, lse=Lse(results[1], base_two=True) if 1 in results else None)
+
+
+def _results(f: Facts, n: fx.Node) -> dict[int, fx.Node]:
+    """The results that the model uses: 0 the output, 1 the logarithm (base two) of the sums, 2 the largest scores."""
+    found: dict[int, fx.Node] = {}
+    for user in n.users:
+        which = user.args[1] if getattr(user.target, "__name__", "") == "getitem" else None
+        if user in f.live and isinstance(which, int):
+            found[which] = user
+    return found
+
+
+def _heads(f: Facts, n: fx.Node, x: fx.Node, batch: Point, extents: dict[Expr, Expr]) -> Point:
+    """Batch indices of a factor: a batch of one is shared, and so are the heads of a group."""
+    *_, heads = own = f.shape(x)[:2]
+    at = fitted(own, batch)
+    if batch[1] is ZERO or heads is ONE or heads is extents[batch[1]]:
+        return at
+    all_heads = extents[batch[1]]
+    if not isinstance(all_heads, Const) or not isinstance(heads, Const):
+        raise Unreadable(n, "grouped heads whose number is not known when compiling")
+    return (at[0], divide(batch[1], const(int(all_heads.value) // int(heads.value)), extents)[0])
+
+
+def _scalar(r: Reader, n: fx.Node, function: Any, given: tuple[Expr, ...], extra: Any, name: str) -> Expr:
+    """What a graph of scalars gives for its first arguments `given` and the tensors `extra` that it captured."""
+    module: Any = getattr(r.facts.graph.owning_module, str(function.target))
+    inner = Facts(module.graph)
+    inner.symbols = r.facts.symbols
+    scalars = [x for x in inner.graph.nodes if x.op == "placeholder"]
+    captured = {x.name: held for x, held in zip(scalars[len(given) :], extra, strict=True)}
+    (result,) = inner.graph.output_node().all_input_nodes or (None,)
+    if result is None:  # a constant
+        raise Unreadable(n, f"its {name} does not depend on anything")
+    reader = Reader(inner, len(inner.order), r.extents, given=dict(zip(scalars, given, strict=False)))
+    value = reader.value_at(result, ())
+
+    def outside(x: Expr) -> Expr | None:
+        """A captured tensor as the graph around sees it."""
+        if not isinstance(x, Load) or x in given:
+            return None
+        held = captured.get(x.tensor)
+        if held is None:
+            raise Unreadable(n, f"its {name} computes {_spelled(inner, x)}, which has no rule")
+        return r.value_at(held, x.index, r.use)
+
+    return rewrite(rewrite(value, outside), lambda x: stored(r.facts, x, r.use, r.extents))
+
+
+def _spelled(f: Facts, x: Load) -> str:
+    node = f.by_name.get(x.tensor)
+    return x.tensor if node is None else str(node.target).removesuffix(".default").removeprefix("aten.")
+
+
+def _check_blocks(f: Facts, n: fx.Node, mask: Expr, blocks: Any) -> None:
+    """Raises where the block mask may hide more than its function does."""
+    *_, rows, columns, _ = blocks
+    if isinstance(rows, int) and isinstance(columns, int) and min(rows, columns) >= WHOLE:
+        return
+    if mask is TRUE:
+        raise Unreadable(n, "its block mask hides keys by blocks alone: it has no mask function")
+    tables = [x for x in blocks[2:] if isinstance(x, fx.Node) and f.is_tensor(x)]
+    if any(_computed(f, x) for x in tables):
+        raise Unreadable(n, "its block mask is put together from tables that the model computes")
+
+
+def _computed(f: Facts, n: fx.Node) -> bool:
+    """Whether a block table comes of the model's values. `create_block_mask` in the graph runs its function under vmap;
+    what that reads is the function's own (a trace of torch 2.13 does not see into it, one of 2.11 does)."""
+    seen: set[fx.Node] = set()
+    stack = [n]
+    inputs = False
+    if n.op != "call_function":
+        return False
+    while stack:
+        x = stack.pop()
+        if x not in seen and getattr(x.target, "__name__", "") != "_remove_batch_dim":
+            seen.add(x)
+            inputs |= x.op == "placeholder" and f.is_tensor(x)
+            stack += x.all_input_nodes
+    return inputs

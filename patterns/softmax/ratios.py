@@ -1,0 +1,160 @@
+"""Weights that are shares of a sum, as the softmax that they are: f / sum f is a softmax of log f.
+
+    base^x / sum base^x                 softmax(x ln base)
+    f(s) / (sum f(s) + c)               softmax(log f(s)) beside a sink of log c, for f >= 0
+    s / (sum |s| + c)                   the softmax of log |s|, with the sign of s
+    relu(s) / (sum |s| + c)             the same where s is above zero, and zero elsewhere
+
+A row whose weights are all zero is 0 / 0 without c, which no softmax is: f must be positive then.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from attncc.ir.attention import S, W
+from attncc.ir.build import NEG_INF, add, const, gt, lt, maximum, mul, op, where
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, rewrite
+from attncc.patterns.reader.activations import log_sigmoid
+from attncc.patterns.reader.value import Unreadable
+from attncc.patterns.softmax.anchors import Anchor
+
+_TINY, _LOW = 1e-37, -1e30
+
+
+def as_softmax(anchor: Anchor, score: Expr, weight: Expr) -> tuple[Expr, Expr]:
+    """The score and the weight of the softmax that an anchor's shares of a sum are."""
+    if anchor.shares == "powers":
+        return (score if anchor.base is None else mul(score, const(math.log(anchor.base)))), weight
+    zero = anchor.sink is not None
+    if anchor.shares in ("signed", "clipped"):
+        below = op("neg", W) if anchor.shares == "signed" else const(0.0)
+        signed = where(lt(score, const(0.0)), below, W)
+        weight = rewrite(weight, lambda x: signed if x is W else None)
+        score = op("abs", score)
+    return _log(score, anchor.node, zero=zero), weight
+
+
+def _log(x: Expr, at: fx.Node, *, zero: bool) -> Expr:
+    """The logarithm of a weight, -inf where a mask makes it zero. `zero`: whether it may be zero elsewhere too."""
+    match x:
+        case Op(name, (a,)) if name in ROUNDINGS:
+            return _log(a, at, zero=zero)
+        case Op("exp", (a,)):
+            return a
+        case Op("sigmoid", (Op("where", (c, a, hidden)),)) if hidden is NEG_INF and S not in free(c):
+            return where(c, log_sigmoid(a), NEG_INF)
+        case Op("max", (Op("where", (c, a, hidden)), Const(0.0) as low)) if hidden is NEG_INF and S not in free(c):
+            return where(c, _log(maximum(a, low), at, zero=zero), NEG_INF)
+        case Op("sigmoid", (a,)):
+            return log_sigmoid(a)
+        case Op("where", (c, a, b)) if S not in free(c) and (_is_zero(a) or _is_zero(b)):
+            return where(c, *(NEG_INF if _is_zero(y) else _log(y, at, zero=zero) for y in (a, b)))
+        case Op("mul", (a, Op("where", (c, Const(1.0), Const(0.0))))) if S not in free(c):
+            return where(c, _log(a, at, zero=zero), NEG_INF)
+        case Op("mul", (a, b)) if a is b:
+            return mul(_log(a if is_positive(a) else op("abs", a), at, zero=zero), const(2.0))
+        case Op("mul", (a, b)) if is_positive(a) or is_positive(b):
+            return add(_log(a, at, zero=zero), _log(b, at, zero=zero))
+        case _:
+            pass
+    if is_positive(x):
+        return op("log", x)
+    if not _is_not_negative(x):
+        raise Unreadable(at, "weights that may be negative, divided by their sum")
+    if not zero:
+        raise Unreadable(at, "weights divided by a sum that may be zero, which no softmax is")
+    return where(gt(x, const(0.0)), op("log", maximum(x, const(_TINY))), const(_LOW))
+
+
+def _is_zero(x: Expr) -> bool:
+    return isinstance(x, Const) and x.value == 0
+
+
+def is_positive(x: Expr) -> bool:
+    """Whether an expression is surely above zero, up to what a float rounds to zero."""
+    if _is_positive_parabola(x):
+        return True
+    match x:
+        case Const(value):
+            return value > 0
+        case Op("exp" | "sigmoid", _):
+            return True
+        case Op("log1p", (a,)) | Op("sqrt" | "rsqrt", (a,)):
+            return is_positive(a)
+        case Op("add", (a, b)):
+            return _is_not_negative(a) and _is_not_negative(b) and (is_positive(a) or is_positive(b))
+        case Op("mul" | "div" | "min", (a, b)):
+            return is_positive(a) and is_positive(b)
+        case Op("max", (a, b)):
+            return is_positive(a) or is_positive(b)
+        case Op("where", (Op("lt", (Const(low), y)), a, b)) if y is a and low >= 0:  # softplus, far from zero
+            return is_positive(b)
+        case Op("where", (_, a, b)):
+            return is_positive(a) and is_positive(b)
+        case Op(name, (a,)) if name in ROUNDINGS:
+            return is_positive(a)
+        case _:
+            return False
+
+
+def _is_not_negative(x: Expr) -> bool:
+    match x:
+        case Const(value):
+            return value >= 0
+        case Op("abs", _):
+            return True
+        case Op("pow", (_, Const(by))) if by % 2 == 0:
+            return True
+        case Op("mul", (a, b)):
+            return a is b or (_is_not_negative(a) and _is_not_negative(b))
+        case Op("add" | "min", (a, b)) | Op("where", (_, a, b)):
+            return _is_not_negative(a) and _is_not_negative(b)
+        case Op("div", (a, b)):
+            return _is_not_negative(a) and is_positive(b)
+        case Op("max", (a, b)):
+            return _is_not_negative(a) or _is_not_negative(b)
+        case Op(name, (a,)) if name in ROUNDINGS or name in ("sqrt", "log1p"):
+            return _is_not_negative(a)
+        case _:
+            return is_positive(x)
+
+
+def _is_positive_parabola(x: Expr) -> bool:
+    """Whether an expression is c + b s + a s^2 with a > 0 and b^2 < 4 a c, as the first terms of exp(s) are."""
+    found = _parabola(x)
+    if found is None:
+        return False
+    c, b, a = found
+    return a > 0 and b * b < 4 * a * c
+
+
+def _parabola(x: Expr) -> tuple[float, float, float] | None:
+    """(c, b, a) of c + b s + a s^2, s being the score."""
+    if x is S:
+        return 0.0, 1.0, 0.0
+    match x:
+        case Const(value):
+            return float(value), 0.0, 0.0
+        case Op(name, (a,)) if name in ROUNDINGS:
+            return _parabola(a)
+        case Op("add" | "sub" | "mul" | "div" as name, (a, b)):
+            left, right = _parabola(a), _parabola(b)
+            return None if left is None or right is None else _joined(name, left, right)
+        case _:
+            return None
+
+
+def _joined(name: str, left: tuple[float, ...], right: tuple[float, ...]) -> tuple[float, float, float] | None:
+    """The sum, difference, product or quotient of two such polynomials, where it is one."""
+    (c, b, a), (f, e, d) = left, right
+    if name in ("add", "sub"):
+        sign = 1.0 if name == "add" else -1.0
+        return c + sign * f, b + sign * e, a + sign * d
+    if name == "div":
+        return None if d or e or not f else (c / f, b / f, a / f)
+    if a * e or a * d or b * d:
+        return None
+    return c * f, c * e + b * f, c * d + b * e + a * f

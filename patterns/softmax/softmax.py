@@ -1,0 +1,213 @@
+"""From a softmax and the product that sums over it to an attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from attncc.ir.affine import linear_in, poly
+from attncc.ir.attention import Attention, Empty, W
+from attncc.ir.build import ONE, TRUE, ZERO, op, sub
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite, substitute
+from attncc.patterns.graph.facts import Facts
+from attncc.patterns.graph.reductions import is_maximum
+from attncc.patterns.reader.assumptions import Reach
+from attncc.patterns.reader.contractions import DOT
+from attncc.patterns.reader.value import Unreadable
+from attncc.patterns.refusals.reasons import DROPS, of_scores
+from attncc.patterns.site.assemble import Lifted, Lse, Parts, assemble
+from attncc.patterns.site.frames import Frame
+from attncc.patterns.site.products import Overwritten, Product, products, stored
+from attncc.patterns.softmax.empty_rows import masked_again, unguarded, vanishes
+from attncc.patterns.softmax.logsumexp import row_sums
+from attncc.patterns.softmax.mixed_heads import mixture_in
+from attncc.patterns.softmax.outlook import windowed_product
+from attncc.patterns.softmax.ratios import as_softmax
+from attncc.patterns.softmax.sliding import Slid, slid
+from attncc.patterns.softmax.sums_of_softmaxes import Term
+from attncc.patterns.softmax.vector_weights import OWN_WEIGHTS, shares_components
+
+
+def lift_softmax(frame: Frame, term: Term) -> Lifted:
+    """The attention that one softmax of a product is. Raises Unreadable with the reason, and VerifyError."""
+    anchor = term.anchor
+    if frame.facts.shape(anchor.scores)[anchor.dim] is ONE:
+        raise Unreadable(anchor.node, "a softmax over a single key is always 1")
+    slide = slid(frame, term)
+    if slide is not None:
+        return attention_of(parts_of_slid(slide), slide.frame, slide.term)
+    offset = _offset(frame, term)
+    parts = parts_of(frame, term)
+    if poly(frame.facts.shape(anchor.scores)[anchor.dim]) != poly(frame.product.extent):
+        if anchor.sink is not None:
+            raise Unreadable(anchor.node, "a softmax with two sinks")
+        parts = replace(parts, sink=_sink(frame.over(term.mixed), term, offset))
+    lse = row_sums(parts, anchor, term.at, frame.use)
+    if lse is None and parts.sink is None and parts.normalizer == "softmax":
+        parts = replace(parts, score=_without_maxima(frame.facts, parts.score, frame.c))
+    return attention_of(parts if lse is None else replace(parts, outputs=("out", "lse")), frame, term, lse)
+
+
+def parts_of(frame: Frame, term: Term) -> Parts:
+    """What an attention is made of that sums the columns of a softmax at which the product reads it."""
+    frame = frame.over(term.mixed)
+    return _parts(frame, term, *_score(frame, term))
+
+
+def parts_of_slid(slide: Slid) -> Parts:
+    return _parts(slide.frame, slide.term, slide.score, slide.found)
+
+
+def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
+    f, anchor, product = frame.facts, term.anchor, frame.product
+    if product.bias is not None or product.alpha != 1.0:
+        raise Unreadable(product.node, "the product with the values also scales or adds")
+    if any(_drops(f, x) for x in loads(term.weight)):
+        raise Unreadable(anchor.node, DROPS)
+    weight = rewrite(term.weight, lambda x: stored(f, x, frame.use, frame.extents))
+    score, weight = as_softmax(anchor, score, weight)
+    again = masked_again(weight, score, half=f.dtype(anchor.scores) == torch.float16)
+    weight = weight if again is None else again
+    bare = unguarded(f, frame.reader(), term, weight, score, frame.c)
+    empty: Empty = "zero" if bare is not None else anchor.empty or "nan"
+    return replace(
+        frame.parts(found, score, half=anchor.scores, empty=empty), normalizer=anchor.normalizer,
+        sink=None if anchor.sink is None else Const(anchor.sink), weight=weight if bare is None else bare,
+        summed=tuple(term.mixed), zeroed=again is not None,
+    )  # fmt: skip
+
+
+def attention_of(parts: Parts, frame: Frame, term: Term, lse: Lse | None = None) -> Lifted:
+    site = assemble(parts, frame.node, term.anchor.node, lse=lse)
+    if site.attention.mask is not TRUE and not vanishes(parts.weight):
+        raise Unreadable(frame.product.node, "keys that the mask hides may be given weight after the softmax")
+    a = site.attention
+    if a.empty == "nan" and a.weight is not W and _sees_itself(a):  # there is no such row
+        return replace(site, attention=replace(a, empty="zero"))
+    return site
+
+
+def _sees_itself(a: Attention) -> bool:
+    """Whether each query sees the key at its own place."""
+    reach = Reach({x.index: x.extent for x in a.axes})
+    return a.i.extent is a.j.extent and reach.proves((), substitute(a.mask, {a.j.index: a.i.index}))
+
+
+def _drops(f: Facts, x: Load) -> bool:
+    return f.by_name[x.tensor.removeprefix(DOT)].target is torch.ops.aten.dropout.default
+
+
+_OTHER_AXIS = "the softmax runs over another axis than the product sums over"
+_OTHER_KEYS = "the softmax covers other keys than the product sums over"
+
+
+def _offset(frame: Frame, term: Term) -> int:
+    """o, where the softmax is read at c + o along its own axis; 0 where the same keys are read in another order."""
+    anchor, c = term.anchor, frame.c
+    for d, x in enumerate(term.at):
+        if d != anchor.dim and c in free(x):
+            raise Unreadable(anchor.node, _OTHER_AXIS)
+    x = term.at[anchor.dim]
+    columns = frame.facts.shape(anchor.scores)[anchor.dim]
+    if poly(columns) == poly(frame.product.extent) and _reorders(x, c, columns):
+        return 0
+    line = linear_in(x, c)
+    if line is None or line[0] != {(): 1} or any(m for m in line[1]):
+        raise Unreadable(anchor.node, _OTHER_AXIS)
+    return line[1].get((), 0)
+
+
+def _reorders(x: Expr, c: Index, columns: Expr) -> bool:
+    """Whether `x` takes every value below `columns` once as c does: c, c reversed, or c turned round."""
+    if isinstance(x, Op) and x.name == "mod" and poly(x.args[1]) == poly(columns):
+        line = linear_in(x.args[0], c)
+        return line is not None and line[0] in ({(): 1}, {(): -1})
+    return x is c or poly(x) == poly(sub(sub(columns, ONE), c))
+
+
+def _score(frame: Frame, term: Term) -> tuple[Expr, Product]:
+    """The score with the product of queries and keys as `s`, and that product. Another product that was written to in
+    place is read as the write left it."""
+    leaves: frozenset[fx.Node] = frozenset()
+    while True:
+        try:
+            return _score_over(frame, term, leaves)
+        except Overwritten as error:
+            if error.by in leaves:
+                raise
+            leaves |= {error.by}
+
+
+def _score_over(frame: Frame, term: Term, leaves: frozenset[fx.Node]) -> tuple[Expr, Product]:
+    """The same where the values of `leaves` are loaded."""
+    f, anchor, c = frame.facts, term.anchor, frame.c
+    when = anchor.read_at(f)
+    reader = frame.reader(frozenset({c}), leaves)
+    rough = reader.value_at(anchor.scores, term.at, when)
+    mixture = mixture_in(frame, rough)
+    found = mixture.inner if mixture is not None else next(products(f, rough, c, frame.rows), None)
+    found = found or windowed_product(frame, term, rough)
+    if found is None:
+        reason = OWN_WEIGHTS if shares_components(frame) else of_scores(f, anchor.scores)
+        raise reader.lost or Unreadable(anchor.scores, reason)
+    score = rough
+    if found.row is not None:
+        score = frame.reader(frozenset({c, found.row}), leaves).value_at(anchor.scores, term.at, when)
+        mixture = None if mixture is None else mixture_in(frame, score)
+    mixed = None if mixture is None else mixture.product()
+    if mixture is not None and mixed is not None:
+        found, score = mixed, substitute(score, {mixture.whole: mixed.load})
+    score = _without(score, anchor.invariant)
+    return rewrite(score, lambda x: found.value if x is found.load else stored(f, x, frame.use, frame.extents)), found
+
+
+def _without_maxima(f: Facts, x: Expr, c: Index) -> Expr:
+    """The score less a row's maximum that it is taken from or that is taken from it, which cancels in the quotient.
+
+    Not so other terms that are alike for every key: a huge one leaves nothing of the scores that it is added to."""
+
+    def alike(y: Expr) -> bool:
+        return isinstance(y, Load) and c not in free(y) and is_maximum(f.by_name[y.tensor])
+
+    match x:
+        case Op("add", (a, b)) if alike(a) or alike(b):
+            return _without_maxima(f, b if alike(a) else a, c)
+        case Op("sub", (a, b)) if alike(b):
+            return _without_maxima(f, a, c)
+        case Op("sub", (a, b)) if alike(a):
+            return op("neg", _without_maxima(f, b, c))
+        case Op("mul" | "div", (a, Const() as factor)):
+            return op(x.name, _without_maxima(f, a, c), factor)
+        case Op(name, (a,)) if name in ROUNDINGS:
+            inner = _without_maxima(f, a, c)
+            return x if inner is a else inner
+        case _:
+            return x
+
+
+def _without(score: Expr, invariant: frozenset[fx.Node]) -> Expr:
+    """The score less the row constants that cancel in the quotient."""
+    names = {n.name for n in invariant}
+
+    def rule(x: Expr) -> Expr | None:
+        if isinstance(x, Op) and x.name == "sub" and isinstance(x.args[1], Load) and x.args[1].tensor in names:
+            return x.args[0]
+        return None
+
+    return rewrite(score, rule) if names else score
+
+
+def _sink(frame: Frame, term: Term, offset: int) -> Expr:
+    """The logit of the one softmax column that no value belongs to."""
+    f, anchor, keys = frame.facts, term.anchor, frame.product.extent
+    columns = f.shape(anchor.scores)[anchor.dim]
+    if poly(sub(columns, keys)) != {(): 1} or offset not in (0, 1):
+        raise Unreadable(anchor.node, _OTHER_KEYS)
+    column = keys if offset == 0 else ZERO
+    point = tuple(column if d == anchor.dim else x for d, x in enumerate(term.at))
+    value = _without(frame.reader().value_at(anchor.scores, point, anchor.read_at(f)), anchor.invariant)
+    if frame.c in free(value) or any(x.tensor.startswith(DOT) for x in loads(value)):
+        raise Unreadable(anchor.node, _OTHER_KEYS)
+    return value

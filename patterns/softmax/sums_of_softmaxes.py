@@ -1,0 +1,173 @@
+"""Weights that several softmaxes make together, taken apart: the product is linear, so each is an attention of its own.
+
+    (p - m * r) @ v                  =  (p) @ v  +  (-m * r) @ v
+    (sum_g mix[h, g] * p[g]) @ v[h]  =  sum_g (mix[h, g] * p[g]) @ v[h]
+
+What multiplies a softmax stays with it, as the weight of its attention; what the result is summed over outside is an
+index of the batch like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from attncc.ir.attention import W
+from attncc.ir.build import ZERO, add, eq, mul, op, where
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, loads, rewrite
+from attncc.patterns.reader.contractions import DOT, mixture
+from attncc.patterns.reader.pointwise import operand
+from attncc.patterns.reader.value import Reader, Unreadable
+from attncc.patterns.reader.view_ops import Point
+from attncc.patterns.site.frames import Frame
+from attncc.patterns.site.products import mentioned
+from attncc.patterns.softmax.anchors import Anchor
+
+#: More terms than this are a computation of its own.
+_MOST_TERMS = 8
+
+
+@dataclass(frozen=True)
+class Term:
+    """`weight`, a function of `w`, the softmax of `anchor` read `at` a point; summed outside over `mixed`."""
+
+    anchor: Anchor
+    at: Point
+    weight: Expr
+    mixed: Mapping[Expr, Expr]
+
+
+@dataclass(frozen=True)
+class _Addend:
+    value: Expr
+    mixed: Mapping[Expr, Expr]
+
+    def map(self, f: Callable[[Expr], Expr]) -> _Addend:
+        return replace(self, value=f(self.value))
+
+
+def terms(frame: Frame, anchors: Mapping[str, Anchor]) -> list[Term]:
+    """The weights of a product as a sum of functions of one softmax each; none if no softmax is read along the keys.
+
+    `anchors` are those of the graph by the name of their node. Raises Unreadable where the weights are no such sum."""
+    leaves = frozenset(a.node for a in anchors.values())
+    split = _Split(frame, frame.reader(pair=frozenset({frame.c}), leaves=leaves), anchors)
+    whole = split.reader.value_at(frame.weights, frame.weights_at, frame.read)
+    addends = [_Addend(whole, {})]
+    if split.is_sum(whole):
+        addends = _gathered(split, split.addends(whole))
+    found = [split.term(x) for x in addends if split.points(x.value)]
+    bare = [x for x in addends if not split.points(x.value)]
+    if not found or not bare:
+        return found
+    return [_with(found[0], bare), *found[1:]]
+
+
+def _with(term: Term, bare: list[_Addend]) -> Term:
+    """A term with what no softmax has a part in: added where the indices that it is summed over are zero."""
+    rest = bare[0].value
+    for x in bare[1:]:
+        rest = add(rest, x.value)
+    if any(x.mixed for x in bare):
+        raise Unreadable(term.anchor.node, "a mixture of heads of which one part is no softmax")
+    for index in term.mixed:
+        rest = where(eq(index, ZERO), rest, Const(0.0))
+    return replace(term, weight=add(term.weight, rest))
+
+
+def _gathered(split: _Split, addends: list[_Addend]) -> list[_Addend]:
+    """Addends that read the same softmax at the same point, as one."""
+    found: dict[tuple[object, ...], _Addend] = {}
+    for n, x in enumerate(addends):
+        key: tuple[object, ...] = (n,) if x.mixed else tuple(sorted(split.points(x.value), key=repr))
+        before = found.get(key)
+        found[key] = x if before is None else replace(x, value=add(before.value, x.value))
+    return list(found.values())
+
+
+@dataclass
+class _Split:
+    frame: Frame
+    reader: Reader
+    anchors: Mapping[str, Anchor]
+    indices: int = 0
+
+    def points(self, x: Expr) -> set[Load]:
+        """Where softmaxes are read along the keys, or along what is mixed into them."""
+        return {y for y in loads(x) if y.tensor in self.anchors and self.frame.c in mentioned(y.index)}
+
+    def is_sum(self, x: Expr) -> bool:
+        """Whether there is more than one softmax to take apart."""
+        return len(self.points(x)) > 1 or any(self.mixed(y) is not None for y in loads(x))
+
+    def term(self, x: _Addend) -> Term:
+        points = self.points(x.value)
+        if len(points) > 1:
+            raise Unreadable(self.frame.product.node, "the weights are no sum of softmaxes")
+        (point,) = points
+        weight = rewrite(x.value, lambda y: W if y is point else None)
+        return Term(self.anchors[point.tensor], point.index, weight, x.mixed)
+
+    def addends(self, x: Expr) -> list[_Addend]:
+        """`x` as a sum, taken apart as far as a softmax is in it."""
+        if not (self.points(x) or any(self.mixed(y) is not None for y in loads(x))):
+            return [_Addend(x, {})]
+        found = self._taken_apart(x)
+        if len(found) > _MOST_TERMS:
+            raise Unreadable(self.frame.product.node, "the weights are a sum of too many softmaxes")
+        return found
+
+    def _taken_apart(self, x: Expr) -> list[_Addend]:
+        match x:
+            case Load():
+                return self._unmixed(x)
+            case Op(name, (a,)) if name in ROUNDINGS or name == "neg":
+                return [y.map(lambda v: op(name, v)) for y in self.addends(a)]
+            case Op("add", (a, b)):
+                return [*self.addends(a), *self.addends(b)]
+            case Op("sub", (a, b)):
+                return [*self.addends(a), *(y.map(lambda v: op("neg", v)) for y in self.addends(b))]
+            case Op("mul", (a, b)):
+                left, right = self.addends(a), self.addends(b)
+                if len(left) * len(right) > _MOST_TERMS:
+                    return [_Addend(x, {})]
+                return [_Addend(mul(y.value, z.value), {**y.mixed, **z.mixed}) for y in left for z in right]
+            case Op("div", (a, b)) if not self.is_sum(b) and not self.points(b):
+                return [y.map(lambda v: op("div", v, b)) for y in self.addends(a)]
+            case Op("where", (c, a, b)) if not self.is_sum(c) and not self.points(c):
+                zero = Const(0.0)
+                yes = [y.map(lambda v: where(c, v, zero)) for y in self.addends(a) if y.value is not zero]
+                no = [y.map(lambda v: where(c, zero, v)) for y in self.addends(b) if y.value is not zero]
+                return [*yes, *no]
+            case _:
+                return [_Addend(x, {})]
+
+    def mixed(self, x: Load) -> Load | None:
+        """The load of what a mixture of heads mixes, if a softmax is in it."""
+        n = self.reader.facts.by_name[x.tensor.removeprefix(DOT)]
+        product = mixture(self.reader.facts, n) if x.tensor not in self.anchors else None
+        if product is None:
+            return None
+        inner = self.reader.value_at(product.lhs, product.maps(x.index, Index("g"))[0], self.reader.facts.order[n])
+        return x if self.is_sum(inner) or self.points(inner) else None
+
+    def _unmixed(self, x: Load) -> list[_Addend]:
+        if self.mixed(x) is None:
+            return [_Addend(x, {})]
+        r = self.reader
+        n = r.facts.by_name[x.tensor.removeprefix(DOT)]
+        product = mixture(r.facts, n)
+        assert product is not None
+        g = Index(f"g{self.indices}")
+        self.indices += 1
+        r.extents[g] = product.extent
+        left, right = product.maps(x.index, g)
+        factor = r.value_at(product.rhs, right, r.facts.order[n])
+        inner = self.addends(r.value_at(product.lhs, left, r.facts.order[n]))
+        found = [_Addend(mul(factor, y.value), {**y.mixed, g: product.extent}) for y in inner]
+        if product.bias is not None and x.tensor == n.name:  # a layer's; a product's is outside its load
+            bias = operand(r, n, product.bias, product.added(x.index))
+            if bias is None:
+                raise Unreadable(n, "a bias that cannot be read")
+            found.append(_Addend(bias, {}))
+        return found

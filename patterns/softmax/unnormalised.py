@@ -1,0 +1,130 @@
+"""Attention without a softmax: the weights are a function of one score alone (sigmoid, relu, its square, exp).
+
+There is no normaliser to start from, so the search starts at each product and looks back, through what is moved or
+computed element by element, for another product of two activations. A plain product of products (linear attention,
+low-rank layers) is left alone: nothing makes weights of its scores.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch import fx
+
+from attncc.ir.attention import Normalizer, S
+from attncc.ir.build import TRUE, and_, not_
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, loads, rewrite, walk
+from attncc.patterns.graph.facts import Facts
+from attncc.patterns.graph.operators import op_name
+from attncc.patterns.graph.reductions import is_maximum
+from attncc.patterns.reader.contractions import DOT, Contraction, contraction
+from attncc.patterns.reader.layers import is_learned
+from attncc.patterns.reader.pointwise import ELEMENTS
+from attncc.patterns.reader.value import Unreadable
+from attncc.patterns.reader.view_ops import MOVES
+from attncc.patterns.site.assemble import Lifted, assemble
+from attncc.patterns.site.frames import frame
+from attncc.patterns.site.products import products, stored
+
+_SEARCH = 40  # nodes looked at behind a product
+_BENDING = {
+    "sigmoid", "exp", "relu", "tanh", "clamp_min", "clamp", "pow", "square", "maximum", "tril", "triu", "masked_fill",
+    "where", "mul", "elu", "celu", "selu", "leaky_relu", "silu", "softplus", "log_sigmoid", "mish", "gelu", "exp2",
+    "hardsigmoid", "hardswish", "threshold", "hardtanh", "relu6", "prelu", "abs", "sign", "erf", "log", "log1p", "sin",
+    "cos", "clamp_max", "clip", "minimum", "addcmul",
+}  # fmt: skip
+
+
+def weighted_by_scores(f: Facts, n: fx.Node) -> tuple[Contraction, bool] | None:
+    """The product that `n` is and whether weights are its left factor, where it may weigh values by scores."""
+    product = contraction(f, n)
+    if product is None or product.bias is not None or product.alpha != 1.0:
+        return None
+    for side, other, left in ((product.lhs, product.rhs, True), (product.rhs, product.lhs, False)):
+        found = _scores_behind(f, side)
+        if found is not None and not is_learned(f, other):
+            return product, left
+    return None
+
+
+def _scores_behind(f: Facts, n: fx.Node) -> fx.Node | None:
+    """A product of two activations that `n` is computed from, with something between that is not linear."""
+    stack: list[tuple[fx.Node, bool]] = [(n, False)]
+    for _ in range(_SEARCH):
+        if not stack:
+            return None
+        node, bent = stack.pop()
+        product = contraction(f, node)
+        if product is not None:
+            if bent and not is_learned(f, product.lhs) and not is_learned(f, product.rhs):
+                return node
+            continue
+        if node.op != "call_function" or not (node.target in MOVES or node.target in ELEMENTS):
+            continue
+        name = op_name(node).rstrip("_")
+        bent = bent or name in _BENDING
+        stack += [(a, bent) for a in node.all_input_nodes if f.is_tensor(a)]
+    return None
+
+
+def lift_unnormalised(f: Facts, product: Contraction, left: bool) -> Lifted | None:
+    """The attention whose weights `product` sums with, None if they are no function of one product of two tensors.
+
+    Raises Unreadable and VerifyError."""
+    whole = frame(f, product, left=left)
+    c = whole.c
+    value = whole.reader(pair=frozenset({c})).value_at(whole.weights, whole.weights_at, whole.read)
+    found = next(iter(products(f, value, c, whole.rows)), None)
+    if found is None:
+        return None
+    if found.row is not None:
+        value = whole.reader(pair=frozenset({c, found.row})).value_at(whole.weights, whole.weights_at, whole.read)
+    value = rewrite(value, lambda x: S if x is found.load else stored(f, x, whole.use, whole.extents))
+    if S not in set(walk(value)) or _is_scaled(value, c) or any(x.tensor.startswith(DOT) for x in loads(value)):
+        return None
+    if any(is_maximum(f.by_name[x.tensor]) for x in loads(value)) and any(_is_huge(x) for x in walk(value)):
+        raise Unreadable(product.node, "a row of large numbers less its maximum, whose roundings are all that is left")
+    normalizer, score, visible = _taken_apart(value)
+    parts = whole.parts(found, score, half=whole.weights, empty="nan")
+    return assemble(replace(parts, mask=visible, normalizer=normalizer), product.node, product.node)
+
+
+def _taken_apart(x: Expr) -> tuple[Normalizer, Expr, Expr]:
+    """(normaliser, score, visible) of a weight: hidden ones are zero, and a known outermost function has a name."""
+    visible: Expr = TRUE
+    while isinstance(x, Op):
+        if x.name in ROUNDINGS:
+            x = x.args[0]
+        elif x.name == "where" and _zero(x.args[2]):
+            visible, x = and_(visible, x.args[0]), x.args[1]
+        elif x.name == "where" and _zero(x.args[1]):
+            visible, x = and_(visible, not_(x.args[0])), x.args[2]
+        else:
+            break
+    if isinstance(x, Op) and x.name == "sigmoid":
+        return "sigmoid", x.args[0], visible
+    if isinstance(x, Op) and x.name == "max" and _zero(x.args[1]):
+        return "relu", x.args[0], visible
+    return "none", x, visible
+
+
+def _is_scaled(x: Expr, key: Expr) -> bool:
+    """Whether a weight is its score times what is alike for every key: the two products are one linear map after
+    another."""
+    while isinstance(x, Op):
+        alike = [a for a in x.args if S not in free(a) and key not in free(a)]
+        rest = [a for a in x.args if a not in alike]
+        scales = x.name in ("mul", "neg", *ROUNDINGS) or (x.name == "div" and x.args[0] in rest)
+        if not scales or len(rest) != 1:
+            return False
+        (x,) = rest
+    return x is S
+
+
+def _is_huge(x: Expr) -> bool:
+    return isinstance(x, Const) and isinstance(x.value, float) and 1e4 <= abs(x.value) < math.inf
+
+
+def _zero(x: Expr) -> bool:
+    return isinstance(x, Const) and x.value == 0.0

@@ -1,0 +1,138 @@
+"""What becomes of the weights of a softmax: the products that sum over them, and everyone else who uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from attncc.ir.build import ONE
+from attncc.ir.expr import Index, free
+from attncc.patterns.graph.facts import Facts
+from attncc.patterns.graph.operators import written_args
+from attncc.patterns.reader.contractions import Contraction, contraction, mixture
+from attncc.patterns.reader.pointwise import ELEMENTS
+from attncc.patterns.reader.value import Unreadable
+from attncc.patterns.reader.view_ops import move
+from attncc.patterns.refusals.reasons import compares
+from attncc.patterns.site.frames import Frame, frame
+from attncc.patterns.softmax.anchors import Anchor
+from attncc.patterns.softmax.sums_of_softmaxes import Term, terms
+from attncc.patterns.softmax.vector_weights import shares_components
+
+
+@dataclass(frozen=True)
+class Uses:
+    """`products` sum over the keys of a softmax, `others` are products that sum over something else, `escapes` all
+    other users of the weights. `alone`: such a product sums over a single key. `each`: values are
+    weighted and summed element by element, with other weights for each component."""
+
+    products: tuple[Frame, ...]
+    others: tuple[fx.Node, ...]
+    escapes: tuple[fx.Node, ...]
+    alone: bool
+    each: bool
+
+
+class Weights:
+    """What the products of a graph weigh their values with, each read once."""
+
+    def __init__(self, anchors: Mapping[str, Anchor]) -> None:
+        self.anchors = anchors
+        self._read: dict[tuple[fx.Node, fx.Node], list[Term] | Unreadable] = {}
+
+    def of(self, frame: Frame) -> list[Term]:
+        """The softmaxes in the weights of a product. Raises Unreadable."""
+        key = frame.product.node, frame.weights
+        if key not in self._read:
+            try:
+                self._read[key] = terms(frame, self.anchors)
+            except Unreadable as error:
+                self._read[key] = error
+        found = self._read[key]
+        if isinstance(found, Unreadable):
+            raise found
+        return found
+
+
+def uses(f: Facts, anchor: Anchor, weights: Weights) -> Uses:
+    """Who uses the weights of an anchor, through what is moved, computed element by element, or mixed over heads."""
+    products: list[Frame] = []
+    others: list[fx.Node] = []
+    escapes: list[fx.Node] = []
+    seen: set[fx.Node] = {anchor.node}
+    carried: set[fx.Node] = set()
+    each = False
+    stack = [anchor.node]
+    while stack:
+        n = stack.pop(0)
+        for user in n.users:
+            if user in seen or user not in f.live:
+                continue
+            product = contraction(f, user)
+            mixes = mixture(f, user)
+            side = None if product is None else _factor(product, n, seen)
+            pooled = False  # elements weighted and summed, and no row has keys to choose from
+            if product is not None and side is not None:
+                found = frame(f, product, left=side is product.lhs)
+                apart = side is not n and found.e is None
+                pooled = apart or (side is not n and not found.rows and not compares(f, anchor.scores))
+                each = each or (apart and shares_components(found))
+                if not pooled:
+                    seen.add(user)
+                    if _sums_over(found, anchor, weights):
+                        products.append(found)
+                        continue
+                    others.append(user)
+            if (mixes is not None and n is mixes.lhs) or _carries(f, user, n):
+                seen.add(user)
+                stack.append(user)
+                carried.add(user)
+            elif (product is None or pooled) and user not in escapes and not _is_size(user):
+                escapes.append(user)
+    products.sort(key=lambda x: f.order[x.node])
+    alone = any(x is not None and x.extent is ONE for x in (contraction(f, n) for n in others))
+    ends = [x for x in others if x not in carried] if escapes else others  # else a mixture is all there is to tell
+    return Uses(tuple(products), tuple(ends), tuple(escapes), alone, each)
+
+
+def _factor(product: Contraction, n: fx.Node, seen: set[fx.Node]) -> fx.Node | None:
+    """The factor of a product that holds the weights which `n` does: `n` itself, or, where the product is written out
+    and `n` holds what it sums, the one that was met on the way."""
+    sides = (product.lhs, product.rhs)
+    return n if n in sides else next((x for x in sides if x in seen), None)
+
+
+def _sums_over(found: Frame, anchor: Anchor, weights: Weights) -> bool:
+    try:
+        read = weights.of(found)
+    except Unreadable:
+        return True  # whoever lifts it gives the reason
+    return any(t.anchor is anchor and found.c in free(t.at[anchor.dim]) for t in read)
+
+
+#: What gives several tensors, each a part of the one.
+_SEVERAL = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.tensor_split"}
+
+_PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
+
+
+def _carries(f: Facts, user: fx.Node, n: fx.Node) -> bool:
+    """Whether `user` holds the values of `n`, moved or changed element by element, or writes over some of them."""
+    if n in written_args(user):
+        return True
+    if str(getattr(user.target, "overloadpacket", "")) in _SEVERAL or user.target in _PADS:
+        return True
+    return user.op == "call_function" and f.is_tensor(user) and (_moves(f, user) or user.target in ELEMENTS)
+
+
+def _moves(f: Facts, user: fx.Node) -> bool:
+    extents = {Index(f"x{d}"): s for d, s in enumerate(f.shape(user))}
+    moved = move(f, user, tuple(extents), extents)  # type: ignore[arg-type]
+    return moved is not None
+
+
+def _is_size(n: fx.Node) -> bool:
+    return not isinstance(n.meta.get("val"), torch.Tensor | list | tuple) and n.op != "output"
