@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 
@@ -66,7 +68,8 @@ class Evaluator:
 
     With `rounding` the model's rounding points are honoured, otherwise they are skipped (which is more accurate).
     Results are kept: a shared subexpression is computed once. With `checked` a negative index raises IndexError, where
-    torch would count from the end; an index past the end raises always.
+    torch would count from the end; an index past the end raises always. Constants are made `like` a tensor where one is
+    given: then everything is a method of a tensor, and a trace that stands in for tensors can follow.
     """
 
     def __init__(
@@ -77,10 +80,11 @@ class Evaluator:
         *,
         rounding: bool = False,
         checked: bool = False,
+        like: torch.Tensor | None = None,
     ) -> None:
         self.known: dict[Expr, torch.Tensor] = dict(leaves)
         self.tensors, self.compute, self.rounding = tensors, compute, rounding
-        self.checked = checked
+        self.checked, self.like = checked, like
         self.device = next((t.device for t in tensors.values()), torch.device("cpu"))
 
     def __call__(self, root: Expr) -> torch.Tensor:
@@ -93,6 +97,8 @@ class Evaluator:
         match node:
             case Const(value):
                 dtype = {"bool": torch.bool, "int": torch.int64, "float": self.compute}[node.kind]
+                if self.like is not None:
+                    return self.like.new_full((), value, dtype=dtype)
                 return torch.tensor(value, dtype=dtype, device=self.device)
             case Load(tensor, index):
                 return self._load(self.tensors[tensor], tuple(self.known[c] for c in index))
@@ -117,3 +123,20 @@ class Evaluator:
         if value.dtype.is_floating_point:
             return value.to(self.compute)
         return value if value.dtype == torch.bool else value.to(torch.int64)
+
+
+_operator, _torch = cast(Any, operator), cast(Any, torch)  # whose functions have partial types
+#: Integer arithmetic of sizes, on whatever stands for them: numbers, symbols of a trace, nodes of a graph.
+ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": _operator.floordiv, "mod": operator.mod,
+    "neg": operator.neg, "max": _torch.sym_max, "min": _torch.sym_min,
+}  # fmt: skip
+
+
+def int_value(x: Expr, table: Mapping[Expr, Any]) -> Any:
+    """The value of an integer expression over sizes, given those. Raises KeyError for other operations and leaves."""
+    if isinstance(x, Const):
+        return x.value
+    if isinstance(x, Op):
+        return ARITHMETIC[x.name](*(int_value(a, table) for a in x.args))
+    return table[x]

@@ -4,6 +4,7 @@ every N x M object that kernels avoid."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -14,10 +15,17 @@ from attncc.ir.expr import Const, Expr, Load, Size
 Result = dict[str, torch.Tensor]
 
 
-def size_table(a: Attention, sizes: Sequence[int]) -> dict[Expr, int]:
+class Sized(Protocol):
+    """What declares sizes: every node."""
+
+    @property
+    def sizes(self) -> tuple[Size, ...]: ...
+
+
+def size_table(a: Sized, sizes: Sequence[int]) -> dict[Expr, int]:
     """Values of the declared sizes. Raises ValueError if their number is wrong."""
     if len(sizes) != len(a.sizes):
-        raise ValueError(f"the attention declares {len(a.sizes)} sizes, got {len(sizes)}")
+        raise ValueError(f"the {type(a).__name__.lower()} declares {len(a.sizes)} sizes, got {len(sizes)}")
     return dict(zip(a.sizes, sizes, strict=True))
 
 

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Literal, get_args
 
 from attncc.ir.attention import DTYPES, Access, Axis, Tensor
 from attncc.ir.expr import Const, Expr, Size, Var
-from attncc.ir.lines import Lines, declared_lines, shared, tensor_lines
-from attncc.ir.text import print_expr
+from attncc.ir.lines import Lines, Writer, declared_lines, tensor_lines
 
 Sees = Literal["all", "past"]
 Rule = Literal["add", "delta"]
@@ -81,19 +79,10 @@ class Linear:
 
 def print_linear(a: Linear) -> str:
     """The canonical text of `a`: `parse_linear(print_linear(a)) == a`."""
-    taken = {x.name for x in (*a.axes, *a.sizes, *a.tensors)}
-    fresh = (name for n in count() if (name := f"t{n}") not in taken)
-    names: dict[Expr, str] = {}
-    lets: list[str] = []
-    for x, name in zip(shared(tuple(a.expressions())), fresh, strict=False):
-        lets.append(f"let    {name} = {print_expr(x, names)}")
-        names[x] = name
-
-    def show(x: Expr) -> str:
-        return print_expr(x, names)
-
-    lines = ["linear", *declared_lines(a.sizes, a.batch, (a.i, a.j, a.d, a.e)), *tensor_lines(a.tensors), *lets]
-    lines += [f"{name:<6} {x.tensor}[{', '.join(map(show, x.index))}]" for name, x in a.accesses()]
+    writer = Writer((x.name for x in (*a.axes, *a.sizes, *a.tensors)), a.expressions())
+    show = writer.show
+    lines = ["linear", *declared_lines(a.sizes, a.batch, (a.i, a.j, a.d, a.e)), *tensor_lines(a.tensors), *writer.lets]
+    lines += [f"{name:<6} {writer.access(x)}" for name, x in a.accesses()]
     lines += [f"phi_q  {show(a.phi_q)}", f"phi_k  {show(a.phi_k)}", f"decay  {show(a.decay)}", f"rate   {show(a.rate)}"]
     lines += [f"rule   {a.rule}", f"sees   {a.sees}"]
     if a.over is not None:
@@ -103,7 +92,7 @@ def print_linear(a: Linear) -> str:
 
 def parse_linear(text: str) -> Linear:
     """The linear attention that `text` describes. Raises ParseError on anything that is not canonical."""
-    lines = Lines(text, "linear", (X, Z))
+    lines = Lines(text, "linear", (X, Z), axes="ijde")
     i, j, d, e = lines.axes["axis"]
     result = Linear(
         sizes=lines.sizes, batch=lines.axes["batch"], i=i, j=j, d=d, e=e, tensors=tuple(lines.tensors),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import count
 from typing import Any
 
 from attncc.ir.attention import DTYPES, Access, Axis, Tensor
@@ -21,11 +22,15 @@ def declared_lines(sizes: tuple[Size, ...], batch: tuple[Axis, ...], axes: tuple
     """The lines of sizes and axes, those that are empty left out."""
     lines = [f"size   {', '.join(s.name for s in sizes)}"] if sizes else []
     lines += [f"batch  {axes_text(batch)}"] if batch else []
-    return [*lines, f"axis   {axes_text(axes)}"]
+    return [*lines, f"axis   {axes_text(axes)}"] if axes else lines
+
+
+def tensor_text(t: Tensor) -> str:
+    return f"{t.name}: {t.dtype}[{', '.join(map(print_expr, t.shape))}]"
 
 
 def tensor_lines(tensors: Iterable[Tensor]) -> list[str]:
-    return [f"tensor {t.name}: {t.dtype}[{', '.join(map(print_expr, t.shape))}]" for t in tensors]
+    return [f"tensor {tensor_text(t)}" for t in tensors]
 
 
 def shared(roots: tuple[Expr, ...]) -> list[Expr]:
@@ -42,16 +47,36 @@ def shared(roots: tuple[Expr, ...]) -> list[Expr]:
     return [n for n in nodes if isinstance(n, Op | Load) and uses[n] > 1 and weight[n] >= _SHARED_SIZE]
 
 
+class Writer:
+    """Writes the expressions of one node, those that recur by a name. `taken` are the names that the node declares."""
+
+    def __init__(self, taken: Iterable[str], expressions: Iterable[Expr]) -> None:
+        used = set(taken)
+        fresh = (name for n in count() if (name := f"t{n}") not in used)
+        self.lets: list[str] = []
+        self._names: dict[Expr, str] = {}
+        for x, name in zip(shared(tuple(expressions)), fresh, strict=False):
+            self.lets.append(f"let    {name} = {self.show(x)}")
+            self._names[x] = name
+
+    def show(self, x: Expr) -> str:
+        return print_expr(x, self._names)
+
+    def access(self, x: Access) -> str:
+        return f"{x.tensor}[{', '.join(map(self.show, x.index))}]"
+
+
 _TENSOR = re.compile(r"(\w+): (\w+)\[(.*)\]$")
 _ACCESS = re.compile(r"(\w+)\[(.*)\]$")
 
 
 class Lines:
-    """The text of one node, taken apart. `title` is its first line, `variables` what its expressions may name.
+    """The text of one node, taken apart. `title` is its first line, `variables` what its expressions may name, `axes`
+    the letters that its line of axes has a name for each of, where that is fixed.
 
     Raises ParseError on anything that is not canonical."""
 
-    def __init__(self, text: str, title: str, variables: tuple[Var, ...]) -> None:
+    def __init__(self, text: str, title: str, variables: tuple[Var, ...] = (), axes: str = "") -> None:
         head, *lines = [line for line in text.splitlines() if line.strip()] or [""]
         if head.strip() != title:
             raise ParseError(f"the text starts with the line {title!r}, not {head!r}")
@@ -64,8 +89,8 @@ class Lines:
         lets = self._declare(lines)
         for name, value in lets:
             self.names[name] = self.expr(value)
-        if len(self.axes.get("axis", ())) != 4:
-            raise ParseError("the line 'axis' names i, j, d and e")
+        if axes and len(self.axes.get("axis", ())) != len(axes):
+            raise ParseError(f"the line 'axis' names {', '.join(axes[:-1])} and {axes[-1]}")
 
     def _declare(self, lines: list[str]) -> list[tuple[str, str]]:
         lets: list[tuple[str, str]] = []
@@ -123,6 +148,10 @@ class Lines:
             raise ParseError(f"{word} is `tensor[index]`, not {text!r}")
         return Access(found[1], tuple(self.expr(p) for p in split(found[2])))
 
+    def words(self, word: str) -> tuple[str, ...]:
+        """The comma-separated words of a line that may be missing."""
+        return tuple(split(self.field.pop(word, "")))
+
     def finish(self) -> None:
         if self.field:
             raise ParseError(f"unknown line {next(iter(self.field))!r}")
@@ -136,12 +165,17 @@ class Lines:
         return Axis(name, value)
 
     def _tensor(self, text: str) -> None:
-        found = _TENSOR.match(text)
-        if not found or found[2] not in DTYPES:
-            raise ParseError(f"a tensor is `name: dtype[shape]`, not {text!r}")
-        tensor = Tensor(found[1], found[2], tuple(self.expr(p) for p in split(found[3])))
+        tensor = parse_tensor(text, self.names)
         self.tensors.append(tensor)
         self.kinds[tensor.name] = tensor.kind
+
+
+def parse_tensor(text: str, names: dict[str, Expr]) -> Tensor:
+    """Inverse of a line of `tensor_lines`, without its first word. `names` are the sizes its shape may mention."""
+    found = _TENSOR.match(text)
+    if not found or found[2] not in DTYPES:
+        raise ParseError(f"a tensor is `name: dtype[shape]`, not {text!r}")
+    return Tensor(found[1], found[2], tuple(parse_expr(p, names, {}) for p in split(found[3])))
 
 
 def split(text: str) -> list[str]:

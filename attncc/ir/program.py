@@ -1,75 +1,140 @@
-"""Canonical text of an attention, and its parser: `parse(print_attention(a)) == a`.
+"""Program: named values, each made once by a node from values before it (single static assignment).
 
-    attention
-    size   B, N
-    batch  b = B, h = 8
-    axis   i = N, j = N, d = 64, e = 64
-    tensor q: bf16[B, 8, N, 64]
-    tensor k: bf16[B, 2, N, 64]
-    tensor v: bf16[B, 2, N, 64]
-    q      q[b, h, i, d]
-    k      k[b, h // 4, j, d]
-    v      v[b, h // 4, j, e]
-    score  s * 0.125
-    mask   j <= i
-    norm   softmax
-    empty  zero
-    weight w
-    give   out
-    dtype  bf16
-    layout b, i, h, e
+    size   n0
+    input  x0: f32[2, n0, 64]
+    ...
+    step   a, a_lse = attention(q = x0, k = x1, v = x2; n0 = n0)
+    step   y = rearrange(x = a; n0 = n0)
+    give   y
+
+Nodes know nothing of each other: each declares tensors and sizes of its own names, and a step says which values of the
+program these are. So a node's text, by which its kernel is built and kept, is the same wherever the node stands.
 """
 
 from __future__ import annotations
 
-from itertools import count
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from attncc.ir.attention import DTYPES, EMPTIES, NORMALIZERS, OUTPUTS, Access, Attention, S, W
-from attncc.ir.expr import Expr
-from attncc.ir.lines import Lines, declared_lines, shared, split, tensor_lines
-from attncc.ir.text import print_expr
+import torch
 
-
-def print_attention(a: Attention) -> str:
-    """The canonical text of `a`: what caches are keyed by and what `attncc inspect --ir` shows."""
-    taken = {x.name for x in (*a.axes, *a.sizes, *a.tensors)}
-    fresh = (name for n in count() if (name := f"t{n}") not in taken)
-    names: dict[Expr, str] = {}
-    let_lines: list[str] = []
-    for x, name in zip(shared(tuple(a.expressions())), fresh, strict=False):
-        let_lines.append(f"let    {name} = {print_expr(x, names)}")
-        names[x] = name
-
-    def show(x: Expr) -> str:
-        return print_expr(x, names)
-
-    def access(x: Access) -> str:
-        return f"{x.tensor}[{', '.join(map(show, x.index))}]"
-
-    lines = ["attention", *declared_lines(a.sizes, a.batch, (a.i, a.j, a.d, a.e)), *tensor_lines(a.tensors)]
-    lines += [f"{n}      {access(x)}" for n, x in (("q", a.q), ("k", a.k), ("v", a.v))]
-    lines += let_lines
-    lines += [f"score  {show(a.score)}", f"mask   {show(a.mask)}", f"norm   {a.normalizer}", f"empty  {a.empty}"]
-    if a.sink is not None:
-        lines.append(f"sink   {show(a.sink)}")
-    lines += [f"weight {show(a.weight)}", f"give   {', '.join(a.outputs)}", f"dtype  {a.dtype}"]
-    if a.layout:
-        lines.append(f"layout {', '.join(a.layout)}")
-    return "\n".join(lines) + "\n"
+from attncc.ir.affine import poly
+from attncc.ir.attention import DTYPES, Tensor
+from attncc.ir.evaluate import int_value
+from attncc.ir.expr import Expr, Size, free, substitute
+from attncc.ir.interpret import Result, size_table
+from attncc.ir.node import Node, kind_of
+from attncc.ir.verify import VerifyError, require
 
 
-def parse_attention(text: str) -> Attention:
-    """The attention that `text` describes. Raises ParseError on anything that is not canonical."""
-    lines = Lines(text, "attention", (S, W))
-    i, j, d, e = lines.axes["axis"]
-    result = Attention(
-        sizes=lines.sizes, batch=lines.axes["batch"], i=i, j=j, d=d, e=e, tensors=tuple(lines.tensors),
-        q=lines.access("q"), k=lines.access("k"), v=lines.access("v"),
-        score=lines.expr(lines.take("score")), mask=lines.expr(lines.take("mask")),
-        normalizer=lines.one_of("norm", NORMALIZERS), empty=lines.one_of("empty", EMPTIES),
-        sink=lines.maybe("sink"), weight=lines.expr(lines.take("weight")),
-        outputs=tuple(lines.each_of("give", OUTPUTS)), dtype=lines.one_of("dtype", tuple(DTYPES)),
-        layout=tuple(split(lines.field.pop("layout", ""))),
-    )  # fmt: skip
-    lines.finish()
-    return result
+@dataclass(frozen=True)
+class Step:
+    """`results` are the names of the node's outputs, `arguments` the values that its tensors are, `sizes` what its
+    sizes are, over those of the program; each in the order in which the node declares them."""
+
+    results: tuple[str, ...]
+    node: Node
+    arguments: tuple[str, ...]
+    sizes: tuple[Expr, ...] = ()
+
+    def given(self) -> tuple[Tensor, ...]:
+        """What the node gives, under the names and sizes of the program."""
+        table: dict[Expr, Expr] = dict(zip(self.node.sizes, self.sizes, strict=True))
+        every = kind_of(self.node).gives(self.node)
+        return tuple(
+            Tensor(name, t.dtype, tuple(substitute(n, table) for n in t.shape))
+            for name, t in zip(self.results, every, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Program:
+    """`inputs` declare the tensors that a call passes, in order, `sizes` the integers; `outputs` name the values given
+    back."""
+
+    sizes: tuple[Size, ...]
+    inputs: tuple[Tensor, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[str, ...]
+
+    def values(self) -> dict[str, Tensor]:
+        """Every value by its name, in order: the inputs, then what each step gives."""
+        found = {t.name: t for t in self.inputs}
+        for step in self.steps:
+            found |= {t.name: t for t in step.given()}
+        return found
+
+    def with_nodes(self, nodes: Sequence[Node]) -> Program:
+        """The program with another node in each step. They must read and give what those before did."""
+        return replace(self, steps=tuple(replace(s, node=n) for s, n in zip(self.steps, nodes, strict=True)))
+
+
+def verify_program(p: Program) -> Program:
+    """`p` itself if it is well formed. Raises VerifyError, naming the step, otherwise."""
+    values: dict[str, Tensor] = {}
+
+    def define(t: Tensor, where: str) -> None:
+        require(t.name.isidentifier(), f"{where}: {t.name!r} cannot be a name")
+        require(t.name not in values, f"{where}: the value {t.name} is made twice")
+        values[t.name] = t
+
+    require(len({*p.sizes}) == len(p.sizes), "a size is declared twice")
+    for t in p.inputs:
+        require(t.dtype in DTYPES, f"the input {t.name} has the unknown dtype {t.dtype}")
+        known = all(n.kind == "int" and free(n) <= {*p.sizes} for n in t.shape)
+        require(known, f"the shape of the input {t.name} is integers over sizes")
+        define(t, "inputs")
+    for at, step in enumerate(p.steps):
+        kind = kind_of(step.node)
+        where = f"step {at} ({kind.title})"
+        try:
+            kind.verify(step.node)
+        except VerifyError as error:
+            raise VerifyError(f"{where}: {error}") from error
+        _check_call(step, values, {*p.sizes}, where)
+        for t in step.given():
+            define(t, where)
+    require(len(p.outputs) > 0, "a program gives something")
+    for name in p.outputs:
+        require(name in values, f"the output {name} is made by no step")
+    return p
+
+
+def _check_call(step: Step, values: Mapping[str, Tensor], sizes: set[Size], where: str) -> None:
+    node = step.node
+    require(len(step.sizes) == len(node.sizes), f"{where}: {len(step.sizes)} sizes for {len(node.sizes)}")
+    require(len(step.arguments) == len(node.tensors), f"{where}: {len(step.arguments)} tensors for {len(node.tensors)}")
+    require(len(step.results) == len(kind_of(node).gives(node)), f"{where}: it gives another number of values")
+    for x in step.sizes:
+        require(x.kind == "int" and free(x) <= sizes, f"{where}: the size {x!r} is no integer over the program's sizes")
+    table: dict[Expr, Expr] = dict(zip(node.sizes, step.sizes, strict=True))
+    for name, t in zip(step.arguments, node.tensors, strict=True):
+        value = values.get(name)
+        if value is None:
+            raise VerifyError(f"{where}: {t.name} is {name}, which no step before makes")
+        require(value.dtype == t.dtype, f"{where}: {t.name} is {t.dtype}, {name} is {value.dtype}")
+        shape = tuple(substitute(n, table) for n in t.shape)
+        same = len(shape) == len(value.shape) and all(
+            poly(x) == poly(y) for x, y in zip(shape, value.shape, strict=True)
+        )
+        require(same, f"{where}: {t.name} has the shape {list(shape)}, {name} has {list(value.shape)}")
+
+
+def interpret_program(
+    p: Program, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int] = (), *, compute: torch.dtype | None = None
+) -> Result:
+    """The outputs of `p` by name, each node by its interpreter. `compute=torch.float64` gives a reference.
+
+    Raises ValueError if a tensor is missing or the number of sizes is wrong."""
+    table = size_table(p, sizes)
+    missing = [t.name for t in p.inputs if t.name not in tensors]
+    if missing:
+        raise ValueError(f"the program reads {', '.join(missing)}, which the call has not")
+    values = {t.name: tensors[t.name] for t in p.inputs}
+    for step in p.steps:
+        node = step.node
+        given = {t.name: values[name] for t, name in zip(node.tensors, step.arguments, strict=True)}
+        kind = kind_of(node)
+        found = kind.interpret(node, given, [int_value(x, table) for x in step.sizes], compute=compute)
+        values |= {name: found[t.name] for name, t in zip(step.results, kind.gives(node), strict=True)}
+    return {name: values[name] for name in p.outputs}
