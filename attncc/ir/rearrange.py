@@ -3,7 +3,7 @@
     (b h) i e -> b i (h e)          axes on the right that are missing are summed over
 
 A group in parentheses is one dimension, counted through by its axes, the slowest first; `()` is a dimension of one.
-The notation is that of einops (Rogozhnikov, 2022), whose `rearrange` and `reduce` this is.
+Where the result's dimensions are no groups of axes, it is viewed in another shape at the end. The notation is that of einops (Rogozhnikov, 2022), whose `rearrange` and `reduce` this is.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 from attncc.ir.affine import poly
 from attncc.ir.attention import DTYPES, Axis, Tensor
 from attncc.ir.build import ONE, mul
-from attncc.ir.expr import Expr, Size
+from attncc.ir.evaluate import int_value
+from attncc.ir.expr import Expr, Size, free
 from attncc.ir.interpret import Result, extent, size_table
 from attncc.ir.lines import Lines, declared_lines, tensor_lines
-from attncc.ir.text import ParseError
+from attncc.ir.text import ParseError, print_expr
 from attncc.ir.verify import check_declarations, require
 
 Dims = tuple[tuple[str, ...], ...]
@@ -29,8 +30,9 @@ Dims = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Rearrange:
-    """Shapes: `tensors[0]` has a dimension per group of `source`, `out` one per group of `target`. `memory` is the
-    order in which the dimensions of `out` lie in memory, outermost first; as it comes where it is empty."""
+    """Shapes: `tensors[0]` has a dimension per group of `source`, `out` one per group of `target`, or the shape `view`
+    where that is given. `memory` is the order in which the dimensions of `out` lie in memory, outermost first; as it
+    comes where it is empty."""
 
     sizes: tuple[Size, ...]
     axes: tuple[Axis, ...]
@@ -38,6 +40,7 @@ class Rearrange:
     source: Dims
     target: Dims
     memory: tuple[int, ...] = ()
+    view: tuple[Expr, ...] = ()
 
     def extent(self, name: str) -> Expr:
         return next(x.extent for x in self.axes if x.name == name)
@@ -52,7 +55,7 @@ class Rearrange:
 
     @property
     def gives(self) -> tuple[Tensor, ...]:
-        return (Tensor("out", self.tensors[0].dtype, self.shape(self.target)),)
+        return (Tensor("out", self.tensors[0].dtype, self.view or self.shape(self.target)),)
 
 
 def verify_rearrange(a: Rearrange) -> Rearrange:
@@ -67,7 +70,10 @@ def verify_rearrange(a: Rearrange) -> Rearrange:
     fits = len(given) == len(wanted) and all(poly(x) == poly(y) for x, y in zip(given, wanted, strict=True))
     require(fits, f"the tensor has the shape {list(given)}, the source {list(wanted)}")
     require(not a.summed or DTYPES[a.tensors[0].dtype][0] == "float", "what is summed over is a float")
-    require(not a.memory or sorted(a.memory) == list(range(len(a.target))), "memory is a permutation of dimensions")
+    rank = len(a.view or a.target)
+    require(not a.memory or sorted(a.memory) == list(range(rank)), "memory is a permutation of dimensions")
+    sizes = frozenset[Expr](a.sizes)
+    require(all(n.kind == "int" and free(n) <= sizes for n in a.view), "the view is integers over sizes")
     return a
 
 
@@ -92,7 +98,9 @@ def interpret_rearrange(
     order = [names.index(n) for group in a.target for n in group]
     if order != list(range(len(order))):
         x = x.permute(order)
-    if a.target != tuple((names[n],) for n in order):
+    if a.view:
+        x = x.reshape([int_value(n, table) for n in a.view])
+    elif a.target != tuple((names[n],) for n in order):
         x = x.reshape([size_of(group) for group in a.target])
     return {"out": in_memory(x, a.memory)}
 
@@ -123,6 +131,8 @@ def print_rearrange(a: Rearrange) -> str:
     """The canonical text of `a`: `parse_rearrange(print_rearrange(a)) == a`."""
     lines = ["rearrange", *declared_lines(a.sizes, (), a.axes), *tensor_lines(a.tensors)]
     lines.append(f"form   {_dims_text(a.source)} -> {_dims_text(a.target)}")
+    if a.view:
+        lines.append(f"view   {', '.join(map(print_expr, a.view))}")
     if a.memory:
         lines.append(f"memory {', '.join(map(str, a.memory))}")
     return "\n".join(lines) + "\n"
@@ -137,9 +147,10 @@ def parse_rearrange(text: str) -> Rearrange:
     memory = lines.words("memory")
     if not all(n.isdecimal() for n in memory):
         raise ParseError(f"memory is numbers of dimensions, not {', '.join(memory)!r}")
+    view = tuple(lines.expr(n) for n in lines.words("view"))
     result = Rearrange(
         lines.sizes, lines.axes.get("axis", ()), tuple(lines.tensors), _parse_dims(source), _parse_dims(target),
-        tuple(int(n) for n in memory),
+        tuple(int(n) for n in memory), view,
     )  # fmt: skip
     lines.finish()
     return result

@@ -9,13 +9,26 @@ same reason.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from attncc.ir import Attention, Expr, Op
+from attncc.ir import Attention, Expr, Op, Program
 from attncc.ir.build import op
 from attncc.ir.terms import ROUNDINGS
+from attncc.passes.passes import Legality, on_attentions
 
 _DECIDES = frozenset(["lt", "le", "eq", "ne", "int", "floor", "ceil", "round", "isnan"])
+
+
+@dataclass(frozen=True)
+class DropRounding:
+    """bf16(x), f16(x), f32(x)  ->  x"""
+
+    name: ClassVar[str] = "drop-rounding"
+    legality: ClassVar[Legality] = "exact"
+
+    def __call__(self, p: Program, /) -> Program:
+        return on_attentions(p, drop_rounding)
 
 
 def drop_rounding(a: Attention) -> Attention:

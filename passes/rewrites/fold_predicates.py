@@ -12,13 +12,26 @@ In a comparison all terms stand on the side where they are positive.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from attncc.ir import Attention, Expr, Op
+from attncc.ir import Attention, Expr, Op, Program
 from attncc.ir.affine import Extents, expr, nonnegative, poly
 from attncc.ir.build import FALSE, ONE, TRUE, and_, not_, op, or_, sub
 from attncc.ir.rewrite import rewrite
 from attncc.passes.bounds.predicates import settled
+from attncc.passes.passes import Legality, on_attentions
 from attncc.passes.rewrites.expressions import map_expressions
+
+
+@dataclass(frozen=True)
+class FoldPredicates:
+    """0 <= i - j  ->  j <= i,    x and y and x  ->  x and y,    j < M  ->  true"""
+
+    name: ClassVar[str] = "fold-predicates"
+    legality: ClassVar[Legality] = "exact"
+
+    def __call__(self, p: Program, /) -> Program:
+        return on_attentions(p, fold_predicates)
 
 
 def fold_predicates(a: Attention) -> Attention:

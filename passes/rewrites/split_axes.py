@@ -13,15 +13,65 @@ the shape from before. The same holds for `lse` and `weights`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from attncc.ir import Attention, Axis, Const, Expr, Op, Size
+from attncc.ir import Attention, Axis, Const, Expr, Op, Program, Rearrange, Size, Step, Tensor, kind_of
 from attncc.ir.affine import divide, simplify
 from attncc.ir.build import ONE, ZERO, add, mul
-from attncc.ir.terms import walk
+from attncc.ir.rewrite import substitute
+from attncc.ir.terms import free, walk
+from attncc.passes.passes import Legality
 from attncc.passes.rewrites.expressions import map_expressions
 
 Factors = Mapping[Size, Expr]
+
+
+@dataclass(frozen=True)
+class SplitAxes:
+    """x in X, read as x // c  ->  x0 in X / c, x1 in c;    what is given is put together again by a rearrangement
+
+    `factors` says which of the program's sizes are products of others."""
+
+    name: ClassVar[str] = "split-axes"
+    legality: ClassVar[Legality] = "exact"
+
+    factors: tuple[tuple[Size, Expr], ...] = ()
+
+    def __call__(self, p: Program, /) -> Program:
+        steps: list[Step] = []
+        for step in p.steps:
+            steps += self._split(step) if isinstance(step.node, Attention) else [step]
+        return p if len(steps) == len(p.steps) else replace(p, steps=tuple(steps))
+
+    def _split(self, step: Step) -> list[Step]:
+        assert isinstance(step.node, Attention)
+        own: dict[Expr, Expr] = {x: s for s, x in zip(step.node.sizes, step.sizes, strict=True) if isinstance(x, Size)}
+        known = {own[s]: substitute(x, own) for s, x in self.factors if s in own and free(x) <= {*own}}
+        after, parts = split_into(step.node, {s: x for s, x in known.items() if isinstance(s, Size)})
+        if after == step.node:
+            return [step]
+        split = tuple(f"{name}_parts" for name in step.results)
+        joins = [_join(step.node, after, parts, at) for at in range(len(split))]
+        sizes: dict[Expr, Expr] = dict(zip(step.node.sizes, step.sizes, strict=True))
+        whole = zip(step.results, joins, split, strict=True)
+        return [
+            replace(step, results=split, node=after),
+            *(Step((name,), join, (part,), tuple(sizes[s] for s in join.sizes)) for name, join, part in whole),
+        ]
+
+
+def _join(before: Attention, after: Attention, parts: Mapping[str, tuple[str, ...]], output: int) -> Rearrange:
+    """What puts the axes of an output together again that became several."""
+    given = kind_of(after).gives(after)[output]
+    every = {"out": (before.out_axes, after.out_axes), "lse": ((*before.batch, before.i), (*after.batch, after.i)),
+             "weights": ((*before.batch, before.i, before.j), (*after.batch, after.i, after.j))}  # fmt: skip
+    whole, own = every[given.name]
+    used = {s for x in own for s in free(x.extent)}
+    return Rearrange(
+        tuple(s for s in after.sizes if s in used), own, (Tensor("x", given.dtype, given.shape),),
+        tuple((x.name,) for x in own), tuple(parts.get(x.name, (x.name,)) for x in whole),
+    )  # fmt: skip
 
 
 def split_axes(a: Attention, factors: Factors | None = None) -> Attention:
@@ -29,10 +79,20 @@ def split_axes(a: Attention, factors: Factors | None = None) -> Attention:
 
     An axis of constant extent splits by its divisors. One whose extent is a size splits only if `factors` says what the
     size is a product of (`{BH: B * 8}`), and if the quotient is a constant or one of `a.sizes`. Other axes stay."""
-    known = factors or {}
-    while (found := _divisor(a, known)) is not None:
-        a = _split(a, *found)
-    return a
+    return split_into(a, factors or {})[0]
+
+
+def split_into(a: Attention, factors: Factors) -> tuple[Attention, dict[str, tuple[str, ...]]]:
+    """`split_axes`, and the names of the axes that each axis became."""
+    parts: dict[str, tuple[str, ...]] = {}
+    while (found := _divisor(a, factors)) is not None:
+        axis = found[0]
+        a, new = _split(a, *found)
+        whole = next((name for name, own in parts.items() if axis.name in own), axis.name)
+        before = parts.get(whole, (axis.name,))
+        at = before.index(axis.name)
+        parts[whole] = (*before[:at], *new, *before[at + 1 :])
+    return a, parts
 
 
 def _divisor(a: Attention, factors: Factors) -> tuple[Axis, Const | Size, Const | Size] | None:
@@ -65,7 +125,9 @@ def _quotient(extent: Const | Size, by: Const | Size, a: Attention, factors: Fac
     return None
 
 
-def _split(a: Attention, axis: Axis, quotient: Const | Size, by: Const | Size) -> Attention:
+def _split(
+    a: Attention, axis: Axis, quotient: Const | Size, by: Const | Size
+) -> tuple[Attention, tuple[str, str]]:  # fmt: skip
     taken = {x.name for x in a.axes} | {s.name for s in a.sizes} | {t.name for t in a.tensors}
     outer, inner = (Axis(_fresh(f"{axis.name}{n}", taken), e) for n, e in ((0, quotient), (1, by)))
     at = a.batch.index(axis)
@@ -74,7 +136,7 @@ def _split(a: Attention, axis: Axis, quotient: Const | Size, by: Const | Size) -
     whole: dict[Expr, Expr] = {axis.index: add(mul(outer.index, by), inner.index)}
     result = replace(a.substitute(whole), batch=batch, layout=tuple(layout))
     extents: dict[Expr, Expr] = {x.index: x.extent for x in result.axes}
-    return map_expressions(result, lambda x: simplify(x, extents))
+    return map_expressions(result, lambda x: simplify(x, extents)), (outer.name, inner.name)
 
 
 def _fresh(name: str, taken: set[str]) -> str:
