@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bounds_cases import attention, blocks, check_sound, data
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masks.bounds import attention, blocks, check_sound, data
 
 from attncc.passes.bounds.bounds import analyse, loop_bounds
 

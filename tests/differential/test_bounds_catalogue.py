@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bounds_cases import blocks, check_sound
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_catalogue import CATALOGUE, Mask, N
+from masks.bounds import blocks, check_sound
+from masks.catalogue import CATALOGUE, Mask, N
 
 from attncc.passes.bounds.bounds import loop_bounds
 from attncc.passes.tables.spans import spanned, tables

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpp_build import check, compare, host_isas, toolchain
-from cpp_cases import FORMS, case, tensors_of
+from cpp_kernels.build import check, compare, host_isas, toolchain
+from cpp_kernels.cases import FORMS, case, tensors_of
 
 from attncc.codegen.cpp import emit
 from attncc.ir import Attention

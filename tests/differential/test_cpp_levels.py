@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpp_build import check, host_isas, run
-from cpp_cases import case, tensors_of
+from cpp_kernels.build import check, host_isas, run
+from cpp_kernels.cases import case, tensors_of
 
 from attncc.ir import parse_attention
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpp_cases import FORMS, case, tensors_of
-from cpp_emulated import check_emulated
+from cpp_kernels.cases import FORMS, case, tensors_of
+from cpp_kernels.emulated import check_emulated
 from hypothesis import HealthCheck, given, settings
-from random_ir import Program, programs
+from random_ir.programs import Program, programs
 
 from attncc.codegen.cpp import unsupported
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from cpp_build import check, host_isas
+from cpp_kernels.build import check, host_isas
 from hypothesis import HealthCheck, given, settings
-from random_ir import Program, programs
+from random_ir.programs import Program, programs
 
 from attncc.codegen.cpp import unsupported
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "support" / "guarded_decode.py"
+SUPPORT = Path(__file__).parents[1] / "support"
 #: name -> (mask, rows, first key seen, end of the keys seen); keys a page holds 16 of, so ends are multiples of 16
 CACHES = {
     "static": ("j <= position[i]", 1, 0, 112),
@@ -30,8 +30,8 @@ QUICK = ("static", "static, several rows of a tensor", "ring, across its end")
 
 
 def run(*cases: tuple[str, int, int, int, int]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), json.dumps(cases)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    command = [sys.executable, "-m", "memory.guarded_decode", json.dumps(cases)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, cwd=SUPPORT)
 
 
 def within(name: str) -> tuple[str, int, int, int, int]:

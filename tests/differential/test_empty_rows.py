@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cpp_build import check, compare, host_isas
-from mask_catalogue import CATALOGUE, N
+from cpp_kernels.build import check, compare, host_isas
+from masks.catalogue import CATALOGUE, N
 
 from attncc.codegen.torch_form import run_blocked
 from attncc.ir import Attention, interpret, parse_expr, print_expr, verify

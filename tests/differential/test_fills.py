@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bounds_cases import blocks, tiled
-from cpp_build import check, host_isas
+from cpp_kernels.build import check, host_isas
+from masks.bounds import blocks, tiled
 
 from attncc.ir import Attention, parse_attention, print_attention, verify
 from attncc.passes.bounds.simulate import keys_of, simulate

@@ -12,8 +12,8 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from random_check import check, check_gradients, through_dynamo, through_trace
-from random_models import Program, Writer
+from random_models.check import check, check_gradients, through_dynamo, through_trace
+from random_models.writer import Program, Writer
 
 
 def _settings(count: int) -> settings:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lifting import Q, read, values
+from reading.lifting import Q, read, values
 from torch import nn
 
 from attncc.driver.baseline import hint

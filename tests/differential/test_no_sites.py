@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from lifting import Q, read
-from reason_model import WIDTH, B, Model, N
+from reading.lifting import Q, read
+from reading.reason_model import WIDTH, B, Model, N
 
 from attncc.driver.site_groups import together
 from attncc.patterns.lift import lift_all

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_ir import Program, programs
+from random_ir.programs import Program, programs
 
 from attncc.ir import Attention, Const, Index, Op, Size, interpret, parse_attention, parse_expr, verify
 from attncc.ir.terms import ROUNDINGS, walk

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from lifting import Q, read
-from reason_model import WIDTH, B, D, H, Model, N
+from reading.lifting import Q, read
+from reading.reason_model import WIDTH, B, D, H, Model, N
 
 from attncc.patterns.lift import Refusal, lift_all
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from lifting import Q, read, values
+from reading.lifting import Q, read, values
 from torch import nn
 
 from attncc.ir import interpret_linear, parse_linear, print_linear

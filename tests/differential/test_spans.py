@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bounds_cases import attention, check_sound, data, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masks.bounds import attention, check_sound, data, visible
 
 from attncc.ir import Const, Load, Tensor, interpret, parse_expr, verify
 from attncc.passes.tables.spans import spanned, tables

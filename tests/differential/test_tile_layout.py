@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bounds_cases import blocks, check_sound, visible
-from grid_masks import MASKS, grid
-from mask_catalogue import neighbourhood
+from masks.bounds import blocks, check_sound, visible
+from masks.catalogue import neighbourhood
+from masks.grids import MASKS, grid
 
 from attncc.ir import Bounds, interpret, parse_expr, verify
 from attncc.ir.bounds import Interval

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from bounds_cases import blocks, check_sound
-from grid_masks import MASKS, grid
-from grid_models import Ball, Grid, Halo, Meshed, Neighbourhood, Padded, Windows
+from masks.bounds import blocks, check_sound
+from masks.grid_models import Ball, Grid, Halo, Meshed, Neighbourhood, Padded, Windows
+from masks.grids import MASKS, grid
 
 from attncc.driver.backend import Collected, collecting
 from attncc.ir import print_attention

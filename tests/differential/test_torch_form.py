@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_ir import Program, programs
+from random_ir.programs import Program, programs
 
 from attncc.codegen.torch_form import is_plain, run_blocked
 from attncc.ir import Attention, interpret, parse_attention

@@ -11,11 +11,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a process of its own, from test_triton.py", allow_module_level=True)
 
 import torch
-import triton_interpreter
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from random_ir import Program, programs
-from triton_cases import CASES, Case, case_of, make
+from random_ir.programs import Program, programs
+from triton_kernels import interpreter
+from triton_kernels.cases import CASES, Case, case_of, make
 
 from attncc.codegen.triton import TritonConfig, unsupported
 from attncc.codegen.triton.plan import plan
@@ -57,7 +57,7 @@ def tolerance(a: Attention, tensors: dict[str, torch.Tensor], sizes: list[int], 
 
 def check(p: Program, config: TritonConfig, bounds: Bounds | None = None, **launch: int) -> None:
     a, tensors, sizes = p
-    got = triton_interpreter.run(a, bounds or loop_bounds(a, rows=True), config, tensors, sizes, **launch)
+    got = interpreter.run(a, bounds or loop_bounds(a, rows=True), config, tensors, sizes, **launch)
     want = interpret(a, tensors, sizes, compute=torch.float64)
     for name, exact in want.items():
         value = got[name].double()
@@ -136,13 +136,13 @@ def test_split_keys(name: str, splits: int) -> None:
 def test_stripes_are_gathered(name: str, blocks: Callable[[int], int]) -> None:
     """A tile of rows visits as many blocks as its stripes fill, not those that they touch."""
     p = make(name)
-    before = triton_interpreter.products
+    before = interpreter.products
     check(p, SMALL)
     group = CASES[name].groups
     rows, points = CASES[name].rows, 4
     tiles = [min(first + 16 // group, rows) for first in range(0, rows, 16 // group)]
     most = points * sum(blocks(end) for end in tiles)
-    assert 0 < triton_interpreter.products - before <= 2 * most < points * 2 * sum(ceil(end / 16) for end in tiles) / 2
+    assert 0 < interpreter.products - before <= 2 * most < points * 2 * sum(ceil(end / 16) for end in tiles) / 2
 
 
 @pytest.mark.parametrize("name", [*DATA, "dilated", "rectangles", "empty rows mean", "weights of empty rows"])
@@ -151,7 +151,7 @@ def test_block_lists(name: str) -> None:
     p = make(name)
     check(p, LISTS, **({"splits": 3} if name == "pages" else {}))
     bounds = loop_bounds(p.attention, rows=True)
-    assert triton_interpreter.lists(p.attention, bounds, LISTS, p.tensors, p.sizes) == listed(p, bounds)
+    assert interpreter.lists(p.attention, bounds, LISTS, p.tensors, p.sizes) == listed(p, bounds)
 
 
 def listed(p: Program, bounds: Bounds) -> list[tuple[list[int], list[int]]]:
@@ -214,7 +214,7 @@ def test_random_masks(program: Program) -> None:
     check(program, LISTS, splits=2)
     a, bounds = program.attention, loop_bounds(program.attention, rows=True)
     if plan(a, bounds, LISTS).listed:
-        assert triton_interpreter.lists(a, bounds, LISTS, program.tensors, program.sizes) == listed(program, bounds)
+        assert interpreter.lists(a, bounds, LISTS, program.tensors, program.sizes) == listed(program, bounds)
 
 
 @seed(21)
@@ -235,13 +235,13 @@ def test_random_programs_with_tables(program: Program) -> None:
 def test_masked_values_are_never_read() -> None:
     """A cache holds anything where nothing was written."""
     p = make("decode")
-    clean = triton_interpreter.run(p.attention, loop_bounds(p.attention, rows=True), SMALL, p.tensors, p.sizes)["out"]
+    clean = interpreter.run(p.attention, loop_bounds(p.attention, rows=True), SMALL, p.tensors, p.sizes)["out"]
     tensors = {n: t.clone() for n, t in p.tensors.items()}
     for b, length in enumerate(tensors["length"].tolist()):
         tensors["k"][b, :, length:] = float("nan")
         tensors["v"][b, :, length:] = float("inf")
     for config, more in ((SMALL, {}), (SPLIT, {"splits": 3})):
         bounds = loop_bounds(p.attention, rows=True)
-        dirty = triton_interpreter.run(p.attention, bounds, config, tensors, p.sizes, **more)["out"]
+        dirty = interpreter.run(p.attention, bounds, config, tensors, p.sizes, **more)["out"]
         assert torch.isfinite(dirty).all()
         assert torch.allclose(dirty.float(), clean.float(), atol=torch.finfo(torch.bfloat16).eps)

@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
-from triton_cases import CASES, make
+from triton_kernels.cases import CASES, make
 
 from attncc.codegen.triton import configs, emit, reads_by_key
 from attncc.ir import Attention, interpret

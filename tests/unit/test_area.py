@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bounds_cases import attention, blocks, data, tiled, visible
+from masks.bounds import attention, blocks, data, tiled, visible
 
 from attncc.passes.bounds import area as area_module
 from attncc.passes.bounds.area import Area, area, picture

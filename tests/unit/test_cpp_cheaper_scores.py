@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import attention
+from attentions.dense import attention
 
 from attncc.codegen.cpp.diagonals import Diagonals
 from attncc.codegen.cpp.fold import folded, may_be_huge

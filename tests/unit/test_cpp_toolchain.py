@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpp_build import build, host_isas, run, toolchain
-from dense import attention
+from attentions.dense import attention
+from cpp_kernels.build import build, host_isas, run, toolchain
 
 from attncc.runtime.cpp import NEEDS, CompileError, CppToolchain, KernelError, detect_isa, processor, usable_isas
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings
-from random_expr import Pair, pairs
+from random_ir.expressions import Pair, pairs
 
 from attncc.ir import Const, Expr, Index, Load, Op, S
 from attncc.ir.affine import simplify

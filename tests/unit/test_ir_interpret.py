@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import B, D, E, H, I, J, attention
+from attentions.dense import B, D, E, H, I, J, attention
 from torch.nn.attention.flex_attention import flex_attention
 
 from attncc.ir import Access, Attention, Axis, Index, Load, S, Size, Tensor, W, interpret, verify

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from linear_chunked import by_chunks
+from attentions.linear_chunked import by_chunks
 
 from attncc.ir import (
     Access,

@@ -7,7 +7,7 @@ import pickle
 
 import torch
 from hypothesis import HealthCheck, given, settings
-from random_ir import Program, programs
+from random_ir.programs import Program, programs
 
 from attncc.ir import interpret, parse_attention, print_attention, verify
 

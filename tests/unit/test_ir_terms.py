@@ -12,7 +12,7 @@ from threading import Barrier
 import pytest
 import torch
 from hypothesis import given, settings
-from random_expr import Pair, pairs
+from random_ir.expressions import Pair, pairs
 
 from attncc.ir import Const, Expr, Index, KindError, Load, Op, S, Size, Var
 from attncc.ir.build import FALSE, ONE, TRUE, ZERO, add, and_, cast, const, eq, le, lt, mul, not_, op, sub, where

@@ -6,7 +6,7 @@ import math
 
 import pytest
 from hypothesis import given, settings
-from random_expr import LENGTH, Pair, pairs
+from random_ir.expressions import LENGTH, Pair, pairs
 
 from attncc.ir import (
     Const,

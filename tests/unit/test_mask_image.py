@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bounds_cases import attention, tiled, visible
+from masks.bounds import attention, tiled, visible
 from typer.testing import CliRunner, Result
 
 from attncc.cli.app import app

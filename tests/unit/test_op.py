@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from op_case import PLAIN, attend, build, inputs, reference, spec
+from attentions.op_case import PLAIN, attend, build, inputs, reference, spec
 
 from attncc.codegen.torch_form import run_blocked
 from attncc.ir import Attention

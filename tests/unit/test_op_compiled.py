@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_case import PLAIN, attend, build, inputs, reference
+from attentions.op_case import PLAIN, attend, build, inputs, reference
 
 from attncc.codegen.torch_form import run_blocked
 from attncc.ir import Attention

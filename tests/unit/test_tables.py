@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from bounds_cases import attention, blocks, data, tiled, visible
+from masks.bounds import attention, blocks, data, tiled, visible
 
 import attncc.kernels.constant_masks
 import attncc.kernels.skip_tables

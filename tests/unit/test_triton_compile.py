@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton_cases import CASES
-from triton_matrix import SHARED, SPILL_BYTES, Built, Job, Matrix
+from triton_kernels.cases import CASES
+from triton_kernels.matrix import SHARED, SPILL_BYTES, Built, Job, Matrix
 
 from attncc.runtime.triton_compile import TARGETS
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from triton_cases import CASES, Case, text
-from triton_matrix import Job, attention
+from triton_kernels.cases import CASES, Case, text
+from triton_kernels.matrix import Job, attention
 
 from attncc.codegen.triton import TritonConfig, configs, emit, reads_by_key, unsupported
 from attncc.codegen.triton.config import fits

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton_cases import make
+from triton_kernels.cases import make
 
 from attncc.codegen.triton import TritonConfig, emit, reads_by_key
 from attncc.ir import print_attention

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bounds_cases import blocks, check_sound
+from masks.bounds import blocks, check_sound
 from torch import nn
 from torch.nn import functional as F
 

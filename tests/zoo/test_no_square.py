@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from allocations import allocations
+from memory.allocations import allocations
 
 from attncc.driver.backend import Collected, collecting
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from zoo_case import Case
-from zoo_models import CASES, QUICK
-from zoo_run import outcome
+from zoo.case import Case
+from zoo.models import CASES, QUICK
+from zoo.run import outcome
 
 #: Another order of summation may be worse than eager's by this much.
 FACTOR = 3.0

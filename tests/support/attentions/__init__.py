@@ -1,0 +1,1 @@
+"""Single attentions that several tests share."""

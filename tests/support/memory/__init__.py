@@ -1,0 +1,1 @@
+"""What a function allocates, and what it reads."""

@@ -1,0 +1,1 @@
+"""Random attentions in the IR, with tensors to run them on."""

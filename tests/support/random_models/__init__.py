@@ -1,0 +1,1 @@
+"""Random attention programs in torch's words, spelled as models spell them, and how they are checked."""

@@ -1,0 +1,1 @@
+"""Reading graphs without compiling them."""

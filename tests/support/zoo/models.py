@@ -1,0 +1,57 @@
+"""The zoo: real model classes and hand-written forms, all tiny, all random."""
+
+from __future__ import annotations
+
+from zoo.blocks import BLOCKED
+from zoo.case import Case
+from zoo.diffusion import DIFFUSION
+from zoo.flex import FLEX
+from zoo.forms import FORMS
+from zoo.guards import GUARDS
+from zoo.images import IMAGES
+from zoo.joint import JOINT
+from zoo.library import LIBRARY
+from zoo.memory import MEMORY
+from zoo.others import OTHERS
+from zoo.sizes import SIZES
+from zoo.sliding import SLIDING
+from zoo.spellings import SPELLINGS
+from zoo.text import TEXT
+from zoo.vision import VISION
+from zoo.wild import WILD
+
+CASES: tuple[Case, ...] = (
+    *SPELLINGS, *GUARDS, *WILD, *FORMS, *JOINT, *IMAGES, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *SLIDING, *BLOCKED, *TEXT,
+    *VISION, *DIFFUSION, *SIZES,
+)
+
+assert len({case.name for case in CASES}) == len(CASES)
+
+#: What runs on every change; the others run with `--full`. Every form of spelling and mask is here once.
+QUICK = frozenset({
+    "q-scaled-first", "in-float32", "einsum-of-other-orders", "by-bmm", "exp-minus-logsumexp", "exp-over-sum",
+    "safe-softmax", "masked-again", "times-the-mask", "decomposed-sdpa", "all-hidden", "lowest-maximum",
+    "guard-of-others", "fill-minus-100", "fill-minus-1e30", "add-minus-1e4", "clamped",
+    "added-in-place", "triangle-in-the-graph", "window-in-the-graph", "documents", "by-vmap", "sdpa-causal",
+    "sdpa-narrow-values",
+    "sdpa-old-context", "element-by-element", "radial", "powers-of-two", "relu-shares", "graph-attention", "hopfield",
+    "grouped-by-repeat", "grouped-by-einsum", "keys-first", "values-times-transpose", "null-key",
+    "both-directions", "subtracted", "mixed-twice", "joint-heads", "two-products", "product-of-softmaxes",
+    "criss-cross", "autocast-off", "scaled-by-length",
+    "sink-column", "sink-gate", "softcap", "alibi", "bucketed", "relative-keys", "relative-shift", "decomposed",
+    "channels", "class-token", "windows", "halo", "axial", "top-k", "sorted-groups", "under-autocast", "with-weights",
+    "flex", "flex-documents", "flex-merged", "flex-dynamic", "flex-by-tables",
+    "memory-arithmetic", "memory-copy", "memory-channels", "memory-view-dynamic",
+    "padded-cross", "dilated", "multihead-attention", "transformer-encoder", "kernel-of-sdpa",
+    "kernel-of-sdpa-sums",
+    "transformer-encoder-post-norm", "decoding", "llama-static-cache", "linear-attention", "router",
+    "sliding", "sliding-into-empty", "sliding-by-strides", "sliding-by-blocks", "sliding-read-between",
+    "sliding-unwritten", "sliding-overwritten", "sliding-too-far", "sliding-open-ends", "longformer",
+    "sliding-scaled-chunks", "sliding-finite-ends", "sliding-finite-padding", "sliding-with-columns", "block-sparse",
+    "number-of-keys",
+    "branches", "sampling", "classifier", "pseudo-inverse", "changed-weights", "slots",
+    "llama-eager", "llama-left-padded", "llama-dynamic", "gemma2", "gpt-oss-sinks", "deepseek-v3", "bloom",
+    "bert-eager", "modernbert", "t5", "bart", "swinv2", "wav2vec2-conformer", "unet-plain", "sd3", "sam-vision-sdpa",
+})  # fmt: skip
+
+assert {case.name for case in CASES} >= QUICK
