@@ -1,4 +1,4 @@
-"""What a pass is: a frozen dataclass, from a program to one that computes the same, or nearly the same where it says."""
+"""What a pass is: a frozen dataclass, from a program to one that computes the same, or nearly so where it says."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
     (b h) i e -> b i (h e)          axes on the right that are missing are summed over
 
 A group in parentheses is one dimension, counted through by its axes, the slowest first; `()` is a dimension of one.
-Where the result's dimensions are no groups of axes, it is viewed in another shape at the end. The notation is that of einops (Rogozhnikov, 2022), whose `rearrange` and `reduce` this is.
+Where the result's dimensions are no groups of axes, it is viewed in another shape at the end. The notation is that of
+einops (Rogozhnikov, 2022), whose `rearrange` and `reduce` this is.
 """
 
 from __future__ import annotations
