@@ -88,9 +88,8 @@ class Evaluator:
         self.device = next((t.device for t in tensors.values()), torch.device("cpu"))
 
     def __call__(self, root: Expr) -> torch.Tensor:
-        for node in walk(root):
-            if node not in self.known:
-                self.known[node] = self._compute(node)
+        for node in walk(root, beyond=self.known):
+            self.known[node] = self._compute(node)
         return self.known[root]
 
     def _compute(self, node: Expr) -> torch.Tensor:
@@ -117,7 +116,7 @@ class Evaluator:
                 raise KeyError(f"no value for {node!r}")
 
     def _load(self, source: torch.Tensor, index: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        if self.checked and any(bool((c < 0).any()) for c in index):
+        if self.checked and any(type(c) is torch.Tensor and bool((c < 0).any()) for c in index):
             raise IndexError("a load has a negative index")
         value = source[index]
         if value.dtype.is_floating_point:

@@ -107,7 +107,9 @@ def _normalize(
 
 def index_grid(axes: Sequence[Axis], table: Mapping[Expr, int], device: torch.device) -> dict[Expr, torch.Tensor]:
     """Each index as an arange along its own dimension, each size as a scalar."""
-    grid: dict[Expr, torch.Tensor] = {s: torch.tensor(n, device=device) for s, n in table.items()}
+    grid: dict[Expr, torch.Tensor] = {
+        s: torch.scalar_tensor(n, dtype=torch.int64, device=device) for s, n in table.items()
+    }
     for at, axis in enumerate(axes):
         shape = [1] * len(axes)
         shape[at] = -1

@@ -76,7 +76,7 @@ def interpret_layout(
     if a.inverse:
         at = at.expand([extent(n.extent, table) for n in a.axes[: a.place + 1]]).argsort(-1)
     at = at.reshape(at.shape + (1,) * (len(a.axes) - a.place - 1))
-    return {"out": torch.take_along_dim(x, at, a.place)}
+    return {"out": torch.gather(x, a.place, at.expand(x.shape))}
 
 
 def _source(

@@ -211,7 +211,7 @@ def _taken(a: Select, p: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     share = order.values.masked_fill(order.values == float("-inf"), 0.0)
     share = share / share.sum(-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
     before = share.cumsum(-1) - share
-    return torch.take_along_dim(before < a.amount, rank, -1)
+    return torch.gather(before < a.amount, -1, rank)
 
 
 def print_select(a: Select) -> str:

@@ -10,7 +10,7 @@ expression syntax, parenthesised only where precedence needs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from threading import Lock
 from typing import ClassVar, Literal, TypeVar, cast
@@ -301,9 +301,9 @@ def _result_kind(name: str, args: tuple[Expr, ...]) -> Kind:
     return args[-1].kind if rule.gives in "na" else _KIND[rule.gives]
 
 
-def walk(*roots: Expr) -> Iterator[Expr]:
-    """Every distinct subexpression once, children before parents."""
-    seen: set[Expr] = set()
+def walk(*roots: Expr, beyond: Iterable[Expr] = ()) -> Iterator[Expr]:
+    """Every distinct subexpression once, children before parents; those of `beyond`, and what only they hold, not."""
+    seen: set[Expr] = set(beyond)
     stack: list[tuple[Expr, bool]] = [(r, False) for r in reversed(roots)]
     while stack:
         node, ready = stack.pop()

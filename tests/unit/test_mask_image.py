@@ -11,7 +11,7 @@ import torch
 from masks.bounds import attention, tiled, visible
 from typer.testing import CliRunner, Result
 
-from attncc.cli.app import app
+from attncc.cli import app
 from attncc.ir import parse_attention, print_attention
 from attncc.passes.bounds.mask_cells import PARTIAL, SKIPPED, VISIBLE, WASTED, mask_cells
 from attncc.report.mask_image import PALETTE, mask_image, png
