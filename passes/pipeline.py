@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any, cast
 
 from attncc.ir import Expr, Program, Size, print_program, verify_program
-from attncc.passes.passes import Pass
+from attncc.passes.protocol import Pass
 from attncc.passes.rewrites.drop_rounding import DropRounding
 from attncc.passes.rewrites.fold_predicates import FoldPredicates
 from attncc.passes.rewrites.layouts import CancelLayouts, DropUnused, TileTokens

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
 
 from attncc import torch_private
 from attncc.ir import Attention, Correct, Expr, Merge, Node, Program, Rearrange, kind_of, print_attention
@@ -31,7 +32,7 @@ def lower(
     `examples` are what the sizes were when the graph was captured, numbers or symbols; they are needed where indices
     have to be made, and their fake tensor mode is that of the trace in which this is called. `mark` sees each call of
     the operator."""
-    tracer = fx.proxy.GraphAppendingTracer(graph)
+    tracer = GraphAppendingTracer(graph)
     values: dict[str, fx.Node] = {t.name: n for t, n in zip(p.inputs, inputs, strict=True)}
     table: dict[Expr, Any] = {
         s: fx.Proxy(x, tracer) if isinstance(x, fx.Node) else x for s, x in zip(p.sizes, sizes, strict=True)
@@ -45,7 +46,8 @@ def lower(
         elif is_direct(step.node):
             found = _direct(step.node, [fx.Proxy(x, tracer) for x in arguments], extents)
         else:
-            known = [int_value(x, dict(zip(p.sizes, examples, strict=True))) for x in step.sizes]
+            seen: dict[Expr, Any] = dict(zip(p.sizes, examples, strict=True))
+            known = [int_value(x, seen) for x in step.sizes]
             found = _traced(step.node, graph, arguments, [_node(x) for x in extents], known)
         values |= {result: found[name] for result, name in zip(step.results, names, strict=True)}
     return [values[x] for x in p.outputs]
@@ -79,7 +81,7 @@ def _traced(
 ) -> dict[str, fx.Node]:
     """The interpreter on fake tensors of the node's shapes, its operations copied into the graph."""
     kind = kind_of(node)
-    table = dict(zip(node.sizes, examples, strict=True))
+    table: dict[Expr, Any] = dict(zip(node.sizes, examples, strict=True))
     names = [t.name for t in kind.gives(node)]
 
     def run(*given: Any) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from typing import ClassVar
 from attncc.ir import Attention, Expr, Op, Program
 from attncc.ir.build import op
 from attncc.ir.terms import ROUNDINGS
-from attncc.passes.passes import Legality, on_attentions
+from attncc.passes.protocol import Legality, on_attentions
 
 _DECIDES = frozenset(["lt", "le", "eq", "ne", "int", "floor", "ceil", "round", "isnan"])
 

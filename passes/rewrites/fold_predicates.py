@@ -19,7 +19,7 @@ from attncc.ir.affine import Extents, expr, nonnegative, poly
 from attncc.ir.build import FALSE, ONE, TRUE, and_, not_, op, or_, sub
 from attncc.ir.rewrite import rewrite
 from attncc.passes.bounds.predicates import settled
-from attncc.passes.passes import Legality, on_attentions
+from attncc.passes.protocol import Legality, on_attentions
 from attncc.passes.rewrites.expressions import map_expressions
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 from attncc.ir import Attention, Axis, Const, Index, Layout, Program, Size, Step, Tensor, kind_of
 from attncc.ir.rewrite import substitute
 from attncc.ir.terms import loads
-from attncc.passes.passes import Legality
+from attncc.passes.protocol import Legality
 from attncc.passes.rewrites.tile_layout import TileOrder, tile_layout
 
 

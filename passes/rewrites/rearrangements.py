@@ -17,7 +17,7 @@ from attncc.ir.build import ONE, mul
 from attncc.ir.rearrange import Dims
 from attncc.ir.rewrite import substitute
 from attncc.ir.terms import free
-from attncc.passes.passes import Legality
+from attncc.passes.protocol import Legality
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from attncc.ir.affine import divide, simplify
 from attncc.ir.build import ONE, ZERO, add, mul
 from attncc.ir.rewrite import substitute
 from attncc.ir.terms import free, walk
-from attncc.passes.passes import Legality
+from attncc.passes.protocol import Legality
 from attncc.passes.rewrites.expressions import map_expressions
 
 Factors = Mapping[Size, Expr]

@@ -34,8 +34,8 @@ from attncc.ir import (
     print_program,
     verify_program,
 )  # fmt: skip
-from attncc.passes.passes import Legality
 from attncc.passes.pipeline import PASSES, PassError, Pipeline, Stage, parse_pipeline, spelled, standard
+from attncc.passes.protocol import Legality
 from attncc.passes.rewrites.layouts import CancelLayouts, DropUnused, TileTokens
 from attncc.passes.rewrites.rearrangements import MergeRearrangements
 from attncc.passes.rewrites.split_axes import SplitAxes
