@@ -94,6 +94,8 @@ def threshold(x: Expr, limit: float, value: float) -> Expr:
 
 
 def sign(x: Expr) -> Expr:
+    if x.kind == "bool":
+        return x
     zero, one = (const(0.0), const(1.0)) if x.kind == "float" else (const(0), const(1))
     return where(gt(x, zero), one, where(lt(x, zero), op("neg", one), zero))
 
