@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch._subclasses import FakeTensorMode
 
-from reading.asked import Sample
+from reading.asked import Sample, writes
 
 Q = torch.Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -83,12 +84,11 @@ def by_schema(target: OpOverload, a: Arguments, own: Own) -> Sample:
     """A call with arguments of the types that the schema names; `own` are those of this operator."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    written = target._schema.arguments[0].alias_info
     for place, wanted in enumerate(target._schema.arguments):
         made = own.get(wanted.name)
         if made is not None:
             value = made(a)
-        elif place == 0 and written is not None and written.is_write:
+        elif place == 0 and writes(target):
             value = a.tensor(a.shape)
         else:
             value = _of_type(str(wanted.type), a, wanted)
@@ -123,15 +123,18 @@ def _defined(sample: Sample, result: Q) -> bool:
     return not (whole and any(not x.isfinite().all() for x in sample.inputs))
 
 
-def accepted(make: Callable[[int], Sample], count: int, tries: int = 400) -> list[Sample]:
+def accepted(make: Callable[[int], Sample], count: int) -> list[Sample]:
     """The first samples of many that torch itself can run."""
     found: list[Sample] = []
-    for seed in range(tries):
+    for seed in range(20 * count):
         if len(found) == count:
             break
         sample = make(seed)
         try:
             result = sample.call([x.clone() for x in sample.inputs])
+            if sample.writes:  # a trace is more particular about what may be written to what
+                with FakeTensorMode() as mode:
+                    sample.call([mode.from_tensor(x) for x in sample.inputs])
         except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError, ZeroDivisionError):
             continue
         if isinstance(result, Q) and result.numel() and _defined(sample, result):

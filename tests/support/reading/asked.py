@@ -22,24 +22,37 @@ from attncc.ir.evaluate import Evaluator
 from attncc.ir.expr import Const, Expr, Index, Load, loads
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.reader.assumptions import Reach
-from attncc.patterns.reader.contractions import DOT, contraction
+from attncc.patterns.reader.contractions import DOT, Contraction, contraction
 from attncc.patterns.reader.value import Reader
 from attncc.patterns.reader.view_ops import Point
 
 Q = torch.Tensor
+aten = torch.ops.aten
 #: How far an answer may be from what an op holds in its dtype, relative and absolute.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def writes(target: OpOverload) -> bool:
+    """Whether an operator writes to its first argument."""
+    arguments = target._schema.arguments
+    return bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
 
 
 @dataclass(frozen=True)
 class Sample:
     """One call of an operator, and which of its results is asked for where it gives several. An operator that writes to
-    its first argument gets a copy of it."""
+    its first argument gets a copy of it. With `prepare`, the operator is called on what that makes of the arguments, in
+    the same graph."""
 
     target: OpOverload
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     which: int | None = None
+    prepare: Callable[..., tuple[Any, ...]] | None = None
+
+    @property
+    def writes(self) -> bool:
+        return writes(self.target)
 
     @property
     def inputs(self) -> list[Q]:
@@ -50,8 +63,9 @@ class Sample:
         leaves, spec = tree_flatten((self.args, self.kwargs))
         rest = iter(given)
         args, kwargs = tree_unflatten([next(rest) if isinstance(x, Q) else x for x in leaves], spec)
-        written = self.target._schema.arguments[0].alias_info
-        if written is not None and written.is_write:
+        if self.prepare is not None:
+            args = self.prepare(*args)
+        if self.writes:
             args = (args[0].clone(), *args[1:])
         result = self.target(*args, **kwargs)
         return result if self.which is None else result[self.which]
@@ -115,7 +129,9 @@ class Asked:
         tensors = {name: x for name, x in held.items() if isinstance(x, Q)}
         for x in loads(value):
             if x.tensor.startswith(DOT):
-                tensors[x.tensor] = self._product(self.facts.by_name[x.tensor.removeprefix(DOT)], held, sizes)
+                product = contraction(self.facts, self.facts.by_name[x.tensor.removeprefix(DOT)])
+                assert product is not None
+                tensors[x.tensor] = self.product(product)
         whole = tensors[n.name]
         compute = torch.float64 if whole.dtype == torch.float64 else torch.float32
         evaluator = (_Clamping if assuming else Evaluator)(grid, tensors, compute, rounding=True, checked=not assuming)
@@ -147,11 +163,10 @@ class Asked:
                 known |= {s.node.expr: k for s, k in pairs if isinstance(s, torch.SymInt)}
         return {size: torch.tensor(int(x.xreplace(known))) for size, x in self.facts.symbols.items()}
 
-    def _product(self, n: fx.Node, held: Mapping[str, Any], sizes: Mapping[Expr, Q]) -> Q:
+    def product(self, product: Contraction) -> Q:
         """What a product comes to without what is added and multiplied, by the maps of its factors."""
-        product = contraction(self.facts, n)
-        assert product is not None
-        shape = held[n.name].shape
+        held = self.held()
+        sizes, shape = self._sizes(held), held[product.node.name].shape
         at = tuple(ZERO if s == 1 else Index(f"p{d}") for d, s in enumerate(shape))
         c, extent = Index("c"), int(Evaluator(sizes, {}, torch.float64)(product.extent))
         lengths = {Index(f"p{d}"): s for d, s in enumerate(shape)}
@@ -198,7 +213,7 @@ def _named(sample: Sample, n: fx.Node) -> None:
         n.target = sample.target
 
 
-_TRACED_AS = {torch.ops.aten.lift_fresh.default: torch.ops.aten.lift_fresh_copy.default}
+_TRACED_AS = {aten.lift_fresh.default: aten.lift_fresh_copy.default, aten.copy_.Tensor: aten.copy_.default}
 
 
 def random_point(shape: Sequence[Expr], random: Random) -> tuple[Point, dict[Expr, Expr]]:
