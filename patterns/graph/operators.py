@@ -25,6 +25,11 @@ def is_operator(n: fx.Node) -> bool:
     return n.op == "call_function" and isinstance(n.target, OpOverload)
 
 
+def takes_tensors(target: Any) -> bool:
+    """Whether an overload is one for tensors; some are for plain numbers."""
+    return any(str(arg.type) in ("Tensor", "Optional[Tensor]") for arg in target._schema.arguments)
+
+
 def has_argument(n: fx.Node, name: str) -> bool:
     return any(arg.name == name for arg in _arguments(n))
 

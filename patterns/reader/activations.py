@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from attncc.ir.build import add, const, gt, lt, maximum, minimum, mul, op, sub, where
+from attncc.ir.build import add, const, gt, le, lt, maximum, minimum, mul, op, sub, where
 from attncc.ir.expr import Const, Expr, Op
 
 
@@ -31,6 +31,8 @@ def exp2(x: Expr) -> Expr:
 
 def power_of(base: float, x: Expr) -> Expr:
     """base ** x, for a base above zero."""
+    if base == 1.0:  # of infinity and NaN too
+        return const(1.0)
     return op("exp", _times(x, math.log(base)))
 
 
@@ -90,10 +92,12 @@ def hardswish(x: Expr) -> Expr:
 
 
 def threshold(x: Expr, limit: float, value: float) -> Expr:
-    return where(gt(x, const(float(limit))), x, const(float(value)))
+    return where(le(x, const(float(limit))), const(float(value)), x)  # NaN stays
 
 
 def sign(x: Expr) -> Expr:
+    if x.kind == "bool":
+        return x
     zero, one = (const(0.0), const(1.0)) if x.kind == "float" else (const(0), const(1))
     return where(gt(x, zero), one, where(lt(x, zero), op("neg", one), zero))
 

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from attncc.ir.affine import less_than, nonnegative, simplify
+from attncc.ir.attention import DTYPES
 from attncc.ir.build import ONE, ZERO, add, and_, cast, const, ge, lt, maximum, minimum, mul, sub, where
-from attncc.ir.expr import Expr, loads
+from attncc.ir.expr import Expr, Kind, loads
 from attncc.patterns.graph.operators import argument, dim_argument, has_argument
 from attncc.patterns.reader import distances
 from attncc.patterns.reader.pointwise import operand
@@ -29,6 +30,12 @@ def _arange(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     if start is None or step is None or "float" in (start.kind, step.kind):
         return None
     return add(mul(at[0], step), start)
+
+
+def _kind(r: Reader, n: fx.Node) -> Kind:
+    name = r.facts.dtype_name(n)
+    assert name is not None  # or nothing of the node is read
+    return DTYPES[name][0]
 
 
 def _value(number: float) -> Rule:
@@ -77,8 +84,7 @@ def _cat(r: Reader, n: fx.Node, at: Point) -> Expr | None:
         if result is None or less_than(at[dim], end, r.extents):
             result = value
         else:
-            kinds = {value.kind, result.kind}
-            kind = "float" if "float" in kinds else "int" if len(kinds) > 1 else value.kind
+            kind = _kind(r, n)
             result = where(lt(at[dim], end), cast(value, kind), cast(result, kind))
     return result
 
@@ -93,7 +99,7 @@ def _stack(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     rest = (*at[:dim], *at[dim + 1 :])
     result: Expr | None = None
     for which, part in reversed(list(enumerate(parts))):
-        value = r.value_at(part, rest, r.facts.order[n])
+        value = cast(r.value_at(part, rest, r.facts.order[n]), _kind(r, n))
         result = value if result is None else where(lt(at[dim], const(which + 1)), value, result)
     return result
 
@@ -118,7 +124,7 @@ def _pad(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     when = r.facts.order[n]
     fill = 0 if fill is None else fill
     if r.reach is not None:
-        number = cast(const(fill), "float" if r.facts.dtype(n).is_floating_point else "int")
+        number = cast(const(fill), _kind(r, n))
         return r.selected(inside, lambda: r.value_at(source, tuple(point), when), lambda: number)
     value = r.value_at(source, tuple(point), when)
     if loads(value):
@@ -191,11 +197,22 @@ def _gather(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return r.value_at(source, (*at[:dim], value, *at[dim + 1 :]), r.facts.order[n])
 
 
+def _taken_along(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+    """A gather in which the tensor and the indices broadcast to each other."""
+    source: Any = n.args[0]
+    indices: Any = n.args[1]
+    if argument(n, "dim") is None:  # of the tensor laid out flat
+        return None
+    dim = dim_argument(n, len(at))
+    value = r.value_at(indices, broadcast(r.facts, indices, at), r.facts.order[n])
+    return r.value_at(source, broadcast(r.facts, source, (*at[:dim], value, *at[dim + 1 :])), r.facts.order[n])
+
+
 def _index_select(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     source: Any = n.args[0]
     index: Any = argument(n, "index")
     dim = dim_argument(n, len(at))
-    value = r.value_at(index, (at[dim],), r.facts.order[n])
+    value = r.value_at(index, (at[dim],) if r.facts.rank(index) else (), r.facts.order[n])
     return r.value_at(source, (*at[:dim], value, *at[dim + 1 :]), r.facts.order[n])
 
 
@@ -243,7 +260,7 @@ SOURCES: dict[object, Rule] = {
     aten.index_put.default: _masked_put,
     aten.index_put_.default: _masked_put,
     aten.gather.default: _gather,
-    aten.take_along_dim.default: _gather,
+    aten.take_along_dim.default: _taken_along,
     aten.index_select.default: _index_select,
     aten.embedding.default: _embedding,
     aten.sum.dim_IntList: distances.of_sum,

@@ -29,8 +29,9 @@ from attncc.ir.build import (
     where,
 )  # fmt: skip
 from attncc.ir.expr import Const, Expr, Kind
-from attncc.patterns.graph.operators import argument
+from attncc.patterns.graph.operators import argument, has_argument, op_name, takes_tensors
 from attncc.patterns.reader import activations
+from attncc.patterns.reader.narrow import takes
 from attncc.patterns.reader.size_arithmetic import number
 from attncc.patterns.reader.view_ops import Point, broadcast
 
@@ -45,7 +46,8 @@ def operand(r: Reader, n: fx.Node, x: Any, at: Point) -> Expr | None:
     """An argument of `n` at the point: a tensor broadcast to the result, or a number, which sizes may decide."""
     if isinstance(x, fx.Node) and r.facts.is_tensor(x):
         return r.value_at(x, broadcast(r.facts, x, at), r.facts.order[n])
-    return number(r.facts, x)
+    found = number(r.facts, x)
+    return found if found is not None and takes(r.facts, n, found) else None
 
 
 def _together(*xs: Expr) -> tuple[Expr, ...]:
@@ -53,6 +55,12 @@ def _together(*xs: Expr) -> tuple[Expr, ...]:
     rank: dict[Kind, int] = {"bool": 0, "int": 1, "float": 2}
     top: Kind = max((x.kind for x in xs), key=rank.__getitem__)
     return tuple(cast(x, top) for x in xs)
+
+
+def _numbers(*xs: Expr) -> tuple[Expr, ...]:
+    """The same, truth values as the numbers 0 and 1."""
+    promoted = _together(*xs)
+    return tuple(cast(x, "int") for x in promoted) if promoted[0].kind == "bool" else promoted
 
 
 def _args(r: Reader, n: fx.Node, at: Point, count: int) -> tuple[Expr, ...] | None:
@@ -68,23 +76,19 @@ def _unary(f: Callable[[Expr], Expr], *, floats: bool = True) -> Rule:
     return rule
 
 
-def _binary(f: Callable[[Expr, Expr], Expr], *, floats: bool = False) -> Rule:
+def _binary(f: Callable[[Expr, Expr], Expr], *, swapped: bool = False) -> Rule:
+    """A function of two numbers, of which the second is multiplied by `alpha` where the operator has one."""
+
     def rule(r: Reader, n: fx.Node, at: Point) -> Expr | None:
         args = _args(r, n, at, 2)
-        if args is None:
+        alpha = argument(n, "alpha") if has_argument(n, "alpha") else 1
+        scale = operand(r, n, alpha, at)
+        if args is None or scale is None:
             return None
-        a, b = _together(*args)
-        if floats:
-            a, b = cast(a, "float"), cast(b, "float")
-        elif a.kind == "bool":
-            a, b = cast(a, "int"), cast(b, "int")
-        alpha = n.kwargs.get("alpha", 1)
-        if alpha != 1:
-            scale = operand(r, n, alpha, at)
-            if scale is None:
-                return None
-            b = mul(b, cast(scale, b.kind))
-        return f(a, b)
+        if all(x.kind == "bool" for x in args):
+            scale = cast(scale, "bool")  # a sum of truth values is scaled by one
+        a, b = _numbers(*(reversed(args) if swapped else args))
+        return f(a, b if alpha == 1 else mul(b, cast(scale, b.kind)))
 
     return rule
 
@@ -101,7 +105,7 @@ def _logical(f: Callable[[Expr, Expr], Expr], *, bitwise: bool) -> Rule:
 
 def _not(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     args = _args(r, n, at, 1)
-    if args is None or (n.target is aten.bitwise_not.default and args[0].kind != "bool"):
+    if args is None or (op_name(n).startswith("bitwise") and args[0].kind != "bool"):
         return None
     return not_(cast(args[0], "bool"))
 
@@ -148,7 +152,7 @@ def _clamp(r: Reader, n: fx.Node, at: Point) -> Expr | None:
         if limit is None or x is None:
             continue
         bound = operand(r, n, limit, at)
-        x = None if bound is None else f(*_together(x, bound))
+        x = None if bound is None else f(*_numbers(x, bound))
     return x
 
 
@@ -226,11 +230,7 @@ def _lerp(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     if args is None:
         return None
     start, end, weight = (cast(x, "float") for x in args)
-    return add(mul(start, sub(const(1.0), weight)), mul(end, weight))
-
-
-def _rsub(a: Expr, b: Expr) -> Expr:
-    return sub(b, a)
+    return add(mul(start, sub(const(1.0), weight)), mul(end, weight))  # linear in both ends, for infinite ones too
 
 
 def _activation(f: Callable[..., Expr], *settings: str) -> Rule:
@@ -241,7 +241,10 @@ def _activation(f: Callable[..., Expr], *settings: str) -> Rule:
         given = [argument(n, name) for name in settings]
         if x is None or any(not isinstance(g, int | float | str) for g in given):
             return None
-        return f(cast(x, "float"), *given)
+        try:
+            return f(cast(x, "float"), *given)
+        except ZeroDivisionError:  # by a `beta` of zero
+            return None
 
     return rule
 
@@ -259,7 +262,7 @@ def _addcmul(name: str) -> Rule:
 
     def rule(r: Reader, n: fx.Node, at: Point) -> Expr | None:
         args, scale = _args(r, n, at, 3), argument(n, "value")
-        if args is None or not isinstance(scale, int | float):
+        if args is None or not isinstance(scale, int | float) or not r.facts.dtype(n).is_floating_point:
             return None
         x, a, b = (cast(y, "float") for y in args)
         return add(x, mul(op(name, a, b), const(float(scale))))
@@ -280,12 +283,12 @@ def _xor(a: Expr, b: Expr) -> Expr:
 
 
 def _both(base: str, *overloads: str) -> list[object]:
-    """The overloads of an op, and of its in-place form, that this torch has."""
+    """The overloads of an op, and of its in-place form, that this torch has for tensors."""
     found: list[object] = []
     for name in (base, f"{base}_"):
         packet = getattr(aten, name, None)
         found += [getattr(packet, o) for o in overloads if packet is not None and hasattr(packet, o)]
-    return found
+    return [target for target in found if takes_tensors(target)]
 
 
 _TS = ("Tensor", "Scalar", "default", "Tensor_mode", "Scalar_mode", "Tensor_Tensor", "Tensor_Scalar")
@@ -301,7 +304,7 @@ _ACTIVATIONS: dict[Callable[..., Expr], tuple[str, ...]] = {
 
 #: The table: op name -> rule; every overload and in-place form of the name follows it.
 _RULES: dict[str, Rule] = {
-    "add": _binary(add), "sub": _binary(sub), "subtract": _binary(sub), "rsub": _binary(_rsub),
+    "add": _binary(add), "sub": _binary(sub), "subtract": _binary(sub), "rsub": _binary(sub, swapped=True),
     "mul": _binary(mul), "multiply": _binary(mul), "div": _divide, "true_divide": _divide, "divide": _divide,
     "floor_divide": _integers("floordiv"), "remainder": _integers("mod"),
     "neg": _unary(lambda x: op("neg", x), floats=False), "abs": _unary(lambda x: op("abs", x), floats=False),

@@ -22,6 +22,7 @@ from attncc.patterns.graph.operators import hint, written_args
 from attncc.patterns.reader.assumptions import Context, Reach
 from attncc.patterns.reader.contractions import DOT, ROUNDED, Contraction, contraction
 from attncc.patterns.reader.creation import SOURCES
+from attncc.patterns.reader.narrow import NARROW, fits
 from attncc.patterns.reader.pointwise import ELEMENTS
 from attncc.patterns.reader.relative import by_distance
 from attncc.patterns.reader.view_ops import Point, move
@@ -223,7 +224,10 @@ class Reader:
             return product.value(self, at) if spread is None else self._typed(n, spread)
         rule = ELEMENTS.get(n.target) or SOURCES.get(n.target)
         result = None if rule is None else rule(self, n, at)
-        return None if result is None else self._typed(n, result)
+        if result is None:
+            return None
+        typed = self._typed(n, result)
+        return typed if f.dtype(n) not in NARROW or fits(f, typed, f.dtype(n)) else None
 
     def _spread(self, product: Contraction, at: Point) -> Expr | None:
         """The other factor of a product of one term a sum whose one factor is all ones: that is how some models bring

@@ -72,6 +72,8 @@ def _dims(x: Any) -> list[int]:
 
 def _movedim_order(f: Facts, n: fx.Node) -> Sequence[int]:
     rank = f.rank(n)
+    if not rank:
+        return []
     source, target = _dims(n.args[1]), _dims(n.args[2])
     order: list[int] = [-1] * rank
     for s, t in zip(source, target, strict=True):
@@ -114,7 +116,7 @@ def _squeeze(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
     dims: set[int] = set(range(len(shape)))
     if len(n.args) > 1:
         named: Any = n.args[1]
-        dims = {d % len(shape) for d in ([named] if isinstance(named, int) else named)}
+        dims = {d % len(shape) for d in ([named] if isinstance(named, int) else named)} if shape else set()
     gone = {d for d in dims if shape[d] is ONE}
     rest = iter(at)
     return source, tuple(ZERO if d in gone else next(rest) for d in range(len(shape)))
