@@ -15,7 +15,7 @@ from attncc.ir.affine import divide
 from attncc.ir.build import add, const, maximum, minimum, mod, mul
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Expr, Size
-from attncc.patterns.graph.operators import MEMORY, formula, is_operator, op_name, storage_id, written_args
+from attncc.patterns.graph.operators import MEMORY, formula, hint, is_operator, op_name, storage_id, written_args
 
 
 class Facts:
@@ -34,6 +34,7 @@ class Facts:
         self.by_name = {n.name: n for n in graph.nodes}
         self.symbols: dict[Size, sympy.Expr] = {}
         self._shapes: dict[fx.Node, tuple[Expr, ...]] = {}
+        self._hints: dict[Size, int | None] = {}
         self._writes: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
         for n in graph.nodes:
             for written in written_args(n):
@@ -133,6 +134,15 @@ class Facts:
         if isinstance(s, bool) or not isinstance(s, int):
             raise TypeError(f"{s!r} is no integer")
         return const(s)
+
+    def hint(self, size: Size) -> int | None:
+        """The value that a size had in the example; None where it had none."""
+        if size not in self._hints:
+            values = (self.value(n) for n in self.nodes)
+            held = (s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else (v,)))
+            known = (hint(s) for s in held if isinstance(s, torch.SymInt) and self.size(s) is size)
+            self._hints[size] = next((n for n in known if n is not None), None)
+        return self._hints[size]
 
     def integer(self, x: sympy.Expr) -> Expr:
         """A formula over the graph's symbols that is an integer."""

@@ -33,7 +33,6 @@ from attncc.patterns.reader.sums_of_products import factored
 from attncc.patterns.reader.value import Reader, Unreadable
 from attncc.patterns.reader.view_ops import MOVES, Point
 from attncc.patterns.site.declare import Declared
-from attncc.patterns.site.products import mentioned
 
 _SEARCH = 24
 LEFT = "linear attention: left with Inductor"
@@ -151,8 +150,8 @@ def _lift(
     if inner is None or any(n not in data for n, _ in inner.sides):
         return None
     extents[j] = inner.extent
-    (k, k_at), (v, v_at) = inner.sides if d in mentioned(inner.sides[0][1]) else reversed(inner.sides)
-    in_q, in_k, in_v = mentioned(q_at), mentioned(k_at), mentioned(v_at)
+    (k, k_at), (v, v_at) = inner.sides if d in free(*inner.sides[0][1]) else reversed(inner.sides)
+    in_q, in_k, in_v = free(*q_at), free(*k_at), free(*v_at)
     own = [x for x in out if x is not ZERO]
     rows = [x for x in own if x in in_q - in_k - in_v]
     columns = [x for x in own if x in in_v - in_k - in_q]
