@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from random_ir import Program, programs
+from random_ir.programs import Program, programs
 
 from attncc.codegen.triton.rows import row_axes
 from attncc.ir import Attention, Axis, Const, Expr, Size, Tensor, interpret, parse_attention, verify
