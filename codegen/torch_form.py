@@ -18,8 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import checkpoint
 
 from attncc.codegen.torch_keys import Keys, skips, visited_keys
-from attncc.ir import Access, Attention, Axis, Bounds, Const, Expr, Index, Kind, Load, Op, S, Size, W
+from attncc.ir import Access, Attention, Axis, Bounds, Expr, Index, Kind, Load, Op, S, Size, W
 from attncc.ir.affine import poly
+from attncc.ir.analysis import scaled
 from attncc.ir.build import TRUE
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
 
@@ -292,19 +293,8 @@ def is_plain(a: Attention) -> bool:
     causal = Op("le", (a.j.index, a.i.index))
     return (
         a.normalizer == "softmax" and a.sink is None and a.weight is W and a.outputs == ("out",) and len(dtypes) == 1
-        and (a.mask is TRUE or a.mask is causal) and _scale(a.score) is not None
+        and (a.mask is TRUE or a.mask is causal) and scaled(a.score)[0] is S
     )  # fmt: skip
-
-
-def _scale(score: Expr) -> float | None:
-    """c where the score is s * c."""
-    match score:
-        case _ if score is S:
-            return 1.0
-        case Op("mul", (x, Const(c))) if x is S:
-            return float(c)
-        case _:
-            return None
 
 
 def _library(
@@ -323,7 +313,7 @@ def _library(
 
     keys = [*batch[:-1], 1] if shared else batch
     out = scaled_dot_product_attention(
-        four(q, batch), four(k, keys), four(v, keys), is_causal=a.mask is not TRUE, scale=_scale(a.score),
+        four(q, batch), four(k, keys), four(v, keys), is_causal=a.mask is not TRUE, scale=scaled(a.score)[1],
         enable_gqa=shared,
     )  # fmt: skip
     return out.reshape(*batch, *out.shape[-2:])

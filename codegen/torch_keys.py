@@ -11,11 +11,12 @@ from collections.abc import Mapping
 
 import torch
 
-from attncc.ir import Attention, Axis, Bounds, Expr, Load, Size, W
+from attncc.ir import Attention, Axis, Bounds, Expr, Size, W
+from attncc.ir.analysis import keeps_nan, zero_at_zero
 from attncc.ir.bounds import TILE_HI, TILE_LO
 from attncc.ir.build import TRUE
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
-from attncc.ir.expr import walk
+from attncc.ir.expr import loads
 
 #: Keys of a range beyond those that are visited, as a share, up to which a range is better than a list.
 _SLACK = 1.25
@@ -28,13 +29,12 @@ def skips(a: Attention, bounds: Bounds | None, device: str) -> bool:
     without waiting for the device."""
     if bounds is None or a.mask is TRUE or "weights" in a.outputs:
         return False
-    if a.normalizer == "softmax" and a.empty != "zero" and a.weight is not W:
+    if a.normalizer == "softmax" and a.empty != "zero" and not zero_at_zero(a.weight, W):
         return False
-    return device == "cpu" or not any(isinstance(n, Load) for x in _expressions(bounds) for n in walk(x))
-
-
-def _expressions(bounds: Bounds) -> list[Expr]:
-    return [r.expr for r in bounds.rows] + [n for x in bounds.visit for n in x.expressions]
+    if a.normalizer == "softmax" and a.empty == "nan" and not keeps_nan(a.weight, W):
+        return False
+    read = (*(r.expr for r in bounds.rows), *(n for x in bounds.visit for n in x.expressions))
+    return device == "cpu" or not loads(*read)
 
 
 def visited_keys(

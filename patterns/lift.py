@@ -11,9 +11,10 @@ from torch import fx
 from attncc.ir.verify import VerifyError
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import hint, is_operator
-from attncc.patterns.linear.linear import Recognised, data_nodes, linear_attentions
+from attncc.patterns.linear.linear import Recognised, linear_attentions
 from attncc.patterns.linear.recurrence import recurrences
 from attncc.patterns.reader.contractions import Contraction, contraction
+from attncc.patterns.reader.layers import Data
 from attncc.patterns.reader.value import Unreadable
 from attncc.patterns.refusals.reasons import DROPS, dropping, of_quotient, of_use, under_transform
 from attncc.patterns.refusals.unknown import unknown_weights
@@ -66,7 +67,7 @@ def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
     taken = {site.node for site in quadratic} | reads
     found = [*quadratic, *scans, *(site for site in linear if taken.isdisjoint({site.node, site.anchor}))]
     taken |= {n for site in found for n in (site.node, site.anchor)} | covered
-    for reason, at, product in unknown_weights(f, data_nodes(f)):
+    for reason, at, product in unknown_weights(f, Data(f)):
         if taken.isdisjoint({at, product}) and not any(n in taken for n in product.users):
             found.append(Refusal(f"attention without a softmax: {reason}", at, product))
             taken |= {at, product}

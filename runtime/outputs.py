@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from attncc.ir import Attention, Axis, Const, Expr, Size, parse_attention
+from attncc.ir import Attention, Axis, Size, parse_attention
+from attncc.ir.analysis import at_sizes
 from attncc.ir.evaluate import DTYPE_OF, NAME_OF
-from attncc.ir.expr import substitute
 
 #: What stands for an extent: a constant, or the place of a size in the call's `sizes`.
 Extent = tuple[bool, int]
@@ -58,7 +58,7 @@ class Plan:
         """Raises ValueError for a tensor that is not what the spec declares: a kernel would read outside it."""
         table = dict(zip(self.attention.sizes, sizes, strict=True))
         for declared, tensor in zip(self.attention.tensors, tensors, strict=True):
-            least = [_value(n, table) for n in declared.shape]
+            least = [at_sizes(n, table) for n in declared.shape]
             fits = tensor.ndim == len(least) and all(a >= b for a, b in zip(tensor.shape, least, strict=True))
             if tensor.dtype != DTYPE_OF[declared.dtype] or not fits:
                 dtype = NAME_OF.get(tensor.dtype, str(tensor.dtype))
@@ -66,14 +66,6 @@ class Plan:
                     f"the attention declares {declared.name}: {declared.dtype}{least}, "
                     f"the call has {dtype}{list(tensor.shape)}"
                 )
-
-
-def _value(x: Expr, table: Mapping[Size, int]) -> int:
-    """An extent, once the sizes are known."""
-    known = substitute(x, {size: Const(int(n)) for size, n in table.items()})
-    if not isinstance(known, Const):
-        raise ValueError(f"the extent {x!r} depends on more than sizes")
-    return int(known.value)
 
 
 @lru_cache(maxsize=4096)

@@ -15,8 +15,10 @@ from torch import fx
 
 from attncc import torch_private
 from attncc.driver.site_groups import between, operands, sources
-from attncc.ir.expr import Const, Expr, Op, Size
+from attncc.ir.analysis import at_sizes
+from attncc.ir.expr import Expr, Size, free
 from attncc.patterns.graph.facts import Facts
+from attncc.patterns.graph.operators import hint as example
 from attncc.patterns.site.assemble import Lifted
 from attncc.patterns.softmax.flex import FLEX, WHOLE
 
@@ -79,33 +81,22 @@ def made_up(fake: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return real.fill_(fake.dtype == torch.bool)
 
 
-def _number(x: Any) -> int:
-    if isinstance(x, torch.SymInt):
-        if not x.node.has_hint():
-            raise Untimeable("a size that only the data decides")
-        return int(x.node.hint)
-    return int(x)
+def _number(x: int | torch.SymInt) -> int:
+    found = example(x)
+    if found is None:
+        raise Untimeable("a size that only the data decides")
+    return found
 
 
 def hint(x: Expr, facts: Facts) -> int:
-    """The value that a size had when the graph was captured."""
-    if isinstance(x, Const):
-        return int(x.value)
-    if isinstance(x, Op):
-        a, *rest = (hint(y, facts) for y in x.args)
-        table: dict[str, Callable[..., int]] = {
-            "add": int.__add__, "sub": int.__sub__, "mul": int.__mul__, "floordiv": int.__floordiv__,
-            "mod": int.__mod__, "neg": int.__neg__, "min": min, "max": max,
-        }  # fmt: skip
-        return table[x.name](a, *rest)
-    assert isinstance(x, Size)
-    for n in facts.graph.nodes:
-        value = facts.value(n)
-        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
-        for s in sizes:
-            if isinstance(s, torch.SymInt) and s.node.has_hint() and facts.size(s) is x:
-                return int(s.node.hint)
-    raise Untimeable(f"no example value for {x!r}")
+    """The value that a size had when the graph was captured. Raises Untimeable where it had none."""
+    known: dict[Size, int] = {}
+    for size in (s for s in free(x) if isinstance(s, Size)):
+        found = facts.hint(size)
+        if found is None:
+            raise Untimeable(f"no example value for {size!r}")
+        known[size] = found
+    return at_sizes(x, known)
 
 
 def _unfused(

@@ -17,7 +17,6 @@ from attncc.ir.linear import UNIT, X
 from attncc.passes.bounds.area import Area, area
 from attncc.passes.bounds.area import picture as draw
 from attncc.passes.bounds.bounds import loop_bounds
-from attncc.passes.bounds.simulate import expressions
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.site.assemble import Lifted
 
@@ -89,7 +88,7 @@ def sizes_of(site: Lifted, facts: Facts) -> tuple[int, ...] | None:
 def extent_of(a: Attention, sizes: tuple[int, ...]) -> tuple[Area | None, str | None]:
     """How much of the scores the mask leaves, and a picture of it. No area where the bounds read data."""
     bounds = loop_bounds(a)
-    read = any(loads(*expressions(bounds))) or any(x.bits for x in bounds.visit)
+    read = bool(loads(*bounds.expressions)) or any(x.bits for x in bounds.visit)
     found = None if read else area(a, bounds, sizes)
     return found, None if a.mask is TRUE else draw(a, sizes)
 

@@ -111,4 +111,4 @@ def between(nodes: Sequence[fx.Node], stops: set[fx.Node], facts: Facts) -> list
                 stack += inputs
                 if n.op == "call_function" and not any(facts.aliases(n, a) for a in inputs):
                     stack += facts.writes(n, facts.order[n], last)
-    return [n for n in nodes[0].graph.nodes if n in seen] if nodes else []
+    return facts.in_order(seen)

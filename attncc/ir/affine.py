@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from attncc.ir.build import ONE, ZERO, add, const, floordiv, mod, mul, sub
-from attncc.ir.expr import Const, Expr, Op, Size, rewrite, walk
+from attncc.ir.expr import Const, Expr, Op, Size, mentions, rewrite, walk
 
 Monomial = tuple[Expr, ...]  # factors, ordered by their text; () is the constant term
 Poly = dict[Monomial, int]
@@ -74,19 +74,15 @@ def linear_in(x: Expr, index: Expr) -> tuple[Poly, Poly] | None:
     a: Poly = {}
     b: Poly = {}
     for m, c in poly(x).items():
-        if m.count(index) == 1 and not any(_mentions(f, index) for f in m if f is not index):
+        if m.count(index) == 1 and not any(mentions(f, index) for f in m if f is not index):
             rest = list(m)
             rest.remove(index)
             a[tuple(rest)] = a.get(tuple(rest), 0) + c
-        elif any(_mentions(f, index) for f in m):
+        elif any(mentions(f, index) for f in m):
             return None
         else:
             b[m] = c
     return a, b
-
-
-def _mentions(x: Expr, index: Expr) -> bool:
-    return x is index or any(_mentions(c, index) for c in x.children)
 
 
 def upper(p: Poly, extents: Extents) -> Poly | None:

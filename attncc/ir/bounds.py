@@ -107,6 +107,17 @@ class Bounds:
     full_parts: tuple[Interval, ...] = ()
     hidden: tuple[Interval, ...] | None = None
 
+    @property
+    def intervals(self) -> tuple[Interval, ...]:
+        return (*self.visit, *self.full, *self.full_parts, *(self.hidden or ()))
+
+    @property
+    def expressions(self) -> tuple[Expr, ...]:
+        """Everything that a kernel works out once a tile: ends, stripes and bits of the intervals, and what is read
+        per row for them."""
+        ends = (n for x in self.intervals for n in x.expressions)
+        return (*ends, *(self.residue or ()), *(r.expr for r in self.rows))
+
 
 def everything(m: Expr) -> Bounds:
     """Bounds that skip nothing, over `m` keys, for a mask that is all true."""

@@ -17,10 +17,11 @@ from attncc.ir.terms import (
     Var,
     free,
     loads,
+    mentions,
     walk,
 )
 
 __all__ = [
     "OPS", "ROUNDINGS", "Const", "Expr", "Index", "Kind", "KindError", "Load", "Op", "OpRule", "Scalar", "Size", "Var",
-    "free", "loads", "rewrite", "substitute", "walk",
+    "free", "loads", "mentions", "rewrite", "substitute", "walk",
 ]  # fmt: skip

@@ -315,9 +315,14 @@ def walk(*roots: Expr, beyond: Iterable[Expr] = ()) -> Iterator[Expr]:
             stack.extend((c, False) for c in reversed(node.children) if c not in seen)
 
 
-def free(root: Expr) -> frozenset[Expr]:
-    """The indices, sizes and variables that occur in `root`."""
-    return frozenset(n for n in walk(root) if isinstance(n, Index | Size | Var))
+def free(*roots: Expr) -> frozenset[Expr]:
+    """The indices, sizes and variables that occur in the roots."""
+    return frozenset(n for n in walk(*roots) if isinstance(n, Index | Size | Var))
+
+
+def mentions(root: Expr, *parts: Expr) -> bool:
+    """Whether one of `parts` occurs in `root`."""
+    return any(n in parts for n in walk(root))
 
 
 def loads(*roots: Expr) -> tuple[Load, ...]:

@@ -179,7 +179,7 @@ def _triton(a: Attention, bounds: Bounds, *, lists: bool = False) -> Built:
     if reason is not None:
         return _torch(a, reason)
     capability = capability_of(torch.device("cuda"))
-    space = triton.configs(a, capability, tf32=bool(torch.backends.cuda.matmul.allow_tf32), lists=lists)
+    space = triton.configs(a, bounds, capability, tf32=bool(torch.backends.cuda.matmul.allow_tf32), lists=lists)
     sources = [triton.emit(a, bounds, config) for config in space]
     kernel = TritonKernel(sources, remember=Remembered(default_store()))
     return Built(kernel, sources[0], "triton", f"Triton {capability} kernel")

@@ -18,10 +18,10 @@ from attncc.codegen.cpp import prepared
 from attncc.codegen.cpp.expressions import Level, Printer, fits_32_bits, literal
 from attncc.codegen.cpp.fold import folded, may_be_huge, spread
 from attncc.codegen.cpp.isa import TABLE, machine
-from attncc.codegen.cpp.operands import NotAffine, Operand, folded_axes, operand
+from attncc.codegen.cpp.operands import NotAffine, Operand, operand
 from attncc.codegen.cpp.prepared import function
-from attncc.codegen.cpp.weights import linear_factor, selects, vanishes
-from attncc.ir import Attention, Axis, Bounds, Const, Expr, Interval, Op, S, print_attention
+from attncc.ir import Attention, Axis, Bounds, Const, Expr, Interval, Op, S, W, print_attention
+from attncc.ir.analysis import folded_axes, keeps_nan, linear_factor, scaled, zero_at_zero
 from attncc.ir.bounds import Bits
 from attncc.ir.build import TRUE, mul
 from attncc.ir.expr import free, loads, walk
@@ -40,9 +40,9 @@ def unsupported(a: Attention) -> str | None:
         return "the weights are asked for; the C++ kernel never forms them"
     if a.dtype not in _ELEMENT or a.dtype not in ("f64", "f32", "bf16", "f16"):
         return f"out as {a.dtype}"
-    if a.empty != "zero" and a.normalizer == "softmax" and not vanishes(a.weight):
+    if a.empty != "zero" and a.normalizer == "softmax" and not zero_at_zero(a.weight, W):
         return f"a weight that is not 0 where w is 0, with empty rows as {a.empty}"
-    if a.empty == "nan" and a.normalizer == "softmax" and selects(a.weight):
+    if a.empty == "nan" and a.normalizer == "softmax" and not keeps_nan(a.weight, W):
         return "a weight that may replace the NaN of an empty row"
     try:
         _operands(a)
@@ -73,14 +73,15 @@ def _library(name: str) -> str:
 class _Emitter:
     def __init__(self, a: Attention, bounds: Bounds, isa: str) -> None:
         a = replace(a, score=folded(a.score), weight=folded(a.weight))
-        self.a, self.bounds, self.name, self.isa = a, bounds, isa, TABLE[isa]
         self.hidden = (Interval(Const(0), a.j.extent),) if bounds.hidden is None else bounds.hidden
-        self.spans = [n for x in (*bounds.visit, *self.hidden) for n in x.expressions]
-        self.folded = folded_axes(a, [*self.spans, *(x.expr for x in bounds.rows)])
+        bounds = replace(bounds, full=(), full_parts=(), residue=None, hidden=self.hidden)  # what find_spans works out
+        self.a, self.bounds, self.name, self.isa = a, bounds, isa, TABLE[isa]
+        self.folded = folded_axes(a, bounds.expressions)
         self.held = tuple(x for x in a.batch if x not in self.folded)
         self.p = Printer(a, [x.index for x in self.folded])
         self.q, self.k, self.v = _operands(a)
-        self.factor = linear_factor(a.weight) if a.normalizer == "softmax" else None
+        factor = linear_factor(a.weight, W) if a.normalizer == "softmax" else None
+        self.factor = None if factor is None or S in free(factor) else factor
         self.early = a.normalizer == "softmax" and self.factor is None
         # bfloat16 operands alone gain from bfloat16 products; everything else runs in the compute type.
         bf16 = {a.tensor(x.tensor).dtype for x in (a.q, a.k, a.v)} == {"bf16"}
@@ -95,16 +96,10 @@ class _Emitter:
 
     def _plain_scale(self) -> float | None:
         """c > 0 with score = s * c, which needs no pass of its own."""
-        x = self.a.score
         if self.a.normalizer != "softmax" or self.early:
             return None
-        if x is S:
-            return 1.0
-        if isinstance(x, Op) and x.name == "mul" and S in x.args:
-            other = x.args[0] if x.args[1] is S else x.args[1]
-            if isinstance(other, Const) and 0 < float(other.value) < math.inf:
-                return float(other.value)
-        return None
+        x, scale = scaled(self.a.score)
+        return scale if x is S else None
 
     def source(self) -> str:
         hooks = [self._bounds(), self._logit(), self._weights(), self._sink()]
@@ -130,6 +125,7 @@ class _Emitter:
         a, double = self.a, self.p.double
         narrow = not double and fits_32_bits(a, a.score, a.mask, a.weight, *([a.sink] if a.sink else []))
         wide = isinstance(a.e.extent, Const) and int(a.e.extent.value) >= 128
+        spans = [n for x in self.bounds.intervals for n in x.expressions]
         defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles, wide=wide) | {
             "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged), "SLANTED": len(self.p.diagonals.tables),
             "STAGED_BY_SCORE": int(not self.p.staged.keys().isdisjoint(loads(a.score, a.weight))),
@@ -146,7 +142,7 @@ class _Emitter:
             "FEW_ALONE": int(self.scale is not None and self.factor == Const(1.0)),
             "SUMS_ROUNDED": int(self.factor == Const(1.0) and "lse" not in a.outputs),
             "CAN_SPLIT": int(a.normalizer == "softmax" and not self.early and a.empty != "mean"),
-            "EVEN_AREA": int(not any(free(x) - {*a.sizes} or loads(x) for x in self.spans)),
+            "EVEN_AREA": int(not (free(*spans) - {*a.sizes} or loads(*spans))),
             "OUT_OF_MEMORY": 1, "TOO_LARGE": 2, "NO_MATRIX_UNIT": 3,
         }  # fmt: skip
         headers = ["math.h", "omp.h", "stddef.h", "stdint.h", "stdlib.h", "string.h"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attncc.ir import Access, Attention, Axis, Expr, Load, Op
+from attncc.ir import Access, Axis, Expr, Load, Op
 from attncc.ir.affine import expr, linear_in
-from attncc.ir.expr import free, walk
+from attncc.ir.expr import walk
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,3 @@ def operand(access: Access, row: Axis, col: Axis) -> Operand:
 def _constant(monomial: tuple[Expr, ...]) -> bool:
     opaque = ("floordiv", "mod")
     return not any(isinstance(n, Load) or (isinstance(n, Op) and n.name in opaque) for n in walk(*monomial))
-
-
-def folded_axes(a: Attention, bounds: list[Expr]) -> tuple[Axis, ...]:
-    """Batch axes whose members share keys, values and loop bounds, so that their queries can share a tile."""
-    shared = free_of(*a.k.index, *a.v.index, *bounds)
-    return tuple(x for x in a.batch if x.index not in shared)
-
-
-def free_of(*roots: Expr) -> frozenset[Expr]:
-    return frozenset[Expr]().union(*(free(r) for r in roots))
-
-

@@ -8,9 +8,9 @@ from typing import Literal
 from attncc.codegen.triton.expressions import Scope
 from attncc.codegen.triton.frame import Frame
 from attncc.codegen.triton.plan import TL_TYPES
-from attncc.codegen.triton.score_parts import only
 from attncc.codegen.triton.segments import Striped
 from attncc.ir import Const, Expr, S, W
+from attncc.ir.analysis import members
 from attncc.ir.build import TRUE, and_, le, lt, mod, not_, sub
 from attncc.ir.expr import free
 
@@ -174,7 +174,8 @@ class Block:
         """Which keys of the block any row may read, as a column: what no row may read is never loaded, whatever it
         holds."""
         p = self.p
-        condition = only(p.a.mask, p.row_leaves) if masked else TRUE
+        by_key = (x for x in members("and", p.a.mask) if not free(x) & p.row_leaves)
+        condition = and_(*by_key) if masked else TRUE
         if not (masked and p.ragged) and stripes is None and condition is TRUE:
             return ""
         inner = self.f.scope.inner()

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from attncc.codegen.triton.operands import chunks
-from attncc.codegen.triton.rows import folded_axes
-from attncc.ir import Attention, Const, Load, Op
+from attncc.codegen.triton.rows import row_axes
+from attncc.ir import Attention, Axis, Const, Expr, Load, Op
 from attncc.ir.attention import DTYPES
 from attncc.ir.bounds import Bounds
 from attncc.ir.build import TRUE
@@ -42,6 +42,10 @@ class TritonConfig:
 
     def __str__(self) -> str:
         return " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+
+
+#: The axes whose indices tell the rows of one tile apart, see `row_axes`.
+Rows = tuple[Axis, ...]
 
 
 @dataclass(frozen=True)
@@ -77,44 +81,46 @@ def _operand_bytes(a: Attention) -> int:
     return max(DTYPES[a.tensor(x.tensor).dtype][1] for x in (a.q, a.k, a.v))
 
 
-def shared_bytes(a: Attention, c: TritonConfig) -> int:
+def shared_bytes(a: Attention, rows: Rows, c: TritonConfig) -> int:
     """What the key and value tiles in flight and the query tile take at most."""
     width = _operand_bytes(a)
     d, e = sum(n for n, _ in chunks(int(_extent(a.d.extent)))), sum(n for n, _ in chunks(int(_extent(a.e.extent))))
-    pairs = sum(DTYPES[a.tensor(x.tensor).dtype][1] for x in _pair_loads(a)) * c.block_m
+    pairs = sum(DTYPES[a.tensor(x.tensor).dtype][1] for x in _pair_loads(a, rows)) * c.block_m
     return max(c.stages, 1) * c.block_n * (width * (d + e) + pairs) + width * c.block_m * d
 
 
-def _pair_loads(a: Attention) -> list[Load]:
+def _by_pair(a: Attention, rows: Rows, x: Expr) -> bool:
+    """Whether each row and key of a tile has a value of its own."""
+    return a.j.index in free(x) and not free(x).isdisjoint(axis.index for axis in rows)
+
+
+def _pair_loads(a: Attention, rows: Rows) -> list[Load]:
     """Loads of a value for each row and key: each takes a register or two an element of the tile, and a place in
     shared memory for each stage."""
-    rows = {a.i.index, *(x.index for x in folded_axes(a, Bounds(())))}
-    found = loads(a.score, a.mask, a.weight)
-    return [x for x in found if a.j.index in free(x) and free(x) & rows]
+    return [x for x in loads(a.score, a.mask, a.weight) if _by_pair(a, rows, x)]
 
 
-def registers(a: Attention, c: TritonConfig, m: Machine) -> int:
+def registers(a: Attention, rows: Rows, c: TritonConfig, m: Machine) -> int:
     """What the accumulator, the scores and the weights take of each thread, in 32-bit registers; and the addresses of
     blocks in flight and of a head's second chunk."""
     sizes = [int(_extent(x.extent)) for x in (a.d, a.e)]
     parts = [chunks(n) for n in sizes]
     elements = c.block_m * c.block_n // (c.warps * m.lanes)
     tiles = c.block_m * (sum(n for n, _ in parts[1]) + c.block_n) // (c.warps * m.lanes) + elements // 2
-    tiles += elements * 7 // 4 * (len(_pair_loads(a)) + ("weights" in a.outputs))
-    tiles += elements // 2 * _computes_pairs(a)
+    tiles += elements * 7 // 4 * (len(_pair_loads(a, rows)) + ("weights" in a.outputs))
+    tiles += elements // 2 * _computes_pairs(a, rows)
     for size, found in zip(sizes, parts, strict=True):
         wide = 40 if m.copies and size > 128 and found[-1][0] < 64 else 16  # narrow copies keep more addresses
         tiles += (len(found) - 1) * wide
     return tiles + 4 * (c.stages - 1)
 
 
-def _computes_pairs(a: Attention) -> bool:
+def _computes_pairs(a: Attention, rows: Rows) -> bool:
     """Whether numbers made from indices (distances, 64-bit positions) take a place for each row and key, or a loop over
     stripes computes where its keys are."""
-    rows = {a.i.index, *(x.index for x in folded_axes(a, Bounds(())))}
     inside = {n for x in loads(a.score, a.mask) for n in walk(*x.index)}
     for x in walk(a.score, a.mask):
-        if isinstance(x, Op) and x.name == "float" and a.j.index in free(x) and free(x) & rows and x not in inside:
+        if isinstance(x, Op) and x.name == "float" and _by_pair(a, rows, x) and x not in inside:
             return True
         if isinstance(x, Op) and x.name == "mod" and a.j.index in free(x) and x not in inside:
             return True
@@ -127,14 +133,15 @@ def _extent(x: object) -> int:
     return int(x.value) if isinstance(x, Const) else 128
 
 
-def residents(a: Attention, c: TritonConfig, m: Machine) -> int:
+def residents(a: Attention, rows: Rows, c: TritonConfig, m: Machine) -> int:
     """How many programs a processor holds at a time: by shared memory, and by its 65536 registers, 255 a thread."""
-    return max(1, min(m.shared // shared_bytes(a, c), 65536 // (255 * c.warps * m.lanes)))
+    return max(1, min(m.shared // shared_bytes(a, rows, c), 65536 // (255 * c.warps * m.lanes)))
 
 
-def fits(a: Attention, c: TritonConfig, capability: str) -> bool:
+def fits(a: Attention, rows: Rows, c: TritonConfig, capability: str) -> bool:
+    """Whether a machine has room for tiles whose rows are those of the axes `rows`."""
     m = machine(capability)
-    return shared_bytes(a, c) <= m.shared and registers(a, c, m) <= m.tile_registers
+    return shared_bytes(a, rows, c) <= m.shared and registers(a, rows, c, m) <= m.tile_registers
 
 
 _NVIDIA = (
@@ -154,25 +161,26 @@ _DECODE = ((16, 64, 4, 3), (16, 128, 4, 2), (16, 32, 4, 4), (16, 64, 2, 3), (16,
 _MOST = 7
 
 
-def _few_rows(a: Attention) -> int | None:
+def _few_rows(rows: Rows) -> int | None:
     """The rows of one tile column where they are known and fit one small tile, else None."""
-    rows = 1
-    for axis in (*folded_axes(a, Bounds(())), a.i):
+    count = 1
+    for axis in rows:
         if not isinstance(axis.extent, Const):
             return None
-        rows *= int(axis.extent.value)
-    return rows if rows <= 64 else None
+        count *= int(axis.extent.value)
+    return count if count <= 64 else None
 
 
 def configs(
-    a: Attention, capability: str, *, tf32: bool = False, lists: bool = False
+    a: Attention, bounds: Bounds, capability: str, *, tf32: bool = False, lists: bool = False
 ) -> tuple[TritonConfig, ...]:
     """The configurations worth trying for `a`, best guess first; what does not fit the machine is left out.
 
     `tf32` says that float32 products may be made from rounded factors (torch's own flags decide that), `lists` that
     the kernels walk lists of blocks."""
     m = machine(capability)
-    few = _few_rows(a)
+    axes = row_axes(a, bounds, lists=lists)
+    few = _few_rows(axes)
     float32 = _operand_bytes(a) >= 4
     amd = capability.startswith("gfx")
     hopper = not amd and m.shared > 200 * 1024
@@ -194,18 +202,18 @@ def configs(
         for bm, bn, warps, stages in shapes
         if bn <= max(16, 2 * _keys(a))
     )
-    fitting = [c for c in found if fits(a, c, capability)]
+    fitting = [c for c in found if fits(a, axes, c, capability)]
     more: list[TritonConfig] = []
     if hopper and few is None and fitting and not float32:
         # behind the plain ones: these win or lose by the shape, which only a measurement can tell
         more = [replace(c, descriptors=True) for c in fitting[:2]]
         more += [replace(more[0], specialize=True)] if capability.startswith("sm_10") else []
-        small = [c for c in fitting if registers(a, c, m) + m.outer <= m.tile_registers]
+        small = [c for c in fitting if registers(a, axes, c, m) + m.outer <= m.tile_registers]
         if a.mask is not TRUE and small:  # tiles of unequal length
-            more.append(replace(small[0], split=False, persistent=residents(a, small[0], m)))
+            more.append(replace(small[0], split=False, persistent=residents(a, axes, small[0], m)))
     if few is None and split:  # the rows may turn out to be a handful
         small = TritonConfig(16, 64, 4, 1 if amd else 3, split=True, precision=precision, lists=lists)
-        more += [small] if not float32 and fits(a, small, capability) and small not in fitting else []
+        more += [small] if not float32 and fits(a, axes, small, capability) and small not in fitting else []
     fitting = [*fitting[: _MOST - len(more)], *more]
     return tuple(fitting) or (TritonConfig(16, 16, 4, 1, split=split, precision=precision, lists=lists),)
 

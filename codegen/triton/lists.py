@@ -19,12 +19,12 @@ from attncc.codegen.triton.expressions import Scope
 from attncc.codegen.triton.frame import Frame
 from attncc.codegen.triton.kernel import BLOCK_COUNT, FLAGS, LISTS, Kernel, kernel
 from attncc.codegen.triton.plan import Plan
-from attncc.codegen.triton.score_parts import comparison_sides
 from attncc.codegen.triton.segments import Run
-from attncc.ir import Const, Expr, Index, Op
+from attncc.ir import Const, Expr, Op
 from attncc.ir.affine import linear_in
+from attncc.ir.analysis import Sides, blocks_of, comparison_sides
 from attncc.ir.build import ZERO, add, and_, const, floordiv, not_, or_
-from attncc.ir.expr import free, loads, rewrite
+from attncc.ir.expr import free, loads
 
 #: Blocks of keys that one program of `look` answers for.
 LOOKS = 16
@@ -167,9 +167,9 @@ class _Look:
             return Answer(text, text, exact=True)
         sides = comparison_sides(x, self.j, self.p.row_leaves) if rowed and keyed else None
         if sides is not None:
-            return self._compared(*sides)
+            return self._compared(sides)
         block = self.p.config.block_n
-        width = blocks_of(x, self.j, block)
+        width = group_of(x, self.j, block)
         if rowed and keyed and width is None:
             return _OPEN
         step = width or 1
@@ -185,15 +185,15 @@ class _Look:
         some = home.name("some", f"tl.max(tl.where({seen}, 1, 0)) > 0")
         return Answer(some, home.name("every", f"tl.min(tl.where({hidden}, 1, 0)) > 0"), exact=True)
 
-    def _compared(self, relation: str, row: Expr, key: Expr) -> Answer:
+    def _compared(self, x: Sides) -> Answer:
         """row <= key, row == key or row != key, from the extremes of both sides; not exact where a side has gaps."""
-        low, high = self._row_extremes(row)
-        least, most = self._key_extremes(key)
-        if relation == "le":
+        low, high = self._row_extremes(x.row)
+        least, most = self._key_extremes(x.key)
+        if x.relation == "le":
             return Answer(f"({low} <= {most})", f"({high} <= {least})", exact=True)
         apart = f"(({most} < {low}) | ({high} < {least}))"
         alike = f"(({low} == {most}) & ({high} == {least}))"
-        return Answer(_not(apart), alike) if relation == "eq" else Answer(_not(alike), apart)
+        return Answer(_not(apart), alike) if x.relation == "eq" else Answer(_not(alike), apart)
 
     def _row_extremes(self, x: Expr) -> tuple[str, str]:
         scope, text = self.f.scope, self.f.scope.atom(x)
@@ -257,21 +257,12 @@ def _not(x: str) -> str:
     return {"True": "False", "False": "True"}.get(x, f"({_closed(x)} == 0)")
 
 
-def blocks_of(x: Expr, j: Expr, block: int) -> int | None:
+def group_of(x: Expr, j: Expr, block: int) -> int | None:
     """c where the keys of a block of `block` fall into whole groups of c, or one group, that `x` tells not apart: `j`
     occurs in it only as `j // n` of one n, and one of n and `block` divides the other. None where it occurs otherwise.
     """
-    sizes: set[int] = set()
-
-    def hide(y: Expr) -> Expr | None:
-        if isinstance(y, Op) and y.name == "floordiv" and y.args[0] is j and isinstance(y.args[1], Const):
-            sizes.add(int(y.args[1].value))
-            return Index("number of the block")  # no axis has such a name
+    found = blocks_of(x, j)
+    if found is None:
         return None
-
-    if j not in free(x) or j in free(rewrite(x, hide)) or len(sizes) != 1:
-        return None
-    (size,) = sizes
-    if size > 0 and size % block == 0:
-        return block
-    return size if size > 0 and block % size == 0 else None
+    _, size = found
+    return block if size % block == 0 else size if block % size == 0 else None

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 from attncc.codegen.triton.config import TritonConfig
 from attncc.codegen.triton.operands import Operand, chunks, operands
-from attncc.codegen.triton.rows import folded_axes
-from attncc.codegen.triton.score_parts import scaled, weight_factor
+from attncc.codegen.triton.rows import row_axes
 from attncc.codegen.triton.segments import Segments, segments
-from attncc.ir import Attention, Axis, Const, Expr, Interval, Op
+from attncc.ir import Attention, Axis, Const, Expr, Interval, W
+from attncc.ir.analysis import keeps_nan, linear_factor, scaled
 from attncc.ir.bounds import TILE_HI, TILE_LO, Bounds, Stripe
 from attncc.ir.build import ONE as ONE_
 from attncc.ir.build import TRUE, ZERO, add, mul
-from attncc.ir.expr import free, substitute, walk
+from attncc.ir.expr import free, substitute
 
 TYPES = {
     "f64": "fp64", "f32": "fp32", "bf16": "bf16", "f16": "fp16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",
@@ -53,7 +53,7 @@ class Plan:
         """The weights are needed normalised: a first pass finds the largest score and the sum, a second applies them.
 
         NaN times a factor is NaN, but a choice may leave the NaN of a row without keys out."""
-        chosen = self.a.empty == "nan" and self.a.mask is not TRUE and _chooses(self.a.weight)
+        chosen = self.a.empty == "nan" and self.a.mask is not TRUE and not keeps_nan(self.a.weight, W)
         return self.softmax and (self.factor is None or chosen or "weights" in self.a.outputs)
 
     @property
@@ -144,10 +144,6 @@ class Plan:
 _PLAIN = Const(1.0)
 
 
-def _chooses(x: Expr) -> bool:
-    return any(isinstance(n, Op) and n.name == "where" and n.kind == "float" for n in walk(x))
-
-
 def plan(a: Attention, bounds: Bounds, config: TritonConfig) -> Plan:
     """Raises ValueError for what `unsupported` names."""
     bounds = _of_runs(bounds)
@@ -159,7 +155,8 @@ def plan(a: Attention, bounds: Bounds, config: TritonConfig) -> Plan:
         raise ValueError("an operand's index is not affine in the axes; split its axes before emitting")
     extents: dict[Expr, Expr] = {x.index: x.extent for x in a.axes}
     extents |= {TILE_LO: a.i.extent, TILE_HI: add(a.i.extent, ONE_)}
-    folded = tuple(x for x in folded_axes(a, bounds) if x.extent is not ONE_)
+    *together, _ = row_axes(a, bounds, lists=config.lists)
+    folded = tuple(x for x in together if x.extent is not ONE_)
     points = tuple(x for x in a.batch if x not in folded and x.extent is not ONE_)
     raw, scale = scaled(a.score) if a.normalizer == "softmax" else (a.score, 1.0)
     everything = Bounds((_whole(a),), (_whole(a),)) if a.mask is TRUE else Bounds((_whole(a),))
@@ -169,7 +166,7 @@ def plan(a: Attention, bounds: Bounds, config: TritonConfig) -> Plan:
         d_chunks=chunks(_const(a.d)), e_chunks=chunks(_const(a.e)),
         runs=segments(bounds, a.j.extent, config.block_n, extents, 0 if config.lists else _most_rows(folded, config)),
         every=segments(everything, a.j.extent, config.block_n, extents),
-        raw=raw, scale=scale, factor=weight_factor(a.weight), extents=extents,
+        raw=raw, scale=scale, factor=linear_factor(a.weight, W), extents=extents,
     )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from attncc.codegen.triton.operands import head_sizes, operands
-from attncc.codegen.triton.score_parts import keeps_zero
-from attncc.ir import Attention
+from attncc.ir import Attention, W
+from attncc.ir.analysis import zero_at_zero
 from attncc.ir.expr import free, loads
 
 LARGEST_HEAD = 512
@@ -23,7 +23,7 @@ def unsupported(a: Attention) -> str | None:
         return "a head size of zero"
     if operands(a) is None:
         return "an operand's index is not affine in the axes"
-    if a.normalizer == "softmax" and a.empty != "zero" and not keeps_zero(a.weight):
+    if a.normalizer == "softmax" and a.empty != "zero" and not zero_at_zero(a.weight, W):
         return "the weight of an unseen key is not zero"
     return None
 

@@ -17,15 +17,14 @@ from math import prod
 
 import torch
 
-from attncc.ir import Attention, Const, Expr, Load, Op, Size, Tensor
+from attncc.ir import Attention, Expr, Load, Op, Size, Tensor
 from attncc.ir.affine import Poly, poly
+from attncc.ir.analysis import blocks_of
 from attncc.ir.bounds import TILE_LO, Bits
 from attncc.ir.build import ONE, ZERO, add, const, floordiv
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
-from attncc.ir.rewrite import rewrite
-from attncc.ir.terms import free, loads, walk
-from attncc.passes.bounds.predicates import mentions
+from attncc.ir.terms import free, loads, mentions, walk
 
 #: Keys of a block where the literal has no blocks of its own.
 BLOCK = 16
@@ -77,23 +76,6 @@ def block_map(literal: Expr, a: Attention, name: str, group: int) -> BlockMap:
     words = floordiv(add(a.j.extent, const(block * 64 - 1)), const(block * 64))
     tensor = Tensor(name, "i64", (*(x.extent for x in axes), groups, const(2), words))
     return BlockMap(tensor, (*index, at), literal, group, block)
-
-
-def blocks_of(literal: Expr, index: Expr) -> tuple[Expr, int] | None:
-    """(the literal over block numbers, the block size) where `index` occurs only as `index // c` of one constant c."""
-    sizes: set[int] = set()
-
-    def rule(x: Expr) -> Expr | None:
-        if isinstance(x, Op) and x.name == "floordiv" and x.args[0] is index and isinstance(x.args[1], Const):
-            sizes.add(int(x.args[1].value))
-            return Load("number of the block", (), "int")  # a leaf that cannot be the index itself
-        return None
-
-    hidden = rewrite(literal, rule)
-    if len(sizes) != 1 or mentions(hidden, index):
-        return None
-    number = Load("number of the block", (), "int")
-    return rewrite(hidden, lambda x: index if x is number else None), sizes.pop()
 
 
 def by_pair(literal: Expr, a: Attention) -> bool:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from attncc.ir.affine import Extents, expr, nonnegative, poly, simplify
 from attncc.ir.bounds import TILE_HI, TILE_LO, Bits, RowBound, Stripe
 from attncc.ir.build import ONE, ZERO, add, and_, le, lt, maximum, minimum, mul, sub, where
-from attncc.ir.expr import Const, Expr, Op, walk
-from attncc.passes.bounds.predicates import Clause, mentions, reads
+from attncc.ir.expr import Const, Expr, Op, mentions, walk
+from attncc.passes.bounds.predicates import Clause, reads
 from attncc.passes.bounds.rows import RowSet, RowStripe, row_set
 from attncc.passes.bounds.tiles import TileRows, contiguous, trend
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 
 from attncc.ir.affine import Extents, expr, less_than, nonnegative, poly
 from attncc.ir.build import ONE, ZERO, add, and_, const, le, maximum, minimum, mul, not_, or_, sub
-from attncc.ir.expr import Const, Expr, Index, Load, Op, rewrite, walk
+from attncc.ir.expr import Const, Expr, Index, Load, Op, mentions, rewrite, walk
 
 Clause = frozenset[Expr]
 MAX_CLAUSES = 96
@@ -24,10 +24,6 @@ MAX_CLAUSES = 96
 
 class TooManyClauses(Exception):
     """The normal form would be larger than any mask met in practice; callers fall back to no bounds."""
-
-
-def mentions(x: Expr, *indices: Expr) -> bool:
-    return any(n in indices for n in walk(x))
 
 
 def reads(x: Expr, *indices: Expr) -> bool:

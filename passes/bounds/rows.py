@@ -25,8 +25,8 @@ from attncc.ir.affine import (
     simplify,
 )  # fmt: skip
 from attncc.ir.build import ONE, ZERO, add, floordiv, maximum, minimum, mul, sub
-from attncc.ir.expr import Const, Expr, Op, Size
-from attncc.passes.bounds.predicates import Clause, inequality, mentions
+from attncc.ir.expr import Const, Expr, Op, Size, mentions
+from attncc.passes.bounds.predicates import Clause, inequality
 
 
 @dataclass(frozen=True)

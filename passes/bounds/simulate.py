@@ -51,9 +51,7 @@ def simulate(
     where a tile has rows of two entries of a table of bits."""
     table = size_table(a, sizes)
     n, m = extent(a.i.extent, table), extent(a.j.extent, table)
-    used: set[Expr] = set()
-    for x in expressions(bounds):
-        used |= free(x)
+    used = free(*bounds.expressions)
     device = next((t.device for t in (tensors or {}).values()), torch.device("cpu"))
     leaves: dict[Expr, torch.Tensor] = {s: torch.tensor(v, device=device) for s, v in table.items()}
     shape: list[int] = []
@@ -102,13 +100,6 @@ def simulate(
     full = (*bounds.full, *bounds.full_parts)
     hidden = None if bounds.hidden is None else all_of(bounds.hidden)
     return Tiles(all_of(bounds.visit), all_of(full), hidden, end - first, full_shape[:-1], repeat)
-
-
-def expressions(bounds: Bounds) -> list[Expr]:
-    """Everything that bounds are made of."""
-    found: list[Expr] = [r.expr for r in bounds.rows]
-    every = (*bounds.visit, *bounds.full, *bounds.full_parts, *(bounds.hidden or ()))
-    return found + [n for x in every for n in x.expressions]
 
 
 def keys_of(intervals: tuple[TileInterval, ...], shape: tuple[int, ...], m: int) -> torch.Tensor:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from attncc.ir.affine import Extents, Poly, expr, is_positive, nonnegative, plus, poly, scaled
 from attncc.ir.build import ONE, ZERO, add, eq, floordiv, maximum, minimum, mod, mul, op, sub, where
-from attncc.ir.expr import Const, Expr, Op, Size, substitute
-from attncc.passes.bounds.predicates import mentions
+from attncc.ir.expr import Const, Expr, Op, Size, mentions, substitute
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from attncc.ir import Attention, Expr, Op, Program
 from attncc.ir.affine import Extents, expr, nonnegative, poly
+from attncc.ir.analysis import members
 from attncc.ir.build import FALSE, ONE, TRUE, and_, not_, op, or_, sub
 from attncc.ir.rewrite import rewrite
 from attncc.passes.bounds.predicates import settled
@@ -88,15 +89,15 @@ class Folder:
 
     def _chain(self, name: str, parts: list[Expr]) -> Expr:
         other = "or" if name == "and" else "and"
-        members = list(dict.fromkeys(m for p in parts for m in members_of(name, p)))
-        if any(self._not(m) in members for m in members):
+        held = list(dict.fromkeys(m for p in parts for m in members(name, p)))
+        if any(self._not(m) in held for m in held):
             return FALSE if name == "and" else TRUE
         kept: list[Expr] = []
-        for at, x in enumerate(members):
-            rest = [*kept, *members[at + 1 :]]
+        for at, x in enumerate(held):
+            rest = [*kept, *held[at + 1 :]]
             # in a conjunction what another member implies says nothing new, in a disjunction what implies another one
             redundant = any(self._implies(y, x) if name == "and" else self._implies(x, y) for y in rest)
-            absorbed = any(y in members_of(other, x) for y in rest)
+            absorbed = any(y in members(other, x) for y in rest)
             if not (redundant or absorbed):
                 kept.append(x)
         return and_(*kept) if name == "and" else or_(*kept)
@@ -107,10 +108,3 @@ class Folder:
         if x.args[0].kind != "int" or y.args[0].kind != "int":
             return False
         return nonnegative(sub(sub(y.args[1], y.args[0]), sub(x.args[1], x.args[0])), self.extents)
-
-
-def members_of(name: str, x: Expr) -> tuple[Expr, ...]:
-    """The operands of a chain of `and` or `or`, left to right; `x` itself if it is none."""
-    if isinstance(x, Op) and x.name == name:
-        return (*members_of(name, x.args[0]), *members_of(name, x.args[1]))
-    return (x,)

@@ -21,16 +21,15 @@ import torch
 
 from attncc.ir import Attention, Bounds, Const, Expr, Index, Interval, Op, Tensor
 from attncc.ir.affine import simplify
+from attncc.ir.analysis import members
 from attncc.ir.bounds import TILE_LO, Bits
 from attncc.ir.build import ONE, TRUE, ZERO, add, const, floordiv, mul
 from attncc.ir.evaluate import Evaluator
-from attncc.ir.expr import Size, loads, walk
+from attncc.ir.expr import Size, loads, mentions, walk
 from attncc.ir.rewrite import substitute
 from attncc.ir.terms import free
 from attncc.passes.bounds.block_maps import BLOCK, words_of
-from attncc.passes.bounds.predicates import mentions
 from attncc.passes.bounds.simulate import TileInterval, simulate
-from attncc.passes.rewrites.fold_predicates import members_of
 from attncc.passes.rewrites.tile_layout import TileOrder, grid_of, tile_layout
 
 #: Moving a row of q, k, v and out costs about as much as this many pairs of a row and a key.
@@ -134,8 +133,9 @@ class Terms:
         self.rows, self.keys = ([Index(f"{name}{n}") for n in range(len(grid))] for name in ("row.", "key."))
         self.extents: dict[Expr, Expr] = dict(zip((*self.rows, *self.keys), map(const, (*grid, *grid)), strict=True))
         tokens: dict[Expr, Expr] = {a.i.index: self._token(self.rows), a.j.index: self._token(self.keys)}
-        known = [x for x in members_of("and", a.mask) if not loads(x) and not free(x) & {*a.sizes}]
-        self.read_data = len(known) < len(members_of("and", a.mask))
+        terms = members("and", a.mask)
+        known = [x for x in terms if not loads(x) and not free(x) & {*a.sizes}]
+        self.read_data = len(known) < len(terms)
         self.along: dict[int, torch.Tensor] = {}
         self.mixed: list[Expr] = []
         self._counted: dict[tuple[int, int, int], float] = {}

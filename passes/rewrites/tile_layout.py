@@ -21,8 +21,7 @@ from attncc.ir import Attention, Const, Expr, Op
 from attncc.ir.affine import poly, simplify
 from attncc.ir.build import ZERO, add, const, floordiv, mod, mul
 from attncc.ir.rewrite import substitute
-from attncc.ir.terms import walk
-from attncc.passes.bounds.predicates import mentions
+from attncc.ir.terms import mentions, walk
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,15 @@ from typing import Literal
 import torch
 
 from attncc.ir import Attention, Bounds, Expr, Load, Op, Tensor, W
-from attncc.ir.affine import expr, poly
-from attncc.ir.build import FALSE, ONE, TRUE, ZERO, add, and_, const, le, lt, sub
+from attncc.ir.analysis import blocks_of, comparison_sides
+from attncc.ir.build import FALSE, ONE, TRUE, ZERO, add, and_, const, le, lt
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.rewrite import rewrite, substitute
-from attncc.ir.terms import free
-from attncc.passes.bounds.block_maps import BlockMap, block_map, blocks_of, by_pair, map_tables, quick
+from attncc.ir.terms import free, mentions
+from attncc.passes.bounds.block_maps import BlockMap, block_map, by_pair, map_tables, quick
 from attncc.passes.bounds.bounds import analyse
-from attncc.passes.bounds.predicates import map_literals, mentions, reads
+from attncc.passes.bounds.predicates import map_literals, reads
 
 _FIRST, _END, _SOLID_FIRST, _SOLID_END = range(4)
 
@@ -172,17 +172,12 @@ def _fresh(name: str, taken: set[str]) -> str:
 def _span(literal: Expr, a: Attention, name: str) -> Span | None:
     """The table of `literal`, or None where it does not part into a row and a key side."""
     i, j = a.i.index, a.j.index
-    if mentions(literal, i):
-        sides = _sides(literal, i, j)
-    else:
-        sides = None if _comes_in_runs(literal, j) else (None, ZERO, literal)
-    if sides is None:
-        return None
-    axes = [x for x in a.batch if x.index in free(literal)]
-    if mentions(literal, i):
-        axes.append(a.i)
-    tensor = Tensor(name, "i32", (*(x.extent for x in axes), const(4)))
-    return Span(tensor, tuple(x.index for x in axes), *sides)
+    axes = [x for x in (*a.batch, a.i) if x.index in free(literal)]
+    tensor, index = Tensor(name, "i32", (*(x.extent for x in axes), const(4))), tuple(x.index for x in axes)
+    if not mentions(literal, i):
+        return None if _comes_in_runs(literal, j) else Span(tensor, index, None, ZERO, literal)
+    sides = comparison_sides(literal, j, [i])
+    return None if sides is None else Span(tensor, index, sides.relation, sides.row, sides.key)
 
 
 def _comes_in_runs(literal: Expr, j: Expr) -> bool:
@@ -190,24 +185,6 @@ def _comes_in_runs(literal: Expr, j: Expr) -> bool:
     the start of the key's own segment."""
     counted = rewrite(literal, lambda x: Load("loaded", (), x.kind) if isinstance(x, Load) else None)
     return blocks_of(literal, j) is not None or mentions(counted, j)
-
-
-def _sides(literal: Expr, i: Expr, j: Expr) -> tuple[str, Expr, Expr] | None:
-    """(relation, row, key) of an integer comparison whose terms each mention at most one of the two indices."""
-    if not isinstance(literal, Op) or literal.name not in ("lt", "le", "eq", "ne") or literal.args[0].kind != "int":
-        return None
-    row: dict[tuple[Expr, ...], int] = {}
-    key: dict[tuple[Expr, ...], int] = {}
-    slack = sub(literal.args[1], literal.args[0])
-    for m, c in poly(sub(slack, const(1)) if literal.name == "lt" else slack).items():
-        by_key = any(mentions(f, j) for f in m)
-        if by_key and any(mentions(f, i) for f in m):
-            return None
-        if by_key:
-            key[m] = c
-        else:
-            row[m] = -c
-    return ("le" if literal.name == "lt" else literal.name), expr(row), expr(key)  # row <= key
 
 
 def span_tables(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from functools import cached_property, reduce
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, reduce, wraps
+from typing import Any, TypeVar, cast
 
 import sympy  # type: ignore[reportMissingTypeStubs]
 import torch
@@ -15,11 +15,14 @@ from attncc.ir.affine import divide
 from attncc.ir.build import add, const, maximum, minimum, mod, mul
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Expr, Size
-from attncc.patterns.graph.operators import MEMORY, formula, is_operator, op_name, storage_id, written_args
+from attncc.patterns.graph.operators import MEMORY, formula, hint, is_operator, op_name, storage_id, written_args
+
+Answer = TypeVar("Answer")
 
 
 class Facts:
-    """Facts of one graph. `dtypes` overrides what a node's fake value says (a trace does not see autocast regions)."""
+    """Facts of one graph, which no question changes. `dtypes` overrides what a node's fake value says (a trace does not
+    see autocast regions)."""
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class Facts:
         self.by_name = {n.name: n for n in graph.nodes}
         self.symbols: dict[Size, sympy.Expr] = {}
         self._shapes: dict[fx.Node, tuple[Expr, ...]] = {}
+        self._hints: dict[Size, int | None] = {}
         self._writes: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
         for n in graph.nodes:
             for written in written_args(n):
@@ -42,8 +46,10 @@ class Facts:
                     self._writes[storage].append((self.order[n], n))
         self.live = self._live()
         self.shared: dict[object, Expr] = {}  # what readers found that others need not read again
-        self.made: set[fx.Node] = set()
-        self.tables: dict[object, fx.Node] = {}  # made for all sites that read the same
+        self.answers: dict[object, object] = {}  # to what `asked_once` was asked
+        self.made: dict[fx.Node, int] = {}  # nodes beside the graph, numbered in the order in which they were made
+        self._beside = fx.Graph()
+        self._once: dict[object, fx.Node] = {}  # made for all sites that read the same
 
     def _live(self) -> frozenset[fx.Node]:
         """Nodes that the output needs, or a write to what is an input or is read; a trace also keeps what the model
@@ -65,26 +71,51 @@ class Facts:
         return frozenset(live)
 
     @cached_property
-    def unwritten(self) -> frozenset[fx.Node]:
+    def unwritten(self) -> set[fx.Node]:
         """Nodes that are the same whenever they are read: nothing writes to them or to what they are computed from."""
         found: set[fx.Node] = set()
-        for n in self.graph.nodes:
-            if self.storage(n) not in self._writes and found.issuperset(n.all_input_nodes):
+        for n in self.nodes:
+            if self._unwritten(n, found):
                 found.add(n)
-        return frozenset(found)
+        return found
+
+    def _unwritten(self, n: fx.Node, known: set[fx.Node]) -> bool:
+        return self.storage(n) not in self._writes and known.issuperset(n.all_input_nodes)
 
     def make(self, target: Any, args: tuple[Any, ...], at: int, **kwargs: Any) -> fx.Node:
-        """A node that the graph does not have, computed just before position `at`: an operand that a kernel needs in
-        another form than the model has it. It is no user of its inputs until something is fused that reads it."""
-        with self.graph.inserting_before(self.nodes[at]):
-            n = self.graph.call_function(target, args, kwargs)
+        """A node beside the graph, to be computed just before position `at`: an operand that a kernel needs in another
+        form than the model has it. It is no user of the graph's nodes until something is fused that reads it."""
+        n = self._beside.create_node("call_function", target, args, kwargs, name=self._fresh_name(target))
+        for given in n.all_input_nodes:
+            if given not in self.made:
+                del given.users[n]
         n.meta["val"] = target(*fx.map_arg(args, self.value), **kwargs)
         for given in n.all_input_nodes:  # a view
             if MEMORY in given.meta and storage_id(self.value(given)) == storage_id(n.meta["val"]):
                 n.meta[MEMORY] = given.meta[MEMORY]
         self.order[n], self.by_name[n.name] = at, n
-        self.made.add(n)
+        self.made[n] = len(self.made)
+        if self._unwritten(n, self.unwritten):
+            self.unwritten.add(n)
         return n
+
+    def make_once(self, key: object, make: Callable[[], fx.Node]) -> fx.Node:
+        """The node that `make` made first for a key: all sites that need the same share it."""
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
+
+    def _fresh_name(self, target: Any) -> str:
+        """A name that no node has: loads go by it."""
+        wanted = str(target.__name__).replace(".", "_").lower()
+        count = 0
+        while (name := f"{wanted}_{count}" if count else wanted) in self.by_name:
+            count += 1
+        return name
+
+    def in_order(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """Nodes of the graph and made ones in an order in which they can be computed."""
+        return sorted(nodes, key=lambda n: (self.order[n], n not in self.made, self.made.get(n, 0)))
 
     def spoilt(self, n: fx.Node, use: int) -> bool:
         """Whether a made node, computed at `use`, holds something else than at its own place: what it is made of is
@@ -134,6 +165,15 @@ class Facts:
             raise TypeError(f"{s!r} is no integer")
         return const(s)
 
+    def hint(self, size: Size) -> int | None:
+        """The value that a size had in the example; None where it had none."""
+        if size not in self._hints:
+            values = (self.value(n) for n in self.nodes)
+            held = (s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else (v,)))
+            known = (hint(s) for s in held if isinstance(s, torch.SymInt) and self.size(s) is size)
+            self._hints[size] = next((n for n in known if n is not None), None)
+        return self._hints[size]
+
     def integer(self, x: sympy.Expr) -> Expr:
         """A formula over the graph's symbols that is an integer."""
         if x.is_Integer:
@@ -168,6 +208,19 @@ class Facts:
         """The nodes that write to the storage of `n` strictly between two positions of the graph, in order."""
         storage = self.storage(n)
         return [] if storage is None else [w for at, w in self._writes.get(storage, ()) if after < at < before]
+
+
+def asked_once(question: Callable[[Facts, fx.Node], Answer]) -> Callable[[Facts, fx.Node], Answer]:
+    """A question about a node whose answer is kept with the facts."""
+
+    @wraps(question)
+    def answer(f: Facts, n: fx.Node) -> Answer:
+        key = question, n
+        if key not in f.answers:
+            f.answers[key] = question(f, n)
+        return cast(Answer, f.answers[key])
+
+    return answer
 
 
 def _opaque(n: fx.Node) -> bool:

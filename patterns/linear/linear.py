@@ -9,7 +9,7 @@ summed than channels.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,12 @@ from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import argument, op_name, spelled_out
 from attncc.patterns.linear.normalisers import Weighted, divided, multiplied
 from attncc.patterns.reader.contractions import DOT, Contraction, contraction, summed_pair
-from attncc.patterns.reader.layers import picks_matrices
+from attncc.patterns.reader.layers import Data
 from attncc.patterns.reader.pointwise import ELEMENTS
 from attncc.patterns.reader.sums_of_products import factored
 from attncc.patterns.reader.value import Reader, Unreadable
 from attncc.patterns.reader.view_ops import MOVES, Point
 from attncc.patterns.site.declare import Declared
-from attncc.patterns.site.products import mentioned
 
 _SEARCH = 24
 LEFT = "linear attention: left with Inductor"
@@ -69,7 +68,7 @@ class Factor:
 
 def linear_attentions(f: Facts) -> Iterator[Recognised]:
     """Every q' (k'^T v) of the graph, in order."""
-    data = data_nodes(f)
+    data = Data(f)
     for n in f.graph.nodes:
         if n not in f.live or n not in data:
             continue
@@ -132,7 +131,7 @@ def _inner(f: Facts, n: fx.Node, x: Load, j: Index) -> _Inner | None:
 
 
 def _lift(
-    f: Facts, outer: Contraction, factor: tuple[fx.Node, tuple[int, ...]] | None, data: Container[fx.Node], *,
+    f: Facts, outer: Contraction, factor: tuple[fx.Node, tuple[int, ...]] | None, data: Data, *,
     state_left: bool,
 ) -> Recognised | None:  # fmt: skip
     state, other = (outer.lhs, outer.rhs) if state_left else (outer.rhs, outer.lhs)
@@ -151,8 +150,8 @@ def _lift(
     if inner is None or any(n not in data for n, _ in inner.sides):
         return None
     extents[j] = inner.extent
-    (k, k_at), (v, v_at) = inner.sides if d in mentioned(inner.sides[0][1]) else reversed(inner.sides)
-    in_q, in_k, in_v = mentioned(q_at), mentioned(k_at), mentioned(v_at)
+    (k, k_at), (v, v_at) = inner.sides if d in free(*inner.sides[0][1]) else reversed(inner.sides)
+    in_q, in_k, in_v = free(*q_at), free(*k_at), free(*v_at)
     own = [x for x in out if x is not ZERO]
     rows = [x for x in own if x in in_q - in_k - in_v]
     columns = [x for x in own if x in in_v - in_k - in_q]
@@ -262,17 +261,6 @@ def _carried(f: Facts, n: fx.Node) -> Iterator[fx.Node]:
 
 
 _PARTS = {"getitem", "split", "split_with_sizes", "chunk", "unbind"}
-
-
-def data_nodes(f: Facts) -> set[fx.Node]:
-    """What is computed from tensors that the model is called with, and not from its parameters alone."""
-    found: set[fx.Node] = set()
-    for n in f.graph.nodes:
-        given = n.op == "placeholder" and n not in f.parameters and f.is_tensor(n)
-        made_of = n.all_input_nodes[:1] if picks_matrices(f, n) else n.all_input_nodes
-        if given or any(x in found for x in made_of):
-            found.add(n)
-    return found
 
 
 def feature_softmaxes(f: Facts, n: fx.Node) -> frozenset[fx.Node]:

@@ -23,9 +23,10 @@ from attncc.ir.verify import VerifyError
 from attncc.ir.verify_linear import verify_linear
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import op_name
-from attncc.patterns.linear.linear import LEFT, Recognised, data_nodes
+from attncc.patterns.linear.linear import LEFT, Recognised
 from attncc.patterns.linear.normalisers import factors, value_of
 from attncc.patterns.reader.contractions import DOT, contraction
+from attncc.patterns.reader.layers import Data
 from attncc.patterns.reader.value import Unreadable
 from attncc.patterns.reader.view_ops import MOVES, Point
 from attncc.patterns.site.declare import Declared
@@ -106,7 +107,7 @@ def _found(f: Facts, chain: list[Update]) -> Recognised | str:
 
 def _chains(f: Facts) -> list[list[Update]]:
     """Updates of one state after another, in order."""
-    data = data_nodes(f)
+    data = Data(f)
     chains: dict[fx.Node, list[Update]] = {}  # by the last state
     for n in f.graph.nodes:
         if n in f.live and n in data and op_name(n) in ("add", "add_") and f.rank(n) >= 2:
@@ -116,7 +117,7 @@ def _chains(f: Facts) -> list[list[Update]]:
     return list(chains.values())
 
 
-def _update(f: Facts, n: fx.Node, data: set[fx.Node], chains: dict[fx.Node, list[Update]]) -> Update | None:
+def _update(f: Facts, n: fx.Node, data: Data, chains: dict[fx.Node, list[Update]]) -> Update | None:
     sides = [a for a in n.args[:2] if isinstance(a, fx.Node) and f.is_tensor(a)]
     if len(sides) != 2 or n.kwargs.get("alpha", 1) != 1:
         return None

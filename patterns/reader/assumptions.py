@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from attncc.ir.affine import Monomial, Poly, at_least_one, expr, plus, poly, scaled
+from attncc.ir.analysis import members
 from attncc.ir.build import ONE, add, and_, const, eq, floordiv, ge, mod, mul, not_, op, sub, where
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, rewrite
 
@@ -101,9 +102,9 @@ class Reach:
 
     def needed(self, c: Expr, context: Context) -> Expr:
         """A conjunction without the parts that the context, or the other parts, imply."""
-        parts = _conjuncts(c)
+        parts = members("and", c)
         kept = list(parts)
-        for part in parts if len(parts) > 1 else []:
+        for part in parts if len(parts) > 1 else ():
             rest = [p for p in kept if p is not part]
             if self.proves((*context, *rest), part):
                 kept = rest
@@ -125,10 +126,6 @@ def _nearest(p: Poly, by: int) -> tuple[Expr, Expr]:
     whole = {m: (c + by // 2 if m else c) // by for m, c in p.items()}
     whole = {m: c for m, c in whole.items() if c}
     return expr(whole), expr(plus(p, scaled(whole, -by)))
-
-
-def _conjuncts(c: Expr) -> list[Expr]:
-    return [p for a in c.args for p in _conjuncts(a)] if isinstance(c, Op) and c.name == "and" else [c]
 
 
 def _cases(c: Expr, truth: bool) -> list[list[Poly]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import fx
 
 from attncc.ir.build import ONE, ZERO, add, cast, const, floordiv, mod, mul, op
 from attncc.ir.expr import Const, Expr, Load
-from attncc.patterns.graph.facts import Facts
+from attncc.patterns.graph.facts import Facts, asked_once
 from attncc.patterns.graph.operators import argument, spelled_out
 from attncc.patterns.reader.pointwise import operand
 from attncc.patterns.reader.size_arithmetic import number
@@ -61,6 +61,7 @@ class Contraction:
         return x if rounding is None else op(rounding, x)
 
 
+@asked_once
 def contraction(f: Facts, n: fx.Node) -> Contraction | None:
     """The product that `n` computes, or None if it is none (or one of shapes that the IR cannot say)."""
     rule = _RULES.get(n.target) if n.op == "call_function" else None
@@ -124,12 +125,9 @@ def _bilinear(f: Facts, n: fx.Node, factors: Sequence[fx.Node], letters: Sequenc
         inside = set(terms[a] + terms[b]) - set(kept)
         if factors[b] not in f.parameters or not inside & set(terms[a]) & set(terms[b]) or len(kept) > len(terms[a]):
             continue
-        key = ("through", n, a)
-        known = f.tables.get(key)
-        if known is None:
-            equation = f"{terms[a]},{terms[b]}->{kept}"
-            known = f.tables[key] = f.make(aten.einsum.default, (equation, [factors[a], factors[b]]), f.order[n])
-        return summed_pair(f, n, (known, factors[rest]), (kept, terms[rest], out))
+        equation = f"{terms[a]},{terms[b]}->{kept}"
+        through = f.make(aten.einsum.default, (equation, [factors[a], factors[b]]), f.order[n])
+        return summed_pair(f, n, (through, factors[rest]), (kept, terms[rest], out))
     return None
 
 
@@ -152,7 +150,7 @@ def summed_pair(f: Facts, n: fx.Node, factors: tuple[fx.Node, fx.Node], letters:
             broadcast(f, b, tuple(where[x] for x in second)),
         )
 
-    return Contraction(n, a, b, functools.reduce(mul, extents), maps)
+    return Contraction(n, a, b, reduce(mul, extents), maps)
 
 
 def _digits(x: Expr, extents: list[Expr]) -> list[Expr]:
@@ -190,12 +188,7 @@ def _cosine(f: Facts, n: fx.Node) -> Contraction | None:
         if at < 0 or f.shape(x)[at] is ONE:
             return None
         key = ("unit", x, at, eps, None if x in f.unwritten else n)
-        unit = f.tables.get(key)
-        if unit is None:
-            length = f.make(aten.linalg_vector_norm.default, (x, 2, [at], True), f.order[n])
-            length = f.make(aten.clamp_min.default, (length, eps), f.order[n])
-            unit = f.tables[key] = f.make(aten.div.Tensor, (x, length), f.order[n])
-        units.append(unit)
+        units.append(f.make_once(key, partial(_unit, f, x, at, eps, f.order[n])))
         spans.append({d - f.rank(x) for d, s in enumerate(f.shape(x)) if s is not ONE})
     if spans[0] == spans[1]:
         return None  # one number a row: no row meets other rows
@@ -206,6 +199,13 @@ def _cosine(f: Facts, n: fx.Node) -> Contraction | None:
         return left, right
 
     return Contraction(n, units[0], units[1], f.shape(units[0])[dim - rank], maps)
+
+
+def _unit(f: Facts, x: fx.Node, dim: int, eps: float, at: int) -> fx.Node:
+    """Rows divided by their lengths."""
+    length = f.make(aten.linalg_vector_norm.default, (x, 2, [dim], True), at)
+    length = f.make(aten.clamp_min.default, (length, eps), at)
+    return f.make(aten.div.Tensor, (x, length), at)
 
 
 def _inner(f: Facts, n: fx.Node) -> Contraction | None:
@@ -268,6 +268,7 @@ _RULES: dict[object, Callable[[Facts, fx.Node], Contraction | None]] = {
 }
 
 
+@asked_once
 def mixture(f: Facts, n: fx.Node) -> Contraction | None:
     """The sum that `n` makes of one axis of a tensor, weighted by a small matrix: heads that are mixed. The tensor is
     the left factor."""

@@ -100,8 +100,4 @@ def _of_keys(f: Facts, a: fx.Node, b: fx.Node) -> list[int]:
 
 def _made(f: Facts, n: fx.Node, name: str, target: Any, *args: Any) -> fx.Node:
     """A node made for the distances that `n` holds, once."""
-    key = "distance", n, name
-    known = f.tables.get(key)
-    if known is None:
-        known = f.tables[key] = f.make(target, args, f.order[n])
-    return known
+    return f.make_once(("distance", n, name), lambda: f.make(target, args, f.order[n]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from torch import fx
@@ -10,6 +11,23 @@ from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import op_name
 from attncc.patterns.reader.pointwise import ELEMENTS
 from attncc.patterns.reader.view_ops import MOVES
+
+
+class Data(Container[fx.Node]):
+    """What is computed from tensors that the model is called with, and not from its parameters alone."""
+
+    def __init__(self, f: Facts) -> None:
+        self._made = f.made
+        self._found: set[fx.Node] = set()
+        for n in f.graph.nodes:
+            given = n.op == "placeholder" and n not in f.parameters and f.is_tensor(n)
+            made_of = n.all_input_nodes[:1] if picks_matrices(f, n) else n.all_input_nodes
+            if given or any(x in self._found for x in made_of):
+                self._found.add(n)
+
+    def __contains__(self, n: object) -> bool:
+        made_of = n.all_input_nodes if isinstance(n, fx.Node) and n in self._made else ()
+        return n in self._found or any(x in self for x in made_of)
 
 
 def is_learned(f: Facts, n: fx.Node) -> bool:

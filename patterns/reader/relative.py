@@ -68,9 +68,7 @@ def by_distance(
     if not fits or written or not loads(formula) or sum(1 for _ in walk(formula)) > _MOST_NODES:
         return None
     known = ("by distance", formula, dtype, count, tuple(extents[x] for x in others))
-    table = f.tables.get(known)
-    if table is None:
-        table = f.tables[known] = _Made(f, f.order[n] + 1, [*others, _T], sizes).table(formula, dtype)
+    table = f.make_once(known, lambda: _Made(f, f.order[n] + 1, [*others, _T], sizes).table(formula, dtype))
     distance = simplify(add(sub(key, row), first), extents)
     return Load(table.name, (*others, distance), "float")
 

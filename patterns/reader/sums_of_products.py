@@ -16,7 +16,7 @@ from torch import fx
 
 from attncc.ir.build import ONE
 from attncc.ir.expr import Const, Expr, Index, free
-from attncc.patterns.graph.facts import Facts
+from attncc.patterns.graph.facts import Facts, asked_once
 from attncc.patterns.graph.operators import argument, op_name, spelled_out
 from attncc.patterns.reader.view_ops import MOVES, Point, broadcast, move
 
@@ -48,6 +48,7 @@ class Written:
     squared: bool = False
 
 
+@asked_once
 def written_out(f: Facts, n: fx.Node) -> Written | None:
     """The product that a sum over one dimension is, or None where it is something else."""
     source: Any = n.args[0]
@@ -251,11 +252,9 @@ def _sides(f: Facts, factors: list[Factor], point: Point, when: int) -> tuple[Fa
             return None
         else:
             g = groups[wider]
-            key = ("scaled", g.node, x.node, when)
-            known = f.tables.get(key)
-            if known is None:
-                known = f.tables[key] = f.make(aten.mul.Tensor, (g.node, x.node), when)
-            groups[wider] = Factor(known, partial(_spread, f, known))
+            made = partial(f.make, aten.mul.Tensor, (g.node, x.node), when)
+            whole = f.make_once(("scaled", g.node, x.node, when), made)
+            groups[wider] = Factor(whole, partial(_spread, f, whole))
     return (groups[0], groups[1]) if len(groups) == 2 else None
 
 

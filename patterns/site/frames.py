@@ -16,14 +16,14 @@ from torch import fx
 
 from attncc.ir.attention import Empty
 from attncc.ir.build import ONE, ZERO
-from attncc.ir.expr import Expr, Index
+from attncc.ir.expr import Expr, Index, free
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.reader.contractions import Contraction
 from attncc.patterns.reader.value import Reader, Unreadable
 from attncc.patterns.reader.view_ops import Point
 from attncc.patterns.site.assemble import Parts
 from attncc.patterns.site.operands import Source, operand
-from attncc.patterns.site.products import Product, mentioned
+from attncc.patterns.site.products import Product
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Frame:
     @property
     def rows(self) -> frozenset[Expr]:
         """The indices of the result that the values do not have: those of queries, and heads that share values."""
-        return mentioned(self.weights_at) - mentioned(self.values_at) - {self.c}
+        return free(*self.weights_at) - free(*self.values_at) - {self.c}
 
     @property
     def e(self) -> Index | None:
         """The index of a value's components: the innermost of those that only the values have."""
-        own = set(self.out) - mentioned(self.weights_at)
+        own = set(self.out) - free(*self.weights_at)
         found = [x for x in self.values_at if x in own and isinstance(x, Index)]
         return found[-1] if found else None
 
@@ -78,7 +78,7 @@ class Frame:
         d, depth = found.contracted
         inner = {**self.extents, d: depth}
         e, i = self.e, found.row
-        alone = mentioned(found.q_at) - mentioned(found.k_at) - {d}
+        alone = free(*found.q_at) - free(*found.k_at) - {d}
         if found.row is not None and alone - set(self.out) and found.row not in alone:
             raise Unreadable(self.product.node, "the weights are mixed over queries, not over heads")
         whole = frozenset[Expr](x for x in (i, self.c, d, e) if x is not None)

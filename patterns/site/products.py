@@ -35,27 +35,23 @@ class Product:
     value: Expr = S
 
 
-def mentioned(at: Point) -> frozenset[Expr]:
-    return frozenset[Expr]().union(*(free(x) for x in at))
-
-
 def products(f: Facts, score: Expr, c: Index, rows: frozenset[Expr]) -> Iterator[Product]:
     """Products in the score that separate into queries and keys (index `c`), the first one first. `rows` are the
     indices that the values do not have."""
     d = Index("d")
     for x in loads(score):
-        if not x.tensor.startswith(DOT) or c not in mentioned(x.index):
+        if not x.tensor.startswith(DOT) or c not in free(*x.index):
             continue
         node = f.by_name[x.tensor.removeprefix(DOT)]
         product = contraction(f, node)
         assert product is not None
         left, right = product.maps(x.index, d)
         sides = [(left, product.lhs), (right, product.rhs)]
-        with_c = [c in mentioned(point) for point, _ in sides]
+        with_c = [c in free(*point) for point, _ in sides]
         if sum(with_c) != 1:
             continue
         (k_at, k), (q_at, q) = sides if with_c[0] else reversed(sides)
-        apart = (rows - mentioned(k_at)) & mentioned(q_at) or rows - mentioned(k_at)
+        apart = (rows - free(*k_at)) & free(*q_at) or rows - free(*k_at)
         own = [i for i in apart if isinstance(i, Index)]
         if rows and not own:
             continue  # keys of their own for each query: a mixture of scores, not a score

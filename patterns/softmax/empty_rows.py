@@ -151,20 +151,3 @@ class _Guard:
 
 def _widens(f: Facts, cast: fx.Node) -> bool:
     return torch.promote_types(f.dtype(cast.all_input_nodes[0]), f.dtype(cast)) is f.dtype(cast)
-
-
-def vanishes(weight: Expr) -> bool:
-    """Whether a weight is surely zero where the normalised one is: hidden keys then contribute nothing."""
-    match weight:
-        case Const(value):
-            return value == 0
-        case Op("mul", (a, b)):
-            return vanishes(a) or vanishes(b)
-        case Op("where", (_, a, b)) | Op("add" | "sub" | "max" | "min", (a, b)):
-            return vanishes(a) and vanishes(b)
-        case Op("div", (a, _)):
-            return vanishes(a)
-        case Op("neg" | "abs" | "sqrt" | "tanh" | "bf16" | "f16" | "f32", (a,)):
-            return vanishes(a)
-        case _:
-            return weight is W

@@ -31,7 +31,7 @@ from attncc.patterns.reader.value import Reader
 from attncc.patterns.reader.view_ops import Point, broadcast
 from attncc.patterns.site.frames import Frame
 from attncc.patterns.site.materialised import einsum, summed
-from attncc.patterns.site.products import Product, mentioned, products
+from attncc.patterns.site.products import Product, products
 
 aten = torch.ops.aten
 
@@ -103,7 +103,7 @@ class Mixture:
         biases = [_bias(f, x, use) for x in self.biases]
         if not alike or _HEAD not in indices:
             return None
-        shared = _HEAD not in mentioned(inner.k_at)  # by all heads: what they are asked can be summed before
+        shared = _HEAD not in free(*inner.k_at)  # by all heads: what they are asked can be summed before
         joined = Index("gd")
         together = [d] if shared else [i for i in (_HEAD, d) if i in indices]
         gone = frozenset[Expr]((_HEAD, d)).union(*(x.over for x in self.scores))
@@ -134,7 +134,7 @@ def mixture_in(frame: Frame, score: Expr) -> Mixture | None:
                 continue
             one = substitute(of.value, {own[0]: _HEAD})
             inner = next(products(frame.facts, one, frame.c, frame.rows), None)
-            if inner is None or (inner.row is not None and inner.row not in mentioned(inner.q_at)):
+            if inner is None or (inner.row is not None and inner.row not in free(*inner.q_at)):
                 continue
             scores = [_mixed(y, inner.load) for y in addends if _reads(y, inner.load)]
             others = [y for y in addends if not _reads(y, inner.load)]
@@ -175,7 +175,7 @@ def _matrix(
             factors.append((ones, (_HEAD,)))
             if not renamed:  # the scores of the head itself
                 factors[-1] = (f.make(aten.diag_embed.default, (ones,), use), (x.head, _HEAD))
-        known = frozenset[Expr]().union(*(mentioned(at) for _, at in factors))
+        known = free(*(i for _, at in factors for i in at))
         if any(y not in known for y in x.over - {x.head}):
             return None
         found.append((factors, x.scale))
@@ -207,12 +207,12 @@ def _bias(f: Facts, x: _Addend, use: int) -> Expr | None:
     held = [*x.factors, x.value]
     operands: list[tuple[fx.Node, Point]] = [(f.by_name[y.tensor], y.index) for y in held if isinstance(y, Load)]
     for i, extent in x.over.items():  # factors summed before would make one -inf of terms that are inf and -inf
-        if isinstance(x.value, Load) and i not in mentioned(x.value.index) and isinstance(extent, Const):
+        if isinstance(x.value, Load) and i not in free(*x.value.index) and isinstance(extent, Const):
             n, at = operands[-1]
             n = f.make(aten.unsqueeze.default, (n, 0), use)
             n = f.make(aten.expand.default, (n, [int(extent.value), *[-1] * len(at)]), use)
             operands[-1] = n, (i, *at)
-    known = frozenset[Expr]().union(*(mentioned(at) for _, at in operands))
+    known = free(*(i for _, at in operands for i in at))
     if any(not isinstance(y, Load | Const) for y in held) or not known.issuperset(x.over):
         return None
     out = list(dict.fromkeys(i for _, at in reversed(operands) for i in at if isinstance(i, Index) and i not in x.over))
@@ -240,7 +240,7 @@ class _Taker:
 
     def holds(self, x: Expr) -> bool:
         """Whether scores may be in an expression."""
-        return any(self.c in mentioned(y.index) and self._may_score(y) for y in loads(x))
+        return any(self.c in free(*y.index) and self._may_score(y) for y in loads(x))
 
     def _may_score(self, x: Load) -> bool:
         n = self.facts.by_name[x.tensor.removeprefix(DOT)]
@@ -342,10 +342,10 @@ class _Taker:
         mix = mixture(f, n)
         product = None if mix is not None or not self.frame.rows else contraction(f, n)
         if product is not None and product.bias is None and few(product.extent):
-            mix = product if self.c in mentioned(product.maps(x.index, g)[0]) else swapped(product)
+            mix = product if self.c in free(*product.maps(x.index, g)[0]) else swapped(product)
         if mix is None:
             return None
-        scores, weights = (mentioned(at) for at in mix.maps(x.index, g))
+        scores, weights = (free(*at) for at in mix.maps(x.index, g))
         rows = self.frame.rows
         return mix if self.c in scores - weights and (scores & rows or not weights & rows) else None
 

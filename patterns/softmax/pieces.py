@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from attncc.ir.affine import expr, linear_in, poly
+from attncc.ir.analysis import linear_factor
 from attncc.ir.attention import Attention, W
 from attncc.ir.build import TRUE, ZERO, add, sub
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, walk
+from attncc.ir.expr import Const, Expr, free
 from attncc.patterns.reader.value import Unreadable
 from attncc.patterns.site.assemble import Lifted, Parts, Piece
 from attncc.patterns.site.frames import Frame
@@ -65,7 +66,7 @@ def _slid_piece(anchor: Anchor, frame: Frame, term: Term, left: tuple[Expr, Expr
 
 
 def _of_parts(anchor: Anchor, frame: Frame, term: Term, parts: Parts) -> Lifted:
-    if not _is_linear(term.weight):
+    if linear_factor(term.weight, W) is None:
         raise Unreadable(frame.node, "a piece of a softmax whose weights are no multiple of it")
     parts = replace(parts, outputs=("out", "lse"))
     rows = rows_of(parts, anchor, term.at)
@@ -116,15 +117,4 @@ def _left(anchor: Anchor, columns: Expr, pieces: Sequence[tuple[Frame, Term]]) -
         spans.remove(span)
         end = span[0]
     return None if spans else (start, end)
-
-
-def _is_linear(weight: Expr) -> bool:
-    """Whether a weight is `w` times something."""
-    match weight:
-        case Op(name, (x,)) if name in ROUNDINGS or name == "neg":
-            return _is_linear(x)
-        case Op("mul", (a, b)):
-            return (_is_linear(a) and W not in walk(b)) or (_is_linear(b) and W not in walk(a))
-        case _:
-            return weight is W
 

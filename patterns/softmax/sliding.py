@@ -36,7 +36,7 @@ from attncc.patterns.reader.writes import Place
 from attncc.patterns.refusals.reasons import of_scores
 from attncc.patterns.site.frames import Frame
 from attncc.patterns.site.masks import hidden_by, visible_where
-from attncc.patterns.site.products import Product, mentioned
+from attncc.patterns.site.products import Product
 from attncc.patterns.softmax.sums_of_softmaxes import Term
 
 aten = torch.ops.aten
@@ -247,7 +247,7 @@ class _Slide:
             frame, product=replace(frame.product, extent=keys), c=_KEY, extents=self.whole,
             out=(*frame.out[:first], _ROW, *frame.out[last + 1 :]),
             shape=(*frame.shape[:first], self.whole[_ROW], *frame.shape[last + 1 :]),
-            weights_at=(*(x for x in frame.out if x in mentioned(frame.weights_at) and x not in p.rows), _ROW, _KEY),
+            weights_at=(*(x for x in frame.out if x in free(*frame.weights_at) and x not in p.rows), _ROW, _KEY),
             values=p.node, values_at=self._points(p.at),
         )  # fmt: skip
 
@@ -299,11 +299,11 @@ class _Same:
             step, at = min(options, key=lambda option: _effort(option[1]))
             read.append(step)
             whole.append((step.node, at))
-        keyed = [_KEY in mentioned(at) for _, at in whole]
+        keyed = [_KEY in free(*at) for _, at in whole]
         if sum(keyed) != 1:
             return None
         (k, k_at), (q, q_at) = whole if keyed[0] else reversed(whole)
-        if _ROW not in mentioned(q_at) or _ROW in mentioned(k_at):
+        if _ROW not in free(*q_at) or _ROW in free(*k_at):
             return None
         self.read = read
         scaled = mul(S, const(math.prod(step.scale for step in read)))

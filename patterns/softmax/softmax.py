@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from attncc.ir.affine import linear_in, poly
+from attncc.ir.analysis import zero_at_zero
 from attncc.ir.attention import Attention, Empty, W
 from attncc.ir.build import ONE, TRUE, ZERO, op, sub
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite, substitute
@@ -20,7 +21,7 @@ from attncc.patterns.refusals.reasons import DROPS, of_scores
 from attncc.patterns.site.assemble import Lifted, Lse, Parts, assemble
 from attncc.patterns.site.frames import Frame
 from attncc.patterns.site.products import Overwritten, Product, products, stored
-from attncc.patterns.softmax.empty_rows import masked_again, unguarded, vanishes
+from attncc.patterns.softmax.empty_rows import masked_again, unguarded
 from attncc.patterns.softmax.logsumexp import row_sums
 from attncc.patterns.softmax.mixed_heads import mixture_in
 from attncc.patterns.softmax.outlook import windowed_product
@@ -81,7 +82,7 @@ def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
 
 def attention_of(parts: Parts, frame: Frame, term: Term, lse: Lse | None = None) -> Lifted:
     site = assemble(parts, frame.node, term.anchor.node, lse=lse)
-    if site.attention.mask is not TRUE and not vanishes(parts.weight):
+    if site.attention.mask is not TRUE and not zero_at_zero(parts.weight, W):
         raise Unreadable(frame.product.node, "keys that the mask hides may be given weight after the softmax")
     a = site.attention
     if a.empty == "nan" and a.weight is not W and _sees_itself(a):  # there is no such row

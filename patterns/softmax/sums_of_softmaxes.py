@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 
 from attncc.ir.attention import W
 from attncc.ir.build import ZERO, add, eq, mul, op, where
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, loads, rewrite
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite
 from attncc.patterns.reader.contractions import DOT, mixture
 from attncc.patterns.reader.pointwise import operand
 from attncc.patterns.reader.value import Reader, Unreadable
 from attncc.patterns.reader.view_ops import Point
 from attncc.patterns.site.frames import Frame
-from attncc.patterns.site.products import mentioned
 from attncc.patterns.softmax.anchors import Anchor
 
 #: More terms than this are a computation of its own.
@@ -94,7 +93,7 @@ class _Split:
 
     def points(self, x: Expr) -> set[Load]:
         """Where softmaxes are read along the keys, or along what is mixed into them."""
-        return {y for y in loads(x) if y.tensor in self.anchors and self.frame.c in mentioned(y.index)}
+        return {y for y in loads(x) if y.tensor in self.anchors and self.frame.c in free(*y.index)}
 
     def is_sum(self, x: Expr) -> bool:
         """Whether there is more than one softmax to take apart."""

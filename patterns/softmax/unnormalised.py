@@ -12,9 +12,10 @@ from dataclasses import replace
 
 from torch import fx
 
+from attncc.ir.analysis import linear_factor
 from attncc.ir.attention import Normalizer, S
 from attncc.ir.build import TRUE, and_, not_
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, loads, rewrite, walk
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, loads, mentions, rewrite, walk
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import op_name
 from attncc.patterns.graph.reductions import is_maximum
@@ -112,14 +113,8 @@ def _taken_apart(x: Expr) -> tuple[Normalizer, Expr, Expr]:
 def _is_scaled(x: Expr, key: Expr) -> bool:
     """Whether a weight is its score times what is alike for every key: the two products are one linear map after
     another."""
-    while isinstance(x, Op):
-        alike = [a for a in x.args if S not in free(a) and key not in free(a)]
-        rest = [a for a in x.args if a not in alike]
-        scales = x.name in ("mul", "neg", *ROUNDINGS) or (x.name == "div" and x.args[0] in rest)
-        if not scales or len(rest) != 1:
-            return False
-        (x,) = rest
-    return x is S
+    factor = linear_factor(x, S)
+    return factor is not None and not mentions(factor, key)
 
 
 def _is_huge(x: Expr) -> bool:

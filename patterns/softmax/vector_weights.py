@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from attncc.ir.build import ONE
-from attncc.ir.expr import Expr, Index
+from attncc.ir.expr import Expr, Index, free
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import argument, op_name
 from attncc.patterns.graph.reductions import one_dim, skip_casts
@@ -23,7 +23,6 @@ from attncc.patterns.reader.pointwise import ELEMENTS
 from attncc.patterns.reader.sums_of_products import SUMS
 from attncc.patterns.reader.view_ops import MOVES, unexpanded
 from attncc.patterns.site.frames import Frame
-from attncc.patterns.site.products import mentioned
 from attncc.patterns.softmax.anchors import DIVISIONS
 
 _STEPS = 12
@@ -80,7 +79,7 @@ def weighs_components(f: Facts, weights: fx.Node, dim: int, total: fx.Node) -> b
 def shares_components(frame: Frame) -> bool:
     """Whether a product weighs the last dimension of its values with weights that have it too."""
     last = frame.values_at[-1]
-    return frame.e is None and isinstance(last, Index) and last is not frame.c and last in mentioned(frame.weights_at)
+    return frame.e is None and isinstance(last, Index) and last is not frame.c and last in free(*frame.weights_at)
 
 
 def _sums(f: Facts, n: fx.Node) -> Iterator[fx.Node]:

@@ -188,7 +188,7 @@ def test_bounds_from_tables(name: str, looking: Looked, config: TritonConfig) ->
 LITERALS = (
     "i - j < 9", "j <= i", "j % 7 == 3", "j % 32 < 5", "3 <= j % 24", "(i - j) % 30 == 0", "(j // 8 + b * 2) % 4 == 1",
     "i // 12 - j // 12 < 2", "(i - j) % 24 < 4", "j < 5", "table[b, i // 8, j // 32]", "doc[b, i] == doc[b, j]",
-    "i % 16 == j % 16", "20 <= j", "i // 20 == j // 20",
+    "i % 16 == j % 16", "20 <= j", "i // 20 == j // 20", "(j - g * 8) % 24 < 8", "i - j < 5 + g * 4",
 )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ DEVICE = torch.device("cuda")
 def kernel(
     a: Attention, most: int = 1, remember: dict[str, str] | None = None, *, lists: bool = False
 ) -> TritonKernel:
-    bounds, space = loop_bounds(a, rows=True), configs(a, capability_of(DEVICE), lists=lists)
+    bounds = loop_bounds(a, rows=True)
+    space = configs(a, bounds, capability_of(DEVICE), lists=lists)
     return TritonKernel([emit(a, bounds, c) for c in space[:most]], remember=remember)
 
 
@@ -59,10 +60,11 @@ def check(name: str, dtype: str, *, lists: bool = False, at: int = 0) -> None:
     case = CASES[name]
     a, host, sizes = make(name, rows=1 if case.rows == 1 else 0 if name in FIXED else 300,
                           keys=1000 if case.rows == 1 and name not in FIXED else 0, dtype=dtype)  # fmt: skip
-    space = configs(a, capability_of(DEVICE), lists=lists)
+    bounds = loop_bounds(a, rows=True)
+    space = configs(a, bounds, capability_of(DEVICE), lists=lists)
     if at >= len(space):
         pytest.skip("no such configuration")
-    run = TritonKernel([emit(a, loop_bounds(a, rows=True), space[at])])
+    run = TritonKernel([emit(a, bounds, space[at])])
     tensors = {n: t.to(DEVICE) for n, t in host.items()}
     exact = interpret(a, tensors, sizes, compute=torch.float64)
     eager = interpret(a, tensors, sizes, rounding=True)

@@ -14,7 +14,6 @@ import pytest
 from attncc.codegen import cpp as codegen_cpp
 from attncc.codegen.cpp import ISAS, emit, unsupported
 from attncc.codegen.cpp.expressions import fits_32_bits
-from attncc.codegen.cpp.weights import linear_factor, vanishes
 from attncc.ir import Access, Attention, Const, Expr, S, Size, W, parse_attention, parse_expr
 from attncc.ir.build import floordiv, mul
 from attncc.passes.bounds.bounds import loop_bounds
@@ -96,22 +95,6 @@ def test_weights_of_empty_rows_must_vanish() -> None:
 def test_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="avx2"):
         emit(causal(), loop_bounds(causal()), "mmx")
-
-
-@pytest.mark.parametrize(("text", "factor"), [("w", "1.0"), ("w * x", "x"), ("bf16(w) / x", "1.0 / x"),
-                                              ("where(n < 3, w, 0.0)", "where(n < 3, 1.0, 0.0)")])  # fmt: skip
-def test_linear_weights(text: str, factor: str) -> None:
-    assert linear_factor(expression(text)) == expression(factor)
-
-
-@pytest.mark.parametrize("text", ["w * w", "w + 1.0", "w * s", "exp(w)", "x"])
-def test_other_weights_need_the_sum_first(text: str) -> None:
-    assert linear_factor(expression(text)) is None
-
-
-def test_vanishing() -> None:
-    assert vanishes(expression("w * w + abs(w) / 3.0"))
-    assert not vanishes(expression("w + x"))
 
 
 def test_integers_take_64_bits_only_where_32_could_overflow() -> None:

@@ -70,9 +70,10 @@ def test_all_spellings_agree(row: Row) -> None:
 def test_rows_are_emitted(row: Row) -> None:
     a = verify(parse_attention(row.text))
     assert unsupported(a) is None
+    bounds = loop_bounds(a, rows=True)
     for lists in {False, reads_by_key(a)}:
-        for config in configs(a, "sm_90", lists=lists):
-            source = emit(a, loop_bounds(a, rows=True), config)
+        for config in configs(a, bounds, "sm_90", lists=lists):
+            source = emit(a, bounds, config)
             assert "def launch" in source and ("def look(" in source) == lists
 
 
@@ -82,8 +83,9 @@ def test_rows_compile(row: Row) -> None:
     """The first choice of each row, as the run would build it on a Hopper GPU."""
     pytest.importorskip("triton")
     a = verify(parse_attention(row.text))
-    config = configs(a, "sm_90", lists=reads_by_key(a))[0]
-    source = emit(a, loop_bounds(a, rows=True), config)
+    bounds = loop_bounds(a, rows=True)
+    config = configs(a, bounds, "sm_90", lists=reads_by_key(a))[0]
+    source = emit(a, bounds, config)
     constants = {n: n != "PARTIAL" for n in ("PARTIAL", "EVEN", "TMA") if f"{n}: tl.constexpr" in source}
     built = compile_for(source, config, "sm_90", **constants)
     assert built.shared_bytes <= 227 * 1024 and built.spills <= 256

@@ -32,7 +32,7 @@ MATRIX += [Job("causal block table", 64, "bf16", t, lists=True) for t in TARGETS
 MATRIX += [Job("causal block table", 64, "bf16", t, kernel=k, lists=True) for k in ("look", "pack") for t in TARGETS]
 MATRIX += [Job("causal", 128, "bf16", t, persistent=True) for t in ("sm_90", "sm_100")]
 MATRIX += [Job("causal", 128, "bf16", "sm_100", at=2, descriptors=True)]  # with warps of their own for loads
-MATRIX += [Job("window and blocks by head", 128, "bf16", "sm_90")]
+MATRIX += [Job(case, 128, "bf16", "sm_90") for case in ("window and blocks by head", "stripes by head")]
 
 LARGE = [Job(case, 64, "bf16", t) for case in CASES if not case.startswith("d ") for t in TARGETS]
 LARGE += [Job("causal", d, "bf16", t) for d in (4, 8, 16, 32, 48, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256)

@@ -13,9 +13,9 @@ from triton_kernels.matrix import Job, attention
 from attncc.codegen.triton import TritonConfig, configs, emit, reads_by_key, unsupported
 from attncc.codegen.triton.config import fits
 from attncc.codegen.triton.operands import chunks
-from attncc.codegen.triton.score_parts import keeps_zero, scaled, weight_factor
-from attncc.ir import Attention, Bounds, Const, S, W, parse_attention
-from attncc.ir.build import add, const, mul, op
+from attncc.codegen.triton.rows import row_axes
+from attncc.ir import Attention, Bounds, Const, W, parse_attention
+from attncc.ir.build import add, const, op
 from attncc.passes.bounds.bounds import loop_bounds
 
 
@@ -101,8 +101,8 @@ def test_head_sizes_that_16_does_not_divide_load_several_elements_at_once() -> N
 
 def test_precision_of_float32_is_exact_unless_asked() -> None:
     a = of(CASES["causal"], "f32")
-    assert 'input_precision="tf32"' not in emit(a, loop_bounds(a), configs(a, "sm_90")[0])
-    assert 'input_precision="tf32"' in emit(a, loop_bounds(a), configs(a, "sm_90", tf32=True)[0])
+    assert 'input_precision="tf32"' not in emit(a, loop_bounds(a), configs(a, loop_bounds(a), "sm_90")[0])
+    assert 'input_precision="tf32"' in emit(a, loop_bounds(a), configs(a, loop_bounds(a), "sm_90", tf32=True)[0])
 
 
 def test_what_is_refused() -> None:
@@ -125,11 +125,12 @@ def test_what_is_refused() -> None:
 def test_configurations_fit_their_machine(target: str, d: int, dtype: str) -> None:
     for case in ("causal", "decode"):
         a = attention(Job(case, d, dtype, target))
-        found = configs(a, target)
+        bounds = loop_bounds(a, rows=True)
+        found = configs(a, bounds, target)
         assert 1 <= len(found) <= 7 and len(set(found)) == len(found)
-        assert all(fits(a, c, target) for c in found)
+        assert all(fits(a, row_axes(a, bounds), c, target) for c in found)
     with pytest.raises(ValueError, match="capability"):
-        configs(attention(Job("causal", d, dtype, target)), "tpu")
+        configs(a, bounds, "tpu")
 
 
 def test_chunks_cover_a_head_with_little_padding() -> None:
@@ -139,11 +140,3 @@ def test_chunks_cover_a_head_with_little_padding() -> None:
         assert all(w >= 16 and w & (w - 1) == 0 for w, _ in parts)
         assert parts[0][1] == 0 and all(start == parts[0][0] for _, start in parts[1:])
     assert chunks(192) == ((128, 0), (64, 128)) and chunks(80) == ((64, 0), (16, 64)) and chunks(128) == ((128, 0),)
-
-
-def test_what_is_read_from_expressions() -> None:
-    assert scaled(mul(mul(S, const(0.5)), const(0.25))) == (S, 0.125)
-    assert scaled(mul(S, const(-0.5)))[1] == 1.0  # a negative scale turns the largest into the smallest
-    assert weight_factor(op("bf16", mul(W, const(2.0)))) is const(2.0)
-    assert weight_factor(mul(W, W)) is None and weight_factor(add(W, const(1.0))) is None
-    assert keeps_zero(mul(W, W)) and not keeps_zero(add(W, const(1.0)))

@@ -64,6 +64,9 @@ FORMS: dict[str, dict[str, str]] = {
     "linear": {"norm": "none", "weight": "w * w / float(M)"},
     "decay": {"weight": "w * exp(float(j - i) * 0.01)", "mask": "j <= i"},
     "sharpened": {"weight": "w * w"},
+    "squashed, eager's mean": {"weight": "tanh(w)", "mask": "pad[b, j]", "tensors": "pad", "empty": "mean"},
+    "limited, eager's nan": {"weight": "min(w, 0.1)", "mask": "pad[b, j]", "tensors": "pad", "empty": "nan"},
+    "less a part": {"weight": "w - w * exp(float(j - i) * 0.01)", "mask": "j <= i"},
 }
 
 

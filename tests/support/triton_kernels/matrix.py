@@ -66,10 +66,11 @@ def build(job: Job) -> Built:
     """Compile one kernel. Raises what Triton raises."""
     warnings.simplefilter("ignore")
     a = attention(job)
-    space = configs(a, job.target, tf32=job.tf32, lists=job.lists)
+    bounds = loop_bounds(a, rows=True)
+    space = configs(a, bounds, job.target, tf32=job.tf32, lists=job.lists)
     wanted = (job.descriptors, job.persistent)
     config = [c for c in space if (c.descriptors, c.persistent > 0) == wanted][job.at]
-    source = emit(a, loop_bounds(a, rows=True), config)
+    source = emit(a, bounds, config)
     known = {"PARTIAL": job.case.startswith("decode"), "TMA": True, "EVEN": True}
     constants = {n: x for n, x in known.items() if f"{n}: tl.constexpr" in source and job.kernel == "attention"}
     compiled = compile_for(source, config, job.target, job.kernel, **constants)

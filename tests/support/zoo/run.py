@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from attncc.driver import backend
 from attncc.driver.backend import Collected, collecting
 from attncc.driver.explanation import report
+from attncc.patterns.graph.facts import Facts
 from attncc.report.model import Report
 from zoo.case import Case
 
@@ -31,10 +34,18 @@ class Error:
 
 
 @dataclass(frozen=True)
+class Lifting:
+    """A graph that was lifted from: whether it is the same afterwards, and how many nodes were made beside it."""
+
+    same: bool
+    made: int
+
+
+@dataclass(frozen=True)
 class Outcome:
     report: Report
     errors: tuple[Error, ...]
-    graphs: int = field(default=0)
+    liftings: tuple[Lifting, ...]
 
 
 def floats(result: Any) -> list[torch.Tensor]:
@@ -88,14 +99,29 @@ def outcome(case: Case, dtype: torch.dtype) -> Outcome:
     compiled = torch.compile(model, backend="attncc", dynamic=True if case.dynamic else None, options=options)
     found = Collected()
     token = collecting.set(found)
+    liftings: list[Lifting] = []
+    lift_all = backend.lift_all
+
+    def watched(facts: Facts) -> Any:
+        before = drawn(facts.graph)
+        sites = lift_all(facts)
+        liftings.append(Lifting(drawn(facts.graph) == before, len(facts.made)))
+        return sites
+
     try:
-        errors = _compare(case, exact, eager, compiled, model, inputs, dtype)
-        if case.dynamic:
-            errors += _compare(case, exact, eager, compiled, model, shorter(inputs), dtype)
+        with mock.patch.object(backend, "lift_all", watched):
+            errors = _compare(case, exact, eager, compiled, model, inputs, dtype)
+            if case.dynamic:
+                errors += _compare(case, exact, eager, compiled, model, shorter(inputs), dtype)
     finally:
         collecting.reset(token)
         torch._dynamo.reset()
-    return Outcome(report(found), errors)
+    return Outcome(report(found), errors, tuple(liftings))
+
+
+def drawn(graph: fx.Graph) -> tuple[str, list[tuple[str, list[str]]]]:
+    """All that there is to a graph: its text, its nodes, and who uses them."""
+    return str(graph), [(n.name, [user.name for user in n.users]) for n in graph.nodes]
 
 
 def _compare(
