@@ -8,6 +8,7 @@ from math import prod
 
 from torch import fx
 
+from attncc.errors import unforeseen
 from attncc.ir.verify import VerifyError
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import hint, is_operator
@@ -113,7 +114,7 @@ def _reason(error: Exception, at: fx.Node) -> tuple[str, fx.Node]:
         return error.reason, error.node
     if isinstance(error, VerifyError):
         return f"the IR cannot say it: {error}", at
-    return f"reading it failed, which is a bug in attncc: {type(error).__name__}: {error}", at
+    return f"reading it failed, which is a bug in attncc: {unforeseen('reading a site', error)}", at
 
 
 def _without_softmax(f: Facts, n: fx.Node, product: Contraction, left: bool) -> list[Lifted | Refusal]:
@@ -188,9 +189,9 @@ def _divided(frame: Frame, term: Term, total: fx.Node) -> list[Lifted | Refusal]
     try:
         return [replace(lift_softmax(frame, term), escapes=escapes)]
     except Exception as error:
+        reason, _ = _reason(error, frame.node)
         if term.anchor.shares == "plain":
             return []
-        reason, _ = _reason(error, frame.node)
         return [Refusal(f"a softmax divided after its product: {reason}", frame.node, node)]
 
 

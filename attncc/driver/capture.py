@@ -6,8 +6,8 @@ several ATen ops (`multi_head_attention_forward`) owns all of their shadow nodes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,14 +25,24 @@ from attncc.patterns.softmax.flex import FLEX
 
 @dataclass
 class Reading:
-    """The shadow of `module` and how the two correspond."""
+    """The shadow of a Dynamo graph and how the two correspond."""
 
-    module: fx.GraphModule
+    graph: fx.Graph
     shadow: fx.GraphModule
     origin: dict[fx.Node, fx.Node]
     owner: dict[fx.Node, fx.Node] = field(default_factory=dict)
     results: dict[fx.Node, Any] = field(default_factory=dict)
     bodies: list[tuple[fx.GraphModule, list[Any]]] = field(default_factory=list)
+
+    def over(self, graph: fx.Graph, nodes: Mapping[fx.Node, fx.Node]) -> Reading:
+        """The same for a copy of the Dynamo graph, given the copy of each node."""
+        return replace(
+            self,
+            graph=graph,
+            origin={shadow: nodes[n] for shadow, n in self.origin.items()},
+            owner={shadow: nodes[n] for shadow, n in self.owner.items()},
+            results={nodes[n]: parts for n, parts in self.results.items()},
+        )
 
     def facts(self) -> Facts:
         """Facts of the shadow, with the dtypes that Dynamo saw (a trace does not see autocast)."""
@@ -48,14 +58,14 @@ class Reading:
     def uses_autocast(self) -> bool:
         """Whether an operation's dtype may depend on where in the graph it stands. Regions that turn autocast off, as
         rotary embeddings have them, say nothing where none is on."""
-        regions = _regions(self.module)
+        regions = _regions(self.graph)
         around = any(torch.is_autocast_enabled(str(n.args[0])) for n in regions)
         return around or any(n.args[2] for n in regions)
 
 
-def _regions(module: fx.GraphModule) -> list[fx.Node]:
+def _regions(graph: fx.Graph) -> list[fx.Node]:
     """Where regions of autocast begin: (device type, dtype, enabled, cache) are the arguments."""
-    return [n for n in module.graph.nodes if getattr(n.target, "__name__", "") == "_enter_autocast"]
+    return [n for n in graph.nodes if getattr(n.target, "__name__", "") == "_enter_autocast"]
 
 
 class _Shadow(fx.Interpreter):
@@ -124,14 +134,14 @@ class _Shadow(fx.Interpreter):
 
 def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
     """The shadow of a Dynamo graph. Raises whatever the trace raises; the module itself is not touched."""
-    own = None if _regions(module) else torch_private.fakes_of_dynamo(module, inputs)
+    own = None if _regions(module.graph) else torch_private.fakes_of_dynamo(module, inputs)
     mode, fakes = own or torch_private.fake_inputs(inputs)
     shadow = _Shadow(module, None if own is None else Repeats())
     # Grad mode is part of what Dynamo captured, and a trace under no_grad records less.
     with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
         traced = torch_private.trace(lambda *a: shadow.run(*a), mode, fakes)
     names = {n.name: n for n in traced.graph.nodes}
-    reading = Reading(module, traced, {}, bodies=shadow.bodies)
+    reading = Reading(module.graph, traced, {}, bodies=shadow.bodies)
     for made, node in shadow.pairs:
         found = names.get(made.name)
         if found is not None:

@@ -36,11 +36,11 @@ class EditError(Exception):
 
 
 class Editor:
-    """Edits one Dynamo graph. Every change keeps the graph runnable; `finish` checks it."""
+    """Edits a copy of a Dynamo graph. Every change keeps it runnable; `finish` checks it."""
 
     def __init__(self, reading: Reading, facts: Facts) -> None:
         self.reading, self.facts = reading, facts
-        self.graph = reading.module.graph
+        self.graph = reading.graph
         self.order = {n: at for at, n in enumerate(self.graph.nodes)}
         self.copies: dict[fx.Node, fx.Node] = {}
         self.taken: dict[fx.Node, fx.Node] = {}  # what was replaced, by what
@@ -162,12 +162,11 @@ class Editor:
             x = call(torch.ops.aten.permute.default, (x, [rows.order.index(n) for n in range(len(shape))]))
         return call(torch.ops.aten.reshape.default, (x, self.extents(site, before)[:-1]))
 
-    def finish(self) -> fx.GraphModule:
+    def finish(self) -> fx.Graph:
         self._drop_unread()
         self._drop_empty_vmaps()
         self.graph.lint()
-        self.reading.module.recompile()
-        return self.reading.module
+        return self.graph
 
     def place(self, shadow: fx.Node) -> fx.Node:
         """The Dynamo node for a shadow node, its composite owner expanded if need be."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attncc.driver import backend, capture
+from attncc.driver import capture, rewriting
 from attncc.driver.backend import Collected, collecting
 from attncc.patterns.reader.value import Reader
 
@@ -91,14 +91,14 @@ def work(layers: int, windows: tuple[int | None, ...], dynamic: bool, monkeypatc
 
         patch.setattr(owner, name, counted)
 
-    backend._planned.cache_clear()
+    rewriting._planned.cache_clear()
     torch._dynamo.reset()
     found = Collected()
     token = collecting.set(found)
     with monkeypatch.context() as patch:
         counting(capture._Shadow, "call_function")
         counting(Reader, "_read")
-        counting(backend, "split_axes")
+        counting(rewriting, "split_axes")
         try:
             got = torch.compile(model, backend="attncc", dynamic=dynamic, options=FAST)(x)
         finally:

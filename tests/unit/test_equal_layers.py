@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import fx
 
-from attncc.driver import backend, describe, selection
+from attncc.driver import backend, describe, rewriting, selection
 from attncc.kernels import build
 from attncc.patterns.reader.value import Reader
 
@@ -23,7 +23,7 @@ COUNTED = [
 
 def work(layers: int, implementation: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each analysis ran for a model of so many layers, in a process that has seen nothing yet."""
-    for cached in (build.built, build.optimise, backend._planned, describe.extent_of):
+    for cached in (build.built, build.optimise, rewriting._planned, describe.extent_of):
         cached.cache_clear()
     selection._decided.clear()
     counts: Counter[str] = Counter()

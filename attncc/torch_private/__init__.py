@@ -266,6 +266,13 @@ def fused_by_inductor() -> int:
     return counters["inductor"]["fuse_attention"]
 
 
+def restarts(error: BaseException) -> bool:
+    """Whether an error of Inductor's is how it asks Dynamo to trace again, or to leave a frame alone."""
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame  # noqa: PLC0415 - as above
+
+    return isinstance(error, RestartAnalysis | SkipFrame)
+
+
 def lacks_compiler(error: BaseException | None) -> bool:
     """Whether Inductor gave up because the machine has no C++ compiler."""
     from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415 - as above
@@ -283,13 +290,18 @@ def inductor_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., A
         return inductor(gm, inputs, {})
 
 
-def mode_options(mode: str | None) -> dict[str, Any]:
-    """Inductor's configuration for a `torch.compile` mode. Raises RuntimeError for an unknown one."""
-    if mode in (None, "default"):
-        return {}
+def inductor_modes() -> dict[str, dict[str, Any]]:
+    """Inductor's configuration for each mode of `torch.compile`."""
     from torch._inductor import list_mode_options  # noqa: PLC0415 - as above
 
-    return dict(list_mode_options(mode))
+    return {name: dict(entries) for name, entries in list_mode_options().items()}
+
+
+def inductor_options() -> list[str]:
+    """The names of the entries of Inductor's configuration."""
+    from torch._inductor import list_options  # noqa: PLC0415 - as above
+
+    return list_options()
 
 
 def block_tables(

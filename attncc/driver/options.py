@@ -1,0 +1,58 @@
+"""The options and the mode of `torch.compile(..., backend="attncc")`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from attncc import torch_private
+
+
+@dataclass(frozen=True)
+class Options:
+    """Whether Inductor compiles the edited graph, whether kernels are measured, and Inductor's own configuration."""
+
+    inductor: bool = True
+    measure: bool = True
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+_OWN = ("inductor", "measure")
+
+
+def options_of(mode: str | None, options: Mapping[str, Any] | None) -> Options:
+    """The options that a user gave. Raises RuntimeError, in one line that names the right ones, where there is no such
+    mode or option."""
+    given = {str(name).replace("-", "_"): value for name, value in (options or {}).items()}
+    own = {name: given.pop(name) for name in _OWN if name in given}
+    for name, value in own.items():
+        if not isinstance(value, bool):
+            raise RuntimeError(f"attncc: the option {name!r} is True or False, not {value!r}")
+    known = [*_OWN, *torch_private.inductor_options()] if given else []
+    for name in given:
+        if name not in known:
+            raise RuntimeError(
+                f"attncc: there is no option {name!r}{_nearest(name, known)}; the options are {_listed(_OWN)} and the"
+                " entries of torch._inductor.config"
+            )
+    return Options(**own, config={**_of_mode(mode), **given})
+
+
+def _of_mode(mode: str | None) -> dict[str, Any]:
+    if mode is None or mode == "default":
+        return {}
+    modes = torch_private.inductor_modes()
+    if mode not in modes:
+        raise RuntimeError(f"attncc: there is no mode {mode!r}{_nearest(mode, modes)}; the modes are {_listed(modes)}")
+    return modes[mode]
+
+
+def _nearest(name: object, known: Iterable[str]) -> str:
+    found = get_close_matches(str(name), list(known), 1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
