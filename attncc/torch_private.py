@@ -271,6 +271,16 @@ def inductor_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., A
         return inductor(gm, inputs, {})
 
 
+def inductor_apart_with_backward(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The same with its backward, both compiled now: the compilation around counts what is compiled later as its own,
+    and objects."""
+    from torch._functorch import config  # noqa: PLC0415 - as above
+
+    patched: Any = config
+    with tracing(None), torch.enable_grad(), patched.patch(force_non_lazy_backward_lowering=True):
+        return inductor(gm, inputs, {})
+
+
 def mode_options(mode: str | None) -> dict[str, Any]:
     """Inductor's configuration for a `torch.compile` mode. Raises RuntimeError for an unknown one."""
     if mode in (None, "default"):

@@ -17,11 +17,13 @@ from torch import fx
 
 from attncc import torch_private
 from attncc.driver import capture, describe
+from attncc.driver.candidate import Candidate, Choice
 from attncc.driver.edit import EditError, Editor, source_text
 from attncc.driver.merge import merge
 from attncc.driver.plain import plain
-from attncc.driver.selection import Candidate, Choice, decide
+from attncc.driver.selection import decide
 from attncc.driver.site_groups import Joint, together
+from attncc.driver.training import Training, runs_again, training_of
 from attncc.ir import Attention, print_attention, print_linear
 from attncc.ir.expr import Expr, Size
 from attncc.kernels.build import blocked, build, build_all, built, optimise
@@ -91,8 +93,11 @@ def attncc_backend(
             return gm.forward
 
 
-def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, measure: bool = True) -> fx.GraphModule:
-    """The graph with its attention fused where that is right, and a record of every site in `found`.
+def rewrite(
+    gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, measure: bool = True, recomputed: bool = False
+) -> fx.GraphModule:
+    """The graph with its attention fused where that is right, and a record of every site in `found`. `recomputed`:
+    backward runs the graph once more.
 
     Nothing that goes wrong here costs the user the model: the graph is then compiled as it came, with a note."""
     try:
@@ -100,7 +105,8 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, meas
         with _no_collection():
             reading = capture.read(gm, inputs)
         for body, arguments in reading.bodies:
-            rewrite(body, arguments, found, measure=measure)
+            again = recomputed or runs_again(gm, body)
+            rewrite(body, arguments, found, measure=measure, recomputed=again)
         with _no_collection():
             step("finding attention")
             facts = reading.facts()
@@ -113,7 +119,8 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *, meas
     untouched = copy.deepcopy(gm.graph)  # new nodes, the same metadata: the edit is in place
     settled: list[Site] = []
     try:
-        result = _edited(reading, facts, lifted, settled, len(found.sites), measure)
+        training = training_of(reading, recomputed=recomputed)
+        result = _edited(reading, facts, lifted, settled, len(found.sites), measure, training)
     except Exception as error:
         gm.graph = untouched
         reason = f"editing the graph failed: {_line(error)}"
@@ -141,12 +148,12 @@ def _no_collection() -> Iterator[None]:
 
 def _edited(
     reading: capture.Reading, facts: Facts, lifted: list[Lifted | Refusal | Recognised], settled: list[Site],
-    first: int, measure: bool,
+    first: int, measure: bool, training: Training,
 ) -> fx.GraphModule:
     """Every site decided, in order, and the graph edited. `settled` grows as it goes."""
     joints = {id(site): joint for joint in together([s for s in lifted if isinstance(s, Lifted)], facts)
               for site in joint.sites}  # fmt: skip
-    plans = [_plan(site, joints[id(site)], facts) if isinstance(site, Lifted) else None for site in lifted]
+    plans = [_plan(site, joints[id(site)], facts, training) if isinstance(site, Lifted) else None for site in lifted]
     planned = {id(site): plan for site, plan in zip(lifted, plans, strict=True)}
     step("building kernels")
     build_all((p.spec, p.device) for p in plans if isinstance(p, Plan))
@@ -169,7 +176,7 @@ def _edited(
             continue
         assert plan is not None  # every lifted site has one
         if site.node not in verdicts:
-            verdicts |= _settled(joints[id(site)], planned, facts, editor, measure)
+            verdicts |= _settled(joints[id(site)], planned, facts, editor, measure, training)
         if isinstance(plan, fx.Node) and site.anchor in said:
             continue  # a softmax whose weights go to several products, and must exist
         said.add(site.anchor)
@@ -178,12 +185,13 @@ def _edited(
 
 
 def _settled(
-    joint: Joint, plans: Mapping[int, Plan | fx.Node | None], facts: Facts, editor: Editor, measure: bool
-) -> dict[fx.Node, Choice]:
+    joint: Joint, plans: Mapping[int, Plan | fx.Node | None], facts: Facts, editor: Editor, measure: bool,
+    training: Training,
+) -> dict[fx.Node, Choice]:  # fmt: skip
     """What becomes of each node that sites which are decided together take the place of; those chosen are fused."""
     pairs = [(site, plan) for site in joint.sites if isinstance(plan := plans[id(site)], Plan)]
     nodes = dict.fromkeys(site.node for site in joint.sites)
-    verdict = _verdict(joint, [plan for _, plan in pairs], facts, measure)
+    verdict = _verdict(joint, [plan for _, plan in pairs], facts, measure, training)
     step("editing the graph")
     found = dict.fromkeys(nodes, verdict)
     places = dict.fromkeys(_target(site) for site, _ in pairs)
@@ -203,11 +211,13 @@ def _target(site: Lifted) -> fx.Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a site would become: the attention after the passes, its text, and the device it runs on."""
+    """What a site would become: the attention after the passes, its text, and the device it runs on. `learned` names
+    the tensors whose gradients are wanted."""
 
     final: Attention
     spec: str
     device: str
+    learned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -217,21 +227,27 @@ class Place:
     where: str
 
 
-def _plan(site: Lifted, joint: Joint, facts: Facts) -> Plan | fx.Node:
+def _plan(site: Lifted, joint: Joint, facts: Facts, training: Training) -> Plan | fx.Node:
     """The plan, or who needs the weights outside: then the scores exist anyway and nothing is to be gained."""
     if joint.user is not None:
         return joint.user
-    return _planned(site.attention, tuple(site.factors.items()), facts.value(site.node).device.type)
+    device = facts.value(site.node).device.type
+    return _planned(site.attention, tuple(site.factors.items()), device, training.learned(site, facts))
 
 
 @lru_cache(maxsize=256)
-def _planned(a: Attention, factors: tuple[tuple[Size, Expr], ...], device: str) -> Plan:
-    """Sites that compute the same share one plan, so what it costs does not grow with the layers."""
+def _planned(
+    a: Attention, factors: tuple[tuple[Size, Expr], ...], device: str, learned: tuple[str, ...]
+) -> Plan:  # fmt: skip
+    """Sites that compute the same share one plan, so what it costs does not grow with the layers. For backward the
+    kernel keeps the sums of its rows."""
     final = optimise(split_axes(a, dict(factors)))
-    return Plan(final, print_attention(final), device)
+    if learned and final.normalizer == "softmax" and "lse" not in final.outputs:
+        final = replace(final, outputs=(*final.outputs, "lse"))
+    return Plan(final, print_attention(final), device, learned)
 
 
-def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool) -> Choice:
+def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool, training: Training) -> Choice:
     if joint.user is not None:
         name = used_by(facts, joint.user)
         return Choice(False, None, f"its scores or weights are used elsewhere too, by {name}, and so must exist")
@@ -241,8 +257,10 @@ def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool) -
         return Choice(False, None, slow.reason)
     if not measure:
         return Choice(True, None, "not measured")
-    parts = [Candidate(s, p.final, p.spec, made) for s, p, made in zip(joint.sites, plans, kernels, strict=True)]
-    return decide(parts, facts)
+    parts = [
+        Candidate(s, p.final, p.spec, made, p.learned) for s, p, made in zip(joint.sites, plans, kernels, strict=True)
+    ]
+    return decide(parts, facts, training)
 
 
 def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, facts: Facts) -> Site:

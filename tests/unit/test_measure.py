@@ -73,9 +73,16 @@ def test_candidates_take_turns() -> None:
 
 def test_the_budget_ends_it_after_three_rounds_at_least() -> None:
     clock = Clock()
-    calls = {n: clock.candidate(n, repeat(1.0)) for n in "ab"}
+    calls = {n: clock.candidate(n, repeat(0.25)) for n in "ab"}
     assert compare(calls, 0.01, clock.sample).rounds == 3
-    assert compare(calls, 20.0, clock.sample).rounds == 10
+    assert compare(calls, 5.0, clock.sample).rounds == 10
+
+
+def test_one_round_is_enough_of_what_takes_seconds() -> None:
+    clock = Clock()
+    calls = {n: clock.candidate(n, repeat(3.0)) for n in "ab"}
+    assert compare(calls, 0.01, clock.sample).rounds == 1
+    assert clock.order == ["a", "b", "a", "b"]  # the first of each is the warm-up
 
 
 def test_short_calls_are_repeated_and_hopeless_ones_are_dropped() -> None:
