@@ -30,10 +30,10 @@ def skips(a: Attention, bounds: Bounds | None, device: str) -> bool:
         return False
     if a.normalizer == "softmax" and a.empty != "zero" and a.weight is not W:
         return False
-    return device == "cpu" or not any(isinstance(n, Load) for x in _expressions(bounds) for n in walk(x))
+    return device == "cpu" or not any(isinstance(n, Load) for x in expressions(bounds) for n in walk(x))
 
 
-def _expressions(bounds: Bounds) -> list[Expr]:
+def expressions(bounds: Bounds) -> list[Expr]:
     return [r.expr for r in bounds.rows] + [n for x in bounds.visit for n in x.expressions]
 
 

@@ -26,7 +26,7 @@ from attncc.driver.site_groups import Joint, together
 from attncc.driver.training import Training, runs_again, training_of
 from attncc.ir import Attention, print_attention, print_linear
 from attncc.ir.expr import Expr, Size
-from attncc.kernels.build import blocked, build, build_all, built, optimise
+from attncc.kernels.build import backward, blocked, build, build_all, built, optimise
 from attncc.passes.rewrites.split_axes import split_axes
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.lift import Refusal, lift_all
@@ -51,7 +51,7 @@ class Collected:
 collecting: ContextVar[Collected | None] = ContextVar("attncc_collecting", default=None)
 _said: set[str] = set()
 
-op.install(build, blocked)
+op.install(build, blocked, backward)
 if "torch._dynamo" in sys.modules:  # as where a backend is looked up by its name; importing attncc alone stays light
     torch_private.trace_through_sdp_kernel()
 
