@@ -12,7 +12,7 @@ themselves. `attncc.codegen.torch_score` differentiates score and weight.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -66,7 +66,8 @@ def backward(
         k, v = (_flat(x, own, shared) for x in (k, v))
     made = dict(zip(a.outputs, grads, strict=True))
     seed = made["out"].expand(*batch, *made["out"].shape[-2:]).reshape(prod(own), group, *made["out"].shape[-2:])
-    if _by_library(a) and group == 1 and q.is_cpu and k.shape[-2] > 0:
+    # torch's kernel knows the gradient of the output, not that of the sums
+    if _by_library(a) and group == 1 and q.is_cpu and k.shape[-2] > 0 and not made["lse"].any():
         found = dict(zip("qkv", _library(a, q, k, v, seed, given["out"], given["lse"], batch), strict=True))
         return _to_tensors(names, leaves, {"q": q, "k": k, "v": v}, found, {})
     run = _Run(a, named, table, whole, bounds, names, wide, own, group)
@@ -102,7 +103,7 @@ def _to_tensors(
     found: Mapping[str, torch.Tensor], sums: Mapping[str, torch.Tensor],
 ) -> list[torch.Tensor]:  # fmt: skip
     """The gradients of operands and loads as those of the tensors that they are read from."""
-    pairs = [(x, found[n].view_as(x).to(x.dtype)) for n, x in made.items() if x.requires_grad and n in found]
+    pairs = [(x, found[n].reshape(x.shape).to(x.dtype)) for n, x in made.items() if x.requires_grad and n in found]
     sources = [leaves[n] for n in names]
     back: Sequence[torch.Tensor | None] = [None] * len(sources)
     if pairs and sources:
@@ -116,7 +117,8 @@ def _to_tensors(
 
 
 def _by_library(a: Attention) -> bool:
-    return is_plain(a) and a.d.extent == a.e.extent and len({a.tensor(x.tensor).dtype for x in (a.q, a.k, a.v)}) == 1
+    """Whether the gradients are those of torch's own kernel."""
+    return a.outputs == ("out", "lse") and is_plain(replace(a, outputs=("out",))) and a.d.extent == a.e.extent
 
 
 def _library(

@@ -5,8 +5,8 @@
 
 `spec` is the canonical text of the attention, so the node says by itself what it computes: a graph cached on disk runs
 in a fresh process, and a cache sees every change. The kernel behind a spec is built at its first call on a device.
-Gradients come from a second operator. Where the text gives the sums of the rows (`lse`), it begins with what the forward
-kept; otherwise it recomputes through a differentiable form of the same text.
+Gradients come from a second operator. Where the text gives the sums of the rows (`lse`), it begins with what the
+forward kept; otherwise it recomputes through a differentiable form of the same text.
 """
 
 from __future__ import annotations

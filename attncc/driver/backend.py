@@ -275,6 +275,7 @@ def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, f
         visible=None if area is None else area.visible, visited=None if area is None else area.visited,
         total=None if area is None else area.total,
         became=made.shown if made is not None and verdict.fused else "original graph", speedup=verdict.speedup,
+        trains=isinstance(plan, Plan) and bool(plan.learned),
         ir=plan.spec if isinstance(plan, Plan) else print_attention(shown),
         kernel=None if made is None else made.source, language=None if made is None else made.language,
         picture=picture, sizes=sizes,

@@ -47,8 +47,9 @@ def _mask_bytes(p: Candidate, sizes: list[int]) -> int:
 
 
 def products(
-    a: Attention, tensors: list[torch.Tensor], sizes: list[int], learned: Sequence[str] = (), *, recomputed: bool = False
-) -> Callable[[], object]:
+    a: Attention, tensors: list[torch.Tensor], sizes: list[int], learned: Sequence[str] = (), *,
+    recomputed: bool = False,
+) -> Callable[[], object]:  # fmt: skip
     """The matrix products of an attention alone, a lower bound of every unfused form: two forward, and one for each
     gradient of `learned` with one for that of the weights; those of forward again where it is recomputed."""
     table = size_table(a, sizes)

@@ -55,7 +55,7 @@ def training_of(reading: Reading, *, recomputed: bool = False) -> Training:
 
 
 def runs_again(module: fx.GraphModule, body: fx.GraphModule) -> bool:
-    """Whether `body`, a graph that `module` calls, is a checkpoint of activations: it then runs once more in backward."""
+    """Whether `body`, a graph that `module` calls, is a checkpoint of activations: it then runs again in backward."""
     return any(
         str(n.target) == "tag_activation_checkpoint"
         and any(x.op == "get_attr" and getattr(module, str(x.target), None) is body for x in n.all_input_nodes)

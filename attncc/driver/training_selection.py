@@ -1,9 +1,9 @@
 """Never slower in training: a kernel takes a site that learns only if its forward and backward together beat those of
 the model's own form, and need no more memory.
 
-The backward measured is the one that runs. Cheapest first: a step that is faster than the matrix products of the unfused
-form has won; one that is slower than the model's own operations one by one has lost; only what is left is compiled by
-Inductor, with its backward, to be compared with.
+The backward measured is the one that runs. Cheapest first: a step that is faster than the matrix products of the
+unfused form has won; one that is slower than the model's own operations one by one has lost; only what is left is
+compiled by Inductor, with its backward, to be compared with.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def _measured(
         fast = not timed.failed and timed.us[OURS] <= timed.us["products"] * (1 + TIE)
         most = score_bytes(parts[0], data.sizes[0])
         if fast and _within(peak_bytes(ours, device), most):
-            return Decision(OURS, "forward and backward are faster than their matrix products alone", {OURS: timed.us[OURS]})
+            reason = "forward and backward are faster than their matrix products alone"
+            return Decision(OURS, reason, {OURS: timed.us[OURS]})
     own = _step(data.run, leaves_of(data.inputs), nullcontext, recomputed)
     timed = compare({OURS: ours, rival: own}, BUDGET_S, sample)
     lost = _settled(timed, rival)
@@ -109,9 +110,11 @@ def _settled(timed: Timings, rival: str) -> Decision:
         return Decision(rival, f"in training no kernel ran ({timed.failed[OURS]})", timed.us)
     if their is None:
         return Decision(rival, f"in training not measured: its own form fails ({timed.failed[rival]})", timed.us)
+    shown = f"{OURS} {own:.1f} us, {rival} {their:.1f} us"
     if own > their * (1 - TIE):
-        return Decision(rival, f"in training its forward and backward took {own / their:.2f} of the model's own", timed.us)
-    return Decision(OURS, f"forward and backward {their / own:.2f} times as fast", timed.us)
+        ratio = f"{own / their:.2f} of the time of the model's own"
+        return Decision(rival, f"in training its forward and backward took {ratio}: {shown}", timed.us)
+    return Decision(OURS, f"forward and backward {their / own:.2f} times as fast: {shown}", timed.us)
 
 
 def _lean(won: Decision, own: int | None, their: int | None, rival: str) -> Decision:

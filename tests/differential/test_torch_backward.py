@@ -15,6 +15,7 @@ from attncc.codegen import torch_backward
 from attncc.codegen.torch_backward import backward, kept
 from attncc.codegen.torch_form import run_blocked
 from attncc.ir import Attention, interpret, parse_attention
+from attncc.ir.evaluate import DTYPE_OF
 from attncc.passes.bounds.bounds import loop_bounds
 
 many = settings(
@@ -28,15 +29,17 @@ def with_sums(a: Attention) -> Attention:
 
 
 def both(
-    a: Attention, tensors: dict[str, torch.Tensor], sizes: Sequence[int], *, skip: bool, wanted: Sequence[bool]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The gradients, and the interpreter's."""
+    a: Attention, tensors: dict[str, torch.Tensor], sizes: Sequence[int], *, skip: bool, wanted: Sequence[bool],
+    of_sums: bool = True,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    """The gradients, and the interpreter's; with those of the sums of rows or without."""
     leaves = {n: t.detach().clone().requires_grad_(w) for (n, t), w in zip(tensors.items(), wanted, strict=True)}
     outputs = list(interpret(a, leaves, sizes).values())
     random = torch.Generator().manual_seed(7)
     seeds = [torch.randn(o.shape, generator=random, dtype=torch.float64).to(o.dtype) for o in outputs]
     # where a row is empty its sum is -inf, and nothing depends on that
     seeds = [torch.where(o.isfinite(), s, 0.0) for o, s in zip(outputs, seeds, strict=True)]
+    seeds = [s if of_sums or n == "out" else torch.zeros_like(s) for n, s in zip(a.outputs, seeds, strict=True)]
     sources = [x for x in leaves.values() if x.requires_grad]
     pairs = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
     want = torch.autograd.grad(
@@ -80,3 +83,69 @@ def test_gradients_equal_the_interpreters(program: Program, budget: int, skip: b
     finally:
         torch_backward.BUDGET, torch_backward.ROWS = before
     close(got, want, torch.finfo(torch.float64).eps)
+
+
+PLAIN = """attention
+size   B, N
+batch  b = B, h = 3
+axis   i = N, j = N, d = 16, e = 16
+tensor q: {dtype}[B, N, 3, 16]
+tensor k: {dtype}[B, 3, N, 16]
+tensor v: {dtype}[B, 3, N, 16]
+q      q[b, i, h, d]
+k      k[b, h, j, d]
+v      v[b, h, j, e]
+score  s * 0.25
+mask   {mask}
+norm   softmax
+empty  zero
+weight w
+give   out, lse
+dtype  {dtype}
+"""
+
+
+@pytest.mark.parametrize("mask", ["True", "j <= i"])
+@pytest.mark.parametrize("of_sums", [False, True])
+def test_a_plain_attention_by_torchs_own_backward(mask: str, of_sums: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody asks for the gradient of the sums, which its kernel does not know."""
+    calls: list[str] = []
+    library = torch_backward._library
+
+    def watched(*args: object) -> object:
+        calls.append("called")
+        return library(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch_backward, "_library", watched)
+    a = parse_attention(PLAIN.format(dtype="f64", mask=mask))
+    random = torch.Generator().manual_seed(3)
+    shapes = ((2, 20, 3, 16), (2, 3, 20, 16), (2, 3, 20, 16))
+    tensors = {n: torch.randn(s, generator=random, dtype=torch.float64) for n, s in zip("qkv", shapes, strict=True)}
+    got, want = both(a, tensors, [2, 20], skip=True, wanted=[True] * 3, of_sums=of_sums)
+    close(got, want, torch.finfo(torch.float64).eps)
+    assert calls == ([] if of_sums else ["called"])
+
+
+LOW = PLAIN.replace("score  s * 0.25", "score  s * 0.25 - float(i - j) * 0.125 * slope[h]").replace(
+    "q      q[b", "tensor slope: f32[3]\nq      q[b"
+)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("text", [PLAIN, LOW], ids=["plain", "slopes"])
+@pytest.mark.parametrize("mask", ["j <= i", "j <= i and i - j < 7"])
+def test_gradients_are_as_near_as_eagers(dtype: str, text: str, mask: str) -> None:
+    """Within twice the error that eager torch makes in the same types."""
+    random = torch.Generator().manual_seed(3)
+    shapes = ((2, 70, 3, 16), (2, 3, 70, 16), (2, 3, 70, 16))
+    exact = {n: torch.randn(s, generator=random).to(DTYPE_OF[dtype]) for n, s in zip("qkv", shapes, strict=True)}
+    if text is LOW:
+        exact["slope"] = torch.rand(3, generator=random)
+    wide = parse_attention(text.format(dtype="f64", mask=mask).replace("f32", "f64"))
+    every = [True] * len(exact)
+    _, want = both(wide, {n: x.double() for n, x in exact.items()}, [2, 70], skip=False, wanted=every, of_sums=False)
+    own = parse_attention(text.format(dtype=dtype, mask=mask))
+    got, eager = both(own, exact, [2, 70], skip=True, wanted=every, of_sums=False)
+    for g, e, w in zip(got, eager, want, strict=True):
+        scale = w.abs().max()
+        assert (g.to(e.dtype) - w).abs().max() <= 2 * (e - w).abs().max() + 4 * torch.finfo(e.dtype).eps * scale

@@ -151,6 +151,8 @@ def test_situations_differ_by_all_that_matters(monkeypatch: pytest.MonkeyPatch) 
         situation("attention\n", [4, 1025], CPU, ["a", "b"]),
         situation("attention\n", [4, 1000], CPU, ["a", "c"]),
         situation("attention\n", [4, 1000], torch.device("meta"), ["a", "b"]),
+        situation("attention\n", [4, 1000], CPU, ["a", "b"], ["q"]),
+        situation("attention\n", [4, 1000], CPU, ["a", "b"], ["q", "v"]),
     ]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     others.append(situation("attention\n", [4, 1000], CPU, ["a", "b"]))
