@@ -10,6 +10,7 @@ backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import cast
 
@@ -52,7 +53,7 @@ def run_blocked(
             return run_blocked(a, tensors, sizes, budget=budget, bounds=bounds)
     named = {t.name: x for t, x in zip(a.tensors, tensors, strict=True)}
     table = dict(zip(a.sizes, sizes, strict=True))
-    whole = {x: (0, table[x.extent] if isinstance(x.extent, Size) else int(x.extent.value)) for x in a.axes}
+    whole = whole_ranges(a, table)
     if is_plain(a) and whole[a.j][1] > 0:
         return [_library(a, named, table, whole)]
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -64,8 +65,8 @@ def run_blocked(
 
     def part(ranges: Ranges) -> list[torch.Tensor]:
         """All rows of some batch points. The operands are brought into shape once for all their blocks."""
-        ev = _Blocks(a, named, table, ranges)
-        q, k, v = (_operand(ev, a, *x).to(ev.compute) for x in _operands(a))
+        ev = Blocks(a, named, table, ranges)
+        q, k, v = (operand(ev, a, *x).to(ev.compute) for x in operands(a))
         k, v = k.contiguous(), v.contiguous()
 
         def block(cut: Ranges) -> list[torch.Tensor]:
@@ -94,7 +95,12 @@ def run_blocked(
     return part(whole)
 
 
-def _operands(a: Attention) -> tuple[tuple[Access, Axis, Axis], ...]:
+def whole_ranges(a: Attention, table: Mapping[Size, int]) -> dict[Axis, tuple[int, int]]:
+    """All of every axis."""
+    return {x: (0, table[x.extent] if isinstance(x.extent, Size) else int(x.extent.value)) for x in a.axes}
+
+
+def operands(a: Attention) -> tuple[tuple[Access, Axis, Axis], ...]:
     return (a.q, a.i, a.d), (a.k, a.j, a.d), (a.v, a.j, a.e)
 
 
@@ -121,7 +127,7 @@ def _along(
     return [torch.cat(same, dim) for same in zip(*parts, strict=True)]
 
 
-class _Blocks(Evaluator):
+class Blocks(Evaluator):
     """The evaluator of one block: a load with affine indices is a view and no gather."""
 
     def __init__(
@@ -141,6 +147,12 @@ class _Blocks(Evaluator):
             leaves[axis.index] = grid.view([-1 if n == at else 1 for n in range(len(a.axes))])
         super().__init__(leaves, named, wide)
         self.device = device
+
+    def like(self, tensors: Mapping[str, torch.Tensor]) -> Blocks:
+        """The same block of other tensors; only views of them are asked for."""
+        other = copy(self)
+        other.tensors = tensors
+        return other
 
     def _compute(self, node: Expr) -> torch.Tensor:
         if isinstance(node, Load):
@@ -206,7 +218,7 @@ def _as_kind(value: torch.Tensor, kind: Kind, compute: torch.dtype) -> torch.Ten
     return value if kind == "bool" else value.to(compute if kind == "float" else torch.int64)
 
 
-def _operand(ev: _Blocks, a: Attention, access: Access, row: Axis, last: Axis) -> torch.Tensor:
+def operand(ev: Blocks, a: Attention, access: Access, row: Axis, last: Axis) -> torch.Tensor:
     """(*batch, row, last) of an operand, with extent 1 for batch axes it does not depend on."""
     value = ev.view(access.tensor, access.index)
     if value is None:
@@ -223,7 +235,7 @@ def _hides_a_row(
 ) -> bool:
     """Whether a row of the block sees none of `keys`, which are all that it might see."""
     listed = isinstance(keys, torch.Tensor)
-    ev = _Blocks(a, named, table, ranges, keys) if listed else _Blocks(a, named, table, {**ranges, a.j: keys})
+    ev = Blocks(a, named, table, ranges, keys) if listed else Blocks(a, named, table, {**ranges, a.j: keys})
     seen = ev(a.mask)
     return not bool(seen.any(-3).all() if seen.ndim else seen)
 
@@ -233,7 +245,7 @@ def _block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tensors: torch.Tensor,
 ) -> list[torch.Tensor]:  # fmt: skip
     """The outputs of one block, each with all its axes."""
-    ev = _Blocks(a, dict(zip(names, tensors, strict=True)), table, ranges, keys)
+    ev = Blocks(a, dict(zip(names, tensors, strict=True)), table, ranges, keys)
     full = [ranges[x][1] - ranges[x][0] for x in (*a.batch, a.i)] + [k.shape[-2]]
 
     def over_ij(x: Expr) -> torch.Tensor:
@@ -258,7 +270,7 @@ def _block(
     return [every[name]() for name in a.outputs]
 
 
-_POINTWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+POINTWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
     "none": lambda x: x,
@@ -271,7 +283,7 @@ def _normalize(
     """Weights, zero where hidden, and how to get the log of their sum. Rows without a visible key are kept away from
     the softmax, whose gradient there would be NaN."""
     if a.normalizer != "softmax":
-        w = _POINTWISE[a.normalizer](score)
+        w = POINTWISE[a.normalizer](score)
         zero = torch.zeros_like(score[..., 0])
         return (w if visible is None else torch.where(visible, w, 0.0)), lambda: zero
     hidden = score if visible is None else torch.where(visible, score, float("-inf"))
@@ -301,9 +313,9 @@ def _library(
     a: Attention, named: Mapping[str, torch.Tensor], table: Mapping[Size, int], whole: Ranges
 ) -> torch.Tensor:
     """A plain attention by torch's own kernel, as (batch, heads, rows, channels), which its fast paths ask for."""
-    ev = _Blocks(a, named, table, whole)
+    ev = Blocks(a, named, table, whole)
     batch = [whole[x][1] for x in a.batch]
-    q, k, v = (_operand(ev, a, *x) for x in _operands(a))
+    q, k, v = (operand(ev, a, *x) for x in operands(a))
     group = batch[-1] if batch else 1
     shared = len(batch) > 1 and group > 1 and k.shape[-3] == 1 and v.shape[-3] == 1
 

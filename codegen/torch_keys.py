@@ -33,8 +33,11 @@ def skips(a: Attention, bounds: Bounds | None, device: str) -> bool:
         return False
     if a.normalizer == "softmax" and a.empty == "nan" and not keeps_nan(a.weight, W):
         return False
-    read = (*(r.expr for r in bounds.rows), *(n for x in bounds.visit for n in x.expressions))
-    return device == "cpu" or not loads(*read)
+    return device == "cpu" or not loads(*expressions(bounds))
+
+
+def expressions(bounds: Bounds) -> list[Expr]:
+    return [r.expr for r in bounds.rows] + [n for x in bounds.visit for n in x.expressions]
 
 
 def visited_keys(

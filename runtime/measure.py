@@ -11,7 +11,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,8 @@ SAMPLE_S = 100e-6
 LEAST_ROUNDS, MOST_ROUNDS = 3, 51
 #: After a few rounds, what is this many times slower than the best is no longer run.
 HOPELESS = 2.0
+#: Seconds after which one round is enough: long calls differ less from each other.
+PATIENCE_S = 4.0
 
 Call = Callable[[], object]
 #: (call, repeats) -> seconds of one call
@@ -89,16 +91,18 @@ def sampler_for(device: torch.device) -> Sampler:
 def compare(candidates: Mapping[str, Call], budget_s: float, sample: Sampler = on_cpu) -> Timings:
     """Time the candidates for about `budget_s` seconds, warm-up excluded.
 
-    Each is called once to warm up (what that raises removes it), then all take turns, at least three times. One
-    measurement at a time in a process; a candidate may measure something of its own while it warms up."""
+    Each is called to warm up (what that raises removes it), then all take turns, at least three times, or once where
+    that takes seconds. One measurement at a time in a process; a candidate may measure something of its own while it
+    warms up."""
     failed: dict[str, str] = {}
     samples: dict[str, list[float]] = {}
     with _measuring:
         repeats: dict[str, int] = {}
         for name, call in candidates.items():
             try:
-                sample(call, 1)
                 once = sample(call, 1)
+                if once < PATIENCE_S / 8:
+                    once = sample(call, 1)
             except Exception as error:
                 failed[name] = f"{type(error).__name__}: {error}"
                 continue
@@ -106,7 +110,7 @@ def compare(candidates: Mapping[str, Call], budget_s: float, sample: Sampler = o
             samples[name] = []
         rounds, spent = 0, 0.0
         running = list(samples)
-        while running and rounds < MOST_ROUNDS and (rounds < LEAST_ROUNDS or spent < budget_s):
+        while running and rounds < MOST_ROUNDS and (_too_few(rounds, spent) or spent < budget_s):
             for name in running:
                 taken = sample(candidates[name], repeats[name])
                 samples[name].append(taken)
@@ -120,6 +124,10 @@ def compare(candidates: Mapping[str, Call], budget_s: float, sample: Sampler = o
                     break
     us = {n: t * 1e6 for n, t in _relative(samples).items()}
     return Timings(dict(sorted(us.items(), key=lambda x: x[1])), rounds, failed)
+
+
+def _too_few(rounds: int, spent: float) -> bool:
+    return rounds < (LEAST_ROUNDS if spent < PATIENCE_S else 1)
 
 
 def _relative(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -171,7 +179,7 @@ def _rounded_up(n: int) -> int:
 @dataclass(frozen=True)
 class Situation:
     """All that a measurement depends on. `candidates` are the digests of what was compared, so that a new kernel is
-    measured anew."""
+    measured anew. `gradients` are the tensors whose gradients were computed too."""
 
     spec: str
     sizes: tuple[int, ...]
@@ -179,18 +187,23 @@ class Situation:
     device: str
     threads: int
     torch: str
+    gradients: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         return key({"kind": "measurement", **asdict(self)})
 
 
-def situation(spec: str, sizes: Sequence[int], device: torch.device, candidates: Sequence[str]) -> Situation:
-    """The present situation of a call: `spec` is the attention's text, `sizes` every extent that matters to speed."""
+def situation(
+    spec: str, sizes: Sequence[int], device: torch.device, candidates: Sequence[str], gradients: Sequence[str] = ()
+) -> Situation:
+    """The present situation of a call: `spec` is the attention's text, `sizes` every extent that matters to speed,
+    `gradients` the tensors whose gradients are wanted."""
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     return Situation(
-        spec, bucket(sizes), tuple(sorted(candidates)), device_name(device), threads, str(torch.__version__)
-    )
+        spec, bucket(sizes), tuple(sorted(candidates)), device_name(device), threads, str(torch.__version__),
+        tuple(gradients),
+    )  # fmt: skip
 
 
 def choose(
@@ -198,10 +211,15 @@ def choose(
     sample: Sampler = on_cpu,
 ) -> Decision:  # fmt: skip
     """The remembered decision of this situation, or a new one, measured now and remembered."""
+    return remembered(store, where, candidates, lambda: decide(compare(candidates, budget_s, sample), ours))
+
+
+def remembered(store: Store, where: Situation, names: Collection[str], make: Callable[[], Decision]) -> Decision:
+    """The remembered decision of this situation if its winner is one of `names`, or the one that `make` comes to."""
     known = recalled(store, where)
-    if known is not None and known.winner in candidates:
+    if known is not None and known.winner in names:
         return known
-    decision = decide(compare(candidates, budget_s, sample), ours)
+    decision = make()
     store.remember(where.key, {"winner": decision.winner, "reason": decision.reason, "us": dict(decision.us)})
     return decision
 

@@ -1,10 +1,12 @@
 """`attncc::attention`, the operator that compiled graphs hold: one opaque node an attention.
 
     attention(Tensor[] tensors, SymInt[] sizes, str spec) -> Tensor[]
+    attention_backward(Tensor[] grads, Tensor[] tensors, Tensor[] outputs, SymInt[] sizes, str spec, bool[] wanted)
 
 `spec` is the canonical text of the attention, so the node says by itself what it computes: a graph cached on disk runs
 in a fresh process, and a cache sees every change. The kernel behind a spec is built at its first call on a device.
-Gradients come from a second operator, which recomputes through a differentiable form of the same text.
+Gradients come from a second operator. Where the text gives the sums of the rows (`lse`), it begins with what the
+forward kept; otherwise it recomputes through a differentiable form of the same text.
 """
 
 from __future__ import annotations
@@ -35,6 +37,19 @@ Build = Callable[[Attention, str, torch.device], Kernel]
 Differentiable = Callable[[Attention, Sequence[torch.Tensor], Sequence[int]], list[torch.Tensor]]
 
 
+class Backward(Protocol):
+    """Gradients of an attention from what its forward kept."""
+
+    def kept(self, a: Attention) -> tuple[str, ...] | None:
+        """The outputs of the forward that are needed, None where the gradients of `a` are not known this way."""
+        ...
+
+    def __call__(
+        self, a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor], sizes: Sequence[int], wanted: Sequence[bool],
+    ) -> list[torch.Tensor]: ...  # fmt: skip
+
+
 class KernelError(RuntimeError):
     """A kernel could not be built or failed; the message holds the attention's text."""
 
@@ -51,8 +66,10 @@ class _Site:
 class _Installed:
     """What the driver gave, and what was made of it. `install` replaces it whole: no reader sees half of it."""
 
-    def __init__(self, build: Build | None = None, differentiable: Differentiable | None = None) -> None:
-        self.build, self.differentiable = build, differentiable
+    def __init__(
+        self, build: Build | None = None, differentiable: Differentiable | None = None, backward: Backward | None = None
+    ) -> None:
+        self.build, self.differentiable, self.backward = build, differentiable, backward
         self.sites: dict[str, _Site] = {}
 
     def site(self, spec: str) -> _Site:
@@ -64,6 +81,11 @@ class _Installed:
             if device not in site.kernels:
                 site.kernels[device] = self._build(site.plan.attention, spec, device)
             return site.kernels[device]
+
+    def kept(self, a: Attention) -> tuple[int, ...] | None:
+        """The places of the outputs that backward reads, None where it begins with the tensors alone."""
+        names = None if self.backward is None else self.backward.kept(a)
+        return None if names is None or not set(names) <= set(a.outputs) else tuple(map(a.outputs.index, names))
 
     def _build(self, a: Attention, spec: str, device: torch.device) -> Kernel:
         if self.build is None:
@@ -77,11 +99,12 @@ class _Installed:
 _installed = _Installed()
 
 
-def install(build: Build, differentiable: Differentiable) -> None:
+def install(build: Build, differentiable: Differentiable, backward: Backward | None = None) -> None:
     """Say how kernels are made: `build(attention, spec, device)` once for each spec and device of this process, and
-    `differentiable(attention, tensors, sizes)` for gradients. Kernels built before are forgotten."""
+    `differentiable(attention, tensors, sizes)` for gradients, or `backward` for those that it knows. Kernels built
+    before are forgotten."""
     global _installed
-    _installed = _Installed(build, differentiable)
+    _installed = _Installed(build, differentiable, backward)
 
 
 def kernel_of(spec: str, device: torch.device) -> Kernel:
@@ -106,8 +129,15 @@ def _run(tensors: list[torch.Tensor], sizes: list[int], spec: str) -> list[torch
 
 
 def _run_backward(
-    grads: list[torch.Tensor], tensors: list[torch.Tensor], sizes: list[int], spec: str, wanted: list[bool]
-) -> list[torch.Tensor]:
+    grads: list[torch.Tensor], tensors: list[torch.Tensor], outputs: list[torch.Tensor], sizes: list[int], spec: str,
+    wanted: list[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of the `wanted` ones of `tensors`; `outputs` are those that the forward kept for it."""
+    installed, a = _installed, plan_of(spec).attention
+    if installed.backward is not None and installed.kept(a) is not None:
+        with torch.inference_mode(False), torch.no_grad(), _autograd_on():
+            found = installed.backward(a, grads, tensors, outputs, sizes, wanted)
+            return _as_promised(found, tensors, wanted)
     differentiable = _installed.differentiable
     if differentiable is None:
         raise KernelError("attncc::attention has no gradients yet: import attncc.dynamo, which installs them")
@@ -122,8 +152,18 @@ def _run_backward(
         found = torch.autograd.grad(
             [o for o, _ in kept], sources, [g for _, g in kept], allow_unused=True, materialize_grads=True
         )
-    # the fake promised the strides of empty_like
-    return [torch.empty_like(x).copy_(g) for x, g in zip(sources, found, strict=True)]
+    return _as_promised(found, tensors, wanted)
+
+
+def _as_promised(
+    found: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], wanted: Sequence[bool]
+) -> list[torch.Tensor]:
+    """Gradients with the dtypes and strides of `empty_like`, which the fake promised."""
+    result: list[torch.Tensor] = []
+    for x, g in zip([t for t, w in zip(tensors, wanted, strict=True) if w], found, strict=True):
+        like = torch.empty_like(x)
+        result.append(g if g.dtype == like.dtype and g.stride() == like.stride() else like.copy_(g))
+    return result
 
 
 def _autograd_on() -> AbstractContextManager[object]:
@@ -139,8 +179,8 @@ def _fake(tensors: Sequence[torch.Tensor], sizes: Sequence[int], spec: str) -> l
 
 
 def _fake_backward(
-    grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], sizes: Sequence[int], spec: str,
-    wanted: Sequence[bool],
+    grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
+    sizes: Sequence[int], spec: str, wanted: Sequence[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
     return [torch.empty_like(t) for t, w in zip(tensors, wanted, strict=True) if w]
 
@@ -154,16 +194,19 @@ class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportP
 
     @staticmethod
     def forward(ctx: Any, keys: Any, sizes: list[int], spec: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(*tensors)
-        ctx.sizes, ctx.spec = sizes, spec
         with _C._AutoDispatchBelowAutograd():
-            return tuple(_attention.redispatch(keys, tensors, sizes, spec))
+            outputs = tuple(_attention.redispatch(keys, tensors, sizes, spec))
+        kept = _installed.kept(plan_of(spec).attention) or ()
+        ctx.save_for_backward(*tensors, *(outputs[at] for at in kept))
+        ctx.sizes, ctx.spec, ctx.count = sizes, spec, len(tensors)
+        return outputs
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[3:])
-        found = iter(_attention_backward(grads, ctx.saved_tensors, ctx.sizes, ctx.spec, wanted))
+        tensors, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        found = iter(_attention_backward(grads, tensors, kept, ctx.sizes, ctx.spec, wanted))
         return (None, None, None, *(next(found) if w else None for w in wanted))
 
 
@@ -198,10 +241,10 @@ def _mapped(
 
 
 def _mapped_backward(
-    info: Any, dims: tuple[Any, ...], grads: list[torch.Tensor], tensors: list[torch.Tensor], sizes: list[int],
-    spec: str, wanted: list[bool],
+    info: Any, dims: tuple[Any, ...], grads: list[torch.Tensor], tensors: list[torch.Tensor],
+    outputs: list[torch.Tensor], sizes: list[int], spec: str, wanted: list[bool],
 ) -> tuple[list[torch.Tensor], list[int]]:  # fmt: skip
-    lists = [(dims[0], grads), (dims[1], tensors)]
+    lists = [(dims[0], grads), (dims[1], tensors), (dims[2], outputs)]
     return _stacked(info.batch_size, lists, lambda of: _attention_backward(*of, sizes, spec, wanted))
 
 
@@ -227,7 +270,8 @@ _library = _torch_library.Library("attncc", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library.define("attention(Tensor[] tensors, SymInt[] sizes, str spec) -> Tensor[]", tags=_TAGS)
 _library.define(
-    "attention_backward(Tensor[] grads, Tensor[] tensors, SymInt[] sizes, str spec, bool[] wanted) -> Tensor[]",
+    "attention_backward(Tensor[] grads, Tensor[] tensors, Tensor[] outputs, SymInt[] sizes, str spec, bool[] wanted)"
+    " -> Tensor[]",
     tags=_TAGS,
 )
 _attention: Any = torch.ops.attncc.attention.default

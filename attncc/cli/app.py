@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
+from torch.utils._pytree import tree_leaves
 
 import attncc
 from attncc.frontends.targets import Target, TargetError, load, one_line
@@ -74,20 +75,29 @@ def inspect(
                                                  "visits, into a folder; or one (--mask N) into FILE.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     every: Annotated[bool, typer.Option("--all", help="One row a site, where equal layers would share one.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Show training beside inference: the model in train mode, with "
+                                        "gradients. Parts (--ir, --kernel, ...) are then those of training.")] = False,
     debug: Debug = False,
 ) -> None:
     """Show each attention of a model: what was found, what it became, or why it was left alone."""
     with clear_errors(debug):
         with quiet(debug):
             loaded = load(target)
-            report = examine(loaded)
+            reports = {"inference": examine(loaded)}
+            if train:
+                reports["training"] = examine(training(loaded), gradients=True)
+        report = list(reports.values())[-1]
         console = Console(soft_wrap=not sys.stdout.isatty())
         if as_json:
-            print(json.dumps(report.to_dict(), indent=2))
+            every_way = {name: each.to_dict() for name, each in reports.items()}
+            print(json.dumps(every_way if train else report.to_dict(), indent=2))
             return
         parts = {"ir": ir, "kernel": kernel is not None, "graph": graph is not None, "mask": mask is not None}
         if not any(parts.values()) and picture is None:
-            print_report(report, every=every)
+            for name, each in reports.items():
+                if train:
+                    print_text(console, f"{name}:")
+                print_report(each, every=every)
         if ir:
             for site in report.sites:
                 body = site.ir or f"# {site.status}: {site.reason}"
@@ -125,10 +135,25 @@ def draw(report: Report, path: Path, target: str, number: int | None) -> None:
         raise TargetError(f"{path}: {one_line(error)}") from error
 
 
-def examine(target: Target) -> Report:
-    """The report on a target, without gradients; what the model raises becomes a `TargetError`."""
+def training(target: Target) -> Target:
+    """A target as it is trained: in train mode; where none of its parameters learns, its inputs do."""
+    if target.exported:
+        raise TargetError(f"{target.name}: an exported program is not trained; give --train a module:factory")
+    learns = False
+    if isinstance(target.model, torch.nn.Module):
+        target.model.train()
+        learns = any(p.requires_grad for p in target.model.parameters())
+    if not learns:
+        for x in tree_leaves((target.args, target.kwargs)):
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                x.requires_grad_()
+    return target
+
+
+def examine(target: Target, *, gradients: bool = False) -> Report:
+    """The report on a target, without gradients or with them; what the model raises becomes a `TargetError`."""
     try:
-        with torch.no_grad(), reporting():
+        with torch.enable_grad() if gradients else torch.no_grad(), reporting():
             if target.exported:
                 return attncc.explain_program(target.model)
             return attncc.explain(target.model, *target.args, **target.kwargs)

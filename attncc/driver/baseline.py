@@ -1,12 +1,14 @@
 """The unfused alternative of sites: the model's own operations from the operands to the output, ready to be timed.
 
 What does not depend on queries, keys or values (masks, buckets) is computed beforehand: a model computes it once for
-all layers. Operands are random, integer and boolean loads neutral, in the shapes and strides that the graph has.
+all layers. Where gradients are wanted, what leads from a parameter to this site alone (a bias table of the layer) is
+part of it. Operands are random, integer and boolean loads neutral, in the shapes and strides that the graph has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,18 @@ class Trial:
     made: list[fx.Node]
     module: fx.GraphModule
     inputs: list[torch.Tensor]
+    autocast: tuple[str, torch.dtype] | None = None
+
+    @property
+    def still(self) -> bool:
+        """Whether the kernels take tensors that are there, so that nothing is computed on the way to them."""
+        cast = any(
+            self.known[n].dtype != dtype
+            for site in self.sites
+            for n, dtype in zip(site.tensors, site.dtypes, strict=True)
+            if n in self.known
+        )
+        return not self.made and not cast
 
     def tensors(self) -> list[list[torch.Tensor]]:
         """The tensors of each kernel; what only the kernels need is computed on the way, as it will be in the model."""
@@ -41,27 +55,69 @@ class Trial:
             target: Any = n.target
             args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), values.__getitem__)  # type: ignore[misc]
             values[n] = target(*args, **kwargs)
-        return [[values[n] for n in site.tensors] for site in self.sites]
+        return [[values[n].to(t) for n, t in zip(s.tensors, s.dtypes, strict=True)] for s in self.sites]
+
+    def around(self) -> AbstractContextManager[object]:
+        """The region of autocast that the sites are in."""
+        if self.autocast is None:
+            return nullcontext()
+        device, dtype = self.autocast
+        return torch.autocast(device, dtype)
+
+    def run(self) -> tuple[torch.Tensor, ...]:
+        """What the model's own operations give, one by one."""
+        with self.around():
+            return self.module(*self.inputs)
 
 
 class Untimeable(Exception):
     """The site cannot be run on made-up data; the message says why."""
 
 
-def trial(sites: Sequence[Lifted], facts: Facts, *, seed: int = 0) -> Trial:
-    """Made-up data and the unfused computation of some sites. Raises Untimeable."""
+def trial(
+    sites: Sequence[Lifted], facts: Facts, learned: Collection[fx.Node] = (), *, seed: int = 0
+) -> Trial:  # fmt: skip
+    """Made-up data and the unfused computation of some sites; tensors of the nodes `learned` require gradients. Raises
+    Untimeable."""
     generator = torch.Generator().manual_seed(seed)
     known: dict[fx.Node, Any] = {}
     for site in sites:
-        if any(dtype != facts.dtype(n) for n, dtype in zip(site.tensors, site.dtypes, strict=True)):
-            raise Untimeable("autocast")
         for n in sorted(sources(site.tensors, facts), key=facts.order.__getitem__):
             if n not in known:
                 value = facts.value(n)
-                known[n] = made_up(value, generator) if isinstance(value, torch.Tensor) else _number(value)
+                known[n] = _data(n, facts, generator) if isinstance(value, torch.Tensor) else _number(value)
+                if n in learned:
+                    known[n].requires_grad_()
+    regions = {autocast_at(site.node, facts) for site in sites}
+    if len(regions) > 1:
+        raise Untimeable("its parts are in different regions of autocast")
     made = [n for n in between([n for s in sites for n in s.tensors], set(known), facts) if n in facts.made]
-    module, inputs = _unfused(sites, facts, known)
-    return Trial(tuple(sites), known, [[hint(x, facts) for x in s.sizes] for s in sites], made, module, inputs)
+    module, inputs = _unfused(sites, facts, known, learned)
+    sizes = [[hint(x, facts) for x in s.sizes] for s in sites]
+    return Trial(tuple(sites), known, sizes, made, module, inputs, regions.pop())
+
+
+def autocast_at(n: fx.Node, facts: Facts) -> tuple[str, torch.dtype] | None:
+    """The device type and dtype of the region of autocast that a node is in: one of the graph's, or one around it."""
+    device = facts.value(n).device.type if isinstance(facts.value(n), torch.Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(device):
+        return None
+    regions = {None: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))}
+    for x in facts.nodes:
+        name = getattr(x.target, "__name__", "")
+        if x is n:
+            break
+        if name == "_enter_autocast" and x.args[0] == device:
+            regions[x] = (bool(x.args[2]), x.args[1] or torch.get_autocast_dtype(device))
+        elif name == "_exit_autocast":
+            regions.pop(x.args[0], None)
+    enabled, dtype = list(regions.values())[-1]
+    return (device, dtype) if enabled else None
+
+
+def _data(n: fx.Node, facts: Facts, generator: torch.Generator) -> torch.Tensor:
+    """A made-up tensor of a node, of the dtype that it has in the model."""
+    return made_up(facts.value(n), generator, facts.dtype(n))
 
 
 def looks(site: Lifted, facts: Facts) -> tuple[object, ...]:
@@ -72,13 +128,13 @@ def looks(site: Lifted, facts: Facts) -> tuple[object, ...]:
     return (*layouts, *(hint(x, facts) for x in site.sizes))
 
 
-def made_up(fake: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A tensor like a fake one: random floats, zeros for integers, true for booleans."""
+def made_up(fake: torch.Tensor, generator: torch.Generator, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor like a fake one, of its dtype or another: random floats, zeros for integers, true for booleans."""
     shape, stride = (tuple(_number(s) for s in xs) for xs in (fake.shape, fake.stride()))
-    real = torch.empty_strided(shape, stride, dtype=fake.dtype, device=fake.device)
-    if fake.dtype.is_floating_point:
-        return real.copy_(torch.randn(shape, generator=generator).to(fake.dtype))
-    return real.fill_(fake.dtype == torch.bool)
+    real = torch.empty_strided(shape, stride, dtype=dtype or fake.dtype, device=fake.device)
+    if real.dtype.is_floating_point:
+        return real.copy_(torch.randn(shape, generator=generator).to(real.dtype))
+    return real.fill_(real.dtype == torch.bool)
 
 
 def _number(x: int | torch.SymInt) -> int:
@@ -100,7 +156,7 @@ def hint(x: Expr, facts: Facts) -> int:
 
 
 def _unfused(
-    sites: Sequence[Lifted], facts: Facts, known: dict[fx.Node, Any]
+    sites: Sequence[Lifted], facts: Facts, known: dict[fx.Node, Any], learned: Collection[fx.Node]
 ) -> tuple[fx.GraphModule, list[torch.Tensor]]:
     """The graph of what depends on the operands, and its inputs: operands and everything computed beforehand."""
     given = {n for site in sites for n in sources(operands(site), facts)}
@@ -110,6 +166,11 @@ def _unfused(
     for n in needed:
         if n not in known and any(a in moving for a in n.all_input_nodes):
             moving.add(n)
+    own = set(moving)
+    for n in reversed(needed):  # what leads from a parameter to these sites alone is computed, and learned, for each
+        if n in learned and n not in known and all(u in own for u in n.users if u in facts.live):
+            own.add(n)
+    moving = own
     timed = [n for n in needed if n in moving and n not in given]
     if not set(results) <= set(timed):
         raise Untimeable("its output does not depend on its operands")
@@ -117,7 +178,8 @@ def _unfused(
     def value(n: fx.Node) -> Any:
         """What an argument is outside the timed graph."""
         if n not in known:
-            known[n] = _evaluate(n, facts, value)
+            with torch.no_grad():
+                known[n] = _evaluate(n, facts, value)
         return known[n]
 
     graph, root = fx.Graph(), torch.nn.Module()
@@ -129,6 +191,8 @@ def _unfused(
     for n in dict.fromkeys(a for t in timed for a in t.all_input_nodes if a not in timed):
         held = copies[n] = value(n)
         if isinstance(held, torch.Tensor):
+            if n in learned and not held.requires_grad:
+                held = known[n] = held.detach().requires_grad_()
             copies[n] = graph.placeholder(n.name)
             inputs.append(held)
         elif isinstance(held, fx.GraphModule):
@@ -173,7 +237,7 @@ def _evaluate(n: fx.Node, facts: Facts, value: Callable[[fx.Node], Any]) -> Any:
     if n.op == "placeholder":
         if not isinstance(fake, torch.Tensor):
             raise Untimeable(f"an input {n.name} that is no tensor")
-        return made_up(fake, torch.Generator().manual_seed(0))
+        return _data(n, facts, torch.Generator().manual_seed(0))
     if n.op == "get_attr":
         return getattr(facts.graph.owning_module, str(n.target))
     target: Any = n.target

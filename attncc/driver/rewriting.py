@@ -13,11 +13,13 @@ from typing import Any
 from torch import fx
 
 from attncc.driver import capture, describe
+from attncc.driver.candidate import Candidate, Choice
 from attncc.driver.edit import EditError, Editor, source_text
 from attncc.driver.graph_edits import GraphEdits, copied
 from attncc.driver.merge import merge
-from attncc.driver.selection import Candidate, Choice, decide
+from attncc.driver.selection import decide
 from attncc.driver.site_groups import Joint, together
+from attncc.driver.training import Training, runs_again, training_of
 from attncc.errors import unforeseen
 from attncc.ir import Attention, print_attention, print_linear
 from attncc.ir.expr import Expr, Size
@@ -55,9 +57,10 @@ collecting: ContextVar[Collected | None] = ContextVar("attncc_collecting", defau
 
 def rewrite(
     gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, edits: GraphEdits | None = None, *,
-    measure: bool = True,
+    measure: bool = True, recomputed: bool = False,
 ) -> fx.GraphModule:  # fmt: skip
     """Fuse a graph's attention where that is right, and record every site in `found` and what was replaced in `edits`.
+    `recomputed`: backward runs the graph once more.
 
     Nothing that goes wrong here costs the user the model: the graph then stays as it came, with a note."""
     edits = GraphEdits() if edits is None else edits
@@ -67,7 +70,8 @@ def rewrite(
             with _no_collection():
                 reading = capture.read(gm, inputs)
             for body, arguments in reading.bodies:
-                rewrite(body, arguments, found, edits, measure=measure)
+                again = recomputed or runs_again(gm, body)
+                rewrite(body, arguments, found, edits, measure=measure, recomputed=again)
             with _no_collection():
                 step("finding attention")
                 facts = reading.facts()
@@ -80,7 +84,8 @@ def rewrite(
             return gm
         settled: list[Site] = []
         try:
-            graph = _edited(reading, facts, lifted, settled, len(found.sites), measure)
+            training = training_of(reading, recomputed=recomputed)
+            graph = _edited(reading, facts, lifted, settled, len(found.sites), measure, training)
             if collecting.get() is not None:
                 found.before.append(source_text(gm.graph))
                 found.after.append(source_text(graph))
@@ -113,12 +118,12 @@ def _no_collection() -> Iterator[None]:
 
 def _edited(
     reading: capture.Reading, facts: Facts, lifted: list[Lifted | Refusal | Recognised], settled: list[Site],
-    first: int, measure: bool,
+    first: int, measure: bool, training: Training,
 ) -> fx.Graph:  # fmt: skip
     """Every site decided, in order: an edited copy of the graph. `settled` grows as it goes."""
     joints = {id(site): joint for joint in together([s for s in lifted if isinstance(s, Lifted)], facts)
               for site in joint.sites}  # fmt: skip
-    plans = [_plan(site, joints[id(site)], facts) if isinstance(site, Lifted) else None for site in lifted]
+    plans = [_plan(site, joints[id(site)], facts, training) if isinstance(site, Lifted) else None for site in lifted]
     planned = {id(site): plan for site, plan in zip(lifted, plans, strict=True)}
     step("building kernels")
     build_all((p.spec, p.device) for p in plans if isinstance(p, Plan))
@@ -141,7 +146,7 @@ def _edited(
             continue
         assert plan is not None  # every lifted site has one
         if site.node not in verdicts:
-            verdicts |= _settled(joints[id(site)], planned, facts, editor, measure)
+            verdicts |= _settled(joints[id(site)], planned, facts, editor, measure, training)
         if isinstance(plan, fx.Node) and site.anchor in said:
             continue  # a softmax whose weights go to several products, and must exist
         said.add(site.anchor)
@@ -150,12 +155,13 @@ def _edited(
 
 
 def _settled(
-    joint: Joint, plans: Mapping[int, Plan | fx.Node | None], facts: Facts, editor: Editor, measure: bool
-) -> dict[fx.Node, Choice]:
+    joint: Joint, plans: Mapping[int, Plan | fx.Node | None], facts: Facts, editor: Editor, measure: bool,
+    training: Training,
+) -> dict[fx.Node, Choice]:  # fmt: skip
     """What becomes of each node that sites which are decided together take the place of; those chosen are fused."""
     pairs = [(site, plan) for site in joint.sites if isinstance(plan := plans[id(site)], Plan)]
     nodes = dict.fromkeys(site.node for site in joint.sites)
-    verdict = _verdict(joint, [plan for _, plan in pairs], facts, measure)
+    verdict = _verdict(joint, [plan for _, plan in pairs], facts, measure, training)
     step("editing the graph")
     found = dict.fromkeys(nodes, verdict)
     places = dict.fromkeys(_target(site) for site, _ in pairs)
@@ -175,11 +181,13 @@ def _target(site: Lifted) -> fx.Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a site would become: the attention after the passes, its text, and the device it runs on."""
+    """What a site would become: the attention after the passes, its text, and the device it runs on. `learned` names
+    the tensors whose gradients are wanted."""
 
     final: Attention
     spec: str
     device: str
+    learned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,21 +197,27 @@ class Place:
     where: str
 
 
-def _plan(site: Lifted, joint: Joint, facts: Facts) -> Plan | fx.Node:
+def _plan(site: Lifted, joint: Joint, facts: Facts, training: Training) -> Plan | fx.Node:
     """The plan, or who needs the weights outside: then the scores exist anyway and nothing is to be gained."""
     if joint.user is not None:
         return joint.user
-    return _planned(site.attention, tuple(site.factors.items()), facts.value(site.node).device.type)
+    device = facts.value(site.node).device.type
+    return _planned(site.attention, tuple(site.factors.items()), device, training.learned(site, facts))
 
 
 @lru_cache(maxsize=256)
-def _planned(a: Attention, factors: tuple[tuple[Size, Expr], ...], device: str) -> Plan:
-    """Sites that compute the same share one plan, so what it costs does not grow with the layers."""
+def _planned(
+    a: Attention, factors: tuple[tuple[Size, Expr], ...], device: str, learned: tuple[str, ...]
+) -> Plan:  # fmt: skip
+    """Sites that compute the same share one plan, so what it costs does not grow with the layers. For backward the
+    kernel keeps the sums of its rows."""
     final = optimise(split_axes(a, dict(factors)))
-    return Plan(final, print_attention(final), device)
+    if learned and final.normalizer == "softmax" and "lse" not in final.outputs:
+        final = replace(final, outputs=(*final.outputs, "lse"))
+    return Plan(final, print_attention(final), device, learned)
 
 
-def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool) -> Choice:
+def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool, training: Training) -> Choice:
     if joint.user is not None:
         name = used_by(facts, joint.user)
         return Choice(False, None, f"its scores or weights are used elsewhere too, by {name}, and so must exist")
@@ -213,8 +227,10 @@ def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool) -
         return Choice(False, None, slow.reason)
     if not measure:
         return Choice(True, None, "not measured")
-    parts = [Candidate(s, p.final, p.spec, made) for s, p, made in zip(joint.sites, plans, kernels, strict=True)]
-    return decide(parts, facts)
+    parts = [
+        Candidate(s, p.final, p.spec, made, p.learned) for s, p, made in zip(joint.sites, plans, kernels, strict=True)
+    ]
+    return decide(parts, facts, training)
 
 
 def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, facts: Facts) -> Site:
@@ -229,6 +245,7 @@ def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, f
         visible=None if area is None else area.visible, visited=None if area is None else area.visited,
         total=None if area is None else area.total,
         became=made.shown if made is not None and verdict.fused else "original graph", speedup=verdict.speedup,
+        trains=isinstance(plan, Plan) and bool(plan.learned),
         ir=plan.spec if isinstance(plan, Plan) else print_attention(shown),
         kernel=None if made is None else made.source, language=None if made is None else made.language,
         picture=picture, sizes=sizes,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from attncc.codegen import cpp, torch_form, triton
+from attncc.codegen import cpp, torch_backward, torch_form, triton
 from attncc.ir import Attention, Bounds, parse_attention, print_attention
 from attncc.kernels.skip_tables import BySize, Tabled
 from attncc.kernels.tile_order import TileOrdered, movable
@@ -69,6 +69,22 @@ class TorchKernel:
 def blocked(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
     """The plain-torch form, which leaves out the keys that a block of rows does not see. Differentiable."""
     return torch_form.run_blocked(a, tensors, sizes, bounds=_bounds(a))
+
+
+class _Backward:
+    """The gradients that plain torch computes from what the forward kept, for `attncc.runtime.op`."""
+
+    def kept(self, a: Attention) -> tuple[str, ...] | None:
+        return torch_backward.kept(a)
+
+    def __call__(
+        self, a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor], sizes: Sequence[int], wanted: Sequence[bool],
+    ) -> list[torch.Tensor]:  # fmt: skip
+        return torch_backward.backward(a, grads, tensors, outputs, sizes, wanted, bounds=_bounds(a))
+
+
+backward = _Backward()
 
 
 @lru_cache(maxsize=1024)

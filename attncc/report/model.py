@@ -26,8 +26,9 @@ class Site:
     `fused` runs an attncc kernel, `kept` was understood but left to SDPA or the original graph, `refused` was not
     understood. `shapes` maps operand names to dimensions, symbols as text. `visible`, `visited` and `total` count
     scores of the whole site: those the mask lets through, those the kernel computes, and all. `speedup` is the time of
-    the best alternative over the time of the kernel, as measured on this machine. `sizes` are the values that the sizes
-    of `ir` had when the graph was captured.
+    the best alternative over the time of the kernel, as measured on this machine. Where `trains`, gradients are needed,
+    and both times are of forward and backward together. `sizes` are the values that the sizes of `ir` had when the
+    graph was captured.
     """
 
     index: int
@@ -43,6 +44,7 @@ class Site:
     total: int | None = None
     became: str = ""
     speedup: float | None = None
+    trains: bool = False
     ir: str | None = None
     kernel: str | None = None
     language: str | None = None
@@ -194,7 +196,8 @@ def _result(sites: Sequence[Site]) -> Text:
     if gains and not site.reason:  # a reason says what was measured
         low, high = f"{gains[0]:.2f}", f"{gains[-1]:.2f}"
         gain = low if low == high else f"{low} to {high}"
-        text.append(f"\n{gain} times as fast as the best alternative", style="default")
+        what = "forward and backward " if site.trains else ""
+        text.append(f"\n{what}{gain} times as fast as the best alternative", style="default")
     if site.status == "fused" and site.visited is not None and site.total and site.visited < site.total:
         text.append(f"\ncomputes {site.visited / site.total:.0%} of the scores", style="default")
         if site.visible is not None:

@@ -290,6 +290,16 @@ def inductor_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., A
         return inductor(gm, inputs, {})
 
 
+def inductor_apart_with_backward(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The same with its backward, both compiled now: the compilation around counts what is compiled later as its own,
+    and objects."""
+    from torch._functorch import config  # noqa: PLC0415 - as above
+
+    patched: Any = config
+    with tracing(None), torch.enable_grad(), patched.patch(force_non_lazy_backward_lowering=True):
+        return inductor(gm, inputs, {})
+
+
 def inductor_modes() -> dict[str, dict[str, Any]]:
     """Inductor's configuration for each mode of `torch.compile`."""
     from torch._inductor import list_mode_options  # noqa: PLC0415 - as above

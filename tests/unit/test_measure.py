@@ -73,9 +73,16 @@ def test_candidates_take_turns() -> None:
 
 def test_the_budget_ends_it_after_three_rounds_at_least() -> None:
     clock = Clock()
-    calls = {n: clock.candidate(n, repeat(1.0)) for n in "ab"}
+    calls = {n: clock.candidate(n, repeat(0.25)) for n in "ab"}
     assert compare(calls, 0.01, clock.sample).rounds == 3
-    assert compare(calls, 20.0, clock.sample).rounds == 10
+    assert compare(calls, 5.0, clock.sample).rounds == 10
+
+
+def test_one_round_is_enough_of_what_takes_seconds() -> None:
+    clock = Clock()
+    calls = {n: clock.candidate(n, repeat(3.0)) for n in "ab"}
+    assert compare(calls, 0.01, clock.sample).rounds == 1
+    assert clock.order == ["a", "b", "a", "b"]  # the first of each is the warm-up
 
 
 def test_short_calls_are_repeated_and_hopeless_ones_are_dropped() -> None:
@@ -144,6 +151,8 @@ def test_situations_differ_by_all_that_matters(monkeypatch: pytest.MonkeyPatch) 
         situation("attention\n", [4, 1025], CPU, ["a", "b"]),
         situation("attention\n", [4, 1000], CPU, ["a", "c"]),
         situation("attention\n", [4, 1000], torch.device("meta"), ["a", "b"]),
+        situation("attention\n", [4, 1000], CPU, ["a", "b"], ["q"]),
+        situation("attention\n", [4, 1000], CPU, ["a", "b"], ["q", "v"]),
     ]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     others.append(situation("attention\n", [4, 1000], CPU, ["a", "b"]))

@@ -1,0 +1,30 @@
+"""What is decided about: a site with the kernel that it would run. And what is decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attncc.ir import Attention
+from attncc.kernels.build import Built
+from attncc.patterns.site.assemble import Lifted
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A site with the attention that its kernel runs, the text of that, and the kernel. `learned` names the tensors
+    whose gradients are wanted; with none, forward is all that runs."""
+
+    site: Lifted
+    final: Attention
+    spec: str
+    made: Built
+    learned: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether the kernel takes the site, by what ratio of times it beats the alternative (if known), and why."""
+
+    fused: bool
+    speedup: float | None
+    reason: str
