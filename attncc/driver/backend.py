@@ -24,7 +24,7 @@ from attncc.driver.selection import Candidate, Choice, decide
 from attncc.driver.site_groups import Joint, together
 from attncc.ir import Attention, print_attention, print_linear
 from attncc.ir.expr import Expr, Size
-from attncc.kernels.build import blocked, build, build_all, built, optimise
+from attncc.kernels.build import build_all, built, optimise
 from attncc.passes.rewrites.split_axes import split_axes
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.lift import Refusal, lift_all
@@ -33,7 +33,6 @@ from attncc.patterns.refusals.reasons import used_by
 from attncc.patterns.site.assemble import Lifted
 from attncc.progress import step, waiting
 from attncc.report.model import Site
-from attncc.runtime import op
 
 
 @dataclass
@@ -49,7 +48,6 @@ class Collected:
 collecting: ContextVar[Collected | None] = ContextVar("attncc_collecting", default=None)
 _said: set[str] = set()
 
-op.install(build, blocked)
 if "torch._dynamo" in sys.modules:  # as where a backend is looked up by its name; importing attncc alone stays light
     torch_private.trace_through_sdp_kernel()
 

@@ -19,6 +19,7 @@ from attncc.ir.expr import Const, Expr, Op, Size
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.site.assemble import Lifted
 from attncc.patterns.softmax.flex import FLEX, WHOLE
+from attncc.runtime.measure import settings
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ def trial(sites: Sequence[Lifted], facts: Facts, *, seed: int = 0) -> Trial:
 
 
 def looks(site: Lifted, facts: Facts) -> tuple[object, ...]:
-    """What a trial of a site depends on beside the attention: how its tensors lie in memory, and its sizes. Raises
-    Untimeable."""
+    """What a trial of a site depends on beside the attention: the machine and its settings, how its tensors lie in
+    memory, and its sizes. Raises Untimeable."""
     values = [facts.value(n) for n in site.tensors]
     layouts = [tuple(_number(s) for s in (*v.shape, *v.stride())) for v in values]
-    return (*layouts, *(hint(x, facts) for x in site.sizes))
+    return (*settings(values[0].device), *layouts, *(hint(x, facts) for x in site.sizes))
 
 
 def made_up(fake: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -25,6 +25,7 @@ from attncc.patterns.softmax.anchors import SDPA
 from attncc.progress import step
 from attncc.runtime.measure import TIE, choose, compare, sampler_for, situation
 from attncc.runtime.outputs import plan_of
+from attncc.runtime.recent import Recent
 
 BUDGET_S = 0.15
 #: Scores that would fill more than this are not computed just to be timed.
@@ -67,7 +68,7 @@ def decide(parts: Sequence[Candidate], facts: Facts) -> Choice:
 
 
 #: Equal sites of a process are decided alike: layers must not differ by the noise of a measurement.
-_decided: dict[tuple[object, ...], Choice] = {}
+_decided = Recent[tuple[object, ...], Choice](1024)
 
 
 def _measure(parts: Sequence[Candidate], spec: str, data: Trial, tensors: list[torch.Tensor]) -> Choice:

@@ -22,6 +22,7 @@ from attncc.kernels.snapshots import Snapshot, kept
 from attncc.passes.bounds.block_maps import BlockMap, by_pair, map_tables, share
 from attncc.passes.tables.spans import Spanned, tables
 from attncc.runtime.op import Kernel
+from attncc.runtime.recent import Recent
 
 #: Pairs of a row and a key from which on tables are made: 1024 x 1024, some milliseconds for a kernel that skips none.
 #: On a CPU, numbers of keys and values as well: 8 heads of 1024 keys of 64, half a millisecond of reading.
@@ -42,7 +43,7 @@ class BySize:
         self.attention, self.plain = a, plain
         self._build = build
         self._large: Kernel | None = None
-        self._work: dict[tuple[int, ...], int] = {}
+        self._work = Recent[tuple[int, ...], int](MOST_PLACES)
 
     def __call__(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
@@ -50,8 +51,6 @@ class BySize:
         known = tuple(sizes)
         work = self._work.get(known)
         if work is None:
-            if len(self._work) >= MOST_PLACES:
-                self._work.clear()
             work = self._work[known] = self.work(sizes)
         more = self.more(tensors, sizes) if work >= WORTHWHILE else None
         if more is None:
@@ -88,7 +87,7 @@ class Tabled(BySize):
             [n for n, name in enumerate(self._names) if name in {x.tensor for t in made for x in loads(*t.sources)}]
             for made in ((*self._cheap.spans, *self._cheap.maps), self._dense)
         )
-        self._places: dict[tuple[int, ...], _Place] = {}
+        self._places = Recent[tuple[int, ...], _Place](MOST_PLACES)
 
     def work(self, sizes: Sequence[int]) -> int:
         """Pairs, or what there is to read of keys and values: a cache is mostly empty, and read for one row."""
@@ -135,8 +134,6 @@ class Tabled(BySize):
         pays = any(_pays(m, made[m.tensor.name], self.attention, sizes) for m in self._dense)
         if pays and snapshot is not None:
             kept.keep((self, at), snapshot, sizes, made)
-        if len(self._places) >= MOST_PLACES:
-            self._places.clear()
         self._places[at] = place.after(made, pays, snapshot is not None)
         return made if pays else None
 
