@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bounds_cases import attention
-from grid_masks import MASKS, grid
+from masks.bounds import attention
+from masks.grids import MASKS, grid
 
 from attncc.ir import Attention, Bounds, print_attention
 from attncc.kernels import build

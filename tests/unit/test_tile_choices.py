@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from grid_masks import MASKS, grid
+from masks.grids import MASKS, grid
 
 from attncc.ir import Attention, interpret
 from attncc.kernels.build import TorchKernel
