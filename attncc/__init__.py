@@ -1,13 +1,24 @@
-"""attncc, an attention compiler for PyTorch: `torch.compile(model, backend="attncc")`."""
+"""attncc, an attention compiler for PyTorch: `torch.compile(model, backend="attncc")`.
+
+Importing it registers the operator `attncc::attention`, so that a saved program that holds one loads, and nothing else.
+The compiler itself is imported when it is asked for. The logger `attncc` reports what it does; see docs/logging.md.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from attncc.runtime import op as _op
+
 if TYPE_CHECKING:
+    import torch
+
     from attncc.driver.backend import attncc_backend as backend
     from attncc.driver.explanation import explain, explain_program
+    from attncc.ir import Attention
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "backend", "explain", "explain_program"]
@@ -24,3 +35,26 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'attncc' has no attribute {name!r}")
     module, attribute = _LAZY[name]
     return getattr(import_module(module), attribute)
+
+
+def _build(a: Attention, spec: str, device: torch.device) -> _op.Kernel:
+    return import_module("attncc.kernels.build").build(a, spec, device)
+
+
+def _differentiable(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+    return import_module("attncc.kernels.build").blocked(a, tensors, sizes)
+
+
+class _Backward:
+    def kept(self, a: Attention) -> tuple[str, ...] | None:
+        return import_module("attncc.kernels.build").backward.kept(a)
+
+    def __call__(
+        self, a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor], sizes: Sequence[int], wanted: Sequence[bool],
+    ) -> list[torch.Tensor]:  # fmt: skip
+        return import_module("attncc.kernels.build").backward(a, grads, tensors, outputs, sizes, wanted)
+
+
+_op.install(_build, _differentiable, _Backward())
+logging.getLogger(__name__).addHandler(logging.NullHandler())

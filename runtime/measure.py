@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from threading import RLock
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -186,6 +186,7 @@ class Situation:
     candidates: tuple[str, ...]
     device: str
     threads: int
+    precision: str
     torch: str
     gradients: tuple[str, ...] = ()
 
@@ -199,11 +200,18 @@ def situation(
 ) -> Situation:
     """The present situation of a call: `spec` is the attention's text, `sizes` every extent that matters to speed,
     `gradients` the tensors whose gradients are wanted."""
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
     return Situation(
-        spec, bucket(sizes), tuple(sorted(candidates)), device_name(device), threads, str(torch.__version__),
-        tuple(gradients),
-    )  # fmt: skip
+        spec, bucket(sizes), tuple(sorted(candidates)), *settings(device), str(torch.__version__), tuple(gradients)
+    )
+
+
+def settings(device: torch.device) -> tuple[str, int, str]:
+    """What the time of a call depends on beside the call: the make of the device, the threads, and the precision of
+    float32 products, which callers change between calls."""
+    backends = cast(Any, torch.backends)
+    library = backends.cuda if device.type == "cuda" else backends.mkldnn
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    return device_name(device), threads, str(library.matmul.fp32_precision)
 
 
 def choose(
@@ -232,9 +240,14 @@ def recalled(store: Store, where: Situation) -> Decision | None:
     return Decision(str(record["winner"]), str(record["reason"]), cast(dict[str, float], record["us"]))
 
 
-@cache
 def device_name(device: torch.device) -> str:
     """The make of a device, as it names itself."""
+    unnumbered = str(device) == "cuda"  # the current one, which changes
+    return _device_name(torch.device("cuda", torch.cuda.current_device()) if unnumbered else device)
+
+
+@cache
+def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":

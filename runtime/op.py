@@ -11,6 +11,7 @@ forward kept; otherwise it recomputes through a differentiable form of the same 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -23,6 +24,7 @@ from torch.autograd import function
 
 from attncc.ir import Attention
 from attncc.runtime.outputs import Plan, plan_of
+from attncc.runtime.recent import Recent
 
 
 class Kernel(Protocol):
@@ -54,12 +56,22 @@ class KernelError(RuntimeError):
     """A kernel could not be built or failed; the message holds the attention's text."""
 
 
+#: Specs whose kernels are held ready; whoever builds them has those of older ones.
+MOST_SITES = 1024
+#: Where a kernel runs: the device, and of a GPU the precision of its float32 products, which callers switch.
+_Place = torch.device | tuple[torch.device, str]
+
+
+def _place(device: torch.device) -> _Place:
+    return device if device.type == "cpu" else (device, str(_matmul.fp32_precision))
+
+
 class _Site:
-    """One spec: its plan, and its kernel on each device."""
+    """One spec: its plan, and its kernel at each place."""
 
     def __init__(self, spec: str) -> None:
         self.plan: Plan = plan_of(spec)
-        self.kernels: dict[torch.device, Kernel] = {}
+        self.kernels: dict[_Place, Kernel] = {}
         self.building = Lock()
 
 
@@ -67,20 +79,20 @@ class _Installed:
     """What the driver gave, and what was made of it. `install` replaces it whole: no reader sees half of it."""
 
     def __init__(
-        self, build: Build | None = None, differentiable: Differentiable | None = None, backward: Backward | None = None
-    ) -> None:
+        self, build: Build, differentiable: Differentiable, backward: Backward | None = None
+    ) -> None:  # fmt: skip
         self.build, self.differentiable, self.backward = build, differentiable, backward
-        self.sites: dict[str, _Site] = {}
+        self.sites = Recent[str, _Site](MOST_SITES)
 
     def site(self, spec: str) -> _Site:
         return self.sites.get(spec) or self.sites.setdefault(spec, _Site(spec))
 
     def kernel(self, spec: str, device: torch.device) -> Kernel:
-        site = self.site(spec)
+        site, place = self.site(spec), _place(device)
         with site.building:  # others wait for the one that builds; other specs do not
-            if device not in site.kernels:
-                site.kernels[device] = self._build(site.plan.attention, spec, device)
-            return site.kernels[device]
+            if place not in site.kernels:
+                site.kernels[place] = self._build(site.plan.attention, spec, device)
+            return site.kernels[place]
 
     def kept(self, a: Attention) -> tuple[int, ...] | None:
         """The places of the outputs that backward reads, None where it begins with the tensors alone."""
@@ -88,23 +100,34 @@ class _Installed:
         return None if names is None or not set(names) <= set(a.outputs) else tuple(map(a.outputs.index, names))
 
     def _build(self, a: Attention, spec: str, device: torch.device) -> Kernel:
-        if self.build is None:
-            raise KernelError("attncc::attention has no kernels yet: import attncc.dynamo, which installs them")
         try:
             return self.build(a, spec, device)
         except Exception as error:
             raise KernelError(f"no kernel for this attention on {device}: {error}\n{spec}") from error
 
 
-_installed = _Installed()
+def _nothing(*_: object) -> Any:
+    raise KernelError("`import attncc` installs the kernels of attncc::attention")
+
+
+_installed = _Installed(_nothing, _nothing)
 
 
 def install(build: Build, differentiable: Differentiable, backward: Backward | None = None) -> None:
-    """Say how kernels are made: `build(attention, spec, device)` once for each spec and device of this process, and
-    `differentiable(attention, tensors, sizes)` for gradients, or `backward` for those that it knows. Kernels built
-    before are forgotten."""
+    """Say how kernels are made: `build(attention, spec, device)` once for each spec and device of this process, on a
+    GPU for each precision of float32 products too, and `differentiable(attention, tensors, sizes)` for gradients, or
+    `backward` for those that it knows. Kernels built before are forgotten."""
     global _installed
     _installed = _Installed(build, differentiable, backward)
+
+
+def _forked() -> None:
+    """Locks that another thread held when this process was forked are never given back."""
+    install(_installed.build, _installed.differentiable, _installed.backward)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def kernel_of(spec: str, device: torch.device) -> Kernel:
@@ -117,7 +140,7 @@ def _run(tensors: list[torch.Tensor], sizes: list[int], spec: str) -> list[torch
     site = installed.sites.get(spec) or installed.site(spec)
     outputs = site.plan.allocate(tensors, sizes)
     device = tensors[site.plan.anchor].device
-    kernel = site.kernels.get(device)
+    kernel = site.kernels.get(_place(device))
     if kernel is None:
         site.plan.check(tensors, sizes)  # the first call alone: graphs do not change what they pass
         kernel = installed.kernel(spec, device)
@@ -139,8 +162,6 @@ def _run_backward(
             found = installed.backward(a, grads, tensors, outputs, sizes, wanted)
             return _as_promised(found, tensors, wanted)
     differentiable = _installed.differentiable
-    if differentiable is None:
-        raise KernelError("attncc::attention has no gradients yet: import attncc.dynamo, which installs them")
     plan = plan_of(spec)
     with torch.inference_mode(False), torch.enable_grad(), _autograd_on():
         leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
@@ -261,6 +282,7 @@ def _stacked(
     return stacked, [0] * len(stacked)
 
 
+_matmul = cast(Any, torch.backends.cuda.matmul)
 _C = cast(Any, torch._C)  # pyright: ignore[reportPrivateUsage]
 _AFTER_AUTOGRAD = _C._after_autograd_keyset
 

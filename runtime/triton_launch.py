@@ -16,12 +16,15 @@ from typing import Any, cast
 import torch
 
 from attncc.runtime.measure import on_cuda
+from attncc.runtime.recent import Recent
 from attncc.runtime.triton_module import load_module
 
 #: (call) -> seconds. Raises what the call raises.
 Timer = Callable[[Callable[[], object]], float]
 
 _ROUNDS = 5
+#: Buckets of shapes whose choice is at hand; `remember` has them all.
+MOST_SHAPES = 1024
 
 
 def median_on_cuda(call: Callable[[], object]) -> float:
@@ -51,7 +54,7 @@ class TritonKernel:
         self._sources = tuple(sources)
         self._names = tuple(hashlib.sha256(s.encode()).hexdigest()[:16] for s in self._sources)
         self._remember = remember
-        self._chosen: dict[str, int] = {}
+        self._chosen = Recent[str, int](MOST_SHAPES)
         self._tuning = Lock()
         self._device_names: dict[torch.device, str] = {}
         self.timer: Timer = median_on_cuda

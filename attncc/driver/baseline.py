@@ -23,6 +23,7 @@ from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import hint as example
 from attncc.patterns.site.assemble import Lifted
 from attncc.patterns.softmax.flex import FLEX, WHOLE
+from attncc.runtime.measure import settings
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,11 @@ def _data(n: fx.Node, facts: Facts, generator: torch.Generator) -> torch.Tensor:
 
 
 def looks(site: Lifted, facts: Facts) -> tuple[object, ...]:
-    """What a trial of a site depends on beside the attention: how its tensors lie in memory, and its sizes. Raises
-    Untimeable."""
+    """What a trial of a site depends on beside the attention: the machine and its settings, how its tensors lie in
+    memory, and its sizes. Raises Untimeable."""
     values = [facts.value(n) for n in site.tensors]
     layouts = [tuple(_number(s) for s in (*v.shape, *v.stride())) for v in values]
-    return (*layouts, *(hint(x, facts) for x in site.sizes))
+    return (*settings(values[0].device), *layouts, *(hint(x, facts) for x in site.sizes))
 
 
 def made_up(fake: torch.Tensor, generator: torch.Generator, dtype: torch.dtype | None = None) -> torch.Tensor:

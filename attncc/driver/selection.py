@@ -25,6 +25,7 @@ from attncc.patterns.softmax.anchors import SDPA
 from attncc.progress import step
 from attncc.runtime.measure import TIE, Decision, choose, compare, recalled, sampler_for, situation
 from attncc.runtime.outputs import plan_of
+from attncc.runtime.recent import Recent
 
 BUDGET_S = 0.15
 
@@ -51,7 +52,7 @@ def decide(parts: Sequence[Candidate], facts: Facts, training: Training) -> Choi
 
 
 #: Equal sites of a process are decided alike: layers must not differ by the noise of a measurement.
-_decided: dict[tuple[object, ...], Choice] = {}
+_decided = Recent[tuple[object, ...], Choice](1024)
 
 
 def _measure(parts: Sequence[Candidate], spec: str, data: Trial, recomputed: bool) -> Choice:

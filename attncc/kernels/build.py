@@ -25,7 +25,7 @@ from attncc.passes.tables.spans import reads_by_key, spanned
 from attncc.progress import step
 from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, KernelError, detect_isa
 from attncc.runtime.op import Kernel
-from attncc.runtime.store import Store, StoreError, key
+from attncc.runtime.store import VARIABLE, Store, StoreError, key
 from attncc.runtime.triton_launch import TritonKernel, capability_of
 
 
@@ -98,6 +98,35 @@ def optimise(a: Attention) -> Attention:
     return fold_predicates(drop_rounding(a))
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a kernel is made for: all that is read of the machine, the environment and torch's settings to make it.
+
+    `arch` is the instruction set or the GPU's capability; `missing` says why there are no compiled kernels for it."""
+
+    device: str
+    arch: str = ""
+    toolchain: CppToolchain | None = None
+    tf32: bool = False
+    missing: str = ""
+
+
+def target_of(device: torch.device) -> Target:
+    """The target of kernels that are made now for a device."""
+    if device.type == "cuda":
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # `allow_tf32` raises once this one was set
+        return Target("cuda", capability_of(device), tf32=tf32)
+    if device.type != "cpu":
+        return Target(device.type, missing=f"no emitter for device {device.type}")
+    toolchain = find_toolchain()
+    if toolchain is None:
+        return Target("cpu", missing="no C++ compiler found (set CXX, or install g++ or clang++)")
+    try:
+        return Target("cpu", _isa(toolchain, os.environ.get("ATTNCC_ISA")), toolchain)
+    except KernelError as error:
+        return Target("cpu", missing=str(error))
+
+
 def build_all(wanted: Iterable[tuple[str, str]]) -> None:
     """Build the kernels of (spec, device) pairs side by side: compilers run in processes of their own."""
     todo = list(dict.fromkeys(wanted))
@@ -108,39 +137,45 @@ def build_all(wanted: Iterable[tuple[str, str]]) -> None:
 
 def build(a: Attention, spec: str, device: torch.device) -> Kernel:
     """The kernel of an attention on a device, for `attncc.runtime.op`."""
-    return built(spec, device.type).kernel
+    return built(spec, str(device)).kernel
+
+
+def built(spec: str, device: str) -> Built:
+    """The kernel of a spec, compiled and kept in the store; where it cannot be, the plain-torch form and the reason."""
+    return _built(spec, target_of(torch.device(device)))
 
 
 @lru_cache(maxsize=1024)
-def built(spec: str, device: str) -> Built:
-    """The kernel of a spec, compiled and kept in the store; where it cannot be, the plain-torch form and the reason."""
-    a = optimise(parse_attention(spec))
-    bounds = loop_bounds(a, rows=True)
-    if device == "cpu":
-        return _in_tiles(a, bounds, _skipping(a, _cpp(a, bounds)))
-    if device == "cuda":
-        return _listed(a, bounds, _triton(a, bounds))
-    return _torch(a, f"no emitter for device {device}")
+def _built(spec: str, target: Target) -> Built:
+    # tables that are part of a kernel are made here, whatever device, mode and transform its first user is in
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        a = optimise(parse_attention(spec))
+        if target.missing:
+            return _torch(a, target.missing)
+        bounds = loop_bounds(a, rows=True)
+        if target.device == "cpu":
+            return _in_tiles(a, bounds, target, _skipping(a, target, _cpp(a, bounds, target)))
+        return _listed(a, bounds, target, _triton(a, bounds, target))
 
 
-def _skipping(a: Attention, plain: Built) -> Built:
+def _skipping(a: Attention, target: Target, plain: Built) -> Built:
     """`plain`; where the mask reads data by key, with a second kernel for large calls, whose bounds read tables."""
     if plain.language == "torch" or not reads_by_key(a):
         return plain
     kernel, found = plain.kernel, spanned(a, by_looking="none")
     if found.spans or found.maps:
-        kernel = Tabled(kernel, found, partial(_cpp_kernel, found.attention, found.bounds))
+        kernel = Tabled(kernel, found, partial(_cpp_kernel, found.attention, found.bounds, target))
     if found.more_by_looking:
         found = spanned(a, by_looking="quick")
-        kernel = Tabled(kernel, found, partial(_cpp_kernel, found.attention, found.bounds))
+        kernel = Tabled(kernel, found, partial(_cpp_kernel, found.attention, found.bounds, target))
     return replace(plain, kernel=kernel)
 
 
-def _cpp_kernel(a: Attention, bounds: Bounds) -> Kernel:
-    return _cpp(a, bounds).kernel
+def _cpp_kernel(a: Attention, bounds: Bounds, target: Target) -> Kernel:
+    return _cpp(a, bounds, target).kernel
 
 
-def _in_tiles(a: Attention, bounds: Bounds, plain: Built) -> Built:
+def _in_tiles(a: Attention, bounds: Bounds, target: Target, plain: Built) -> Built:
     """`plain`, or where a mask over a grid makes it less work, a kernel for tokens in tile order beside it."""
     if plain.language == "torch":
         return plain
@@ -149,40 +184,37 @@ def _in_tiles(a: Attention, bounds: Bounds, plain: Built) -> Built:
         found = movable(a) or found
     if found is None or isinstance(found, str):
         return replace(plain, note=f"not in tile order: {found}" if found else "")
-    tiled = _cpp(found.attention, found.bounds)
+    tiled = _cpp(found.attention, found.bounds, target)
     if tiled.language == "torch":
         return replace(plain, note=f"not in tile order: {tiled.reason}")
     return replace(plain, kernel=TileOrdered(a, plain.kernel, found, tiled.kernel, default_store), source=tiled.source)
 
 
-def _listed(a: Attention, bounds: Bounds, plain: Built) -> Built:
+def _listed(a: Attention, bounds: Bounds, target: Target, plain: Built) -> Built:
     """`plain`; where the mask reads data by key, with kernels for large calls that make lists of key blocks first."""
     if plain.language == "torch" or not triton.reads_by_key(a):
         return plain
-    return replace(plain, kernel=BySize(a, plain.kernel, lambda: _triton(a, bounds, lists=True).kernel))
+    return replace(plain, kernel=BySize(a, plain.kernel, lambda: _triton(a, bounds, target, lists=True).kernel))
 
 
 def _torch(a: Attention, reason: str) -> Built:
     return Built(TorchKernel(a), print_attention(a), "torch", "plain torch", reason)
 
 
-def _cpp(a: Attention, bounds: Bounds) -> Built:
+def _cpp(a: Attention, bounds: Bounds, target: Target) -> Built:
     reason = cpp.unsupported(a)
     if reason is not None:
         return _torch(a, reason)
-    toolchain = find_toolchain()
-    if toolchain is None:
-        return _torch(a, "no C++ compiler found (set CXX, or install g++ or clang++)")
+    assert target.toolchain is not None  # else the target would lack it
     try:
-        isa = detect_isa()
-        source = cpp.emit(a, bounds, isa)
-        folder = _compiled(source, isa, toolchain, kernel_name(a))
+        source = cpp.emit(a, bounds, target.arch)
+        folder = _compiled(source, target.arch, target.toolchain, kernel_name(a))
         kernel = CppKernel(folder / "kernel.so", a)
     except CompileError as error:
         return _torch(a, f"the C++ compiler failed: {_first_error(str(error))}")
     except (KernelError, StoreError, OSError) as error:
         return _torch(a, str(error))
-    return Built(kernel, source, "cpp", f"C++ {isa} kernel")
+    return Built(kernel, source, "cpp", f"C++ {target.arch} kernel")
 
 
 def _first_error(message: str) -> str:
@@ -190,15 +222,14 @@ def _first_error(message: str) -> str:
     return next((line for line in lines if "error" in line), lines[-1])
 
 
-def _triton(a: Attention, bounds: Bounds, *, lists: bool = False) -> Built:
+def _triton(a: Attention, bounds: Bounds, target: Target, *, lists: bool = False) -> Built:
     reason = triton.unsupported(a)
     if reason is not None:
         return _torch(a, reason)
-    capability = capability_of(torch.device("cuda"))
-    space = triton.configs(a, bounds, capability, tf32=bool(torch.backends.cuda.matmul.allow_tf32), lists=lists)
+    space = triton.configs(a, bounds, target.arch, tf32=target.tf32, lists=lists)
     sources = [triton.emit(a, bounds, config) for config in space]
     kernel = TritonKernel(sources, remember=Remembered(default_store()))
-    return Built(kernel, sources[0], "triton", f"Triton {capability} kernel")
+    return Built(kernel, sources[0], "triton", f"Triton {target.arch} kernel")
 
 
 class Remembered(dict[str, str]):
@@ -234,12 +265,26 @@ def kernel_name(a: Attention) -> str:
     return f"{mask}-{a.normalizer}-{a.tensor(a.q.tensor).dtype}-d{a.d.extent!r}"
 
 
-@lru_cache(maxsize=1)
 def find_toolchain() -> CppToolchain | None:
+    """The C++ compiler, looked for once for each environment."""
+    return _toolchain(*map(os.environ.get, ("ATTNCC_CXX", "CXX", "PATH")))
+
+
+@lru_cache(maxsize=8)
+def _toolchain(*_environment: str | None) -> CppToolchain | None:
     return CppToolchain.find()
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
+def _isa(_toolchain: CppToolchain, _chosen: str | None) -> str:
+    return detect_isa()
+
+
 def default_store() -> Store:
     """The store of this process; see `Store` for where it lies."""
+    return _store(*map(os.environ.get, (VARIABLE, "XDG_CACHE_HOME", "HOME")))
+
+
+@lru_cache(maxsize=8)
+def _store(*_environment: str | None) -> Store:
     return Store()

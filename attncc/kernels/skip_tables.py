@@ -18,19 +18,18 @@ from attncc.ir import Attention, Expr
 from attncc.ir.attention import DTYPES
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.terms import free, loads
-from attncc.kernels.constant_masks import Constant, belongs_to_a_module
+from attncc.kernels.snapshots import Snapshot, kept
 from attncc.passes.bounds.block_maps import BlockMap, by_pair, map_tables, share
 from attncc.passes.tables.spans import Spanned, tables
 from attncc.runtime.op import Kernel
+from attncc.runtime.recent import Recent
 
 #: Pairs of a row and a key from which on tables are made: 1024 x 1024, some milliseconds for a kernel that skips none.
 #: On a CPU, numbers of keys and values as well: 8 heads of 1024 keys of 64, half a millisecond of reading.
 WORTHWHILE = 1 << 20
-#: Bytes of documents, padding or block masks that are kept to see whether the next call has the same.
-MOST_KEPT = 1 << 26
 #: Of the time that attending to a pair takes: what looking at it costs a byte, and what leaving its mask alone saves.
 LOOKING_COSTS, FULL_SAVES = 0.25, 0.3
-#: Calls for which a mask that showed little is not looked at again, at most.
+#: Calls for which a mask that showed little is not looked at again, at most, or one that changed is not copied again.
 MOST_RESTS = 64
 #: Sizes and places in memory that are remembered: those that never come back must not pile up.
 MOST_PLACES = 256
@@ -44,7 +43,7 @@ class BySize:
         self.attention, self.plain = a, plain
         self._build = build
         self._large: Kernel | None = None
-        self._work: dict[tuple[int, ...], int] = {}
+        self._work = Recent[tuple[int, ...], int](MOST_PLACES)
 
     def __call__(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
@@ -52,8 +51,6 @@ class BySize:
         known = tuple(sizes)
         work = self._work.get(known)
         if work is None:
-            if len(self._work) >= MOST_PLACES:
-                self._work.clear()
             work = self._work[known] = self.work(sizes)
         more = self.more(tensors, sizes) if work >= WORTHWHILE else None
         if more is None:
@@ -90,9 +87,7 @@ class Tabled(BySize):
             [n for n, name in enumerate(self._names) if name in {x.tensor for t in made for x in loads(*t.sources)}]
             for made in ((*self._cheap.spans, *self._cheap.maps), self._dense)
         )
-        self._last: tuple[list[int], list[torch.Tensor], dict[str, torch.Tensor]] | None = None
-        self._rest: dict[tuple[int, ...], _Rest] = {}
-        self._constants: dict[tuple[int, ...], Constant] = {}
+        self._places = Recent[tuple[int, ...], _Place](MOST_PLACES)
 
     def work(self, sizes: Sequence[int]) -> int:
         """Pairs, or what there is to read of keys and values: a cache is mostly empty, and read for one row."""
@@ -114,47 +109,75 @@ class Tabled(BySize):
         self, tensors: Sequence[torch.Tensor], named: dict[str, torch.Tensor], sizes: Sequence[int]
     ) -> dict[str, torch.Tensor]:
         sources = [tensors[n] for n in self._sources]
-        last = self._last
-        if last is not None and last[0] == list(sizes) and all(map(_same, last[1], sources)):
-            return last[2]
-        made = tables(self._cheap, named, sizes)
-        if sum(x.nbytes for x in sources) <= MOST_KEPT:
-            self._last = list(sizes), [x.clone() for x in sources], made
+        made = kept.find(self, sources, sizes)
+        if made is None:
+            snapshot = Snapshot.of(sources)
+            made = tables(self._cheap, self._held(named, self._sources, snapshot), sizes)
+            kept.keep(self, snapshot, sizes, made)
         return made
 
     def _summaries(
         self, tensors: Sequence[torch.Tensor], named: dict[str, torch.Tensor], sizes: Sequence[int]
     ) -> dict[str, torch.Tensor] | None:
         """The maps of what holds one value a pair, None where the mask that lies there lately showed too little."""
-        place = tuple(tensors[n].data_ptr() for n in self._looked_at)
-        rest = self._rest.get(place, _Rest())
-        if rest.left:
-            rest.left -= 1
-            return None
         looked_at = [tensors[n] for n in self._looked_at]
-        constant = self._constants.get(place)
-        if constant is not None and constant.holds(looked_at, sizes):
-            return constant.made
-        made = map_tables(self._dense, self.attention, named, sizes)
-        if any(_pays(m, made[m.tensor.name], self.attention, sizes) for m in self._dense):
-            self._rest.pop(place, None)
-            if all(map(belongs_to_a_module, looked_at)):
-                if len(self._constants) >= MOST_PLACES:
-                    self._constants.clear()
-                self._constants[place] = Constant.after(constant, looked_at, sizes, made)
+        at = tuple(x.data_ptr() for x in looked_at)
+        place = self._places.get(at, _Place())
+        if place.rest > 0:
+            self._places[at] = replace(place, rest=place.rest - 1)
+            return None
+        made = kept.find((self, at), looked_at, sizes)
+        if made is not None:
             return made
-        if len(self._rest) >= MOST_PLACES:
-            self._rest.clear()
-        self._rest[place] = _Rest(rest.after, min(2 * rest.after, MOST_RESTS))
-        return None
+        snapshot = Snapshot.of(looked_at) if place.stays else None
+        made = map_tables(self._dense, self.attention, self._held(named, self._looked_at, snapshot), sizes)
+        pays = any(_pays(m, made[m.tensor.name], self.attention, sizes) for m in self._dense)
+        if pays and snapshot is not None:
+            kept.keep((self, at), snapshot, sizes, made)
+        self._places[at] = place.after(made, pays, snapshot is not None)
+        return made if pays else None
+
+    def _held(
+        self, named: dict[str, torch.Tensor], sources: Sequence[int], snapshot: Snapshot | None
+    ) -> dict[str, torch.Tensor]:
+        """The tensors, with the copies that later calls are compared with in place of `sources`: another thread may
+        write to those while something is made of them."""
+        if snapshot is None:
+            return named
+        return named | dict(zip((self._names[n] for n in sources), snapshot.tensors, strict=True))
 
 
-@dataclass
-class _Rest:
-    """For how many more calls a mask is not looked at; `after` it has shown too little once more, for how many."""
+@dataclass(frozen=True)
+class _Place:
+    """What the masks at one place in memory showed so far. Replaced whole: threads lose a count at worst.
 
-    left: int = 0
-    after: int = 1
+    `rest` is for how many more calls the mask is not looked at, `next_rest` for how many when it shows too little once
+    more. `same` is how often in a row a look found what the one before had `shown`; from `enough` on, which doubles
+    with each copy that was in vain, the mask is copied."""
+
+    rest: int = 0
+    next_rest: int = 1
+    same: int = 0
+    enough: int = 1
+    copied: bool = False
+    shown: dict[str, torch.Tensor] | None = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether the mask is likely to be the same in the next call."""
+        return self.same >= self.enough and not self.copied
+
+    def after(self, made: dict[str, torch.Tensor], pays: bool, copied: bool) -> _Place:
+        """What is known after a look that showed `made`."""
+        if not pays:
+            return _Place(self.next_rest, min(2 * self.next_rest, MOST_RESTS), enough=self.enough)
+        same = self.shown is not None and all(torch.equal(x, self.shown[name]) for name, x in made.items())
+        return _Place(
+            same=self.same + 1 if same and not self.copied else 0,
+            enough=min(2 * self.enough, MOST_RESTS) if self.copied else self.enough,
+            copied=copied,
+            shown=made,
+        )
 
 
 def _pays(m: BlockMap, made: torch.Tensor, a: Attention, sizes: Sequence[int]) -> bool:
@@ -165,8 +188,3 @@ def _pays(m: BlockMap, made: torch.Tensor, a: Attention, sizes: Sequence[int]) -
     left, full = share(made, m, extent(a.j.extent, table))
     unmasked = 0.0 if m.else_all else full * FULL_SAVES
     return 1 - left + unmasked > LOOKING_COSTS * read / heads
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Compared by what they hold: compiled graphs write into tensors without a trace."""
-    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)

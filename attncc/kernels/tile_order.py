@@ -20,9 +20,12 @@ from attncc.passes.bounds.area import Area
 from attncc.passes.rewrites.tile_choice import InTiles
 from attncc.runtime.measure import choose, sampler_for, situation
 from attncc.runtime.op import Kernel
+from attncc.runtime.recent import Recent
 from attncc.runtime.store import Store
 
 _BUDGET_S = 0.1
+#: Shapes whose choice is remembered here; the store remembers them all.
+MOST_SHAPES = 256
 
 
 class TileOrdered:
@@ -38,7 +41,7 @@ class TileOrdered:
             dims = [dim for dim, x in enumerate(access.index) if x in tokens]
             self._moved |= dict.fromkeys([names.index(access.tensor)], dims[0])
         self._tables: dict[torch.device, torch.Tensor] = {}
-        self._store, self._faster = store, dict[tuple[object, ...], bool]()
+        self._store, self._faster = store, Recent[tuple[object, ...], bool](MOST_SHAPES)
 
     @property
     def note(self) -> str:
@@ -58,11 +61,17 @@ class TileOrdered:
     def __call__(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
     ) -> None:
-        shape = (*sizes, *(n for t in tensors for n in t.shape))
-        faster = self._faster.get(shape)
+        (self.in_tiles if self._pays(tensors, sizes, outputs) else self.plain)(tensors, sizes, outputs)
+
+    def _pays(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]) -> bool:
+        key = (tensors[0].device, torch.get_num_threads(), *sizes, *(t.shape for t in tensors))
+        faster = self._faster.get(key)
         if faster is None:
-            faster = self._faster[shape] = self._measured(tensors, sizes, outputs)
-        (self.in_tiles if faster else self.plain)(tensors, sizes, outputs)
+            if os.environ.get("ATTNCC_TUNE", "").lower() in ("off", "0", "no"):
+                return True
+            faster = self._measured(tensors, sizes, outputs)
+            self._faster[key] = faster
+        return faster
 
     def in_tiles(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
@@ -82,8 +91,6 @@ class TileOrdered:
     def _measured(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
     ) -> bool:
-        if os.environ.get("ATTNCC_TUNE", "").lower() in ("off", "0", "no"):
-            return True
         device = tensors[0].device
         shape = [*sizes, *(n for t in tensors for n in t.shape)]
         candidates: dict[str, Callable[[], object]] = {

@@ -18,6 +18,7 @@ from attncc.ir import Attention, interpret, parse_attention
 from attncc.kernels import build
 from attncc.kernels.build import Built
 from attncc.report.model import Site
+from attncc.runtime import op
 from random_models.writer import Program, Sizes
 
 
@@ -46,7 +47,7 @@ def _oracle(spec: str, device: str) -> Built:
 
 @contextmanager
 def _kernels(kind: str) -> Any:
-    backend.op.install(build.build, build.blocked)  # forget the kernels of another kind
+    op.install(build.build, build.blocked)  # forget the kernels of another kind
     if kind == "oracle":
         with mock.patch.object(build, "built", _oracle), mock.patch.object(backend, "built", _oracle):
             yield
