@@ -100,7 +100,7 @@ def inspect(
                 print_report(each, every=every)
         if ir:
             for site in report.sites:
-                body = site.ir or f"# {site.status}: {site.reason}"
+                body = site.program or site.ir or f"# {site.status}: {site.reason}"
                 print_text(console, f"# site {site.index}: {site.path}\n{body}\n")
         if kernel is not None:
             site = pick(report, kernel, target)

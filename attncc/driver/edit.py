@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import operator
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 from torch import fx
 
 from attncc.driver.capture import Reading
+from attncc.driver.lowering import lower
 from attncc.driver.site_groups import sources
-from attncc.ir import Attention, print_attention
-from attncc.ir.evaluate import DTYPE_OF
+from attncc.ir import Program
+from attncc.ir.evaluate import ARITHMETIC
 from attncc.ir.expr import Const, Expr, Op, Size
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import argument, written_args
-from attncc.patterns.graph.strides import noticed, order_in_memory
-from attncc.patterns.site.assemble import Lifted, Lse, Rows
+from attncc.patterns.site.program import SiteProgram
 from attncc.patterns.softmax.anchors import SDPA
 from attncc.patterns.softmax.flex import FLEX
 
-_ARITHMETIC: dict[str, Callable[..., Any]] = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod,
-    "neg": operator.neg, "max": torch.sym_max, "min": torch.sym_min,
-}  # fmt: skip
 _NEW = {"new_zeros", "new_full", "new_empty", "zeros", "zeros_like", "full", "empty"}
 _COPIED = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
@@ -50,117 +44,58 @@ class Editor:
         self.effects = {owner[s] for s in acts}
         self.writes = self.effects - {owner[s] for s in acts if written_args(s) != [*s.args[:1]] or _is_random(s)}
 
-    def fuse(self, parts: Sequence[tuple[Lifted, Attention]]) -> None:
-        """Replace a node by calls of attncc's operator, one for each site that adds up to it (with its attention after
-        the passes)."""
-        first = parts[0][0]
-        target = self.place(first.node)
-        sums = None if first.lse is None else self.place(first.lse.node)
-        placed = [n for n in (target, sums) if n is not None]
-        call = self.graph.call_function
-        early = min(placed, key=self.position)
-        for n in sources((n for site, _ in parts for n in site.tensors), self.facts):
-            if self._node(n)._erased:
-                raise EditError("another site has taken what it reads")
-            if early is not target and self.position(self._node(n)) > self.position(early):
+    def put(self, site: SiteProgram, final: Program) -> None:
+        """Put a program in the place of the nodes whose values it gives; `final` is that of `site` after the passes.
+
+        Raises EditError where the graph cannot hold it."""
+        placed = [self.place(n) for n in site.outputs]
+        target = placed[0]
+        given = sources(site.inputs, self.facts)
+        if any(self._node(n)._erased for n in given):
+            raise EditError("another site has taken what it reads")
+        if site.in_pieces:  # what is computed from the first products moves behind the last
+            at = max(placed, key=self.position)
+            self._move_behind(placed, at)
+        else:
+            at = min(placed, key=self.position)
+            if at is not target and any(self.position(self._node(n)) > self.position(at) for n in given):
                 raise EditError("the sums of its rows are used before its values are computed")
-        with self.graph.inserting_before(early):
-            calls = [self.call(site, a, target) for site, a in parts]
-            outs = [self.output(outputs, site, a, target) for outputs, (site, a) in zip(calls, parts, strict=True)]
-            whole = functools.reduce(lambda x, y: call(torch.ops.aten.add.Tensor, (x, y)), outs)
-            made = [self.laid_out(whole, first.node)]
-            if first.lse is not None:
-                made.append(self._lse(calls[0], first, parts[0][1], first.lse, target))
+        with self.graph.inserting_before(at):
+            inputs = [self._cast(self._node(n), n, dtype) for n, dtype in zip(site.inputs, site.dtypes, strict=True)]
+            sizes = [self._size(x, target) for x in site.sizes]
+            made = lower(final, self.graph, inputs, sizes, mark=partial(_marked, target))
         for old, new in zip(placed, made, strict=True):
             self.replace(old, new)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Put `new` in the place of `old`, which goes with what only it used."""
-        new.meta.update({k: old.meta[k] for k in _COPIED if k in old.meta})
+        _marked(old, new)
         new.meta["example_value"] = old.meta.get("example_value")
         old.replace_all_uses_with(new)
         self.taken[old], self.order[new] = new, self.position(old)
         self._remove(old)
 
-    def laid_out(self, made: fx.Node, shadow: fx.Node) -> fx.Node:
-        """What takes the place of `shadow`, in memory as that was if somebody would notice."""
-        if not noticed(self.facts, shadow):
-            return made
-        order = order_in_memory(self.facts.value(shadow))
-        call, plain = self.graph.call_function, order == tuple(range(len(order)))
-        made = made if plain else call(torch.ops.aten.permute.default, (made, list(order)))
-        made = call(torch.ops.aten.contiguous.default, (made,))
-        back = [order.index(d) for d in range(len(order))]
-        return made if plain else call(torch.ops.aten.permute.default, (made, back))
-
     def position(self, n: fx.Node) -> int:
         return self.order.get(n, len(self.order))
 
-    def call(self, site: Lifted, a: Attention, target: fx.Node) -> fx.Node:
-        """A call of the operator at the graph's insertion point."""
-        tensors = [self._cast(self._node(n), n, dtype) for n, dtype in zip(site.tensors, site.dtypes, strict=True)]
-        sizes = [self._size(x, target) for x in site.sizes]
-        op = torch.ops.attncc.attention.default
-        outputs = self.graph.call_function(op, (tensors, sizes, print_attention(a)))
-        outputs.meta.update({k: target.meta[k] for k in _COPIED if k in target.meta})
-        return outputs
-
-    def extents(self, site: Lifted, before: fx.Node) -> list[int | fx.Node]:
-        """Those of the axes (*batch, i, e) of a site's output."""
-        return [self._extent(x.extent, site, before) for x in site.attention.out_axes]
-
-    def output(
-        self, outputs: fx.Node, site: Lifted, a: Attention, target: fx.Node, factor: fx.Node | None = None
-    ) -> fx.Node:
-        """The operator's output, times a factor over its axes, in the shape that the graph has."""
-        call = self.graph.call_function
-        out = call(operator.getitem, (outputs, a.outputs.index("out")))
-        unsplit = self.extents(site, target)
-        if len(a.out_axes) != len(unsplit):
-            out = call(torch.ops.aten.reshape.default, (out, unsplit))
-        if factor is not None:
-            out = call(torch.ops.aten.to.dtype, (call(torch.ops.aten.mul.Tensor, (out, factor)), DTYPE_OF[a.dtype]))
-        if site.summed:
-            out = call(torch.ops.aten.sum.dim_IntList, (out, list(site.summed)))
-            unsplit = [x for at, x in enumerate(unsplit) if at not in site.summed]
-        if site.order != tuple(range(len(site.order))):
-            out = call(torch.ops.aten.permute.default, (out, list(site.order)))
-        shape = self.facts.shape(site.node)
-        if len(shape) != len(unsplit):
-            out = call(torch.ops.aten.reshape.default, (out, [self._size(s, target) for s in shape]))
-        return out
-
-    def _lse(self, outputs: fx.Node, site: Lifted, a: Attention, lse: Lse, target: fx.Node) -> fx.Node:
-        """The logarithm of the sums of exponentials as the graph has it."""
-        call = self.graph.call_function
-        x = call(operator.getitem, (outputs, a.outputs.index("lse")))
-        x = self.in_rows(x, lse.rows, target)
-        if lse.base_two:
-            x = call(torch.ops.aten.mul.Tensor, (x, math.log2(math.e)))
-        if site.floor is not None:
-            x = call(torch.ops.aten.clamp_min.default, (x, site.floor))
-        dtype = self.facts.dtype(lse.node)
-        if dtype != DTYPE_OF[a.compute_dtype]:
-            x = call(torch.ops.aten.to.dtype, (x, dtype))
-        x = call(torch.ops.aten.reshape.default, (x, [self._size(s, target) for s in self.facts.shape(lse.node)]))
-        return call(torch.ops.aten.contiguous.default, (x,))
-
-    def in_rows(self, x: fx.Node, rows: Rows, before: fx.Node) -> fx.Node:
-        """A tensor over (*batch, i) of a site as the model has these rows."""
-        if not rows.order:
-            return x
-        call = self.graph.call_function
-        x = call(torch.ops.aten.reshape.default, (x, [self._size(s, before) for s in rows.shape]))
-        return call(torch.ops.aten.permute.default, (x, list(rows.order)))
-
-    def out_of_rows(self, x: fx.Node, rows: Rows, site: Lifted, before: fx.Node) -> fx.Node:
-        """A flat tensor over the model's rows as one over (*batch, i) of a site."""
-        call = self.graph.call_function
-        if rows.order:
-            shape = [self._size(rows.shape[n], before) for n in rows.order]
-            x = call(torch.ops.aten.reshape.default, (x, shape))
-            x = call(torch.ops.aten.permute.default, (x, [rows.order.index(n) for n in range(len(shape))]))
-        return call(torch.ops.aten.reshape.default, (x, self.extents(site, before)[:-1]))
+    def _move_behind(self, targets: Sequence[fx.Node], last: fx.Node) -> None:
+        """Move what is computed from the products before the last of them behind it. Nothing may write in between, but
+        to what moves itself: every view of that moves with it."""
+        nodes = list(self.graph.nodes)
+        between = nodes[nodes.index(min(targets, key=self.position)) : nodes.index(last)]
+        moved: dict[fx.Node, None] = dict.fromkeys(n for n in targets if n is not last)
+        for n in between:
+            if n in self.effects and not (n in self.writes and n.args[0] in moved):
+                raise EditError("the model writes to memory between the products of one softmax")
+            if n not in moved and any(a in moved for a in n.all_input_nodes):
+                moved[n] = None
+        if any(a in moved for a in last.all_input_nodes):
+            raise EditError("one product of a softmax is computed from another")
+        at = last
+        for n in moved:
+            if n not in targets:
+                at.append(n)
+                at = n
 
     def finish(self) -> fx.Graph:
         self._drop_unread()
@@ -266,11 +201,6 @@ class Editor:
     def _cast(self, n: fx.Node, shadow: fx.Node, dtype: torch.dtype) -> fx.Node:
         return n if self.facts.dtype(shadow) == dtype else self.graph.call_function(torch.ops.aten.to.dtype, (n, dtype))
 
-    def _extent(self, x: Const | Size, site: Lifted, before: fx.Node) -> int | fx.Node:
-        if isinstance(x, Const):
-            return int(x.value)
-        return self._size(site.sizes[site.attention.sizes.index(x)], before)
-
     def _size(self, x: Expr, before: fx.Node) -> int | fx.Node:
         """A node (or number) for an integer expression over the graph's symbols, available before a node."""
         if isinstance(x, Const):
@@ -293,9 +223,9 @@ class Editor:
             for dim, extent in enumerate(self.facts.shape(shadow)):
                 if extent is x:
                     return self._sym_size(node, dim)
-        if isinstance(x, Op) and x.name in _ARITHMETIC:
+        if isinstance(x, Op) and x.name in ARITHMETIC:
             args = [self._size(a, before) for a in x.args]
-            return self.graph.call_function(_ARITHMETIC[x.name], tuple(args))
+            return self.graph.call_function(ARITHMETIC[x.name], tuple(args))
         for shadow, node in self.reading.origin.items():
             if node in self.order and self.order[node] < self.order.get(before, -1) and self.facts.is_tensor(shadow):
                 for dim, extent in enumerate(self.facts.shape(shadow)):
@@ -364,6 +294,11 @@ class Editor:
         if not any(getattr(n.target, "__name__", "") == "_vmap_increment_nesting" for n in self.graph.nodes):
             for n in loads:
                 self.graph.erase_node(n)
+
+
+def _marked(like: fx.Node, call: fx.Node) -> None:
+    """Let a call say that it comes from where another node does."""
+    call.meta.update({k: like.meta[k] for k in _COPIED if k in like.meta})
 
 
 def _reached_by(n: fx.Node) -> dict[fx.Node, None]:

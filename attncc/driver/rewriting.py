@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 from torch import fx
@@ -16,20 +16,21 @@ from attncc.driver import capture, describe
 from attncc.driver.candidate import Candidate, Choice
 from attncc.driver.edit import EditError, Editor, source_text
 from attncc.driver.graph_edits import GraphEdits, copied
-from attncc.driver.merge import merge
 from attncc.driver.selection import decide
 from attncc.driver.site_groups import Joint, together
 from attncc.driver.training import Training, runs_again, training_of
 from attncc.errors import unforeseen
-from attncc.ir import Attention, print_attention, print_linear
+from attncc.ir import Attention, Program, print_attention, print_linear, print_program
 from attncc.ir.expr import Expr, Size
 from attncc.kernels.build import build_all, built, optimise
-from attncc.passes.rewrites.split_axes import split_axes
+from attncc.passes.pipeline import standard
+from attncc.passes.rewrites.row_sums import with_sums
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.lift import Refusal, lift_all
 from attncc.patterns.linear.linear import Recognised
 from attncc.patterns.refusals.reasons import used_by
 from attncc.patterns.site.assemble import Lifted
+from attncc.patterns.site.program import SiteProgram, program_of
 from attncc.progress import step
 from attncc.report.model import Site
 from attncc.torch_private.state import preserved
@@ -123,8 +124,8 @@ def _edited(
     """Every site decided, in order: an edited copy of the graph. `settled` grows as it goes."""
     joints = {id(site): joint for joint in together([s for s in lifted if isinstance(s, Lifted)], facts)
               for site in joint.sites}  # fmt: skip
-    plans = [_plan(site, joints[id(site)], facts, training) if isinstance(site, Lifted) else None for site in lifted]
-    planned = {id(site): plan for site, plan in zip(lifted, plans, strict=True)}
+    planned = _plans({id(j): j for j in joints.values()}.values(), facts, training)
+    plans = [planned.get(id(site)) for site in lifted]
     step("building kernels")
     build_all((p.spec, p.device) for p in plans if isinstance(p, Plan))
     step("editing the graph")
@@ -166,9 +167,10 @@ def _settled(
     found = dict.fromkeys(nodes, verdict)
     places = dict.fromkeys(_target(site) for site, _ in pairs)
     for place in places if verdict.fused else ():
-        parts = [(site, plan.final) for site, plan in pairs if _target(site) is place]
+        parts = [(site, plan) for site, plan in pairs if _target(site) is place]
+        plan = parts[0][1]
         try:
-            (editor.fuse if parts[0][0].piece is None else partial(merge, editor))(parts)
+            editor.put(plan.origin, plan.program)
         except EditError as error:
             found |= dict.fromkeys((site.node for site, _ in parts), replace(verdict, fused=False, reason=str(error)))
     return found
@@ -181,9 +183,11 @@ def _target(site: Lifted) -> fx.Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a site would become: the attention after the passes, its text, and the device it runs on. `learned` names
-    the tensors whose gradients are wanted."""
+    """What a site would become: its program after the passes, shared by the sites of one place, its own attention in
+    there with its text, and the device it runs on. `learned` names the tensors whose gradients are wanted."""
 
+    origin: SiteProgram
+    program: Program
     final: Attention
     spec: str
     device: str
@@ -197,24 +201,36 @@ class Place:
     where: str
 
 
-def _plan(site: Lifted, joint: Joint, facts: Facts, training: Training) -> Plan | fx.Node:
-    """The plan, or who needs the weights outside: then the scores exist anyway and nothing is to be gained."""
-    if joint.user is not None:
-        return joint.user
-    device = facts.value(site.node).device.type
-    return _planned(site.attention, tuple(site.factors.items()), device, training.learned(site, facts))
+def _plans(joints: Iterable[Joint], facts: Facts, training: Training) -> dict[int, Plan | fx.Node]:
+    """For each site its plan, or who needs the weights outside: then the scores exist anyway and nothing is to be
+    gained."""
+    found: dict[int, Plan | fx.Node] = {}
+    for joint in joints:
+        if joint.user is not None:
+            found |= {id(site): joint.user for site in joint.sites}
+            continue
+        for place in dict.fromkeys(map(_target, joint.sites)):
+            sites = [site for site in joint.sites if _target(site) is place]
+            learned = tuple(training.learned(site, facts) for site in sites)
+            program = program_of(sites, facts)
+            final = _optimised(program.program, program.factors, tuple(map(bool, learned)))
+            attentions = [step.node for step in final.steps if isinstance(step.node, Attention)]
+            device = facts.value(sites[0].node).device.type
+            for site, a, own in zip(sites, attentions, learned, strict=True):
+                found[id(site)] = Plan(program, final, a, _text(a), device, own)
+    return found
 
 
 @lru_cache(maxsize=256)
-def _planned(
-    a: Attention, factors: tuple[tuple[Size, Expr], ...], device: str, learned: tuple[str, ...]
-) -> Plan:  # fmt: skip
-    """Sites that compute the same share one plan, so what it costs does not grow with the layers. For backward the
-    kernel keeps the sums of its rows."""
-    final = optimise(split_axes(a, dict(factors)))
-    if learned and final.normalizer == "softmax" and "lse" not in final.outputs:
-        final = replace(final, outputs=(*final.outputs, "lse"))
-    return Plan(final, print_attention(final), device, learned)
+def _optimised(p: Program, factors: tuple[tuple[Size, Expr], ...], learned: tuple[bool, ...]) -> Program:
+    """Sites that compute the same share one program, so what it costs does not grow with the layers. For backward the
+    kernels keep the sums of their rows."""
+    return with_sums(standard(factors).run(p), learned)
+
+
+@lru_cache(maxsize=256)
+def _text(a: Attention) -> str:
+    return print_attention(a)
 
 
 def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool, training: Training) -> Choice:
@@ -235,6 +251,7 @@ def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool, t
 
 def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, facts: Facts) -> Site:
     shown = optimise(site.attention)
+    program = print_program(plan.program) if isinstance(plan, Plan) and collecting.get() is not None else None
     made = built(plan.spec, plan.device) if isinstance(plan, Plan) else None
     sizes = None if collecting.get() is None else describe.sizes_of(site, facts)
     area, picture = (None, None) if sizes is None else describe.extent_of(shown, sizes)
@@ -246,7 +263,7 @@ def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, f
         total=None if area is None else area.total,
         became=made.shown if made is not None and verdict.fused else "original graph", speedup=verdict.speedup,
         trains=isinstance(plan, Plan) and bool(plan.learned),
-        ir=plan.spec if isinstance(plan, Plan) else print_attention(shown),
+        ir=plan.spec if isinstance(plan, Plan) else print_attention(shown), program=program,
         kernel=None if made is None else made.source, language=None if made is None else made.language,
         picture=picture, sizes=sizes,
     )  # fmt: skip

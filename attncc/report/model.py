@@ -27,8 +27,9 @@ class Site:
     understood. `shapes` maps operand names to dimensions, symbols as text. `visible`, `visited` and `total` count
     scores of the whole site: those the mask lets through, those the kernel computes, and all. `speedup` is the time of
     the best alternative over the time of the kernel, as measured on this machine. Where `trains`, gradients are needed,
-    and both times are of forward and backward together. `sizes` are the values that the sizes of `ir` had when the
-    graph was captured.
+    and both times are of forward and backward together. `ir` is the text of the site's attention, `program` that of
+    all that takes its place in the graph. `sizes` are the values that the sizes of `ir` had when the graph was
+    captured.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Site:
     speedup: float | None = None
     trains: bool = False
     ir: str | None = None
+    program: str | None = None
     kernel: str | None = None
     language: str | None = None
     picture: str | None = None

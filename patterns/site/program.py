@@ -16,7 +16,7 @@ from functools import reduce
 import torch
 from torch import fx
 
-from attncc.ir import Axis, Const, Correct, Expr, Merge, Node, Program, Rearrange, Size, Step, Tensor, verify_program
+from attncc.ir import Axis, Const, Correct, Expr, Node, Program, Rearrange, Size, Step, Tensor, verify_program
 from attncc.ir.affine import expr, poly
 from attncc.ir.build import ONE, const, maximum, mul
 from attncc.ir.evaluate import NAME_OF
@@ -33,7 +33,7 @@ from attncc.patterns.site.assemble import Lifted, Lse, Rows
 class SiteProgram:
     """`program` with its place in the graph: the nodes that its inputs are and the dtypes they are cast to, what its
     sizes are over the graph's symbols, which of these are products of others, and the nodes whose values it gives.
-    `attentions` are the places of the sites' attentions among its steps, in the order of the sites."""
+    `in_pieces`: these are the products of one softmax, one for each site."""
 
     program: Program
     inputs: tuple[fx.Node, ...]
@@ -41,7 +41,7 @@ class SiteProgram:
     sizes: tuple[Expr, ...]
     factors: tuple[tuple[Size, Expr], ...]
     outputs: tuple[fx.Node, ...]
-    attentions: tuple[int, ...]
+    in_pieces: bool
 
 
 def program_of(sites: Sequence[Lifted], facts: Facts) -> SiteProgram:
@@ -61,7 +61,7 @@ def program_of(sites: Sequence[Lifted], facts: Facts) -> SiteProgram:
         b.give(sites[0].node, b.laid_out(b.summed(arranged), sites[0].node))
         if sites[0].lse is not None:
             b.give(sites[0].lse.node, b.row_sums(sites[0], sites[0].lse, places[0]))
-    return b.finish(places)
+    return b.finish(in_pieces=sites[0].piece is not None)
 
 
 class _Builder:
@@ -72,14 +72,19 @@ class _Builder:
         self.steps: list[Step] = []
         self.values: dict[str, Tensor] = {}
         self._sizes: dict[Expr, Size] = {}
+        self._spelled: dict[Size, Expr] = {}
         self._inputs: dict[tuple[fx.Node, torch.dtype], str] = {}
         self._factors: dict[Size, Expr] = {}
         self._given: dict[fx.Node, str] = {}
 
     def size(self, x: Expr) -> Const | Size:
         """The program's name for an integer over the graph's symbols."""
-        x = expr(poly(x))
-        return x if isinstance(x, Const) else self._sizes.setdefault(x, Size(f"p{len(self._sizes)}"))
+        known = expr(poly(x))
+        if isinstance(known, Const):
+            return known
+        found = self._sizes.setdefault(known, Size(f"p{len(self._sizes)}"))
+        self._spelled.setdefault(found, x)  # as the graph has it, where it can be found
+        return found
 
     def shape(self, n: fx.Node) -> tuple[Expr, ...]:
         return tuple(self.size(x) for x in self.facts.shape(n))
@@ -197,15 +202,17 @@ class _Builder:
         assert source is not None  # the digits of each axis were found by their product
         return digits, source, tuple((f"r{n}",) for n in rows.order)
 
-    def flat_rows(self, site: Lifted, rows: Rows, x: str) -> str:
-        """A value over (*batch, i) as one dimension, in the order of the model."""
+    def flat_rows(self, site: Lifted, rows: Rows, x: str, count: Const | Size) -> str:
+        """A value over (*batch, i) as one dimension of `count` rows, in the order of the model."""
         digits, source, order = self._rows(site, rows)
-        return self.rearranged(x, digits, source, (tuple(n for g in order for n in g),))
+        return self.rearranged(x, digits, source, order, (count,))
 
-    def from_flat_rows(self, site: Lifted, rows: Rows, x: str) -> str:
+    def from_flat_rows(self, site: Lifted, rows: Rows, x: str, count: Const | Size) -> str:
         """The inverse of `flat_rows`."""
         digits, source, order = self._rows(site, rows)
-        return self.rearranged(x, digits, (tuple(n for g in order for n in g),), source)
+        extents = {a.name: a.extent for a in digits}
+        split = self.rearranged(x, (Axis("r", count),), (("r",),), (("r",),), [extents[n] for (n,) in order])
+        return self.rearranged(split, digits, order, source, tuple(a.extent for a in self.axes(site)[:-1]))
 
     def weighed(self, site: Lifted, out: str, share: str) -> str:
         """A site's output times what it counts for, over its rows."""
@@ -218,38 +225,38 @@ class _Builder:
     def give(self, n: fx.Node, x: str) -> None:
         self._given[n] = x
 
-    def finish(self, places: Sequence[int]) -> SiteProgram:
+    def finish(self, *, in_pieces: bool) -> SiteProgram:
         p = Program(
             tuple(self._sizes.values()), tuple(self.values[x] for x in self._inputs.values()), tuple(self.steps),
             tuple(self._given.values()),
         )  # fmt: skip
         nodes, dtypes = zip(*self._inputs, strict=True)
         return SiteProgram(
-            verify_program(p), nodes, dtypes, tuple(self._sizes), tuple(self._factors.items()), tuple(self._given),
-            tuple(places),
+            verify_program(p), nodes, dtypes, tuple(self._spelled[s] for s in self._sizes.values()),
+            tuple(self._factors.items()), tuple(self._given), in_pieces,
         )  # fmt: skip
 
 
 def _shares(b: _Builder, sites: Sequence[Lifted], places: Sequence[int]) -> list[str]:
     """What each piece of a softmax counts for in its rows."""
-    flat: list[str] = []
-    for site, place in zip(sites, places, strict=True):
-        assert site.piece is not None
-        flat.append(b.flat_rows(site, site.piece.rows, b.output(place, "lse")))
-    given = b.values[flat[0]]
-    empty = [s.piece.share for s in sites if s.piece is not None and s.piece.share is not None]
-    count = b.size(_product(b, sites[0]))
-    merge: Merge = merge_of(
-        _used((count,)), (Axis("r", count),), (), len(sites), outputs=("share",), empty=tuple(empty),
-        weigher=given.dtype,
+    pieces = [site.piece for site in sites if site.piece is not None]
+    count = b.size(_product(sites[0]))
+    flat = [
+        b.flat_rows(site, piece.rows, b.output(place, "lse"), count)
+        for site, piece, place in zip(sites, pieces, places, strict=True)
+    ]
+    empty = tuple(piece.share for piece in pieces if piece.share is not None)
+    merge = merge_of(
+        _used((count,)), (Axis("r", count),), (), len(sites), outputs=("share",), empty=empty,
+        weigher=b.values[flat[0]].dtype,
     )  # fmt: skip
     found = b.step(merge, flat)
     return [
-        b.from_flat_rows(site, site.piece.rows, x) for site, x in zip(sites, found, strict=True) if site.piece
+        b.from_flat_rows(site, piece.rows, x, count) for site, piece, x in zip(sites, pieces, found, strict=True)
     ]
 
 
-def _product(b: _Builder, site: Lifted) -> Expr:
+def _product(site: Lifted) -> Expr:
     """How many rows a site has."""
     table = dict(zip(site.attention.sizes, site.sizes, strict=True))
     return reduce(mul, (substitute(x.extent, {**table}) for x in site.attention.out_axes[:-1]), ONE)
