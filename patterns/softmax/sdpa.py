@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from attncc.ir.affine import divide
+from attncc.ir.affine import divide, poly
 from attncc.ir.attention import S
-from attncc.ir.build import ONE, TRUE, ZERO, add, and_, cast, const, le, mul, op
+from attncc.ir.build import ONE, TRUE, ZERO, add, and_, cast, const, floordiv, le, mul, op
 from attncc.ir.expr import Const, Expr, Index, rewrite
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import argument
@@ -78,6 +78,8 @@ def _heads(f: Facts, n: fx.Node, x: fx.Node, batch: Point, extents: dict[Expr, E
     at = list(fitted(shape, batch))
     if argument(n, "enable_gqa") and at and batch[-1] is not ZERO:
         heads, own = extents[batch[-1]], shape[-1]
-        if isinstance(heads, Const) and isinstance(own, Const) and heads is not own:
-            at[-1] = divide(batch[-1], const(int(heads.value) // int(own.value)), extents)[0]
+        if poly(heads) != poly(own):  # torch demands that one number divides the other
+            group, rest = divide(heads, own, {})
+            group = group if rest is ZERO else floordiv(heads, own)
+            at[-1] = divide(batch[-1], group, extents)[0] if isinstance(group, Const) else floordiv(batch[-1], group)
     return tuple(at)
