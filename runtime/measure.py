@@ -200,11 +200,9 @@ def situation(
 ) -> Situation:
     """The present situation of a call: `spec` is the attention's text, `sizes` every extent that matters to speed,
     `gradients` the tensors whose gradients are wanted."""
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
     return Situation(
-        spec, bucket(sizes), tuple(sorted(candidates)), device_name(device), threads, str(torch.__version__),
-        tuple(gradients),
-    )  # fmt: skip
+        spec, bucket(sizes), tuple(sorted(candidates)), *settings(device), str(torch.__version__), tuple(gradients)
+    )
 
 
 def settings(device: torch.device) -> tuple[str, int, str]:

@@ -12,6 +12,7 @@ forward kept; otherwise it recomputes through a differentiable form of the same 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -49,9 +50,9 @@ class Backward(Protocol):
     def __call__(
         self, a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor],
         outputs: Mapping[str, torch.Tensor], sizes: Sequence[int], wanted: Sequence[bool],
-    ) -> list[torch.Tensor] | None:
-        """None where `outputs` are not enough: a graph kept from before holds what was needed then."""
-        ...  # fmt: skip
+    ) -> list[torch.Tensor] | None:  # fmt: skip
+        """None where `outputs` are not enough: a cached graph keeps what was needed when it was made."""
+        ...
 
 
 class KernelError(RuntimeError):
@@ -81,10 +82,10 @@ class _Installed:
     """What the driver gave, and what was made of it. `install` replaces it whole: no reader sees half of it."""
 
     def __init__(
-        self, build: Build | None = None, differentiable: Differentiable | None = None, backward: Backward | None = None
-    ) -> None:
+        self, build: Build, differentiable: Differentiable, backward: Backward | None = None
+    ) -> None:  # fmt: skip
         self.build, self.differentiable, self.backward = build, differentiable, backward
-        self.sites: dict[str, _Site] = {}
+        self.sites = Recent[str, _Site](MOST_SITES)
 
     def site(self, spec: str) -> _Site:
         return self.sites.get(spec) or self.sites.setdefault(spec, _Site(spec))
@@ -95,11 +96,6 @@ class _Installed:
             if place not in site.kernels:
                 site.kernels[place] = self._build(site.plan.attention, spec, device)
             return site.kernels[place]
-
-    def kept(self, a: Attention) -> tuple[int, ...] | None:
-        """The places of the outputs that backward reads, None where it begins with the tensors alone."""
-        names = None if self.backward is None else self.backward.kept(a)
-        return None if names is None or not set(names) <= set(a.outputs) else tuple(map(a.outputs.index, names))
 
     def kept(self, a: Attention) -> tuple[str, ...]:
         """The outputs that backward reads, none where it begins with the tensors alone."""
@@ -117,12 +113,24 @@ def _nothing(*_: object) -> Any:
     raise KernelError("`import attncc` installs the kernels of attncc::attention")
 
 
+_installed = _Installed(_nothing, _nothing)
+
+
 def install(build: Build, differentiable: Differentiable, backward: Backward | None = None) -> None:
-    """Say how kernels are made: `build(attention, spec, device)` once for each spec and device of this process, and
-    `differentiable(attention, tensors, sizes)` for gradients, or `backward` for those that it knows. Kernels built
-    before are forgotten."""
+    """Say how kernels are made: `build(attention, spec, device)` once for each spec and device of this process, on a
+    GPU for each precision of float32 products too, and `differentiable(attention, tensors, sizes)` for gradients, or
+    `backward` for those that it knows. Kernels built before are forgotten."""
     global _installed
     _installed = _Installed(build, differentiable, backward)
+
+
+def _forked() -> None:
+    """Locks that another thread held when this process was forked are never given back."""
+    install(_installed.build, _installed.differentiable, _installed.backward)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def kernel_of(spec: str, device: torch.device) -> Kernel:
@@ -150,15 +158,15 @@ def _run_backward(
     grads: list[torch.Tensor], tensors: list[torch.Tensor], outputs: list[torch.Tensor], kept: str, sizes: list[int],
     spec: str, wanted: list[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Gradients of the `wanted` ones of `tensors`; `outputs` are those that the forward kept for it, `kept` their names
-    (a graph may have been cached by another version)."""
+    """Gradients of the `wanted` ones of `tensors`; `outputs` are those that the forward kept for it, `kept` their
+    names: a graph may have been cached by another version."""
     installed = _installed
     if installed.backward is not None:
         given = dict(zip(kept.split(","), outputs, strict=True)) if kept else {}
         with torch.inference_mode(False), torch.no_grad(), _autograd_on():
             known = installed.backward(plan_of(spec).attention, grads, tensors, given, sizes, wanted)
-        if known is not None:
-            return _as_promised(known, tensors, wanted)
+            if known is not None:
+                return _as_promised(known, tensors, wanted)
     differentiable = _installed.differentiable
     plan = plan_of(spec)
     with torch.inference_mode(False), torch.enable_grad(), _autograd_on():

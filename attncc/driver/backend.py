@@ -15,14 +15,12 @@ from attncc.driver.options import options_of
 from attncc.driver.plain import plain
 from attncc.driver.rewriting import Collected, collecting, left_alone, rewrite
 from attncc.errors import unforeseen
-from attncc.kernels.build import backward, blocked, build
 from attncc.progress import step, waiting
 
 __all__ = ["Collected", "attncc_backend", "collecting", "rewrite"]
 
 _said: set[str] = set()
 
-op.install(build, blocked, backward)
 if "torch._dynamo" in sys.modules:  # as where a backend is looked up by its name; importing attncc alone stays light
     torch_private.trace_through_sdp_kernel()
 
