@@ -174,7 +174,9 @@ class _Run:
         a, (_, rows) = self.a, self.whole[self.a.i]
         q, k = self.operands["q"], self.operands["k"]
         found = {
-            n: torch.zeros_like(x, dtype=self.wide, memory_format=torch.contiguous_format)
+            n: torch.zeros_like(
+                x, dtype=None if n == "q" else self.wide, memory_format=torch.contiguous_format
+            )  # rows are written once, keys added to
             for n, x in self.operands.items()
             if self.wants[n]
         }
