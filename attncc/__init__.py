@@ -7,7 +7,7 @@ The compiler itself is imported when it is asked for. The logger `attncc` report
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +51,8 @@ class _Backward:
 
     def __call__(
         self, a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor],
-        outputs: Sequence[torch.Tensor], sizes: Sequence[int], wanted: Sequence[bool],
-    ) -> list[torch.Tensor]:  # fmt: skip
+        outputs: Mapping[str, torch.Tensor], sizes: Sequence[int], wanted: Sequence[bool],
+    ) -> list[torch.Tensor] | None:  # fmt: skip
         return import_module("attncc.kernels.build").backward(a, grads, tensors, outputs, sizes, wanted)
 
 

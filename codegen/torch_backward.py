@@ -44,13 +44,15 @@ def kept(a: Attention) -> tuple[str, ...] | None:
 
 
 def backward(
-    a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
+    a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], outputs: Mapping[str, torch.Tensor],
     sizes: Sequence[int], wanted: Sequence[bool], *, bounds: Bounds | None = None,
-) -> list[torch.Tensor]:  # fmt: skip
-    """The gradients of the `wanted` ones of `tensors`, given those of the outputs and the outputs that `kept` names.
+) -> list[torch.Tensor] | None:  # fmt: skip
+    """The gradients of the `wanted` ones of `tensors`, given those of the outputs and what was kept of `outputs`; None
+    where that is too little.
 
     `bounds` are loop bounds of `a`. Gradients have the shapes of their tensors, and may be of a wider dtype."""
-    given = dict(zip(kept(a) or (), outputs, strict=True))
+    if kept(a) is None or (a.normalizer == "softmax" and "lse" not in outputs):
+        return None
     named = {t.name: x.detach() for t, x in zip(a.tensors, tensors, strict=True)}
     table = dict(zip(a.sizes, sizes, strict=True))
     whole = whole_ranges(a, table)
@@ -68,18 +70,19 @@ def backward(
     made = dict(zip(a.outputs, grads, strict=True))
     seed = made["out"].expand(*batch, *made["out"].shape[-2:]).reshape(prod(own), group, *made["out"].shape[-2:])
     # torch's kernel knows the gradient of the output, not that of the sums
-    if _by_library(a) and group == 1 and q.is_cpu and k.shape[-2] > 0 and not made["lse"].any():
-        found = dict(zip("qkv", _library(a, q, k, v, seed, given["out"], given["lse"], batch), strict=True))
+    plain = _by_library(a) and "out" in outputs and group == 1 and q.is_cpu and k.shape[-2] > 0
+    if plain and not made["lse"].any():
+        found = dict(zip("qkv", _library(a, q, k, v, seed, outputs["out"], outputs["lse"], batch), strict=True))
         return _to_tensors(names, leaves, {"q": q, "k": k, "v": v}, found, {})
     run = _Run(a, named, table, whole, bounds, names, wide, own, group)
     run.operands = {"q": q.detach(), "k": k.detach().to(wide), "v": v.detach().to(wide)}
     run.wants = {"q": q.requires_grad, "k": k.requires_grad, "v": v.requires_grad}
     run.seed = seed
-    if "lse" in given:
-        run.lse = given["lse"].reshape(prod(own), group, -1).to(wide)
+    if a.normalizer == "softmax":
+        run.lse = outputs["lse"].reshape(prod(own), group, -1).to(wide)
         if a.empty == "zero":
             run.lse = run.lse.masked_fill(run.lse == float("-inf"), float("inf"))
-    if "lse" in made:
+    if "lse" in made and a.normalizer == "softmax":
         run.dlse = made["lse"].reshape(prod(own), group, -1).to(wide)
     found = run.all_rows()
     return _to_tensors(names, leaves, {"q": q, "k": k, "v": v}, found, run.sums)
@@ -171,7 +174,9 @@ class _Run:
         a, (_, rows) = self.a, self.whole[self.a.i]
         q, k = self.operands["q"], self.operands["k"]
         found = {
-            n: torch.zeros_like(x, dtype=self.wide, memory_format=torch.contiguous_format)
+            n: torch.zeros_like(
+                x, dtype=None if n == "q" else self.wide, memory_format=torch.contiguous_format
+            )  # rows are written once, keys added to
             for n, x in self.operands.items()
             if self.wants[n]
         }
@@ -246,7 +251,7 @@ class _Run:
             return
         ds = block.backward(torch.bmm(seed, v.mT, out=self._scratch(seed, v, 1)), dlse)
         if self.wants["q"]:
-            dq = torch.bmm(ds, k).unflatten(1, (self.group, -1))
+            dq = torch.bmm(ds, k).view(ds.shape[0], self.group, -1, k.shape[-1])
             found["q"][points, :, rows] = dq if block.scale == 1.0 else dq.mul_(block.scale)
         if self.wants["k"]:
             _add(found["k"], points, keys, ds.mT, q)

@@ -37,6 +37,7 @@ def skips(a: Attention, bounds: Bounds | None, device: str) -> bool:
 
 
 def expressions(bounds: Bounds) -> list[Expr]:
+    """All that the keys of a block are computed from."""
     return [r.expr for r in bounds.rows] + [n for x in bounds.visit for n in x.expressions]
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 
@@ -91,7 +92,8 @@ class Block:
         self.leaves: dict[Load, torch.Tensor] = {}
         for x in scores.learned:
             self.leaves[x] = ev(x).detach().requires_grad_()
-        ev.known.update(self.leaves)
+        for x, leaf in self.leaves.items():
+            ev.known[x] = leaf
         self.found: dict[Load, torch.Tensor] = {}
         ranges = [ev.ranges[x.index] for x in (*self.a.batch, self.a.i)]
         self.shape = [end - start for start, end in ranges]
@@ -193,8 +195,9 @@ class Block:
         """Gradients of `inputs`; those of loads are added to what was found of them."""
         if not made.requires_grad:
             return [None] * len(inputs)
-        every = [*inputs, *self.leaves.values()]
-        found = torch.autograd.grad(made, every, grad, allow_unused=True, retain_graph=True)
+        given = [*inputs, *self.leaves.values()]
+        every = torch.autograd.grad(made, given, grad, allow_unused=True, retain_graph=True)
+        found = cast(Sequence[torch.Tensor | None], every)
         for x, g in zip(self.leaves, found[len(inputs) :], strict=True):
             if g is not None:
                 self.found[x] = self.found[x] + g if x in self.found else g
@@ -204,14 +207,13 @@ class Block:
         """Add the gradients of loads to those of their tensors."""
         if not self.found:
             return
-        into = self.ev.like(sums)
+        into = self.ev.over(sums)
         for x, g in self.found.items():
             place = into.view(x.tensor, x.index) if _apart(x.index) else None
             if place is not None:
                 place.add_(g)
             else:
-                index = torch.broadcast_tensors(*(self.ev(c) for c in x.index))
-                sums[x.tensor].index_put_(tuple(index), g.expand(index[0].shape), accumulate=True)
+                sums[x.tensor].index_put_(tuple(self.ev(c) for c in x.index), g, accumulate=True)
 
 
 def _full(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """`attncc::attention`, the operator that compiled graphs hold: one opaque node an attention.
 
     attention(Tensor[] tensors, SymInt[] sizes, str spec) -> Tensor[]
-    attention_backward(Tensor[] grads, Tensor[] tensors, Tensor[] outputs, SymInt[] sizes, str spec, bool[] wanted)
+    attention_backward(Tensor[] grads, Tensor[] tensors, Tensor[] outputs, str kept, SymInt[] sizes, str spec,
+                       bool[] wanted) -> Tensor[]
 
 `spec` is the canonical text of the attention, so the node says by itself what it computes: a graph cached on disk runs
 in a fresh process, and a cache sees every change. The kernel behind a spec is built at its first call on a device.
@@ -12,7 +13,7 @@ forward kept; otherwise it recomputes through a differentiable form of the same 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from threading import Lock
@@ -48,8 +49,10 @@ class Backward(Protocol):
 
     def __call__(
         self, a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor],
-        outputs: Sequence[torch.Tensor], sizes: Sequence[int], wanted: Sequence[bool],
-    ) -> list[torch.Tensor]: ...  # fmt: skip
+        outputs: Mapping[str, torch.Tensor], sizes: Sequence[int], wanted: Sequence[bool],
+    ) -> list[torch.Tensor] | None:  # fmt: skip
+        """None where `outputs` are not enough: a cached graph keeps what was needed when it was made."""
+        ...
 
 
 class KernelError(RuntimeError):
@@ -94,10 +97,10 @@ class _Installed:
                 site.kernels[place] = self._build(site.plan.attention, spec, device)
             return site.kernels[place]
 
-    def kept(self, a: Attention) -> tuple[int, ...] | None:
-        """The places of the outputs that backward reads, None where it begins with the tensors alone."""
+    def kept(self, a: Attention) -> tuple[str, ...]:
+        """The outputs that backward reads, none where it begins with the tensors alone."""
         names = None if self.backward is None else self.backward.kept(a)
-        return None if names is None or not set(names) <= set(a.outputs) else tuple(map(a.outputs.index, names))
+        return () if names is None or not set(names) <= set(a.outputs) else names
 
     def _build(self, a: Attention, spec: str, device: torch.device) -> Kernel:
         try:
@@ -152,15 +155,18 @@ def _run(tensors: list[torch.Tensor], sizes: list[int], spec: str) -> list[torch
 
 
 def _run_backward(
-    grads: list[torch.Tensor], tensors: list[torch.Tensor], outputs: list[torch.Tensor], sizes: list[int], spec: str,
-    wanted: list[bool],
+    grads: list[torch.Tensor], tensors: list[torch.Tensor], outputs: list[torch.Tensor], kept: str, sizes: list[int],
+    spec: str, wanted: list[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Gradients of the `wanted` ones of `tensors`; `outputs` are those that the forward kept for it."""
-    installed, a = _installed, plan_of(spec).attention
-    if installed.backward is not None and installed.kept(a) is not None:
+    """Gradients of the `wanted` ones of `tensors`; `outputs` are those that the forward kept for it, `kept` their
+    names: a graph may have been cached by another version."""
+    installed = _installed
+    if installed.backward is not None:
+        given = dict(zip(kept.split(","), outputs, strict=True)) if kept else {}
         with torch.inference_mode(False), torch.no_grad(), _autograd_on():
-            found = installed.backward(a, grads, tensors, outputs, sizes, wanted)
-            return _as_promised(found, tensors, wanted)
+            known = installed.backward(plan_of(spec).attention, grads, tensors, given, sizes, wanted)
+            if known is not None:
+                return _as_promised(known, tensors, wanted)
     differentiable = _installed.differentiable
     plan = plan_of(spec)
     with torch.inference_mode(False), torch.enable_grad(), _autograd_on():
@@ -200,7 +206,7 @@ def _fake(tensors: Sequence[torch.Tensor], sizes: Sequence[int], spec: str) -> l
 
 
 def _fake_backward(
-    grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], kept: str,
     sizes: Sequence[int], spec: str, wanted: Sequence[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
     return [torch.empty_like(t) for t, w in zip(tensors, wanted, strict=True) if w]
@@ -217,9 +223,10 @@ class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportP
     def forward(ctx: Any, keys: Any, sizes: list[int], spec: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with _C._AutoDispatchBelowAutograd():
             outputs = tuple(_attention.redispatch(keys, tensors, sizes, spec))
-        kept = _installed.kept(plan_of(spec).attention) or ()
-        ctx.save_for_backward(*tensors, *(outputs[at] for at in kept))
-        ctx.sizes, ctx.spec, ctx.count = sizes, spec, len(tensors)
+        a = plan_of(spec).attention
+        kept = _installed.kept(a)
+        ctx.save_for_backward(*tensors, *(outputs[a.outputs.index(name)] for name in kept))
+        ctx.sizes, ctx.spec, ctx.count, ctx.kept = sizes, spec, len(tensors), ",".join(kept)
         return outputs
 
     @staticmethod
@@ -227,7 +234,7 @@ class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportP
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[3:])
         tensors, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        found = iter(_attention_backward(grads, tensors, kept, ctx.sizes, ctx.spec, wanted))
+        found = iter(_attention_backward(grads, tensors, kept, ctx.kept, ctx.sizes, ctx.spec, wanted))
         return (None, None, None, *(next(found) if w else None for w in wanted))
 
 
@@ -263,10 +270,10 @@ def _mapped(
 
 def _mapped_backward(
     info: Any, dims: tuple[Any, ...], grads: list[torch.Tensor], tensors: list[torch.Tensor],
-    outputs: list[torch.Tensor], sizes: list[int], spec: str, wanted: list[bool],
+    outputs: list[torch.Tensor], kept: str, sizes: list[int], spec: str, wanted: list[bool],
 ) -> tuple[list[torch.Tensor], list[int]]:  # fmt: skip
     lists = [(dims[0], grads), (dims[1], tensors), (dims[2], outputs)]
-    return _stacked(info.batch_size, lists, lambda of: _attention_backward(*of, sizes, spec, wanted))
+    return _stacked(info.batch_size, lists, lambda of: _attention_backward(*of, kept, sizes, spec, wanted))
 
 
 def _stacked(
@@ -292,8 +299,8 @@ _library = _torch_library.Library("attncc", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library.define("attention(Tensor[] tensors, SymInt[] sizes, str spec) -> Tensor[]", tags=_TAGS)
 _library.define(
-    "attention_backward(Tensor[] grads, Tensor[] tensors, Tensor[] outputs, SymInt[] sizes, str spec, bool[] wanted)"
-    " -> Tensor[]",
+    "attention_backward(Tensor[] grads, Tensor[] tensors, Tensor[] outputs, str kept, SymInt[] sizes, str spec,"
+    " bool[] wanted) -> Tensor[]",
     tags=_TAGS,
 )
 _attention: Any = torch.ops.attncc.attention.default

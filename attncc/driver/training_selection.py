@@ -32,8 +32,8 @@ from attncc.runtime.memory import peak_bytes
 
 BUDGET_S = 0.15
 #: Peak memory beyond that of the model's own form that a step may need: a tenth of it, or the scratch of one site,
-#: which does not grow with the layers.
-MORE_MEMORY, SCRATCH_BYTES = 1.1, 8 << 20
+#: which is given back before the next layer takes as much.
+MORE_MEMORY, SCRATCH_BYTES = 1.1, 16 << 20
 
 OURS = "attncc"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -79,8 +79,8 @@ class _Backward:
 
     def __call__(
         self, a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor],
-        outputs: Sequence[torch.Tensor], sizes: Sequence[int], wanted: Sequence[bool],
-    ) -> list[torch.Tensor]:  # fmt: skip
+        outputs: Mapping[str, torch.Tensor], sizes: Sequence[int], wanted: Sequence[bool],
+    ) -> list[torch.Tensor] | None:  # fmt: skip
         return torch_backward.backward(a, grads, tensors, outputs, sizes, wanted, bounds=_bounds(a))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_ir import Program, programs
+from random_ir.programs import Program, programs
 
 from attncc.codegen import torch_backward
 from attncc.codegen.torch_backward import backward, kept
@@ -51,7 +51,8 @@ def both(
         names = kept(a)
         assert names is not None
         bounds = loop_bounds(a, rows=True) if skip else None
-        got = backward(a, seeds, values, [given[n] for n in names], sizes, wanted, bounds=bounds)
+        got = backward(a, seeds, values, {n: given[n] for n in names}, sizes, wanted, bounds=bounds)
+    assert got is not None
     return got, list(want)
 
 

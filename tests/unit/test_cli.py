@@ -90,6 +90,28 @@ def test_inspect_runs_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None
     assert seen == [False]
 
 
+def test_inspect_shows_training_beside_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def explain(_: Any, x: torch.Tensor, **__: Any) -> Report:
+        seen.append((torch.is_grad_enabled(), x.requires_grad))
+        return REPORT
+
+    monkeypatch.setattr(attncc, "explain", explain)
+    result = run("inspect", "attncc_cli_target:factory", "--train")
+    assert result.exit_code == 0, result.output
+    assert seen == [(False, False), (True, True)]
+    assert result.stdout.index("inference:") < result.stdout.index("training:")
+    both = json.loads(run("inspect", "attncc_cli_target:factory", "--train", "--json").stdout)
+    assert list(both) == ["inference", "training"]
+
+
+def test_a_program_is_not_trained(tmp_path: Path, explained: list[Any]) -> None:
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),)), tmp_path / "linear.pt2")
+    result = run("inspect", "linear.pt2", "--train")
+    assert result.exit_code == 2 and "an exported program is not trained" in result.output
+
+
 def test_inspect_program(tmp_path: Path, explained: list[Any]) -> None:
     torch.export.save(torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),)), tmp_path / "linear.pt2")
     assert run("inspect", "linear.pt2").exit_code == 0

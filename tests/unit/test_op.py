@@ -147,7 +147,7 @@ def test_the_gradient_operator_runs_where_autograd_is_shut_out() -> None:
 
     def backward() -> list[torch.Tensor]:
         return torch.ops.attncc.attention_backward(
-            [out], [q, k, v, bias, length], [], [2, 5, 7], PLAIN, [True, False, True, False, False]
+            [out], [q, k, v, bias, length], [], "", [2, 5, 7], PLAIN, [True, False, True, False, False]
         )
 
     leaves = [q.clone().requires_grad_(), k, v.clone().requires_grad_(), bias, length]
