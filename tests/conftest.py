@@ -1,24 +1,67 @@
-"""What all tests share: golden files and the marker of the long ones."""
+"""What all tests share: golden files, the markers of the long ones, and the share of those that a day runs."""
 
+import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+MARKERS = (
+    "full: too long for every change; deselected unless --full, --shard or -m asks for it",
+    "slow: compiles or starts processes; left out of `make quick`",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
     parser.addoption("--full", action="store_true", help="run the tests marked `full` too")
+    parser.addoption(
+        "--shard", type=shard, metavar="N/M",
+        help="run also the N-th of M parts of the tests marked `full`; a test is in the same part on every machine",
+    )  # fmt: skip
+
+
+def shard(text: str) -> tuple[int, int]:
+    """(N, M) of "N/M". Raises ArgumentTypeError where that names no part."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text} is no part: give N/M with N from 1 to M")
+    return int(found[1]), int(found[2])
+
+
+def part(nodeid: str, parts: int) -> int:
+    """Which of some parts a test is in, from 1."""
+    return crc32(nodeid.encode()) % parts + 1
 
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("ATTNCC_STRICT", "1")  # an error that nobody foresaw fails the test that meets it
-    config.addinivalue_line("markers", "full: too long for every change; deselected unless --full or -m asks for it")
-    if not config.option.full and not config.option.markexpr:
-        config.option.markexpr = "not full"
+    for line in MARKERS:
+        config.addinivalue_line("markers", line)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.full or "full" in config.option.markexpr:
+        return
+    wanted: tuple[int, int] | None = config.option.shard
+    left_out = [
+        item for item in items
+        if item.get_closest_marker("full") and (wanted is None or part(item.nodeid, wanted[1]) != wanted[0])
+    ]  # fmt: skip
+    if left_out:
+        dropped = set(left_out)
+        items[:] = [item for item in items if item not in dropped]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.option.shard:
+        n, of = config.option.shard
+        terminalreporter.write_line(f"of the tests marked `full` these were part {n} of {of}: --shard {n}/{of}")
 
 
 @pytest.fixture

@@ -1,0 +1,53 @@
+"""Which of the tests marked `full` a run takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFTEST = Path(__file__).parents[1] / "conftest.py"
+FILE = """
+import pytest
+
+def test_short() -> None: ...
+
+@pytest.mark.full
+@pytest.mark.parametrize("n", range(40))
+def test_long(n: int) -> None: ...
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("sharded")
+    (made / "conftest.py").write_text(CONFTEST.read_text())
+    (made / "test_some.py").write_text(FILE)
+    (made / "pytest.ini").write_text("[pytest]\n")
+    return made
+
+
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *options]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def names(done: subprocess.CompletedProcess[str]) -> set[str]:
+    assert done.returncode == 0, done.stdout
+    return {line.split()[0] for line in done.stdout.splitlines() if "PASSED" in line}
+
+
+def test_the_parts_are_all_of_the_full_tests_once(folder: Path) -> None:
+    plain, whole = names(run(folder)), names(run(folder, "--full"))
+    assert len(plain) == 1 and len(whole) == 41
+    parts = [names(run(folder, "--shard", f"{n}/3")) - plain for n in (1, 2, 3)]
+    assert sorted(x for part in parts for x in part) == sorted(whole - plain)
+    assert all(len(part) > 5 for part in parts)
+
+
+def test_the_part_is_printed_and_those_that_are_none_are_refused(folder: Path) -> None:
+    assert "--shard 2/7" in run(folder, "--shard", "2/7", "-q").stdout
+    refused = run(folder, "--shard", "8/7")
+    assert refused.returncode != 0 and "8/7" in refused.stderr
