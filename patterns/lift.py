@@ -10,27 +10,30 @@ from torch import fx
 
 from attncc.errors import unforeseen
 from attncc.ir.verify import VerifyError
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import hint, is_operator
-from attncc.patterns.linear.linear import Recognised, linear_attentions
-from attncc.patterns.linear.recurrence import recurrences
-from attncc.patterns.reader.contractions import Contraction, contraction
-from attncc.patterns.reader.layers import Data
-from attncc.patterns.reader.value import Unreadable
-from attncc.patterns.refusals.reasons import DROPS, dropping, of_quotient, of_use, under_transform
-from attncc.patterns.refusals.unknown import unknown_weights
-from attncc.patterns.site.assemble import Lifted
-from attncc.patterns.site.frames import Frame
-from attncc.patterns.softmax.anchors import SDPA, Anchor, anchors, near_misses
-from attncc.patterns.softmax.flex import FLEX, lift_flex
-from attncc.patterns.softmax.late_division import divided
-from attncc.patterns.softmax.pieces import in_pieces
-from attncc.patterns.softmax.sdpa import lift_sdpa
-from attncc.patterns.softmax.softmax import lift_softmax
-from attncc.patterns.softmax.sums_of_softmaxes import Term
-from attncc.patterns.softmax.unnormalised import lift_unnormalised, weighted_by_scores
-from attncc.patterns.softmax.vector_weights import OWN_WEIGHTS, vector_quotients, weighs_components
-from attncc.patterns.softmax.weight_users import Uses, Weights, uses
+from attncc.patterns.linear import Recognised, linear_attentions, recurrences
+from attncc.patterns.refusals import DROPS, dropping, of_quotient, of_use, under_transform, unknown_weights
+from attncc.patterns.site import Contraction, Data, Facts, Frame, Lifted, Unreadable, contraction, hint, is_operator
+from attncc.patterns.softmax import (
+    FLEX,
+    OWN_WEIGHTS,
+    SDPA,
+    Anchor,
+    Term,
+    Uses,
+    Weights,
+    divided,
+    find_anchors,
+    in_pieces,
+    lift_flex,
+    lift_sdpa,
+    lift_softmax,
+    lift_unnormalised,
+    near_misses,
+    uses,
+    vector_quotients,
+    weighs_components,
+    weighted_by_scores,
+)
 
 _OTHER_WEIGHTS = "what it weighs is weighed by another attention, of which it is the values"
 
@@ -77,7 +80,7 @@ def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
 
 def _quadratic(f: Facts) -> list[Lifted | Refusal]:
     """Every site that weighs each key for each query."""
-    found, weighed = _lifted(f, anchors(f))
+    found, weighed = _lifted(f, find_anchors(f))
     for n in f.graph.nodes:
         transform = under_transform(f, n) if n.target is SDPA or n.target is FLEX else None
         if transform is not None:

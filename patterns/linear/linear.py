@@ -23,16 +23,25 @@ from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads,
 from attncc.ir.linear import UNIT, Linear, X
 from attncc.ir.verify import VerifyError
 from attncc.ir.verify_linear import verify_linear
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument, op_name, spelled_out
 from attncc.patterns.linear.normalisers import Weighted, divided, multiplied
-from attncc.patterns.reader.contractions import DOT, Contraction, contraction, summed_pair
-from attncc.patterns.reader.layers import Data
-from attncc.patterns.reader.pointwise import ELEMENTS
-from attncc.patterns.reader.sums_of_products import factored
-from attncc.patterns.reader.value import Reader, Unreadable
-from attncc.patterns.reader.view_ops import MOVES, Point
-from attncc.patterns.site.declare import Declared
+from attncc.patterns.site import (
+    DOT,
+    ELEMENTS,
+    MOVES,
+    Contraction,
+    Data,
+    Declared,
+    Facts,
+    Point,
+    Reader,
+    Unreadable,
+    argument,
+    contraction,
+    factored,
+    op_name,
+    spelled_out,
+    summed_pair,
+)
 
 _SEARCH = 24
 LEFT = "linear attention: left with Inductor"

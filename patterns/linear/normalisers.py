@@ -13,12 +13,19 @@ from torch import fx
 from attncc.ir.build import ONE, ZERO
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, loads, rewrite, walk
 from attncc.ir.linear import Z
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument, op_name
-from attncc.patterns.reader.contractions import DOT, contraction
-from attncc.patterns.reader.pointwise import ELEMENTS
-from attncc.patterns.reader.value import Reader, Unreadable
-from attncc.patterns.reader.view_ops import MOVES, Point, broadcast
+from attncc.patterns.site import (
+    DOT,
+    ELEMENTS,
+    MOVES,
+    Facts,
+    Point,
+    Reader,
+    Unreadable,
+    argument,
+    broadcast,
+    contraction,
+    op_name,
+)
 
 _STEPS = 8
 Operand = tuple[fx.Node, Point]

@@ -21,15 +21,9 @@ from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads,
 from attncc.ir.linear import UNIT, Linear, X
 from attncc.ir.verify import VerifyError
 from attncc.ir.verify_linear import verify_linear
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import op_name
 from attncc.patterns.linear.linear import LEFT, Recognised
 from attncc.patterns.linear.normalisers import factors, value_of
-from attncc.patterns.reader.contractions import DOT, contraction
-from attncc.patterns.reader.layers import Data
-from attncc.patterns.reader.value import Unreadable
-from attncc.patterns.reader.view_ops import MOVES, Point
-from attncc.patterns.site.declare import Declared
+from attncc.patterns.site import DOT, MOVES, Data, Declared, Facts, Point, Unreadable, contraction, op_name
 
 _STEPS = 12
 _ZEROS = ("zeros", "zeros_like", "new_zeros")

@@ -1,1 +1,51 @@
-"""Reading: what a tensor is at an index, as an expression."""
+"""Reading values: what a tensor is at an index, and what its operators are made of.
+
+Here is what the rooms above read a graph with, the facts of its nodes among it."""
+
+from attncc.patterns.graph import (
+    CASTS,
+    EXPS,
+    MAXES,
+    SUMS,
+    Facts,
+    alike,
+    argument,
+    exponent,
+    has_argument,
+    hint,
+    is_maximum,
+    is_operator,
+    noticed,
+    one_dim,
+    op_name,
+    order_in_memory,
+    reduction,
+    scaled_by,
+    scattered,
+    skip_casts,
+    spelled_out,
+    tensor,
+    transform_of,
+    written,
+    written_args,
+)
+from attncc.patterns.reader.activations import log_sigmoid
+from attncc.patterns.reader.assumptions import Context, Reach
+from attncc.patterns.reader.contractions import DOT, Contraction, contraction, few, mixture, summed_pair, swapped
+from attncc.patterns.reader.layers import Data, is_learned
+from attncc.patterns.reader.pointwise import ELEMENTS, input_at
+from attncc.patterns.reader.rules import Point
+from attncc.patterns.reader.size_arithmetic import number
+from attncc.patterns.reader.sums_of_products import SUMS_AND_MEANS, factored, written_out
+from attncc.patterns.reader.value import Reader, Unreadable
+from attncc.patterns.reader.view_ops import MOVES, Move, broadcast, fitted, move, unexpanded
+from attncc.patterns.reader.writes import Place
+
+__all__ = [
+    "CASTS", "DOT", "ELEMENTS", "EXPS", "MAXES", "MOVES", "SUMS", "SUMS_AND_MEANS", "Context", "Contraction", "Data",
+    "Facts", "Move", "Place", "Point", "Reach", "Reader", "Unreadable", "alike", "argument", "broadcast", "contraction",
+    "exponent", "factored", "few", "fitted", "has_argument", "hint", "input_at", "is_learned", "is_maximum",
+    "is_operator", "log_sigmoid", "mixture", "move", "noticed", "number", "one_dim", "op_name", "order_in_memory",
+    "reduction", "scaled_by", "scattered", "skip_casts", "spelled_out", "summed_pair", "swapped", "tensor",
+    "transform_of", "unexpanded", "written", "written_args", "written_out",
+]  # fmt: skip

@@ -7,22 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from attncc.ir.build import ONE, ZERO, add, cast, const, floordiv, mod, mul, op
 from attncc.ir.expr import Const, Expr, Load
-from attncc.patterns.graph.facts import Facts, asked_once
-from attncc.patterns.graph.operators import argument, spelled_out
-from attncc.patterns.reader.pointwise import operand
+from attncc.patterns.reader.pointwise import input_at
+from attncc.patterns.reader.rules import Facts, Point, Values, argument, asked_once, spelled_out
 from attncc.patterns.reader.size_arithmetic import number
 from attncc.patterns.reader.sums_of_products import written_out
-from attncc.patterns.reader.view_ops import Point, broadcast, fitted, unexpanded
-
-if TYPE_CHECKING:
-    from attncc.patterns.reader.value import Reader
+from attncc.patterns.reader.view_ops import broadcast, fitted, unexpanded
 
 aten = torch.ops.aten
 Maps = Callable[[Point, Expr], tuple[Point, Point]]
@@ -48,14 +44,14 @@ class Contraction:
         """The point of a bias that is added: it broadcasts, or lies along one dimension."""
         return at if self.bias_dim is None else (at[self.bias_dim],)
 
-    def value(self, r: Reader, at: Point) -> Expr:
+    def value(self, r: Values, at: Point) -> Expr:
         """The expression at a point, with the bare product as a load named `dot:<node>`."""
         x: Expr = Load(DOT + self.node.name, at, "float")
         rounding = ROUNDED.get(r.facts.dtype(self.node))
         if self.alpha != 1.0:
             x = mul(x, self.alpha if isinstance(self.alpha, Expr) else const(float(self.alpha)))
         if self.bias is not None and self.beta != 0:
-            bias = operand(r, self.node, self.bias, self.added(at))
+            bias = input_at(r, self.node, self.bias, self.added(at))
             assert bias is not None
             x = add(x, mul(cast(bias, "float"), const(float(self.beta))))
         return x if rounding is None else op(rounding, x)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,27 +11,23 @@ from attncc.ir.affine import less_than, nonnegative, simplify
 from attncc.ir.attention import DTYPES
 from attncc.ir.build import ONE, ZERO, add, and_, cast, const, ge, lt, maximum, minimum, mul, sub, where
 from attncc.ir.expr import Expr, Kind, loads
-from attncc.patterns.graph.operators import argument, dim_argument, has_argument
 from attncc.patterns.reader import distances
-from attncc.patterns.reader.pointwise import operand
-from attncc.patterns.reader.view_ops import Point, broadcast
+from attncc.patterns.reader.pointwise import input_at
+from attncc.patterns.reader.rules import Point, Rule, Values, argument, dim_argument, has_argument
+from attncc.patterns.reader.view_ops import broadcast
 
-if TYPE_CHECKING:
-    from attncc.patterns.reader.value import Reader
-
-Rule = Callable[["Reader", fx.Node, Point], Expr | None]
 aten = torch.ops.aten
 
 
-def _arange(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-    start = operand(r, n, argument(n, "start"), at) if has_argument(n, "start") else ZERO
-    step = operand(r, n, argument(n, "step"), at) if has_argument(n, "step") else ONE
+def _arange(r: Values, n: fx.Node, at: Point) -> Expr | None:
+    start = input_at(r, n, argument(n, "start"), at) if has_argument(n, "start") else ZERO
+    step = input_at(r, n, argument(n, "step"), at) if has_argument(n, "step") else ONE
     if start is None or step is None or "float" in (start.kind, step.kind):
         return None
     return add(mul(at[0], step), start)
 
 
-def _kind(r: Reader, n: fx.Node) -> Kind:
+def _kind(r: Values, n: fx.Node) -> Kind:
     name = r.facts.dtype_name(n)
     assert name is not None  # or nothing of the node is read
     return DTYPES[name][0]
@@ -42,15 +37,15 @@ def _value(number: float) -> Rule:
     return lambda r, n, at: const(number)
 
 
-def _filled(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-    return operand(r, n, argument(n, "fill_value"), at)
+def _filled(r: Values, n: fx.Node, at: Point) -> Expr | None:
+    return input_at(r, n, argument(n, "fill_value"), at)
 
 
-def _scalar(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-    return operand(r, n, n.args[0], at)
+def _scalar(r: Values, n: fx.Node, at: Point) -> Expr | None:
+    return input_at(r, n, n.args[0], at)
 
 
-def clamped(r: Reader, n: fx.Node, at: Point, dim: int, when: int) -> Expr:
+def clamped(r: Values, n: fx.Node, at: Point, dim: int, when: int) -> Expr:
     """`n` at a point whose coordinate `dim` may lie outside (the caller selects around it): loads are kept inside."""
     length = r.facts.shape(n)[dim]
     x = at[dim]
@@ -65,7 +60,7 @@ def clamped(r: Reader, n: fx.Node, at: Point, dim: int, when: int) -> Expr:
     return r.value_at(n, (*at[:dim], inside, *at[dim + 1 :]), when)
 
 
-def _cat(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _cat(r: Values, n: fx.Node, at: Point) -> Expr | None:
     parts: Any = [p for p in n.args[0] if r.facts.value(p).numel() != 0 or r.facts.rank(p) > 1]  # type: ignore[union-attr]
     dim = dim_argument(n, len(at))
     when = r.facts.order[n]
@@ -89,11 +84,11 @@ def _cat(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return result
 
 
-def _outside(r: Reader, x: Expr, start: Expr, end: Expr) -> bool:
+def _outside(r: Values, x: Expr, start: Expr, end: Expr) -> bool:
     return less_than(x, start, r.extents) or nonnegative(sub(x, end), r.extents)
 
 
-def _stack(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _stack(r: Values, n: fx.Node, at: Point) -> Expr | None:
     parts: list[Any] = list(n.args[0])  # type: ignore[arg-type]
     dim = dim_argument(n, len(at))
     rest = (*at[:dim], *at[dim + 1 :])
@@ -104,7 +99,7 @@ def _stack(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return result
 
 
-def _pad(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _pad(r: Values, n: fx.Node, at: Point) -> Expr | None:
     source: Any = n.args[0]
     pads: Any = argument(n, "pad")
     if has_argument(n, "mode") and argument(n, "mode") != "constant":
@@ -136,7 +131,7 @@ def _pad(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return where(inside, value, cast(const(fill), value.kind))
 
 
-def _wrapped(r: Reader, x: Expr, length: Expr) -> Expr | None:
+def _wrapped(r: Values, x: Expr, length: Expr) -> Expr | None:
     """An index given as data: negative ones count from the end, as torch's indexing does."""
     if x.kind != "int":
         return None
@@ -144,7 +139,7 @@ def _wrapped(r: Reader, x: Expr, length: Expr) -> Expr | None:
     return x if nonnegative(x, r.extents) else where(lt(x, ZERO), add(x, length), x)
 
 
-def _index(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _index(r: Values, n: fx.Node, at: Point) -> Expr | None:
     """Advanced indexing by integer tensors that stand side by side (or from the front)."""
     source: Any = n.args[0]
     indices: Any = list(n.args[1])  # type: ignore[arg-type]
@@ -171,7 +166,7 @@ def _index(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return r.value_at(source, tuple(point), r.facts.order[n])
 
 
-def _masked_put(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _masked_put(r: Values, n: fx.Node, at: Point) -> Expr | None:
     """`x[mask] = number`: a boolean tensor over some of the dimensions, and one value."""
     source: Any = n.args[0]
     indices: Any = list(n.args[1])  # type: ignore[arg-type]
@@ -189,7 +184,7 @@ def _masked_put(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return where(chosen, cast(new, old.kind), old)
 
 
-def _gather(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _gather(r: Values, n: fx.Node, at: Point) -> Expr | None:
     source: Any = n.args[0]
     index: Any = argument(n, "index")
     dim = dim_argument(n, len(at))
@@ -197,7 +192,7 @@ def _gather(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return r.value_at(source, (*at[:dim], value, *at[dim + 1 :]), r.facts.order[n])
 
 
-def _taken_along(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _taken_along(r: Values, n: fx.Node, at: Point) -> Expr | None:
     """A gather in which the tensor and the indices broadcast to each other."""
     source: Any = n.args[0]
     indices: Any = n.args[1]
@@ -208,7 +203,7 @@ def _taken_along(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return r.value_at(source, broadcast(r.facts, source, (*at[:dim], value, *at[dim + 1 :])), r.facts.order[n])
 
 
-def _index_select(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _index_select(r: Values, n: fx.Node, at: Point) -> Expr | None:
     source: Any = n.args[0]
     index: Any = argument(n, "index")
     dim = dim_argument(n, len(at))
@@ -216,13 +211,13 @@ def _index_select(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return r.value_at(source, (*at[:dim], value, *at[dim + 1 :]), r.facts.order[n])
 
 
-def _embedding(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _embedding(r: Values, n: fx.Node, at: Point) -> Expr | None:
     table: Any = n.args[0]
     ids: Any = n.args[1]
     return r.value_at(table, (r.value_at(ids, at[:-1], r.facts.order[n]), at[-1]), r.facts.order[n])
 
 
-def _outer(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _outer(r: Values, n: fx.Node, at: Point) -> Expr | None:
     """An einsum of two factors that sums over nothing."""
     equation: Any = n.args[0]
     factors: Any = n.args[1]

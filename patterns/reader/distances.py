@@ -8,27 +8,23 @@ points lie apart. Both sides are made in the graph, in float32 at least, and so 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from attncc.ir.build import ONE, add, const, maximum, mul, op, sub
 from attncc.ir.expr import Const, Expr, Index
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument, op_name
+from attncc.patterns.reader.rules import Facts, Point, Values, argument, op_name
 from attncc.patterns.reader.sums_of_products import broadcasts, written_out
-from attncc.patterns.reader.view_ops import Point, broadcast
-
-if TYPE_CHECKING:
-    from attncc.patterns.reader.value import Reader
+from attncc.patterns.reader.view_ops import broadcast
 
 aten: Any = torch.ops.aten
 #: Points a side, above which torch takes distances by a product itself.
 _MATMUL_FROM = 25
 
 
-def of_sum(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def of_sum(r: Values, n: fx.Node, at: Point) -> Expr | None:
     """A sum, or a mean, of squared differences."""
     f = r.facts
     w = written_out(f, n)
@@ -43,7 +39,7 @@ def of_sum(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return mul(_squared(r, n, a.node, b.node, w.dim - rank, kept), const(w.scale))
 
 
-def of_points(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def of_points(r: Values, n: fx.Node, at: Point) -> Expr | None:
     """`cdist`, where its results are squared afterwards or torch gets them by a product too: a root makes more of what
     is lost near zero."""
     f = r.facts
@@ -65,7 +61,7 @@ def _is_square(n: fx.Node) -> bool:
     return name == "square" or (name == "mul" and n.args[0] is n.args[1])
 
 
-def _squared(r: Reader, n: fx.Node, a: fx.Node, b: fx.Node, dim: int, at: Point) -> Expr:
+def _squared(r: Values, n: fx.Node, a: fx.Node, b: fx.Node, dim: int, at: Point) -> Expr:
     """The squared distance, over `dim` (from the end), of what two tensors that broadcast to each other hold `at`."""
     f = r.facts
 

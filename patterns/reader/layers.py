@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import op_name
 from attncc.patterns.reader.pointwise import ELEMENTS
+from attncc.patterns.reader.rules import Facts, op_name
 from attncc.patterns.reader.view_ops import MOVES
 
 

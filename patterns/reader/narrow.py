@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from attncc.ir.expr import Const, Expr, Load, Op
-from attncc.patterns.graph.facts import Facts
+from attncc.patterns.reader.rules import Facts
 
 #: Types whose numbers models reach the end of. Nobody counts to where 32 bits end.
 NARROW = frozenset({torch.uint8, torch.int8, torch.int16})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -29,20 +29,16 @@ from attncc.ir.build import (
     where,
 )  # fmt: skip
 from attncc.ir.expr import Const, Expr, Kind
-from attncc.patterns.graph.operators import argument, has_argument, op_name, takes_tensors
 from attncc.patterns.reader import activations
 from attncc.patterns.reader.narrow import takes
+from attncc.patterns.reader.rules import Point, Rule, Values, argument, has_argument, op_name, takes_tensors
 from attncc.patterns.reader.size_arithmetic import number
-from attncc.patterns.reader.view_ops import Point, broadcast
+from attncc.patterns.reader.view_ops import broadcast
 
-if TYPE_CHECKING:
-    from attncc.patterns.reader.value import Reader
-
-Rule = Callable[["Reader", fx.Node, Point], Expr | None]
 aten = torch.ops.aten
 
 
-def operand(r: Reader, n: fx.Node, x: Any, at: Point) -> Expr | None:
+def input_at(r: Values, n: fx.Node, x: Any, at: Point) -> Expr | None:
     """An argument of `n` at the point: a tensor broadcast to the result, or a number, which sizes may decide."""
     if isinstance(x, fx.Node) and r.facts.is_tensor(x):
         return r.value_at(x, broadcast(r.facts, x, at), r.facts.order[n])
@@ -63,13 +59,13 @@ def _numbers(*xs: Expr) -> tuple[Expr, ...]:
     return tuple(cast(x, "int") for x in promoted) if promoted[0].kind == "bool" else promoted
 
 
-def _args(r: Reader, n: fx.Node, at: Point, count: int) -> tuple[Expr, ...] | None:
-    found = [operand(r, n, x, at) for x in n.args[:count]]
+def _args(r: Values, n: fx.Node, at: Point, count: int) -> tuple[Expr, ...] | None:
+    found = [input_at(r, n, x, at) for x in n.args[:count]]
     return None if any(x is None for x in found) else tuple(x for x in found if x is not None)
 
 
 def _unary(f: Callable[[Expr], Expr], *, floats: bool = True) -> Rule:
-    def rule(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+    def rule(r: Values, n: fx.Node, at: Point) -> Expr | None:
         args = _args(r, n, at, 1)
         return None if args is None else f(cast(args[0], "float") if floats else args[0])
 
@@ -79,10 +75,10 @@ def _unary(f: Callable[[Expr], Expr], *, floats: bool = True) -> Rule:
 def _binary(f: Callable[[Expr, Expr], Expr], *, swapped: bool = False) -> Rule:
     """A function of two numbers, of which the second is multiplied by `alpha` where the operator has one."""
 
-    def rule(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+    def rule(r: Values, n: fx.Node, at: Point) -> Expr | None:
         args = _args(r, n, at, 2)
         alpha = argument(n, "alpha") if has_argument(n, "alpha") else 1
-        scale = operand(r, n, alpha, at)
+        scale = input_at(r, n, alpha, at)
         if args is None or scale is None:
             return None
         if all(x.kind == "bool" for x in args):
@@ -94,7 +90,7 @@ def _binary(f: Callable[[Expr, Expr], Expr], *, swapped: bool = False) -> Rule:
 
 
 def _logical(f: Callable[[Expr, Expr], Expr], *, bitwise: bool) -> Rule:
-    def rule(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+    def rule(r: Values, n: fx.Node, at: Point) -> Expr | None:
         args = _args(r, n, at, 2)
         if args is None or (bitwise and any(a.kind != "bool" for a in args)):
             return None
@@ -103,14 +99,14 @@ def _logical(f: Callable[[Expr, Expr], Expr], *, bitwise: bool) -> Rule:
     return rule
 
 
-def _not(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _not(r: Values, n: fx.Node, at: Point) -> Expr | None:
     args = _args(r, n, at, 1)
     if args is None or (op_name(n).startswith("bitwise") and args[0].kind != "bool"):
         return None
     return not_(cast(args[0], "bool"))
 
 
-def _where(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _where(r: Values, n: fx.Node, at: Point) -> Expr | None:
     args = _args(r, n, at, 3)
     if args is None:
         return None
@@ -125,7 +121,7 @@ def _fitting(dtype: torch.dtype, x: Expr) -> Expr:
     return const(float(torch.tensor(x.value).to(dtype)))
 
 
-def _masked_fill(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _masked_fill(r: Values, n: fx.Node, at: Point) -> Expr | None:
     args = _args(r, n, at, 3)
     if args is None:
         return None
@@ -133,17 +129,17 @@ def _masked_fill(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return where(cast(mask, "bool"), cast(fill, x.kind), x)
 
 
-def _identity(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-    return operand(r, n, n.args[0], at)
+def _identity(r: Values, n: fx.Node, at: Point) -> Expr | None:
+    return input_at(r, n, n.args[0], at)
 
 
-def _dropout(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _dropout(r: Values, n: fx.Node, at: Point) -> Expr | None:
     p, train = argument(n, "p"), argument(n, "train")
-    return operand(r, n, n.args[0], at) if not train or p == 0.0 else None
+    return input_at(r, n, n.args[0], at) if not train or p == 0.0 else None
 
 
-def _clamp(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-    x = operand(r, n, n.args[0], at)
+def _clamp(r: Values, n: fx.Node, at: Point) -> Expr | None:
+    x = input_at(r, n, n.args[0], at)
     for name, f in (("min", maximum), ("max", minimum)):
         try:
             limit = argument(n, name)
@@ -151,12 +147,12 @@ def _clamp(r: Reader, n: fx.Node, at: Point) -> Expr | None:
             continue
         if limit is None or x is None:
             continue
-        bound = operand(r, n, limit, at)
+        bound = input_at(r, n, limit, at)
         x = None if bound is None else f(*_numbers(x, bound))
     return x
 
 
-def _pow(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _pow(r: Values, n: fx.Node, at: Point) -> Expr | None:
     args = _args(r, n, at, 2)
     if args is None or args[0].kind == "bool" or (args[0].kind == "int" and args[1].kind == "int"):
         return None
@@ -168,7 +164,7 @@ def _pow(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return op("pow", base, power)
 
 
-def _divide(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _divide(r: Values, n: fx.Node, at: Point) -> Expr | None:
     mode = n.kwargs.get("rounding_mode")
     args = _args(r, n, at, 2)
     if args is None:
@@ -182,15 +178,15 @@ def _divide(r: Reader, n: fx.Node, at: Point) -> Expr | None:
 
 
 def _integers(name: str) -> Rule:
-    def rule(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+    def rule(r: Values, n: fx.Node, at: Point) -> Expr | None:
         args = _args(r, n, at, 2)
         return op(name, *args) if args is not None and all(a.kind == "int" for a in args) else None
 
     return rule
 
 
-def _nan_to_num(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-    x = operand(r, n, n.args[0], at)
+def _nan_to_num(r: Values, n: fx.Node, at: Point) -> Expr | None:
+    x = input_at(r, n, n.args[0], at)
     if x is None or x.kind != "float":
         return x
     if argument(n, "posinf") is not None or argument(n, "neginf") is not None:
@@ -204,18 +200,18 @@ def _relu(x: Expr) -> Expr:
     return maximum(x, const(0 if x.kind == "int" else 0.0))
 
 
-def _fill(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-    return operand(r, n, n.args[1], at)
+def _fill(r: Values, n: fx.Node, at: Point) -> Expr | None:
+    return input_at(r, n, n.args[1], at)
 
 
-def _copy(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-    return operand(r, n, n.args[1], at)
+def _copy(r: Values, n: fx.Node, at: Point) -> Expr | None:
+    return input_at(r, n, n.args[1], at)
 
 
 def _tri(keep: Callable[[Expr, Expr], Expr]) -> Rule:
-    def rule(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-        x = operand(r, n, n.args[0], at)
-        diagonal = operand(r, n, argument(n, "diagonal"), at)
+    def rule(r: Values, n: fx.Node, at: Point) -> Expr | None:
+        x = input_at(r, n, n.args[0], at)
+        diagonal = input_at(r, n, argument(n, "diagonal"), at)
         if x is None or diagonal is None:
             return None
         row, column = at[-2], at[-1]
@@ -225,7 +221,7 @@ def _tri(keep: Callable[[Expr, Expr], Expr]) -> Rule:
     return rule
 
 
-def _lerp(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+def _lerp(r: Values, n: fx.Node, at: Point) -> Expr | None:
     args = _args(r, n, at, 3)
     if args is None:
         return None
@@ -236,8 +232,8 @@ def _lerp(r: Reader, n: fx.Node, at: Point) -> Expr | None:
 def _activation(f: Callable[..., Expr], *settings: str) -> Rule:
     """A function of one number and of arguments that are numbers."""
 
-    def rule(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-        x = operand(r, n, n.args[0], at)
+    def rule(r: Values, n: fx.Node, at: Point) -> Expr | None:
+        x = input_at(r, n, n.args[0], at)
         given = [argument(n, name) for name in settings]
         if x is None or any(not isinstance(g, int | float | str) for g in given):
             return None
@@ -249,8 +245,8 @@ def _activation(f: Callable[..., Expr], *settings: str) -> Rule:
     return rule
 
 
-def _prelu(r: Reader, n: fx.Node, at: Point) -> Expr | None:
-    x, slope = operand(r, n, n.args[0], at), n.args[1]
+def _prelu(r: Values, n: fx.Node, at: Point) -> Expr | None:
+    x, slope = input_at(r, n, n.args[0], at), n.args[1]
     if x is None or not isinstance(slope, fx.Node) or r.facts.value(slope).numel() != 1:
         return None
     below = r.value_at(slope, (ZERO,) * r.facts.rank(slope), r.facts.order[n])
@@ -260,7 +256,7 @@ def _prelu(r: Reader, n: fx.Node, at: Point) -> Expr | None:
 def _addcmul(name: str) -> Rule:
     """x + value * a * b, or x + value * a / b."""
 
-    def rule(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+    def rule(r: Values, n: fx.Node, at: Point) -> Expr | None:
         args, scale = _args(r, n, at, 3), argument(n, "value")
         if args is None or not isinstance(scale, int | float) or not r.facts.dtype(n).is_floating_point:
             return None

@@ -21,8 +21,7 @@ from attncc.ir.affine import simplify
 from attncc.ir.build import ONE, add, sub
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, Size, free, loads, substitute, walk
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.reader.view_ops import Point
+from attncc.patterns.reader.rules import Facts, Point
 
 aten: Any = torch.ops.aten
 _T = Index("t")

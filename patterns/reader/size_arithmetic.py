@@ -13,9 +13,8 @@ from torch import fx
 
 from attncc.ir.build import add, cast, const, maximum, minimum, mul, op
 from attncc.ir.expr import Expr
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import formula
 from attncc.patterns.reader import activations
+from attncc.patterns.reader.rules import Facts, formula
 
 _FOLDS = {"Add": add, "Mul": mul, "Max": maximum, "Min": minimum}
 _FUNCTIONS = ("sqrt", "exp", "log", "sin", "cos", "tanh")

@@ -16,13 +16,12 @@ from torch import fx
 
 from attncc.ir.build import ONE
 from attncc.ir.expr import Const, Expr, Index, free
-from attncc.patterns.graph.facts import Facts, asked_once
-from attncc.patterns.graph.operators import argument, op_name, spelled_out
-from attncc.patterns.reader.view_ops import MOVES, Point, broadcast, move
+from attncc.patterns.reader.rules import Facts, Point, argument, asked_once, op_name, spelled_out
+from attncc.patterns.reader.view_ops import MOVES, broadcast, move
 
 aten: Any = torch.ops.aten
 _STEPS = 12
-SUMS = (aten.sum.dim_IntList, aten.mean.dim)
+SUMS_AND_MEANS = (aten.sum.dim_IntList, aten.mean.dim)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -52,7 +51,7 @@ class Written:
 def written_out(f: Facts, n: fx.Node) -> Written | None:
     """The product that a sum over one dimension is, or None where it is something else."""
     source: Any = n.args[0]
-    if n.target not in SUMS or not f.is_tensor(source):
+    if n.target not in SUMS_AND_MEANS or not f.is_tensor(source):
         return None
     given = argument(n, "dim")
     dims = cast("list[int]", given) if isinstance(given, list | tuple) else []

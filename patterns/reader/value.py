@@ -17,15 +17,14 @@ from attncc.ir.affine import linear_in, simplify
 from attncc.ir.attention import DTYPES
 from attncc.ir.build import FALSE, ONE, ZERO, cast, not_, op, where
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, loads, rewrite, substitute, walk
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import hint, written_args
 from attncc.patterns.reader.assumptions import Context, Reach
 from attncc.patterns.reader.contractions import DOT, ROUNDED, Contraction, contraction
 from attncc.patterns.reader.creation import SOURCES
 from attncc.patterns.reader.narrow import NARROW, fits
 from attncc.patterns.reader.pointwise import ELEMENTS
 from attncc.patterns.reader.relative import by_distance
-from attncc.patterns.reader.view_ops import Point, move
+from attncc.patterns.reader.rules import Facts, Point, hint, written_args
+from attncc.patterns.reader.view_ops import move
 from attncc.patterns.reader.writes import Place, place
 
 #: Deeper than this an expression is a computation of its own, not a score: it is loaded instead.

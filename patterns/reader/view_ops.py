@@ -11,10 +11,8 @@ from torch import fx
 from attncc.ir.affine import Extents, divide, less_than, long_division, nonnegative, poly, simplify
 from attncc.ir.build import ONE, ZERO, add, const, mod, mul, sub
 from attncc.ir.expr import Expr, Op
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument, dim_argument, hint, op_name
+from attncc.patterns.reader.rules import Facts, Point, argument, dim_argument, hint, op_name
 
-Point = tuple[Expr, ...]
 Move = tuple[fx.Node, Point]
 Rule = Callable[[Facts, fx.Node, Point, Extents], Move | None]
 aten = torch.ops.aten

@@ -18,9 +18,8 @@ from torch import fx
 from attncc.ir.affine import Extents, less_than, nonnegative, simplify
 from attncc.ir.build import FALSE, ONE, TRUE, ZERO, and_, eq, floordiv, ge, lt, maximum, minimum, mod, sub
 from attncc.ir.expr import Expr, Index
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument, dim_argument, written_args
-from attncc.patterns.reader.view_ops import MOVES, Point, reshape_index, slice_start
+from attncc.patterns.reader.rules import Facts, Point, argument, dim_argument, written_args
+from attncc.patterns.reader.view_ops import MOVES, reshape_index, slice_start
 
 aten = torch.ops.aten
 

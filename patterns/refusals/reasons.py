@@ -5,13 +5,20 @@ from __future__ import annotations
 from torch import fx
 
 from attncc.ir.build import ONE
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument, op_name, transform_of
-from attncc.patterns.graph.reductions import scattered
-from attncc.patterns.reader.contractions import contraction, mixture
-from attncc.patterns.reader.pointwise import ELEMENTS
-from attncc.patterns.reader.sums_of_products import SUMS, written_out
-from attncc.patterns.reader.view_ops import MOVES, unexpanded
+from attncc.patterns.reader import (
+    ELEMENTS,
+    MOVES,
+    SUMS_AND_MEANS,
+    Facts,
+    argument,
+    contraction,
+    mixture,
+    op_name,
+    scattered,
+    transform_of,
+    unexpanded,
+    written_out,
+)
 
 _STEPS = 40
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
@@ -162,7 +169,7 @@ def compares(f: Facts, scores: fx.Node) -> bool:
     sides = ((p.lhs, p.rhs) for p in products if p is not None)
     if any(f.parameters.isdisjoint((a, b)) and not each_pair(f, a) and not each_pair(f, b) for a, b in sides):
         return True
-    return any(_name(x) == "cdist" or (x.target in SUMS and written_out(f, x) is not None) for x in found)
+    return any(_name(x) == "cdist" or (x.target in SUMS_AND_MEANS and written_out(f, x) is not None) for x in found)
 
 
 _GOES = {

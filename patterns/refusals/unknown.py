@@ -14,13 +14,18 @@ from typing import Any
 from torch import fx
 
 from attncc.ir.build import ONE
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument, op_name
-from attncc.patterns.graph.reductions import one_dim
-from attncc.patterns.reader.contractions import Contraction, contraction
-from attncc.patterns.reader.pointwise import ELEMENTS
-from attncc.patterns.reader.sums_of_products import SUMS, factored
-from attncc.patterns.reader.view_ops import MOVES
+from attncc.patterns.reader import (
+    ELEMENTS,
+    MOVES,
+    SUMS_AND_MEANS,
+    Contraction,
+    Facts,
+    argument,
+    contraction,
+    factored,
+    one_dim,
+    op_name,
+)
 from attncc.patterns.refusals.reasons import DROPS, drops, each_pair, made_of, pairs
 
 _STEPS = 24
@@ -108,7 +113,7 @@ def _channels(f: Facts, n: fx.Node, data: Container[fx.Node]) -> fx.Node | None:
         x = total
         while x.op == "call_function" and x.target in MOVES:
             x = x.all_input_nodes[0]
-        if x.target not in SUMS or contraction(f, x) is not None or q not in data:
+        if x.target not in SUMS_AND_MEANS or contraction(f, x) is not None or q not in data:
             continue
         source: Any = x.args[0]
         dim, factors = one_dim(f, source, argument(x, "dim")), factored(f, x, source)

@@ -1,1 +1,75 @@
-"""What the parts of a site are read as: operands, masks, frames, and the node put together."""
+"""From a product of two tensors to the attention that it is: frames, operands, masks, the finished site.
+
+Recognisers (`softmax`, `linear`) are written with what is named here: all that they need of this room and of those
+below."""
+
+from attncc.patterns.reader import (
+    CASTS,
+    DOT,
+    ELEMENTS,
+    EXPS,
+    MAXES,
+    MOVES,
+    SUMS,
+    SUMS_AND_MEANS,
+    Context,
+    Contraction,
+    Data,
+    Facts,
+    Move,
+    Place,
+    Point,
+    Reach,
+    Reader,
+    Unreadable,
+    alike,
+    argument,
+    broadcast,
+    contraction,
+    exponent,
+    factored,
+    few,
+    fitted,
+    has_argument,
+    hint,
+    input_at,
+    is_learned,
+    is_maximum,
+    is_operator,
+    log_sigmoid,
+    mixture,
+    move,
+    number,
+    one_dim,
+    op_name,
+    reduction,
+    scaled_by,
+    scattered,
+    skip_casts,
+    spelled_out,
+    summed_pair,
+    swapped,
+    tensor,
+    unexpanded,
+    written,
+    written_args,
+)
+from attncc.patterns.refusals import DROPS, compares, of_scores
+from attncc.patterns.site.assemble import Lifted, Lse, Parts, Piece, Rows, assembled
+from attncc.patterns.site.declare import Declared
+from attncc.patterns.site.frames import Frame, frame, framed
+from attncc.patterns.site.masks import hidden_by, split_mask, visible_where
+from attncc.patterns.site.materialised import Source, einsum, summed
+from attncc.patterns.site.operands import operand
+from attncc.patterns.site.products import Overwritten, Product, products_in, stored
+
+__all__ = [
+    "CASTS", "DOT", "DROPS", "ELEMENTS", "EXPS", "MAXES", "MOVES", "SUMS", "SUMS_AND_MEANS", "Context", "Contraction",
+    "Data", "Declared", "Facts", "Frame", "Lifted", "Lse", "Move", "Overwritten", "Parts", "Piece", "Place", "Point",
+    "Product", "Reach", "Reader", "Rows", "Source", "Unreadable", "alike", "argument", "assembled", "broadcast",
+    "compares", "contraction", "einsum", "exponent", "factored", "few", "fitted", "frame", "framed", "has_argument",
+    "hidden_by", "hint", "input_at", "is_learned", "is_maximum", "is_operator", "log_sigmoid", "mixture", "move",
+    "number", "of_scores", "one_dim", "op_name", "operand", "products_in", "reduction", "scaled_by", "scattered",
+    "skip_casts", "spelled_out", "split_mask", "stored", "summed", "summed_pair", "swapped", "tensor", "unexpanded",
+    "visible_where", "written", "written_args",
+]  # fmt: skip

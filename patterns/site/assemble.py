@@ -13,14 +13,9 @@ from attncc.ir.build import NEG_INF, ONE, TRUE, ZERO, and_, lt, not_, or_
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, rewrite, substitute
 from attncc.ir.verify import verify
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import hint
-from attncc.patterns.graph.strides import noticed, order_in_memory
-from attncc.patterns.reader.contractions import contraction
-from attncc.patterns.reader.value import Unreadable
-from attncc.patterns.reader.view_ops import Point
+from attncc.patterns.reader import Facts, Point, Unreadable, contraction, hint, noticed, order_in_memory
 from attncc.patterns.site.masks import hides_by_score, split_mask
-from attncc.patterns.site.operands import Source
+from attncc.patterns.site.materialised import Source
 
 
 @dataclass(frozen=True)
@@ -117,7 +112,7 @@ class Lifted:
         return (self.node,) if self.lse is None else (self.node, self.lse.node)
 
 
-def assemble(
+def assembled(
     p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, ...] = (), lse: Lse | None = None
 ) -> Lifted:
     """The verified attention that `p` describes, with its place in the graph."""

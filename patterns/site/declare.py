@@ -11,8 +11,7 @@ from attncc.ir.attention import Access, Axis, Tensor
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Const, Expr, Index, Load, Size, free, rewrite, substitute
 from attncc.ir.linear import Linear
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.reader.view_ops import Point
+from attncc.patterns.reader import Facts, Point
 
 
 class Declared:

@@ -17,12 +17,10 @@ from torch import fx
 from attncc.ir.attention import Empty
 from attncc.ir.build import ONE, ZERO
 from attncc.ir.expr import Expr, Index, free
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.reader.contractions import Contraction
-from attncc.patterns.reader.value import Reader, Unreadable
-from attncc.patterns.reader.view_ops import Point
+from attncc.patterns.reader import Contraction, Facts, Point, Reader, Unreadable
 from attncc.patterns.site.assemble import Parts
-from attncc.patterns.site.operands import Source, operand
+from attncc.patterns.site.materialised import Source
+from attncc.patterns.site.operands import operand
 from attncc.patterns.site.products import Product
 
 

@@ -16,9 +16,7 @@ from torch import fx
 from attncc.ir.affine import linear_in, poly
 from attncc.ir.build import ONE, ZERO, mul
 from attncc.ir.expr import Const, Expr, Index, Op, free
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.reader.value import Unreadable
-from attncc.patterns.reader.view_ops import Point
+from attncc.patterns.reader import Facts, Point, Unreadable
 
 aten = torch.ops.aten
 

@@ -10,9 +10,7 @@ from torch import fx
 from attncc.ir.affine import divide, poly
 from attncc.ir.build import ZERO
 from attncc.ir.expr import Const, Expr, Index, Op, Size, walk
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.reader.value import Unreadable
-from attncc.patterns.reader.view_ops import Point, move
+from attncc.patterns.reader import Facts, Point, Unreadable, move
 from attncc.patterns.site.materialised import Source, packed
 
 

@@ -11,11 +11,7 @@ from attncc.ir.affine import Extents
 from attncc.ir.attention import S
 from attncc.ir.build import TRUE
 from attncc.ir.expr import Expr, Index, Load, free, loads
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.reader.contractions import DOT, contraction
-from attncc.patterns.reader.value import Unreadable
-from attncc.patterns.reader.view_ops import Point
-from attncc.patterns.reader.writes import Place
+from attncc.patterns.reader import DOT, Facts, Place, Point, Unreadable, contraction
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Product:
     value: Expr = S
 
 
-def products(f: Facts, score: Expr, c: Index, rows: frozenset[Expr]) -> Iterator[Product]:
+def products_in(f: Facts, score: Expr, c: Index, rows: frozenset[Expr]) -> Iterator[Product]:
     """Products in the score that separate into queries and keys (index `c`), the first one first. `rows` are the
     indices that the values do not have."""
     d = Index("d")

@@ -24,8 +24,7 @@ from attncc.ir.expr import Load, free, substitute
 from attncc.ir.merge import merge_of
 from attncc.ir.node import kind_of
 from attncc.ir.rearrange import Dims
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.strides import noticed, order_in_memory
+from attncc.patterns.reader import Facts, noticed, order_in_memory
 from attncc.patterns.site.assemble import Lifted, Lse, Rows
 
 

@@ -11,14 +11,15 @@ import torch
 from torch import fx
 
 from attncc.ir.attention import Empty, Normalizer
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument
-from attncc.patterns.graph.reductions import (
+from attncc.patterns.site import (
     CASTS,
     EXPS,
     MAXES,
     SUMS,
+    Facts,
     alike,
+    argument,
+    compares,
     exponent,
     one_dim,
     reduction,
@@ -26,8 +27,7 @@ from attncc.patterns.graph.reductions import (
     skip_casts,
     tensor,
     written,
-)  # fmt: skip
-from attncc.patterns.refusals.reasons import compares
+)
 
 aten = torch.ops.aten
 _LSES = (aten.logsumexp.default, aten.special_logsumexp.default)
@@ -67,7 +67,7 @@ class Anchor:
         return f.order[self.reader or self.node]
 
 
-def anchors(f: Facts) -> list[Anchor]:
+def find_anchors(f: Facts) -> list[Anchor]:
     """Every normaliser of the graph, in order. A softmax spelled in several ops gives its last one."""
     found: list[Anchor] = []
     inner: set[fx.Node] = set()

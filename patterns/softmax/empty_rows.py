@@ -21,12 +21,7 @@ from torch import fx
 from attncc.ir.attention import W
 from attncc.ir.build import TRUE, not_
 from attncc.ir.expr import Const, Expr, Load, Op
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument, op_name
-from attncc.patterns.graph.reductions import CASTS, alike, is_maximum, one_dim
-from attncc.patterns.reader.value import Reader
-from attncc.patterns.reader.view_ops import Point
-from attncc.patterns.site.masks import split_mask
+from attncc.patterns.site import CASTS, Facts, Point, Reader, alike, argument, is_maximum, one_dim, op_name, split_mask
 from attncc.patterns.softmax.sums_of_softmaxes import Term
 
 aten = torch.ops.aten

@@ -18,12 +18,20 @@ from attncc.ir.affine import divide
 from attncc.ir.attention import S
 from attncc.ir.build import ONE, TRUE, ZERO, cast, const, mul
 from attncc.ir.expr import Const, Expr, Index, Load, rewrite
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.reader.value import Reader, Unreadable
-from attncc.patterns.reader.view_ops import Point, fitted
-from attncc.patterns.site.assemble import Lifted, Lse, Parts, assemble
-from attncc.patterns.site.operands import Source, operand
-from attncc.patterns.site.products import stored
+from attncc.patterns.site import (
+    Facts,
+    Lifted,
+    Lse,
+    Parts,
+    Point,
+    Reader,
+    Source,
+    Unreadable,
+    assembled,
+    fitted,
+    operand,
+    stored,
+)
 
 FLEX = torch.ops.higher_order.flex_attention
 #: A block of this size or more is the whole of any tensor: what a call without a block mask is given.
@@ -61,7 +69,7 @@ def lift_flex(f: Facts, n: fx.Node) -> Lifted | None:
         product_dtype=f.dtype(node), dtype=f.dtype(node), half=False, empty="zero", mask=mask,
         outputs=("out", "lse") if 1 in results else ("out",),
     )  # fmt: skip
-    return assemble(parts, node, n, lse=Lse(results[1], base_two=True) if 1 in results else None)
+    return assembled(parts, node, n, lse=Lse(results[1], base_two=True) if 1 in results else None)
 
 
 def _results(f: Facts, n: fx.Node) -> dict[int, fx.Node]:

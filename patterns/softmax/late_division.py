@@ -15,15 +15,24 @@ from torch import fx
 from attncc.ir.attention import W
 from attncc.ir.build import ONE, ZERO
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument
-from attncc.patterns.graph.reductions import EXPS, SUMS, exponent, one_dim, skip_casts
-from attncc.patterns.reader.contractions import DOT, contraction
-from attncc.patterns.reader.pointwise import ELEMENTS
-from attncc.patterns.reader.value import Reader, Unreadable
-from attncc.patterns.reader.view_ops import MOVES
-from attncc.patterns.refusals.reasons import compares
-from attncc.patterns.site.frames import Frame, framed
+from attncc.patterns.site import (
+    DOT,
+    ELEMENTS,
+    EXPS,
+    MOVES,
+    SUMS,
+    Facts,
+    Frame,
+    Reader,
+    Unreadable,
+    argument,
+    compares,
+    contraction,
+    exponent,
+    framed,
+    one_dim,
+    skip_casts,
+)
 from attncc.patterns.softmax.anchors import DIVISIONS, Anchor, without_maximum
 from attncc.patterns.softmax.sums_of_softmaxes import Term
 

@@ -16,11 +16,7 @@ from torch import fx
 from attncc.ir.affine import poly, simplify
 from attncc.ir.build import ONE, ZERO, add, mul
 from attncc.ir.expr import Expr, free
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument
-from attncc.patterns.graph.reductions import one_dim, skip_casts
-from attncc.patterns.reader.view_ops import Point
-from attncc.patterns.site.assemble import Lse, Parts, Rows
+from attncc.patterns.site import Facts, Lse, Parts, Point, Rows, argument, one_dim, skip_casts
 from attncc.patterns.softmax.anchors import Anchor
 
 #: The most dimensions that one axis is looked for in.

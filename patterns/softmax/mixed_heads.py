@@ -21,17 +21,27 @@ from torch import fx
 from attncc.ir.attention import S
 from attncc.ir.build import ONE, ZERO, add, floordiv, mod, mul, op
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, substitute
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument
-from attncc.patterns.graph.reductions import one_dim
-from attncc.patterns.reader.contractions import DOT, Contraction, contraction, few, mixture, swapped
-from attncc.patterns.reader.pointwise import operand
-from attncc.patterns.reader.sums_of_products import SUMS
-from attncc.patterns.reader.value import Reader
-from attncc.patterns.reader.view_ops import Point, broadcast
-from attncc.patterns.site.frames import Frame
-from attncc.patterns.site.materialised import einsum, summed
-from attncc.patterns.site.products import Product, products
+from attncc.patterns.site import (
+    DOT,
+    SUMS_AND_MEANS,
+    Contraction,
+    Facts,
+    Frame,
+    Point,
+    Product,
+    Reader,
+    argument,
+    broadcast,
+    contraction,
+    einsum,
+    few,
+    input_at,
+    mixture,
+    one_dim,
+    products_in,
+    summed,
+    swapped,
+)
 
 aten = torch.ops.aten
 
@@ -133,7 +143,7 @@ def mixture_in(frame: Frame, score: Expr) -> Mixture | None:
             if not of.score or len(own) != 1:
                 continue
             one = substitute(of.value, {own[0]: _HEAD})
-            inner = next(products(frame.facts, one, frame.c, frame.rows), None)
+            inner = next(products_in(frame.facts, one, frame.c, frame.rows), None)
             if inner is None or (inner.row is not None and inner.row not in free(*inner.q_at)):
                 continue
             scores = [_mixed(y, inner.load) for y in addends if _reads(y, inner.load)]
@@ -317,7 +327,7 @@ class _Taker:
             raise _NotLinear
         found = [y.times(by) for y in found]
         if mix.bias is not None and not x.tensor.startswith(DOT):  # a product's is outside its load
-            bias = operand(reader, n, mix.bias, mix.added(x.index))
+            bias = input_at(reader, n, mix.bias, mix.added(x.index))
             found += [] if bias is None else [_Addend(bias, score=False)]
         return found
 
@@ -352,7 +362,7 @@ class _Taker:
 
 def _pooled(f: Facts, n: fx.Node) -> tuple[fx.Node, int, bool] | None:
     """(tensor, dimension, whether it is kept) of a sum or mean over few elements, of what is no product itself."""
-    if n.target not in SUMS or contraction(f, n) is not None:
+    if n.target not in SUMS_AND_MEANS or contraction(f, n) is not None:
         return None
     source: Any = n.args[0]
     dim = one_dim(f, source, argument(n, "dim"))

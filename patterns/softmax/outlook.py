@@ -11,12 +11,7 @@ from torch import fx
 
 from attncc.ir.build import ONE, ZERO
 from attncc.ir.expr import Expr, Index, loads, substitute
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.reader.contractions import DOT
-from attncc.patterns.reader.pointwise import ELEMENTS
-from attncc.patterns.reader.view_ops import MOVES
-from attncc.patterns.site.frames import Frame
-from attncc.patterns.site.products import Product
+from attncc.patterns.site import DOT, ELEMENTS, MOVES, Facts, Frame, Product
 from attncc.patterns.softmax.sums_of_softmaxes import Term
 
 aten = torch.ops.aten

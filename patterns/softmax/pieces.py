@@ -17,9 +17,7 @@ from attncc.ir.analysis import linear_factor
 from attncc.ir.attention import Attention, W
 from attncc.ir.build import TRUE, ZERO, add, sub
 from attncc.ir.expr import Const, Expr, free
-from attncc.patterns.reader.value import Unreadable
-from attncc.patterns.site.assemble import Lifted, Parts, Piece
-from attncc.patterns.site.frames import Frame
+from attncc.patterns.site import Frame, Lifted, Parts, Piece, Unreadable
 from attncc.patterns.softmax.anchors import Anchor
 from attncc.patterns.softmax.logsumexp import rows_of
 from attncc.patterns.softmax.sliding import slid, slides

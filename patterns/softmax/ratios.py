@@ -17,8 +17,7 @@ from torch import fx
 from attncc.ir.attention import S, W
 from attncc.ir.build import NEG_INF, add, const, gt, lt, maximum, mul, op, where
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, rewrite
-from attncc.patterns.reader.activations import log_sigmoid
-from attncc.patterns.reader.value import Unreadable
+from attncc.patterns.site import Unreadable, log_sigmoid
 from attncc.patterns.softmax.anchors import Anchor
 
 _TINY, _LOW = 1e-37, -1e30

@@ -11,15 +11,23 @@ from attncc.ir.affine import divide, poly
 from attncc.ir.attention import S
 from attncc.ir.build import ONE, TRUE, ZERO, add, and_, cast, const, floordiv, le, mul, op
 from attncc.ir.expr import Const, Expr, Index, rewrite
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument
-from attncc.patterns.reader.size_arithmetic import number
-from attncc.patterns.reader.value import Reader, Unreadable
-from attncc.patterns.reader.view_ops import Point, broadcast, fitted
-from attncc.patterns.refusals.reasons import DROPS
-from attncc.patterns.site.assemble import Lifted, Parts, assemble
-from attncc.patterns.site.operands import Source, operand
-from attncc.patterns.site.products import stored
+from attncc.patterns.site import (
+    DROPS,
+    Facts,
+    Lifted,
+    Parts,
+    Point,
+    Reader,
+    Source,
+    Unreadable,
+    argument,
+    assembled,
+    broadcast,
+    fitted,
+    number,
+    operand,
+    stored,
+)
 
 
 def lift_sdpa(f: Facts, n: fx.Node) -> Lifted:
@@ -58,7 +66,7 @@ def lift_sdpa(f: Facts, n: fx.Node) -> Lifted:
         product_dtype=f.dtype(n), dtype=f.dtype(n), half=f.dtype(n) == torch.float16, empty="zero",
         mask=predicate,
     )  # fmt: skip
-    return assemble(parts, n, n)
+    return assembled(parts, n, n)
 
 
 def _scale(f: Facts, n: fx.Node, q: fx.Node) -> Expr:

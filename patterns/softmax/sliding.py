@@ -26,17 +26,28 @@ from attncc.ir.affine import expr, less_than, linear_in, nonnegative, plus, poly
 from attncc.ir.attention import S
 from attncc.ir.build import NEG_INF, ONE, TRUE, ZERO, add, and_, const, eq, floordiv, ge, le, lt, mod, mul, sub, where
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, loads, rewrite, substitute, walk
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument, has_argument, scaled_by
-from attncc.patterns.reader.assumptions import Context, Reach
-from attncc.patterns.reader.contractions import DOT, Contraction, contraction
-from attncc.patterns.reader.value import Reader, Unreadable
-from attncc.patterns.reader.view_ops import Move, Point, move
-from attncc.patterns.reader.writes import Place
-from attncc.patterns.refusals.reasons import of_scores
-from attncc.patterns.site.frames import Frame
-from attncc.patterns.site.masks import hidden_by, visible_where
-from attncc.patterns.site.products import Product
+from attncc.patterns.site import (
+    DOT,
+    Context,
+    Contraction,
+    Facts,
+    Frame,
+    Move,
+    Place,
+    Point,
+    Product,
+    Reach,
+    Reader,
+    Unreadable,
+    argument,
+    contraction,
+    has_argument,
+    hidden_by,
+    move,
+    of_scores,
+    scaled_by,
+    visible_where,
+)
 from attncc.patterns.softmax.sums_of_softmaxes import Term
 
 aten = torch.ops.aten

@@ -12,15 +12,24 @@ from attncc.ir.analysis import zero_at_zero
 from attncc.ir.attention import Attention, Empty, W
 from attncc.ir.build import ONE, TRUE, ZERO, op, sub
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite, substitute
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.reductions import is_maximum
-from attncc.patterns.reader.assumptions import Reach
-from attncc.patterns.reader.contractions import DOT
-from attncc.patterns.reader.value import Unreadable
-from attncc.patterns.refusals.reasons import DROPS, of_scores
-from attncc.patterns.site.assemble import Lifted, Lse, Parts, assemble
-from attncc.patterns.site.frames import Frame
-from attncc.patterns.site.products import Overwritten, Product, products, stored
+from attncc.patterns.site import (
+    DOT,
+    DROPS,
+    Facts,
+    Frame,
+    Lifted,
+    Lse,
+    Overwritten,
+    Parts,
+    Product,
+    Reach,
+    Unreadable,
+    assembled,
+    is_maximum,
+    of_scores,
+    products_in,
+    stored,
+)
 from attncc.patterns.softmax.empty_rows import masked_again, unguarded
 from attncc.patterns.softmax.logsumexp import row_sums
 from attncc.patterns.softmax.mixed_heads import mixture_in
@@ -81,7 +90,7 @@ def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
 
 
 def attention_of(parts: Parts, frame: Frame, term: Term, lse: Lse | None = None) -> Lifted:
-    site = assemble(parts, frame.node, term.anchor.node, lse=lse)
+    site = assembled(parts, frame.node, term.anchor.node, lse=lse)
     if site.attention.mask is not TRUE and not zero_at_zero(parts.weight, W):
         raise Unreadable(frame.product.node, "keys that the mask hides may be given weight after the softmax")
     a = site.attention
@@ -148,7 +157,7 @@ def _score_over(frame: Frame, term: Term, leaves: frozenset[fx.Node]) -> tuple[E
     reader = frame.reader(frozenset({c}), leaves)
     rough = reader.value_at(anchor.scores, term.at, when)
     mixture = mixture_in(frame, rough)
-    found = mixture.inner if mixture is not None else next(products(f, rough, c, frame.rows), None)
+    found = mixture.inner if mixture is not None else next(products_in(f, rough, c, frame.rows), None)
     found = found or windowed_product(frame, term, rough)
     if found is None:
         reason = OWN_WEIGHTS if shares_components(frame) else of_scores(f, anchor.scores)

@@ -15,11 +15,7 @@ from dataclasses import dataclass, replace
 from attncc.ir.attention import W
 from attncc.ir.build import ZERO, add, eq, mul, op, where
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite
-from attncc.patterns.reader.contractions import DOT, mixture
-from attncc.patterns.reader.pointwise import operand
-from attncc.patterns.reader.value import Reader, Unreadable
-from attncc.patterns.reader.view_ops import Point
-from attncc.patterns.site.frames import Frame
+from attncc.patterns.site import DOT, Frame, Point, Reader, Unreadable, input_at, mixture
 from attncc.patterns.softmax.anchors import Anchor
 
 #: More terms than this are a computation of its own.
@@ -165,7 +161,7 @@ class _Split:
         inner = self.addends(r.value_at(product.lhs, left, r.facts.order[n]))
         found = [_Addend(mul(factor, y.value), {**y.mixed, g: product.extent}) for y in inner]
         if product.bias is not None and x.tensor == n.name:  # a layer's; a product's is outside its load
-            bias = operand(r, n, product.bias, product.added(x.index))
+            bias = input_at(r, n, product.bias, product.added(x.index))
             if bias is None:
                 raise Unreadable(n, "a bias that cannot be read")
             found.append(_Addend(bias, {}))

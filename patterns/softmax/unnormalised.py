@@ -16,17 +16,23 @@ from attncc.ir.analysis import linear_factor
 from attncc.ir.attention import Normalizer, S
 from attncc.ir.build import TRUE, and_, not_
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, loads, mentions, rewrite, walk
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import op_name
-from attncc.patterns.graph.reductions import is_maximum
-from attncc.patterns.reader.contractions import DOT, Contraction, contraction
-from attncc.patterns.reader.layers import is_learned
-from attncc.patterns.reader.pointwise import ELEMENTS
-from attncc.patterns.reader.value import Unreadable
-from attncc.patterns.reader.view_ops import MOVES
-from attncc.patterns.site.assemble import Lifted, assemble
-from attncc.patterns.site.frames import frame
-from attncc.patterns.site.products import products, stored
+from attncc.patterns.site import (
+    DOT,
+    ELEMENTS,
+    MOVES,
+    Contraction,
+    Facts,
+    Lifted,
+    Unreadable,
+    assembled,
+    contraction,
+    frame,
+    is_learned,
+    is_maximum,
+    op_name,
+    products_in,
+    stored,
+)
 
 _SEARCH = 40  # nodes looked at behind a product
 _BENDING = {
@@ -76,7 +82,7 @@ def lift_unnormalised(f: Facts, product: Contraction, left: bool) -> Lifted | No
     whole = frame(f, product, left=left)
     c = whole.c
     value = whole.reader(pair=frozenset({c})).value_at(whole.weights, whole.weights_at, whole.read)
-    found = next(iter(products(f, value, c, whole.rows)), None)
+    found = next(iter(products_in(f, value, c, whole.rows)), None)
     if found is None:
         return None
     if found.row is not None:
@@ -88,7 +94,7 @@ def lift_unnormalised(f: Facts, product: Contraction, left: bool) -> Lifted | No
         raise Unreadable(product.node, "a row of large numbers less its maximum, whose roundings are all that is left")
     normalizer, score, visible = _taken_apart(value)
     parts = whole.parts(found, score, half=whole.weights, empty="nan")
-    return assemble(replace(parts, mask=visible, normalizer=normalizer), product.node, product.node)
+    return assembled(replace(parts, mask=visible, normalizer=normalizer), product.node, product.node)
 
 
 def _taken_apart(x: Expr) -> tuple[Normalizer, Expr, Expr]:

@@ -15,14 +15,19 @@ from torch import fx
 
 from attncc.ir.build import ONE
 from attncc.ir.expr import Expr, Index, free
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import argument, op_name
-from attncc.patterns.graph.reductions import one_dim, skip_casts
-from attncc.patterns.reader.contractions import contraction
-from attncc.patterns.reader.pointwise import ELEMENTS
-from attncc.patterns.reader.sums_of_products import SUMS
-from attncc.patterns.reader.view_ops import MOVES, unexpanded
-from attncc.patterns.site.frames import Frame
+from attncc.patterns.site import (
+    ELEMENTS,
+    MOVES,
+    SUMS_AND_MEANS,
+    Facts,
+    Frame,
+    argument,
+    contraction,
+    one_dim,
+    op_name,
+    skip_casts,
+    unexpanded,
+)
 from attncc.patterns.softmax.anchors import DIVISIONS
 
 _STEPS = 12
@@ -67,7 +72,7 @@ def weighs_components(f: Facts, weights: fx.Node, dim: int, total: fx.Node) -> b
     """Whether a softmax along `dim` weighs values of its own shape, element by element, and `total` sums them along the
     same dimension."""
     product: Any = total.args[0] if total.args else None
-    if total.target not in SUMS or not f.is_tensor(product) or op_name(product).rstrip("_") != "mul":
+    if total.target not in SUMS_AND_MEANS or not f.is_tensor(product) or op_name(product).rstrip("_") != "mul":
         return False
     along = one_dim(f, product, argument(total, "dim"))
     values = [x for x in product.args if isinstance(x, fx.Node) and x is not weights]
@@ -87,7 +92,7 @@ def _sums(f: Facts, n: fx.Node) -> Iterator[fx.Node]:
     stack, seen = [n], {n}
     while stack and len(seen) < _STEPS:
         x = stack.pop(0)
-        if x.target in SUMS or contraction(f, x) is not None:
+        if x.target in SUMS_AND_MEANS or contraction(f, x) is not None:
             yield x
         elif x.op == "call_function" and (x.target in MOVES or x.target in ELEMENTS):
             fresh = [a for a in x.all_input_nodes if f.is_tensor(a) and a not in seen]
@@ -101,7 +106,7 @@ def _extents(f: Facts, n: fx.Node) -> list[Expr]:
 
 def _weighed(f: Facts, n: fx.Node) -> list[fx.Node]:
     """What a sum sums: the right factor of a product (with what it is made of by multiplying), or its elements."""
-    product = contraction(f, n) if n.target not in SUMS else None
+    product = contraction(f, n) if n.target not in SUMS_AND_MEANS else None
     found = [n.args[0]] if product is None else [product.rhs, product.lhs]
     nodes = [x for x in (skip_casts(y) if isinstance(y, fx.Node) else None for y in found) if x is not None]
     for x in nodes[:]:

@@ -10,14 +10,19 @@ from torch import fx
 
 from attncc.ir.build import ONE
 from attncc.ir.expr import Index, free
-from attncc.patterns.graph.facts import Facts
-from attncc.patterns.graph.operators import written_args
-from attncc.patterns.reader.contractions import Contraction, contraction, mixture
-from attncc.patterns.reader.pointwise import ELEMENTS
-from attncc.patterns.reader.value import Unreadable
-from attncc.patterns.reader.view_ops import move
-from attncc.patterns.refusals.reasons import compares
-from attncc.patterns.site.frames import Frame, frame
+from attncc.patterns.site import (
+    ELEMENTS,
+    Contraction,
+    Facts,
+    Frame,
+    Unreadable,
+    compares,
+    contraction,
+    frame,
+    mixture,
+    move,
+    written_args,
+)
 from attncc.patterns.softmax.anchors import Anchor
 from attncc.patterns.softmax.sums_of_softmaxes import Term, terms
 from attncc.patterns.softmax.vector_weights import shares_components

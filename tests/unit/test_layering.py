@@ -1,7 +1,8 @@
 """Who may import whom: every file stands in a room, and imports point from a room to those that it stands on."""
 
 import ast
-import re
+from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,11 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
     "ir": (),
     "patterns.graph": ("ir",),
     "patterns.reader": ("patterns.graph",),
-    "patterns.site": ("patterns.reader",),
     "patterns.refusals": ("patterns.reader",),
-    "patterns.softmax": ("patterns.site", "patterns.refusals"),
-    "patterns.linear": ("patterns.site", "patterns.refusals"),
-    "patterns.lift": ("patterns.softmax", "patterns.linear", "errors"),
+    "patterns.site": ("patterns.reader", "patterns.refusals"),
+    "patterns.softmax": ("patterns.site",),
+    "patterns.linear": ("patterns.site",),
+    "patterns.lift": ("patterns.softmax", "patterns.linear", "patterns.site", "patterns.refusals", "errors"),
     "passes.protocol": ("ir",),
     "passes.bounds": ("ir",),
     "passes.tables": ("passes.bounds",),
@@ -101,6 +102,52 @@ def test_imports_point_down(name: str) -> None:
     parents = name.count(".") < 2 and FILES[name].name == "__init__.py" and name.split(".")[-1] in FOLDERS
     own = "ir" if parents else room(name)  # attncc.patterns and its like are empty: they import nothing
     assert wrong(FILES[name].read_text(encoding="utf-8"), own) == []
+
+
+def arrows() -> dict[str, set[str]]:
+    """The files that each file imports, whether at once, late or for types alone."""
+    known = {*FILES}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in FILES.items()}
+    return {name: ({m for _, m in imports(text, known)} & known) - {name} for name, text in texts.items()}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Files of which each imports the next one, the last the first; none if there are no such."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_file_leads_back_to_itself() -> None:
+    assert circle(arrows()) == []
+
+
+def test_the_check_sees_a_circle() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) != []
+
+
+#: Rooms of patterns that give what the rooms above need in their `__init__`, what those below give among it.
+DOORS = tuple(r for r in STANDS_ON if r.startswith("patterns.") and r != "patterns.lift")
+MOST_ARROWS = 40
+
+
+def test_rooms_of_patterns_are_entered_by_their_doors() -> None:
+    """And from the room above alone: few arrows, so that a room can be understood, and changed, by itself."""
+    between = [(a, b) for a, found in arrows().items() for b in found if room(a) != room(b)]
+    inside = [(a, b) for a, b in between if all(room(x).startswith("patterns.") for x in (a, b))]
+    aside = [(a, b) for a, b in inside if b != f"attncc.{room(b)}" or room(b) not in STANDS_ON[room(a)]]
+    assert aside == []
+    assert 0 < len(inside) < MOST_ARROWS
+
+
+@pytest.mark.parametrize("own", DOORS)
+def test_what_a_door_gives_is_no_module(own: str) -> None:
+    """`from room import name` would otherwise give the one or the other, by what was imported before."""
+    given = import_module(f"attncc.{own}").__all__
+    assert len(set(given)) == len(given) > 0
+    assert {f"attncc.{own}.{name}" for name in given}.isdisjoint(FILES)
 
 
 def test_every_room_is_walked() -> None:

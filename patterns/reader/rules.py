@@ -1,0 +1,59 @@
+"""What a rule of an operator is written with: the values of its inputs at a point, and what a node says of itself.
+
+A rule is a row of a table (`MOVES`, `ELEMENTS`, `SOURCES`). It asks for values through `Values` alone, so that no table
+knows of the reader that walks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import fx
+
+from attncc.ir.expr import Expr, Load
+from attncc.patterns.graph import (
+    Facts,
+    argument,
+    asked_once,
+    dim_argument,
+    formula,
+    has_argument,
+    hint,
+    op_name,
+    spelled_out,
+    takes_tensors,
+    written_args,
+)
+from attncc.patterns.reader.assumptions import Reach
+
+__all__ = [
+    "Facts", "Point", "Rule", "Values", "argument", "asked_once", "dim_argument", "formula", "has_argument", "hint",
+    "op_name", "spelled_out", "takes_tensors", "written_args",
+]  # fmt: skip
+
+Point = tuple[Expr, ...]
+
+
+class Values(Protocol):
+    """Who tells what tensors are at an index. `extents` bounds every index; with `reach`, values are read where some
+    conditions hold."""
+
+    facts: Facts
+    extents: dict[Expr, Expr]
+    reach: Reach | None
+
+    def value_at(self, n: fx.Node, at: Point, reader: int | None = None) -> Expr:
+        """The value of `n` at `at`, as the operator at position `reader` of the graph saw it."""
+        ...
+
+    def load(self, n: fx.Node, at: Point) -> Load:
+        """The element itself, loaded from the tensor."""
+        ...
+
+    def selected(self, c: Expr, yes: Callable[[], Expr], no: Callable[[], Expr]) -> Expr:
+        """One value where a condition holds, another elsewhere, each read where it is."""
+        ...
+
+
+Rule = Callable[[Values, fx.Node, Point], Expr | None]
