@@ -1,6 +1,7 @@
 """Who may import whom: every file stands in a room, and imports point from a room to those that it stands on."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
