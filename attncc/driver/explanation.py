@@ -11,6 +11,7 @@ import torch
 
 from attncc import torch_private
 from attncc.driver.backend import Collected, attncc_backend, collecting
+from attncc.ir import print_program
 from attncc.report.model import Report
 
 
@@ -52,5 +53,6 @@ def report(found: Collected) -> Report:
         graph_before="\n\n".join(found.before),
         graph_after="\n\n".join(found.after),
         notes=tuple(dict.fromkeys(found.notes)),
+        stages=tuple((stage.made_by.name, print_program(stage.after)) for stage in found.stages),
         versions={"attncc": version("attncc"), "torch": torch.__version__, "python": platform.python_version()},
     )

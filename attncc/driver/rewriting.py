@@ -23,7 +23,7 @@ from attncc.errors import unforeseen
 from attncc.ir import Attention, Program, print_attention, print_linear, print_program
 from attncc.ir.expr import Expr, Size
 from attncc.kernels.build import build_all, built, optimise
-from attncc.passes.pipeline import standard
+from attncc.passes.pipeline import Stage, standard
 from attncc.passes.rewrites.row_sums import with_sums
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.lift import Refusal, lift_all
@@ -44,6 +44,7 @@ class Collected:
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
 
     def add(self, other: Collected) -> None:
         """What another compilation found, after what there is."""
@@ -213,7 +214,7 @@ def _plans(joints: Iterable[Joint], facts: Facts, training: Training) -> dict[in
             sites = [site for site in joint.sites if _target(site) is place]
             learned = tuple(training.learned(site, facts) for site in sites)
             program = program_of(sites, facts)
-            final = _optimised(program.program, program.factors, tuple(map(bool, learned)))
+            final = _optimised(program, tuple(map(bool, learned)))
             attentions = [step.node for step in final.steps if isinstance(step.node, Attention)]
             device = facts.value(sites[0].node).device.type
             for site, a, own in zip(sites, attentions, learned, strict=True):
@@ -221,8 +222,16 @@ def _plans(joints: Iterable[Joint], facts: Facts, training: Training) -> dict[in
     return found
 
 
+def _optimised(site: SiteProgram, learned: tuple[bool, ...]) -> Program:
+    """The program of a site after the passes, which are shown to whoever is collecting."""
+    outer = collecting.get()
+    if outer is None:
+        return _run_passes(site.program, site.factors, learned)
+    return with_sums(standard(site.factors).run(site.program, outer.stages.append), learned)
+
+
 @lru_cache(maxsize=256)
-def _optimised(p: Program, factors: tuple[tuple[Size, Expr], ...], learned: tuple[bool, ...]) -> Program:
+def _run_passes(p: Program, factors: tuple[tuple[Size, Expr], ...], learned: tuple[bool, ...]) -> Program:
     """Sites that compute the same share one program, so what it costs does not grow with the layers. For backward the
     kernels keep the sums of their rows."""
     return with_sums(standard(factors).run(p), learned)

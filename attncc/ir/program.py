@@ -138,3 +138,10 @@ def interpret_program(
         found = kind.interpret(node, given, [int_value(x, table) for x in step.sizes], compute=compute)
         values |= {name: found[t.name] for name, t in zip(step.results, kind.gives(node), strict=True)}
     return {name: values[name] for name in p.outputs}
+
+
+def program_of_node(node: Node) -> Program:
+    """A program of one step, whose inputs, sizes and outputs are those of the node."""
+    results = tuple(f"{t.name}_0" for t in kind_of(node).gives(node))
+    inputs = tuple(t.name for t in node.tensors)
+    return Program(node.sizes, node.tensors, (Step(results, node, inputs, node.sizes),), results)

@@ -68,13 +68,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Report:
-    """All sites of a model, its graph before and after, and what the user should know (`notes`)."""
+    """All sites of a model, its graph before and after, and what the user should know (`notes`). `stages` are the
+    programs of the sites after each pass, as (name of the pass, text), in the order in which they were made."""
 
     sites: tuple[Site, ...] = ()
     graph_before: str = ""
     graph_after: str = ""
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    stages: tuple[tuple[str, str], ...] = ()
 
     @property
     def fused(self) -> int:

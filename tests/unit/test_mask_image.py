@@ -11,7 +11,8 @@ import torch
 from masks.bounds import attention, tiled, visible
 from typer.testing import CliRunner, Result
 
-from attncc.cli import app
+from attncc.cli import inspect
+from attncc.cli.app import app
 from attncc.ir import parse_attention, print_attention
 from attncc.passes.bounds.mask_cells import PARTIAL, SKIPPED, VISIBLE, WASTED, mask_cells
 from attncc.report.mask_image import PALETTE, mask_image, png
@@ -93,11 +94,11 @@ def test_the_command_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     sites = [Site(n, "kept", "slower", ir=print_attention(attention(m)), sizes=(1, 70, 70, 0), picture="#")
              for n, m in enumerate(masks)]  # fmt: skip
     report = Report((*sites, Site(2, "refused", "no product")))
-    monkeypatch.setattr(app, "load", lambda target: None)
-    monkeypatch.setattr(app, "examine", lambda target: report)
+    monkeypatch.setattr(inspect, "load", lambda target: None)
+    monkeypatch.setattr(inspect, "examine", lambda target: report)
 
     def run(*args: str) -> Result:
-        return CliRunner().invoke(app.app, ["inspect", "x:y", "--picture", *args])
+        return CliRunner().invoke(app, ["inspect", "x:y", "--picture", *args])
 
     assert run(str(tmp_path / "all")).exit_code == 0
     assert sorted(x.name for x in (tmp_path / "all").iterdir()) == ["site-0.png", "site-1.png"]

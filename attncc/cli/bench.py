@@ -1,0 +1,67 @@
+"""`attncc bench`: suites that measure attncc beside its peers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from attncc.cli.output import Debug, clear_errors
+from attncc.frontends.targets import TargetError, one_line
+
+
+def bench(
+    suite: Annotated[
+        Literal["cpu", "gpu", "windows", "compile", "sites"],
+        typer.Option("--suite", help="Which machine to measure; or on this one, models with long windows, what "
+                     "compiling costs, or how much of the attention of transformers' models is found."),
+    ] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
+    only: Annotated[str, typer.Option("--rows", metavar="WORDS", help="Rows whose names hold one of these, by commas; "
+                                      "`none` measures nothing (cpu, compile, windows, sites).")] = "",
+    lengths: Annotated[str, typer.Option("--lengths", metavar="TOKENS", help="By commas (windows).")] = "",
+    dtypes: Annotated[str, typer.Option("--dtypes", metavar="TYPES", help="Of f32,bf16,f16 (cpu).")] = "",
+    rivals: Annotated[str, typer.Option("--rivals", metavar="NAMES", help="By commas: sdpa, sdpa gqa, inductor, flex, "
+                                        "flex + mask, plain, read (cpu).")] = "",
+    threads: Annotated[list[int] | None, typer.Option("--threads", min=1, help="May be repeated (cpu).")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the results (cpu).")] = None,
+    table: Annotated[Path | None, typer.Option("--table", metavar="FILE", help="Write Markdown tables (cpu).")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure attncc against SDPA, FlexAttention and Inductor in one run."""
+    with clear_errors(debug):
+        of_cpu = {"only": only, "dtypes": _words(dtypes), "rivals": _words(rivals), "threads": threads or [],
+                  "picture": picture, "table": table}  # fmt: skip
+        of_windows = {"only": only, "lengths": _numbers(lengths)}
+        rows = {"only": only}
+        taken = {"cpu": of_cpu, "compile": rows, "sites": rows, "windows": of_windows}.get(suite, {})
+        given = {name for name, value in (of_cpu | of_windows).items() if value}
+        foreign = [f"--{_OPTION.get(name, name)}" for name in sorted(given - set(taken))]
+        if foreign:
+            raise TargetError(f"bench: --suite {suite} has no {', '.join(foreign)}")
+        _suite(suite)(quick=quick, json=out, **taken)
+
+
+_OPTION = {"only": "rows", "picture": "plot"}
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(x) for x in _words(text)]
+    except ValueError as error:
+        raise TargetError(f"bench: {text!r} is no list of lengths") from error
+
+
+def _words(text: str) -> list[str]:
+    return [w.strip() for w in text.split(",") if w.strip()]
+
+
+def _suite(name: str) -> Callable[..., object]:
+    try:
+        return importlib.import_module(f"attncc.bench.{name}").run
+    except ImportError as error:
+        raise TargetError(f"bench --suite {name} is not available here ({one_line(error)})") from error
