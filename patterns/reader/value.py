@@ -214,8 +214,8 @@ class Reader:
             view = f.aliases(n, source)
             value = self.value_at(source, index, when if view else f.order[n])
             return None if not view and self._lies_better(value, at) else value
-        inputs = [f.dtype(a) for a in n.all_input_nodes if f.is_tensor(a)]
-        if f.dtype(n) == torch.float64 and any(dtype != torch.float64 for dtype in inputs):
+        floats = {f.dtype(a) for a in n.all_input_nodes if f.is_tensor(a) and f.dtype(a).is_floating_point}
+        if f.dtype(n) == torch.float64 and floats - {torch.float64}:
             return None
         product = contraction(f, n)
         if product is not None:

@@ -54,12 +54,18 @@ def split_mask(score: Expr, *, half: bool, infinite_empty: Empty) -> Masked:
         return Masked(bare, _all(infinite), infinite_empty if found else "zero")
     if not infinite and _agree(finite):
         total = sum(h.fill for h in finite) if finite[0].added else finite[0].fill  # what is put last hides the rest
-        if torch.tensor(total).to(torch.float16 if half else torch.float32).isinf():
+        if torch.tensor(total, dtype=torch.float64).to(_dtype_of(finite, half=half)).isinf():
             return Masked(bare, _all(finite), infinite_empty)
         return Masked(bare, _all(finite), "mean", total)
     # Rows hidden by several different finite masks weigh keys by how often they are hidden: keep them as they are.
     bare, found = _strip(score, float("-inf"))
     return Masked(bare, _all(found), infinite_empty if found else "zero")
+
+
+def _dtype_of(finite: list[_Hidden], *, half: bool) -> torch.dtype:
+    """What scores are held in that have such fills: float32 has none as low as the lowest of float64."""
+    wide = any(h.fill < torch.finfo(torch.float32).min for h in finite)
+    return torch.float16 if half else torch.float64 if wide else torch.float32
 
 
 def hidden_by(x: Expr, *, half: bool) -> float | None:

@@ -106,7 +106,7 @@ class Asked:
         self.module: fx.GraphModule = make_fx(call, tracing_mode=mode, pre_dispatch=True)(*inputs)
         self.inputs = [x.clone() for x in inputs]
         self.facts = Facts(self.module.graph)
-        self._held: tuple[int, dict[str, Any]] = (0, {})
+        self._held: dict[str, Any] | None = None
         self.results: list[fx.Node] = list(next(n for n in self.facts.nodes if n.op == "output").all_input_nodes)
 
     def reader(self, extents: Mapping[Expr, Expr], *, assuming: bool = False) -> Reader:
@@ -141,18 +141,35 @@ class Asked:
         return Answer(value, got.expand(want.shape), want, any(x.tensor == n.name for x in loads(value)))
 
     def held(self) -> dict[str, Any]:
-        """What each node holds when the graph has run, those among them that reading added."""
+        """What each node holds when the graph has run, those beside the graph among them."""
+        if self._held is None or len(self._held) + 1 < len(self.facts.order):
+            self._held = self._run(lambda n, found: None)
+        return self._held
+
+    def held_when(self, nodes: set[str]) -> dict[str, dict[str, Any]]:
+        """Copies of what every node holds, for each of some nodes when that has just been computed."""
+        copies: dict[str, dict[str, Any]] = {}
+
+        def copy(n: fx.Node, found: dict[str, Any]) -> None:
+            if n.name in nodes:
+                copies[n.name] = {name: x.clone() if isinstance(x, Q) else x for name, x in found.items()}
+
+        self._run(copy)
+        return copies
+
+    def _run(self, after: Callable[[fx.Node, dict[str, Any]], None]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        if self._held[0] == len(self.module.graph.nodes):
-            return self._held[1]
-
-        class Keeping(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                found[n.name] = result = super().run_node(n)
-                return result
-
-        Keeping(self.module).run(*(x.clone() for x in self.inputs))
-        self._held = len(self.module.graph.nodes), found
+        inputs = iter([x.clone() for x in self.inputs])
+        runner = fx.Interpreter(self.module)
+        for n in self.facts.in_order([*self.facts.nodes, *self.facts.made]):
+            args, kwargs = fx.map_arg((n.args, n.kwargs), lambda x: found[x.name])
+            if n.op == "placeholder":
+                found[n.name] = next(inputs)
+            elif n.op == "get_attr":
+                found[n.name] = runner.fetch_attr(str(n.target))
+            elif n.op == "call_function":
+                found[n.name] = n.target(*args, **kwargs)  # type: ignore[operator]
+            after(n, found)
         return found
 
     def _sizes(self, held: Mapping[str, Any]) -> dict[Expr, Q]:

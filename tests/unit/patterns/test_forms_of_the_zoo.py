@@ -1,0 +1,40 @@
+"""Every hand-written form of the zoo, read without compiling it: its sites are found, and the interpreter makes of them
+what the model has there. Compiled they run in `tests/zoo`, few on every change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reading.lifted import differences, found
+from zoo.blocks import BLOCKED
+from zoo.case import Case
+from zoo.forms import FORMS
+from zoo.guards import GUARDS
+from zoo.images import IMAGES
+from zoo.joint import JOINT
+from zoo.memory import MEMORY
+from zoo.sizes import SIZES
+from zoo.sliding import SLIDING
+from zoo.spellings import SPELLINGS
+from zoo.wild import WILD
+
+#: Forms that go through float32 by their own words, which a float64 model is left alone for.
+NARROW = frozenset({"in-float32", "lowest-maximum", "differential"})
+#: What the driver does while it reads: functions under `torch.vmap`, and einsums of several factors taken apart.
+BY_DYNAMO = frozenset({"by-vmap", "three-factors"})
+CASES = [
+    case for case in (*SPELLINGS, *GUARDS, *WILD, *FORMS, *JOINT, *IMAGES, *MEMORY, *SLIDING, *BLOCKED, *SIZES)
+    if case.name not in BY_DYNAMO
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_sites_give_what_the_model_has(case: Case) -> None:
+    model, inputs, more = case.make()
+    assert not more
+    narrow = case.name in NARROW
+    sites = found(model, *inputs, dtype=torch.float32 if narrow else torch.float64)
+    reasons = [x.reason for x in sites.refused]
+    assert (len(sites.sites) - len(reasons), len(reasons)) == (case.sites, case.refused), reasons
+    for node, difference in differences(sites).items():
+        assert difference < (1e-4 if narrow else 1e-9), node
