@@ -7,6 +7,7 @@ Everything here is conservative: None, False and a smaller set mean "not proven"
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from attncc.ir.affine import Extents, expr, less_than, linear_in, nonnegative, p
 from attncc.ir.attention import Attention, Axis
 from attncc.ir.build import ONE, const, mul, op, sub
 from attncc.ir.rewrite import rewrite, substitute
-from attncc.ir.terms import ROUNDINGS, Const, Expr, Load, Op, Size, Var, free, loads, mentions
+from attncc.ir.terms import ROUNDINGS, Const, Expr, Load, Op, Size, Var, free, loads, mentions, walk
 
 # ---- functions of one variable: the weight `w`, the score `s` -------------------------------------------------------
 
@@ -131,6 +132,14 @@ def _constant_factor(x: Op) -> tuple[Expr, float] | None:
             return a, 1.0 / float(c)
         case _:
             return None
+
+
+def uses(*roots: Expr) -> Counter[Expr]:
+    """How many places read each subexpression: operations, loads that it is an index of, and who reads the roots."""
+    found = Counter(roots)
+    for x in walk(*roots):
+        found.update(x.children)
+    return found
 
 
 # ---- predicates -----------------------------------------------------------------------------------------------------

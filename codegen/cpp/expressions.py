@@ -14,6 +14,7 @@ from enum import IntEnum
 from attncc.codegen.cpp.diagonals import Diagonals
 from attncc.ir import Attention, Const, Expr, Index, Load, Op, Size, Var
 from attncc.ir.affine import expr, linear_in
+from attncc.ir.analysis import uses
 from attncc.ir.bounds import TILE_HI, TILE_LO
 from attncc.ir.expr import Kind, substitute, walk
 
@@ -145,11 +146,7 @@ class Printer:
 
 def _shared(roots: Iterable[Expr]) -> set[Expr]:
     """Operations and loads that occur more than once below the roots."""
-    uses: dict[Expr, int] = {}
-    for n in walk(*roots):
-        for child in n.children:
-            uses[child] = uses.get(child, 0) + 1
-    return {n for n, count in uses.items() if count > 1 and isinstance(n, Op | Load)}
+    return {n for n, count in uses(*roots).items() if count > 1 and isinstance(n, Op | Load)}
 
 
 class _Scope:

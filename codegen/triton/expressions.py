@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 
 from attncc.ir import Const, Expr, Index, Load, Op, Size, Var
 from attncc.ir.affine import Extents, is_positive, nonnegative, poly
-from attncc.ir.expr import free, walk
+from attncc.ir.analysis import uses
+from attncc.ir.expr import free
 
 _COMPARE, _OR, _AND, _ADD, _MUL, _ATOM = 1, 2, 3, 5, 6, 9
 _INFIX: dict[str, tuple[str, int]] = {
@@ -187,11 +188,4 @@ def literal(x: Const) -> tuple[str, int]:
 
 def used_twice(roots: Iterable[Expr]) -> frozenset[Expr]:
     """Operations that more than one place reads."""
-    uses: dict[Expr, int] = {}
-    roots = tuple(roots)
-    for root in roots:
-        uses[root] = uses.get(root, 0) + 1
-    for node in walk(*roots):
-        for child in node.children:
-            uses[child] = uses.get(child, 0) + 1
-    return frozenset(x for x, n in uses.items() if n > 1 and isinstance(x, Op))
+    return frozenset(x for x, n in uses(*roots).items() if n > 1 and isinstance(x, Op))

@@ -19,11 +19,12 @@ from attncc.ir.analysis import (
     linear_factor,
     members,
     scaled,
+    uses,
     zero_at_zero,
 )
 from attncc.ir.build import add, and_, const, floordiv, le, lt, mod, mul, not_, op, or_, sub, where
 from attncc.ir.evaluate import Evaluator
-from attncc.ir.expr import free, loads, mentions
+from attncc.ir.expr import free, loads, mentions, walk
 
 I, J, H, N = Index("i"), Index("j"), Index("h"), Size("N")  # noqa: E741
 ROWS, KEYS, HEADS = 3, 11, 2
@@ -164,6 +165,16 @@ def test_emitters_take_the_same_weights(weight: str, empty: str) -> None:
 def test_emitters_refuse_the_same_weights(weight: str) -> None:
     a = attention(mask="j < i - 3", weight=weight, empty="mean")
     assert cpp.unsupported(a) is not None and triton.unsupported(a) is not None
+
+
+def test_uses_are_the_places_that_read() -> None:
+    choose = random.Random(8)
+    for _ in range(300):
+        roots = [number(choose, S), number(choose, W)]
+        roots += roots[:1] * choose.randrange(2)
+        parents = list(walk(*roots))
+        for x, count in uses(*roots).items():
+            assert count == roots.count(x) + sum(list(y.children).count(x) for y in parents)
 
 
 # ---- predicates ------------------------------------------------------------------------------------------------------
