@@ -14,6 +14,10 @@ log = logging.getLogger("attncc")
 log.addHandler(logging.NullHandler())  # where the program that imports attncc logs nothing, nothing is printed
 
 
+class EditError(Exception):
+    """A graph cannot hold a fused node; the message is the reason."""
+
+
 def strict() -> bool:
     """Whether unforeseen errors are to be raised: ATTNCC_STRICT is set, and to something else than 0."""
     return os.environ.get(STRICT, "") not in ("", "0")

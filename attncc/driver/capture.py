@@ -21,18 +21,20 @@ from attncc.driver.library_calls import in_place_of
 from attncc.driver.repeats import Repeats
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.softmax.flex import FLEX
+from attncc.torch_private.state import Modes, autocasts, modes
 
 
 @dataclass
 class Reading:
-    """The shadow of a Dynamo graph and how the two correspond."""
+    """The shadow of a Dynamo graph and how the two correspond. `autocasts`: autocast is on somewhere in it."""
 
     graph: fx.Graph
     shadow: fx.GraphModule
     origin: dict[fx.Node, fx.Node]
     owner: dict[fx.Node, fx.Node] = field(default_factory=dict)
     results: dict[fx.Node, Any] = field(default_factory=dict)
-    bodies: list[tuple[fx.GraphModule, list[Any]]] = field(default_factory=list)
+    bodies: list[Body] = field(default_factory=list)
+    autocasts: bool = False
 
     def over(self, graph: fx.Graph, nodes: Mapping[fx.Node, fx.Node]) -> Reading:
         """The same for a copy of the Dynamo graph, given the copy of each node."""
@@ -54,18 +56,14 @@ class Reading:
         learned = {s for s, n in self.origin.items() if isinstance(n.meta.get("example_value"), torch.nn.Parameter)}
         return Facts(self.shadow.graph, dtypes, frozenset(learned))
 
-    @property
-    def uses_autocast(self) -> bool:
-        """Whether an operation's dtype may depend on where in the graph it stands. Regions that turn autocast off, as
-        rotary embeddings have them, say nothing where none is on."""
-        regions = _regions(self.graph)
-        around = any(torch.is_autocast_enabled(str(n.args[0])) for n in regions)
-        return around or any(n.args[2] for n in regions)
 
+@dataclass(frozen=True)
+class Body:
+    """The graph that a higher-order operator runs, its arguments as the trace has them, and what holds there."""
 
-def _regions(graph: fx.Graph) -> list[fx.Node]:
-    """Where regions of autocast begin: (device type, dtype, enabled, cache) are the arguments."""
-    return [n for n in graph.nodes if getattr(n.target, "__name__", "") == "_enter_autocast"]
+    module: fx.GraphModule
+    arguments: list[Any]
+    modes: Modes
 
 
 class _Shadow(fx.Interpreter):
@@ -77,7 +75,8 @@ class _Shadow(fx.Interpreter):
         self.pairs: list[tuple[fx.Node, fx.Node]] = []
         self.made: list[tuple[fx.Node, list[str]]] = []  # names: the traced graph loses nodes when it is cleaned up
         self.parts: dict[fx.Node, Any] = {}
-        self.bodies: list[tuple[fx.GraphModule, list[Any]]] = []
+        self.bodies: list[Body] = []
+        self.autocasts = autocasts()
 
     def run_node(self, n: fx.Node) -> Any:
         last = self._last()
@@ -100,6 +99,12 @@ class _Shadow(fx.Interpreter):
         if number is not None:
             return number
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target is torch_private.ENTER_AUTOCAST:
+            region = torch_private.enter_autocast(*args)
+            self.autocasts = self.autocasts or autocasts()
+            return region
+        if n.target is torch_private.EXIT_AUTOCAST:
+            return torch_private.exit_autocast(*args)
         written_out = in_place_of(n, args)
         if written_out is not None:
             return written_out(*args, **kwargs)
@@ -116,7 +121,7 @@ class _Shadow(fx.Interpreter):
             bodies = bodies[:1]
         given = [x for x in args[first:] if not isinstance(x, fx.GraphModule | str)]
         if len(bodies) == 1 and len(given) == sum(p.op == "placeholder" for p in bodies[0].graph.nodes):
-            self.bodies.append((bodies[0], given))
+            self.bodies.append(Body(bodies[0], given, modes()))
         return tree_map_only(torch.Tensor, torch_private.like, n.meta["example_value"])
 
     def _last(self) -> fx.Node | None:
@@ -134,14 +139,14 @@ class _Shadow(fx.Interpreter):
 
 def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
     """The shadow of a Dynamo graph. Raises whatever the trace raises; the module itself is not touched."""
-    own = None if _regions(module.graph) else torch_private.fakes_of_dynamo(module, inputs)
+    own = torch_private.fakes_of_dynamo(module, inputs)
     mode, fakes = own or torch_private.fake_inputs(inputs)
     shadow = _Shadow(module, None if own is None else Repeats())
     # Grad mode is part of what Dynamo captured, and a trace under no_grad records less.
     with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
         traced = torch_private.trace(lambda *a: shadow.run(*a), mode, fakes)
     names = {n.name: n for n in traced.graph.nodes}
-    reading = Reading(module.graph, traced, {}, bodies=shadow.bodies)
+    reading = Reading(module.graph, traced, {}, bodies=shadow.bodies, autocasts=shadow.autocasts)
     for made, node in shadow.pairs:
         found = names.get(made.name)
         if found is not None:

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import fx
 
+from attncc import torch_private
 from attncc.driver.capture import Reading
+from attncc.driver.leftovers import Leftovers
 from attncc.driver.lowering import lower
 from attncc.driver.site_groups import sources
+from attncc.driver.size_nodes import SizeNodes
+from attncc.errors import EditError
 from attncc.ir import Program
-from attncc.ir.evaluate import ARITHMETIC
-from attncc.ir.expr import Const, Expr, Op, Size
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import argument, written_args
 from attncc.patterns.site.program import SiteProgram
 from attncc.patterns.softmax.anchors import SDPA
 from attncc.patterns.softmax.flex import FLEX
+from attncc.torch_private.state import without_autocast
 
-_NEW = {"new_zeros", "new_full", "new_empty", "zeros", "zeros_like", "full", "empty"}
 _COPIED = ("nn_module_stack", "stack_trace", "source_fn_stack")
-
-
-class EditError(Exception):
-    """The graph cannot hold the fused node; the message is the reason."""
 
 
 class Editor:
@@ -38,11 +37,12 @@ class Editor:
         self.order = {n: at for at, n in enumerate(self.graph.nodes)}
         self.copies: dict[fx.Node, fx.Node] = {}
         self.taken: dict[fx.Node, fx.Node] = {}  # what was replaced, by what
-        self.size_nodes: dict[Expr, fx.Node] = {}
+        self.sizes = SizeNodes(reading, facts, self.order)
         owner = reading.owner
         acts = [s for s in reading.shadow.graph.nodes if s in owner and _acts(s)]
         self.effects = {owner[s] for s in acts}
         self.writes = self.effects - {owner[s] for s in acts if written_args(s) != [*s.args[:1]] or _is_random(s)}
+        self.idle = Leftovers(self.graph, self.effects, self.writes)
 
     def put(self, site: SiteProgram, final: Program) -> None:
         """Put a program in the place of the nodes whose values it gives; `final` is that of `site` after the passes.
@@ -60,9 +60,9 @@ class Editor:
             at = min(placed, key=self.position)
             if at is not target and any(self.position(self._node(n)) > self.position(at) for n in given):
                 raise EditError("the sums of its rows are used before its values are computed")
-        with self.graph.inserting_before(at):
+        with self.graph.inserting_before(at), self._as_given(self.facts.value(site.outputs[0]).device):
             inputs = [self._cast(self._node(n), n, dtype) for n, dtype in zip(site.inputs, site.dtypes, strict=True)]
-            sizes = [self._size(x, target) for x in site.sizes]
+            sizes = [self.sizes.of(x, target) for x in site.sizes]
             made = lower(final, self.graph, inputs, sizes, mark=partial(_marked, target))
         for old, new in zip(placed, made, strict=True):
             self.replace(old, new)
@@ -73,7 +73,7 @@ class Editor:
         new.meta["example_value"] = old.meta.get("example_value")
         old.replace_all_uses_with(new)
         self.taken[old], self.order[new] = new, self.position(old)
-        self._remove(old)
+        self.idle.remove(old)
 
     def position(self, n: fx.Node) -> int:
         return self.order.get(n, len(self.order))
@@ -98,8 +98,8 @@ class Editor:
                 at = n
 
     def finish(self) -> fx.Graph:
-        self._drop_unread()
-        self._drop_empty_vmaps()
+        self.idle.drop_unread()
+        self.idle.drop_empty_vmaps()
         self.graph.lint()
         return self.graph
 
@@ -117,8 +117,6 @@ class Editor:
         if found is None and written:  # `x[at] = y` results in what it wrote to
             return self._node(written[0])
         if found is None and shadow in self.facts.made:
-            if self.reading.uses_autocast:
-                raise EditError("an operand of its own would be computed under autocast")
             found = self.copies[shadow] = self._made(shadow)
         if found is None:
             owner = self.reading.owner.get(shadow)
@@ -146,24 +144,38 @@ class Editor:
         """A node that the captured graph has not: behind its inputs where nothing writes to them, as several sites may
         read it."""
         inputs = [self._node(x) for x in shadow.all_input_nodes]
+        device = self.facts.value(shadow).device
         if not all(x in self.facts.unwritten for x in sources([shadow], self.facts)):
-            return self.graph.node_copy(shadow, self._node)
+            with self._as_given(device):
+                return self.graph.node_copy(shadow, self._node)
         given = [n for n in self.graph.nodes if n.op == "placeholder"]
-        with self.graph.inserting_after(max([*given[-1:], *inputs])):
+        with self.graph.inserting_before(max([*given[-1:], *inputs]).next), self._as_given(device):
             return self.graph.node_copy(shadow, self._node)
+
+    @contextmanager
+    def _as_given(self, device: torch.device) -> Iterator[None]:
+        """Nodes that are made inside compute in the dtypes that they are given, whether or not autocast is on there."""
+        if not self.reading.autocasts:
+            yield
+            return
+        kind, call = device.type, self.graph.call_function
+        region = call(torch_private.ENTER_AUTOCAST, (kind, torch.get_autocast_dtype(kind), False, True))
+        with without_autocast():
+            yield
+        call(torch_private.EXIT_AUTOCAST, (region,))
 
     def _held(self, shadow: fx.Node, before: fx.Node) -> int | fx.Node:
         """The same for tensors and sizes: a size that no node of Dynamo's holds is computed."""
         value = self.facts.value(shadow)
         if isinstance(value, torch.SymInt) and shadow not in self.copies and shadow not in self.reading.origin:
-            return self._size(self.facts.size(value), before)
+            return self.sizes.of(self.facts.size(value), before)
         return self._node(shadow)
 
     def _expand(self, owner: fx.Node) -> None:
         """Put the ATen ops of a composite call (multi_head_attention_forward) in its place."""
         parts = [n for n, o in self.reading.owner.items() if o is owner and n.op == "call_function"]
         results = self.reading.results.get(owner)
-        if not parts or not self._writes_own(parts) or self.reading.uses_autocast:
+        if not parts or not self._writes_own(parts):
             raise EditError(f"{owner.name} is several operations that cannot be taken apart")
         with self.graph.inserting_before(owner):
             for n in parts:
@@ -201,116 +213,10 @@ class Editor:
     def _cast(self, n: fx.Node, shadow: fx.Node, dtype: torch.dtype) -> fx.Node:
         return n if self.facts.dtype(shadow) == dtype else self.graph.call_function(torch.ops.aten.to.dtype, (n, dtype))
 
-    def _size(self, x: Expr, before: fx.Node) -> int | fx.Node:
-        """A node (or number) for an integer expression over the graph's symbols, available before a node."""
-        if isinstance(x, Const):
-            return int(x.value)
-        known = self.size_nodes.get(x)
-        if known is None:
-            known = self._find_size(x, before)
-            if isinstance(x, Size):
-                self.size_nodes[x] = known
-        return known
-
-    def _find_size(self, x: Expr, before: fx.Node) -> fx.Node:
-        for shadow, node in self.reading.origin.items():
-            value = self.facts.value(shadow)
-            if isinstance(value, torch.SymInt) and node.op == "placeholder" and self.facts.size(value) is x:
-                return node
-        for shadow, node in self.reading.origin.items():
-            if node.op != "placeholder" or not self.facts.is_tensor(shadow):
-                continue
-            for dim, extent in enumerate(self.facts.shape(shadow)):
-                if extent is x:
-                    return self._sym_size(node, dim)
-        if isinstance(x, Op) and x.name in ARITHMETIC:
-            args = [self._size(a, before) for a in x.args]
-            return self.graph.call_function(ARITHMETIC[x.name], tuple(args))
-        for shadow, node in self.reading.origin.items():
-            if node in self.order and self.order[node] < self.order.get(before, -1) and self.facts.is_tensor(shadow):
-                for dim, extent in enumerate(self.facts.shape(shadow)):
-                    if extent is x:
-                        return self._sym_size(node, dim)
-        raise EditError(f"the size {x!r} cannot be had from the graph's inputs")
-
-    def _sym_size(self, node: fx.Node, dim: int) -> fx.Node:
-        last = max((n for n in self.order if n.op == "placeholder"), key=self.order.__getitem__)
-        with self.graph.inserting_after(last if node.op == "placeholder" else node):
-            return self.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-
-    def _remove(self, start: fx.Node) -> None:
-        """Erase `start` and what only it used, stopping at anything that writes or draws random numbers."""
-        stack = [start]
-        while stack:
-            n = stack.pop()
-            if n.users or n.op in ("placeholder", "output") or n in self.effects or n._erased:
-                continue
-            inputs = n.all_input_nodes
-            self.graph.erase_node(n)
-            stack += inputs
-
-    def _drop_unread(self) -> None:
-        """New tensors that are filled in and never read, of which one may be written into another: `_remove` stops at
-        the write."""
-        while sum(self._dropped(n) for n in reversed(list(self.graph.nodes))):
-            pass
-
-    def _dropped(self, n: fx.Node) -> bool:
-        if n._erased or getattr(n.target, "__name__", n.target) not in _NEW:
-            return False
-        reached = _reached_by(n)
-        if any(x.op == "output" or (x in self.effects and not self._fills(x, reached)) for x in reached):
-            return False
-        if not any(self._fills(x, reached) for x in reached):
-            return False
-        inputs = [a for x in reached for a in x.all_input_nodes if a not in reached]
-        for x in sorted(reached, reverse=True):  # nodes compare by their place in the graph
-            self.graph.erase_node(x)
-        for a in inputs:
-            self._remove(a)
-        return True
-
-    def _fills(self, n: fx.Node, tensors: Collection[fx.Node]) -> bool:
-        """Whether a node does nothing but write to one of some tensors."""
-        return n in self.writes and bool(n.args) and n.args[0] in tensors
-
-    def _drop_empty_vmaps(self) -> None:
-        """Levels of vmap that nothing is left in: what made a block mask is gone, and its levels stay."""
-        open_levels: list[fx.Node] = []
-        loads: list[fx.Node] = []
-        for n in list(self.graph.nodes):
-            name = getattr(n.target, "__name__", "")
-            if name == "_vmap_increment_nesting":
-                open_levels.append(n)
-            elif name == "_vmap_decrement_nesting" and open_levels:
-                self.graph.erase_node(n)
-                self.graph.erase_node(open_levels.pop())
-            elif name == "_add_batch_dim" and not n.users:
-                self._remove(n)
-            elif name == "lazy_load_decompositions":
-                loads.append(n)
-            else:
-                open_levels.clear()
-        if not any(getattr(n.target, "__name__", "") == "_vmap_increment_nesting" for n in self.graph.nodes):
-            for n in loads:
-                self.graph.erase_node(n)
-
 
 def _marked(like: fx.Node, call: fx.Node) -> None:
     """Let a call say that it comes from where another node does."""
     call.meta.update({k: like.meta[k] for k in _COPIED if k in like.meta})
-
-
-def _reached_by(n: fx.Node) -> dict[fx.Node, None]:
-    """A node and everything computed from it."""
-    found: dict[fx.Node, None] = {}
-    stack = [n]
-    while stack:
-        x = stack.pop()
-        if x not in found:
-            found[x] = None
-            stack += x.users
-    return found
 
 
 def _acts(n: fx.Node) -> bool:

@@ -13,7 +13,7 @@ transform or a constant of the trace changes. It is then traced, each time.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from attncc import torch_private
 from attncc.patterns.graph.operators import MEMORY, formula
+from attncc.torch_private.state import Modes, modes
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class _Step:
     value: _Looks | None
 
 
+def _values(found: Modes) -> Iterator[object]:
+    return (value for _, value in found)
+
+
 class _Unlike(Exception):
     """Not to be copied: an argument or a node depends on more than its looks."""
 
@@ -88,8 +93,8 @@ class Repeats:
         tensors: list[torch.Tensor] = []
         with torch_private.unobserved():
             try:
-                modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-                looks = (n.op, n.target, self._looks((args, kwargs), tensors), _layout(like), modes)
+                given = self._looks((args, kwargs), tensors)
+                looks = (n.op, n.target, given, _layout(like), torch.is_inference_mode_enabled(), *_values(modes()))
             except _Unlike:
                 looks = None
             if looks is not None and self._steps.get(looks):

@@ -14,12 +14,12 @@ from torch import fx
 
 from attncc.driver import capture, describe
 from attncc.driver.candidate import Candidate, Choice
-from attncc.driver.edit import EditError, Editor, source_text
+from attncc.driver.edit import Editor, source_text
 from attncc.driver.graph_edits import GraphEdits, copied
 from attncc.driver.selection import decide
 from attncc.driver.site_groups import Joint, together
 from attncc.driver.training import Training, runs_again, training_of
-from attncc.errors import unforeseen
+from attncc.errors import EditError, unforeseen
 from attncc.ir import Attention, Program, print_attention, print_linear, print_program
 from attncc.ir.expr import Expr, Size
 from attncc.kernels.build import build_all, built, optimise
@@ -33,7 +33,7 @@ from attncc.patterns.site.assemble import Lifted
 from attncc.patterns.site.program import SiteProgram, program_of
 from attncc.progress import step
 from attncc.report.model import Site
-from attncc.torch_private.state import preserved
+from attncc.torch_private.state import preserved, under, without_autocast
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Collected:
 
 collecting: ContextVar[Collected | None] = ContextVar("attncc_collecting", default=None)
 
+
 def rewrite(
     gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, edits: GraphEdits | None = None, *,
     measure: bool = True, recomputed: bool = False,
@@ -66,39 +67,52 @@ def rewrite(
 
     Nothing that goes wrong here costs the user the model: the graph then stays as it came, with a note."""
     edits = GraphEdits() if edits is None else edits
-    with preserved():
-        try:
-            step("reading the graph")
-            with _no_collection():
-                reading = capture.read(gm, inputs)
-            for body, arguments in reading.bodies:
-                again = recomputed or runs_again(gm, body)
-                rewrite(body, arguments, found, edits, measure=measure, recomputed=again)
-            with _no_collection():
+    try:
+        with preserved():
+            reading = _read(gm, inputs, found, edits, measure, recomputed)
+            with _no_collection(), without_autocast():
                 step("finding attention")
                 facts = reading.facts()
                 lifted = lift_all(facts)
-            if not lifted:
-                return gm
-        except Exception as error:
-            reason = unforeseen("reading a graph", error)
-            found.notes.append(f"a graph could not be read, Inductor compiles it as it is: {reason}")
-            return gm
-        settled: list[Site] = []
-        try:
-            training = training_of(reading, recomputed=recomputed)
-            graph = _edited(reading, facts, lifted, settled, len(found.sites), measure, training)
-            if collecting.get() is not None:
-                found.before.append(source_text(gm.graph))
-                found.after.append(source_text(graph))
-            edits.replace(gm, graph)
-        except Exception as error:
-            reason = f"editing the graph failed: {unforeseen('editing a graph', error)}"
-            found.notes.append(f"a graph is compiled as it is; {reason}")
-            found.sites += [left_alone(site, reason) for site in settled]
-            return gm
-    found.sites += settled
+            if lifted:
+                _fuse(gm, reading, facts, lifted, found, edits, measure, training_of(reading, recomputed=recomputed))
+    except Exception as error:
+        reason = unforeseen("reading a graph", error)
+        found.notes.append(f"a graph could not be read, Inductor compiles it as it is: {reason}")
     return gm
+
+
+def _read(
+    gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, edits: GraphEdits, measure: bool, recomputed: bool
+) -> capture.Reading:
+    """The shadow of a graph. The bodies in it, which have graphs of their own, are rewritten."""
+    step("reading the graph")
+    with _no_collection():
+        reading = capture.read(gm, inputs)
+    for body in reading.bodies:
+        with under(body.modes):
+            again = recomputed or runs_again(gm, body.module)
+            rewrite(body.module, body.arguments, found, edits, measure=measure, recomputed=again)
+    return reading
+
+
+def _fuse(
+    gm: fx.GraphModule, reading: capture.Reading, facts: Facts, lifted: list[Lifted | Refusal | Recognised],
+    found: Collected, edits: GraphEdits, measure: bool, training: Training,
+) -> None:  # fmt: skip
+    """Let an edited graph take the place of a module's. If that fails, its sites are recorded as kept."""
+    settled: list[Site] = []
+    try:
+        graph = _edited(reading, facts, lifted, settled, len(found.sites), measure, training)
+        if collecting.get() is not None:
+            found.before.append(source_text(gm.graph))
+            found.after.append(source_text(graph))
+        edits.replace(gm, graph)
+    except Exception as error:
+        reason = f"editing the graph failed: {unforeseen('editing a graph', error)}"
+        found.notes.append(f"a graph is compiled as it is; {reason}")
+        settled = [left_alone(site, reason) for site in settled]
+    found.sites += settled
 
 
 def left_alone(site: Site, reason: str) -> Site:

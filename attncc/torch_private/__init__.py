@@ -23,6 +23,8 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
+from attncc.torch_private.attention_patterns import guarded
+
 
 def fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     """The inputs as fake tensors of the mode that Dynamo traced with, symbolic dimensions included."""
@@ -146,6 +148,22 @@ def _can_be_made(tracer: Any, x: Any) -> bool:
     return x.func in _sympy_handlers() and pairs and all(_can_be_made(tracer, a) for a in x.args)
 
 
+ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+
+
+def enter_autocast(*settings: Any) -> Any:
+    """What a node of Dynamo's does where a region of autocast begins. A trace in progress notes it, and would leave it
+    at that."""
+    region: Any = torch.amp.autocast_mode._UnmanagedAutocast(*settings)
+    region.__enter__()
+    return region
+
+
+def exit_autocast(region: Any) -> None:
+    """The end of a region that `enter_autocast` began."""
+    region.__exit__(None, None, None)
+
+
 def inside_transform() -> bool:
     """Whether a level of `vmap`, `grad` or another transform is open."""
     return torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
@@ -240,7 +258,7 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) 
     """Inductor's compiled form of a Dynamo graph."""
     from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 - Inductor takes a second to import
 
-    compiled: Any = compile_fx(gm, list(inputs), config_patches=config or None)
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=guarded(config))
     return compiled
 
 

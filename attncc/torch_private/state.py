@@ -6,7 +6,7 @@ the kernels that SDPA may take. A run that fails in the middle of one leaves it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +69,9 @@ def _put_hooks(message: str | None) -> None:
         _C._autograd._saved_tensors_hooks_disable(message, False)
 
 
+_GRADIENTS = Setting("gradients", torch.is_grad_enabled, _C._set_grad_enabled)
+
+
 def _devices() -> list[str]:
     accelerator = torch.accelerator.current_accelerator()
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
@@ -106,7 +109,7 @@ def settings() -> tuple[Setting, ...]:
         Setting("forward-mode level", _dual_level_open, _put_dual_level),
         Setting("torch function modes", _C._len_torch_function_stack, _put_function_modes),
         Setting("inference mode", torch.is_inference_mode_enabled, grad_mode._enter_inference_mode),
-        Setting("gradients", torch.is_grad_enabled, _C._set_grad_enabled),
+        _GRADIENTS,
         Setting("forward-mode gradients", _C._is_fwd_grad_enabled, _C._set_fwd_grad_enabled),
         Setting("threads of the backward", _C._is_multithreading_enabled, _C._set_multithreading_enabled),
         Setting("replayed views", _C._is_view_replay_enabled, _C._set_view_replay_enabled),
@@ -130,6 +133,46 @@ def _deterministic() -> tuple[bool, bool]:
 
 def _put_deterministic(found: tuple[bool, bool]) -> None:
     torch.use_deterministic_algorithms(found[0], warn_only=found[1])
+
+
+Modes = Sequence[tuple[Setting, Any]]
+
+
+def modes() -> Modes:
+    """What decides dtypes and gradients here: autocast's settings and whether gradients are on."""
+    found = (*(x for device in _devices() for x in _autocast(device)), _GRADIENTS)
+    return [(setting, setting.read()) for setting in found]
+
+
+@contextmanager
+def under(given: Modes) -> Iterator[None]:
+    """Inside, what `modes` returned elsewhere holds."""
+    before = modes()
+    try:
+        for setting, value in given:
+            setting.put(value)
+        yield
+    finally:
+        for setting, value in before:
+            setting.put(value)
+
+
+def autocasts() -> bool:
+    """Whether autocast is on, for any device."""
+    return any(torch.is_autocast_enabled(device) for device in _devices())
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, operations compute in the dtypes that they are given."""
+    before = [(device, torch.is_autocast_enabled(device)) for device in _devices()]
+    try:
+        for device, _ in before:
+            torch.set_autocast_enabled(device, False)
+        yield
+    finally:
+        for device, on in before:
+            torch.set_autocast_enabled(device, on)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from attncc.patterns.reader.value import Reader
 
 COUNTED = [
     (build, "fold_predicates"), (build, "loop_bounds"), (build, "spanned"), (build.cpp, "emit"),
-    (backend, "split_axes"), (backend, "print_attention"), (describe, "area"), (describe, "draw"), (selection, "trial"),
+    (rewriting, "split_axes"), (backend, "print_attention"), (describe, "area"), (describe, "draw"), (selection, "trial"),
 ]  # fmt: skip
 
 
