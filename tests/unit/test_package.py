@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("passes", "codegen", "patterns", "runtime")
-INNER = ("bench", "cli", "driver", "frontends", "ir", "kernels", "report")
+INNER = ("bench", "cli", "driver", "frontends", "ir", "kernels", "report", "torch_private")
 
 
 @pytest.fixture(scope="module")
