@@ -6,12 +6,13 @@ The compiler itself is imported when it is asked for. The logger `attncc` report
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from attncc import errors as errors  # whose import sets up the logger
 from attncc.runtime import op as _op
+from attncc.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +21,10 @@ if TYPE_CHECKING:
     from attncc.driver.explanation import explain, explain_program
     from attncc.ir import Attention
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "backend", "explain", "explain_program"]
 
 _LAZY = {
-    "backend": ("attncc.driver.backend", "attncc_backend"),
+    "backend": ("attncc.dynamo", "attncc_backend"),
     "explain": ("attncc.driver.explanation", "explain"),
     "explain_program": ("attncc.driver.explanation", "explain_program"),
 }
@@ -57,4 +57,3 @@ class _Backward:
 
 
 _op.install(_build, _differentiable, _Backward())
-logging.getLogger(__name__).addHandler(logging.NullHandler())

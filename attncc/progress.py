@@ -6,6 +6,7 @@ terminal.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Timer
@@ -13,12 +14,14 @@ from threading import Timer
 from rich.console import Console
 from rich.text import Text
 
+_log = logging.getLogger(__name__)
 #: A stack, not a context variable: kernels may be built on threads, which do not inherit the context.
 _listeners: list[Callable[[str], None]] = []
 
 
 def step(text: str) -> None:
-    """Report that `text` is being done now, for example `building 3 of 6 kernels`."""
+    """Report that `text` is being done now, for example `building 3 of 6 kernels`, and log it."""
+    _log.debug("%s", text)
     if _listeners:
         _listeners[-1](text)
 

@@ -173,11 +173,11 @@ def _run_backward(
         leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
         outputs = differentiable(plan.attention, leaves, sizes)
         sources = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
-        kept = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-        if not kept:
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+        if not pairs:
             return [torch.zeros_like(x) for x in sources]
         found = torch.autograd.grad(
-            [o for o, _ in kept], sources, [g for _, g in kept], allow_unused=True, materialize_grads=True
+            [o for o, _ in pairs], sources, [g for _, g in pairs], allow_unused=True, materialize_grads=True
         )
     return _as_promised(found, tensors, wanted)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,15 +13,14 @@ from attncc.driver.graph_edits import GraphEdits
 from attncc.driver.options import options_of
 from attncc.driver.plain import plain
 from attncc.driver.rewriting import Collected, collecting, left_alone, rewrite
-from attncc.errors import unforeseen
+from attncc.errors import log, unforeseen
 from attncc.progress import step, waiting
+from attncc.runtime.recent import Recent
+from attncc.torch_private.compiling import trace_through_sdp_kernel
 
 __all__ = ["Collected", "attncc_backend", "collecting", "rewrite"]
 
-_said: set[str] = set()
-
-if "torch._dynamo" in sys.modules:  # as where a backend is looked up by its name; importing attncc alone stays light
-    torch_private.trace_through_sdp_kernel()
+_said = Recent[str, None](256)
 
 
 def attncc_backend(
@@ -38,7 +36,7 @@ def attncc_backend(
     run the edited graph as it is, and `measure=False` to fuse every site without measuring it against the model's own
     operations. Raises RuntimeError for an unknown mode or option."""
     chosen = options_of(mode, options)
-    torch_private.trace_through_sdp_kernel()  # for the frames to come, where it was not looked up by its name
+    trace_through_sdp_kernel(attncc_backend)  # for the frames to come, where this was not asked for by its name
     found, edits = Collected(), GraphEdits()
     with waiting():
         if not plain(gm):
@@ -78,5 +76,6 @@ def _compiled(
 
 def _say_once(note: str) -> None:
     if note not in _said:
-        _said.add(note)
+        _said[note] = None
+        log.warning("%s", note)
         warnings.warn(f"attncc: {note}", stacklevel=3)

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from attncc import torch_private
 from attncc.driver.backend import Collected, attncc_backend, collecting
 from attncc.ir import print_program
 from attncc.report.model import Report
+from attncc.torch_private.compiling import compiled_apart, trace_through_sdp_kernel
+from attncc.version import __version__
+
+
+class _Explaining:
+    """The backend of one explanation, which runs the edited graph as it is. No other compilation finds its results."""
+
+    compiler_fn = staticmethod(attncc_backend)
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+        return attncc_backend(gm, inputs, options={"inductor": False})
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Compile `model` for these arguments, run it once, and report on each softmax-like site.
 
-    The model runs as it is: in its own train or eval mode, with gradients if they are on. Raises what it raises."""
-    found = Collected()
+    The model runs as it is: in its own train or eval mode, with gradients if they are on. Raises what it raises. What
+    is compiled already, of this model too, stays compiled."""
+    found, backend = Collected(), _Explaining()
     token = collecting.set(found)
-    torch._dynamo.reset()
-    torch_private.trace_through_sdp_kernel()
+    trace_through_sdp_kernel(attncc_backend)
     before = torch_private.graph_breaks()
     try:
-        compiled = torch.compile(model, backend=attncc_backend, options={"inductor": False})
-        compiled(*args, **kwargs)
+        with compiled_apart(backend) as compiled:
+            compiled(model)(*args, **kwargs)
     finally:
         collecting.reset(token)
-        torch._dynamo.reset()
+    if not backend.graphs:
+        found.notes.append("Dynamo compiled nothing: the model ran as it is, and its attention is not seen")
     for reason, count in (torch_private.graph_breaks() - before).items():
         times = "" if count == 1 else f", {count} times"
         found.notes.append(f"a graph break{times}: {reason}; attention that runs outside the graphs is not seen")
@@ -54,5 +70,5 @@ def report(found: Collected) -> Report:
         graph_after="\n\n".join(found.after),
         notes=tuple(dict.fromkeys(found.notes)),
         stages=tuple((stage.made_by.name, print_program(stage.after)) for stage in found.stages),
-        versions={"attncc": version("attncc"), "torch": torch.__version__, "python": platform.python_version()},
+        versions={"attncc": __version__, "torch": torch.__version__, "python": platform.python_version()},
     )

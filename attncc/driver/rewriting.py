@@ -230,7 +230,7 @@ def _plans(joints: Iterable[Joint], facts: Facts, training: Training) -> dict[in
             program = program_of(sites, facts)
             final = _optimised(program, tuple(map(bool, learned)))
             attentions = [step.node for step in final.steps if isinstance(step.node, Attention)]
-            device = facts.value(sites[0].node).device.type
+            device = str(facts.value(sites[0].node).device)
             for site, a, own in zip(sites, attentions, learned, strict=True):
                 found[id(site)] = Plan(program, final, a, _text(a), device, own)
     return found

@@ -1,7 +1,8 @@
 """Never slower: a kernel takes a site only if it beats what the site would be without attncc.
 
 Measured on made-up data of the site's shapes, once for each attention, shape bucket and machine; the store remembers.
-A kernel that is faster than the site's two matrix products alone cannot lose, and then nothing else is compiled to be
+Slower by at most 3% counts as no slower: two runs of one kernel differ by as much (`attncc.runtime.measure.TIE`). A
+kernel that is as fast as the site's two matrix products alone cannot lose, and then nothing else is compiled to be
 compared with. Where gradients are wanted, backward is measured with it (`attncc.driver.training_selection`)."""
 
 from __future__ import annotations

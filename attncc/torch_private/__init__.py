@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
 from typing import Any
 
 import torch
@@ -197,37 +196,6 @@ def known_number(n: fx.Node) -> float | int | bool | None:
     if isinstance(value, torch.SymFloat | torch.SymInt | torch.SymBool) and value.node.has_hint():
         return guard_scalar(value)
     return None
-
-
-@cache
-def trace_through_sdp_kernel() -> None:
-    """Let Dynamo trace the deprecated `torch.backends.cuda.sdp_kernel` as the context manager that took its place. It
-    knows the new one and breaks the graph at the old, and then all that runs inside of it is not compiled."""
-    from torch._dynamo.trace_rules import get_torch_obj_rule_map  # noqa: PLC0415 - Dynamo takes a second to import
-    from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: PLC0415 - as above
-
-    rules, old = get_torch_obj_rule_map(), torch.backends.cuda.sdp_kernel
-    if old not in rules:  # another version may have a way of its own
-        return
-    del rules[old]
-
-    @torch.compiler.substitute_in_graph(old, skip_signature_check=True)
-    def _(
-        enable_flash: bool = True,
-        enable_math: bool = True,
-        enable_mem_efficient: bool = True,
-        enable_cudnn: bool = True,
-    ) -> Any:
-        chosen: list[SDPBackend] = []
-        if enable_flash:
-            chosen.append(SDPBackend.FLASH_ATTENTION)
-        if enable_mem_efficient:
-            chosen.append(SDPBackend.EFFICIENT_ATTENTION)
-        if enable_math:
-            chosen.append(SDPBackend.MATH)
-        if enable_cudnn:
-            chosen.append(SDPBackend.CUDNN_ATTENTION)
-        return sdpa_kernel(chosen)
 
 
 def ask_for_known_floats(gm: fx.GraphModule) -> None:

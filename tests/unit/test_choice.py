@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import attncc
 from attncc.driver import selection
+from attncc.runtime.measure import TIE
 
 
 class Windowed(torch.nn.Module):
@@ -37,3 +40,9 @@ def test_no_rival_is_set_up_whose_mask_or_scores_fill_a_gigabyte(
         report = attncc.explain(Windowed(by_hand), x)
     assert [s.status for s in report.sites] == ["fused"]
     assert f"not measured: {why}" in report.sites[0].reason
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_the_promise_is_what_the_code_allows(page: str) -> None:
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    assert f"at most {TIE:.0%} slower" in text

@@ -1,10 +1,14 @@
 """`import attncc` costs nothing: no Triton, no transformers, no compiler."""
 
+import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+
+import attncc
 
 HEAVY = ("triton", "transformers", "diffusers", "sentence_transformers")
 
@@ -62,3 +66,81 @@ def test_public_names_are_functions_whatever_came_first(first: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+CLONE = """
+import importlib.metadata
+try:
+    importlib.metadata.version("attncc")
+except importlib.metadata.PackageNotFoundError:
+    pass
+else:
+    raise AssertionError("attncc is installed here")
+import torch, attncc
+report = attncc.explain(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q), torch.randn(1, 2, 4, 8))
+assert len(report.sites) == 1 and report.versions["attncc"] == attncc.__version__
+"""
+
+
+def test_a_clone_that_was_never_installed_explains(tmp_path: Path) -> None:
+    """Everything that is installed here but attncc itself, which lies on the path."""
+    for package in Path(sysconfig.get_path("purelib")).iterdir():
+        if "attncc" not in package.name:
+            (tmp_path / package.name).symlink_to(package)
+    paths = [str(Path(attncc.__file__).parents[1]), str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-S", "-c", CLONE], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_saved_program_loads_with_attncc_alone(tmp_path: Path) -> None:
+    """One that was exported with its attention fused."""
+    made = """
+import sys, torch, attncc
+from torch import nn
+class Fused(nn.Module):
+    def forward(self, q):
+        return torch.ops.attncc.attention([q], [], SPEC)[0]
+SPEC = '''attention
+batch  b = 1, h = 2
+axis   i = 4, j = 4, d = 8, e = 8
+tensor q: f32[1, 2, 4, 8]
+q      q[b, h, i, d]
+k      q[b, h, j, d]
+v      q[b, h, j, e]
+score  s * 0.25
+mask   j <= i
+norm   softmax
+empty  zero
+weight w
+give   out
+dtype  f32
+'''
+torch.export.save(torch.export.export(Fused(), (torch.ones(1, 2, 4, 8),)), sys.argv[1])
+"""
+    loaded = """
+import sys, torch, attncc
+out = torch.export.load(sys.argv[1]).module()(torch.ones(1, 2, 4, 8))
+torch.testing.assert_close(out, torch.ones(1, 2, 4, 8))
+"""
+    for code in (made, loaded):
+        program = [sys.executable, "-c", code, str(tmp_path / "fused.pt2")]
+        done = subprocess.run(program, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_printed_and_the_log_has_a_name() -> None:
+    code = "import logging, attncc; logging.getLogger('attncc').error('silent where nobody listens')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_log_is_had_by_torchs_variable() -> None:
+    """`TORCH_LOGS=+attncc` shows what attncc does, step by step."""
+    code = (
+        "import torch, attncc\n"
+        "attncc.explain(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q), torch.randn(1, 2, 4, 8))"
+    )
+    env = {**os.environ, "TORCH_LOGS": "+attncc"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "finding attention" in done.stderr, done.stderr
