@@ -1,8 +1,8 @@
 """`attncc::attention`, the operator that compiled graphs hold: one opaque node an attention.
 
     attention(Tensor[] tensors, SymInt[] sizes, str spec) -> Tensor[]
-    attention_backward(Tensor[] grads, Tensor[] tensors, Tensor[] outputs, str kept, SymInt[] sizes, str spec,
-                       bool[] wanted) -> Tensor[]
+    attention_gradients(Tensor[] grads, Tensor[] tensors, Tensor[] outputs, str kept, SymInt[] sizes, str spec,
+                        bool[] wanted) -> Tensor[]
 
 `spec` is the canonical text of the attention, so the node says by itself what it computes: a graph cached on disk runs
 in a fresh process, and a cache sees every change. The kernel behind a spec is built at its first call on a device.
@@ -167,11 +167,16 @@ def _run_backward(
             known = installed.backward(plan_of(spec).attention, grads, tensors, given, sizes, wanted)
             if known is not None:
                 return _as_promised(known, tensors, wanted)
-    differentiable = _installed.differentiable
-    plan = plan_of(spec)
+    return _recomputed(grads, tensors, sizes, spec, wanted)
+
+
+def _recomputed(
+    grads: list[torch.Tensor], tensors: list[torch.Tensor], sizes: list[int], spec: str, wanted: list[bool]
+) -> list[torch.Tensor]:
+    """The same from the tensors alone."""
     with torch.inference_mode(False), torch.enable_grad(), _autograd_on():
         leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
-        outputs = differentiable(plan.attention, leaves, sizes)
+        outputs = _installed.differentiable(plan_of(spec).attention, leaves, sizes)
         sources = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         if not pairs:
@@ -234,7 +239,7 @@ class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportP
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[3:])
         tensors, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        found = iter(_attention_backward(grads, tensors, kept, ctx.kept, ctx.sizes, ctx.spec, wanted))
+        found = iter(_attention_gradients(grads, tensors, kept, ctx.kept, ctx.sizes, ctx.spec, wanted))
         return (None, None, None, *(next(found) if w else None for w in wanted))
 
 
@@ -273,7 +278,7 @@ def _mapped_backward(
     outputs: list[torch.Tensor], kept: str, sizes: list[int], spec: str, wanted: list[bool],
 ) -> tuple[list[torch.Tensor], list[int]]:  # fmt: skip
     lists = [(dims[0], grads), (dims[1], tensors), (dims[2], outputs)]
-    return _stacked(info.batch_size, lists, lambda of: _attention_backward(*of, kept, sizes, spec, wanted))
+    return _stacked(info.batch_size, lists, lambda of: _attention_gradients(*of, kept, sizes, spec, wanted))
 
 
 def _stacked(
@@ -299,16 +304,22 @@ _library = _torch_library.Library("attncc", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library.define("attention(Tensor[] tensors, SymInt[] sizes, str spec) -> Tensor[]", tags=_TAGS)
 _library.define(
-    "attention_backward(Tensor[] grads, Tensor[] tensors, Tensor[] outputs, str kept, SymInt[] sizes, str spec,"
+    "attention_gradients(Tensor[] grads, Tensor[] tensors, Tensor[] outputs, str kept, SymInt[] sizes, str spec,"
     " bool[] wanted) -> Tensor[]",
     tags=_TAGS,
 )
+#: What graphs call that Inductor cached on disk before outputs were kept.
+_library.define(
+    "attention_backward(Tensor[] grads, Tensor[] tensors, SymInt[] sizes, str spec, bool[] wanted) -> Tensor[]",
+    tags=_TAGS,
+)
 _attention: Any = torch.ops.attncc.attention.default
-_attention_backward: Any = torch.ops.attncc.attention_backward.default
+_attention_gradients: Any = torch.ops.attncc.attention_gradients.default
 _library.impl("attention", _run, "CompositeExplicitAutograd")
 _library.impl("attention", _with_autograd, "Autograd", with_keyset=True)
-_library.impl("attention_backward", _run_backward, "CompositeExplicitAutograd")
+_library.impl("attention_gradients", _run_backward, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _recomputed, "CompositeExplicitAutograd")
 _torch_library.register_fake(_attention, _fake, lib=_library)
-_torch_library.register_fake(_attention_backward, _fake_backward, lib=_library)
+_torch_library.register_fake(_attention_gradients, _fake_backward, lib=_library)
 _torch_library.register_vmap(_attention, _mapped, lib=_library)
-_torch_library.register_vmap(_attention_backward, _mapped_backward, lib=_library)
+_torch_library.register_vmap(_attention_gradients, _mapped_backward, lib=_library)

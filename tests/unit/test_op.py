@@ -146,7 +146,7 @@ def test_the_gradient_operator_runs_where_autograd_is_shut_out() -> None:
     out = torch.ones(2, 4, 5, 6)
 
     def backward() -> list[torch.Tensor]:
-        return torch.ops.attncc.attention_backward(
+        return torch.ops.attncc.attention_gradients(
             [out], [q, k, v, bias, length], [], "", [2, 5, 7], PLAIN, [True, False, True, False, False]
         )
 
@@ -156,6 +156,17 @@ def test_the_gradient_operator_runs_where_autograd_is_shut_out() -> None:
         torch.testing.assert_close(backward(), list(want))
     with torch.inference_mode():
         torch.testing.assert_close(backward(), list(want))
+
+
+def test_graphs_that_were_cached_before_outputs_were_kept_still_run() -> None:
+    q, k, v, bias, length = inputs()
+    leaves = [q.clone().requires_grad_(), k, v, bias, length]
+    (want,) = torch.autograd.grad(reference(leaves)[0].sum(), leaves[:1])
+    wanted = [True, False, False, False, False]
+    (got,) = torch.ops.attncc.attention_backward(
+        [torch.ones(2, 4, 5, 6)], [q, k, v, bias, length], [2, 5, 7], PLAIN, wanted
+    )
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 7), (2, 0, 7), (2, 5, 0)])
