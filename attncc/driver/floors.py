@@ -62,7 +62,9 @@ def products(
         shape = (count, extent(row.extent, table), extent(column.extent, table))
         return torch.randn(shape, device=source.device).to(source.dtype)
 
-    q, k, v = dense(a.q.tensor, a.i, a.d), dense(a.k.tensor, a.j, a.d), dense(a.v.tensor, a.j, a.e)
+    given = dense(a.q.tensor, a.i, a.d), dense(a.k.tensor, a.j, a.d), dense(a.v.tensor, a.j, a.e)
+    smallest = min((x.dtype for x in given), key=lambda dtype: dtype.itemsize)  # they may differ under autocast
+    q, k, v = (x.to(smallest) for x in given)
     weights = torch.bmm(q, k.transpose(1, 2))
     out = torch.bmm(weights, v)
 

@@ -17,13 +17,13 @@ from attncc.patterns.reader.value import Reader
 
 COUNTED = [
     (build, "fold_predicates"), (build, "loop_bounds"), (build, "spanned"), (build.cpp, "emit"),
-    (rewriting, "split_axes"), (backend, "print_attention"), (describe, "area"), (describe, "draw"), (selection, "trial"),
+    (rewriting, "standard"), (rewriting, "print_attention"), (describe, "area"), (describe, "draw"), (selection, "trial"),
 ]  # fmt: skip
 
 
 def work(layers: int, implementation: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each analysis ran for a model of so many layers, in a process that has seen nothing yet."""
-    for cached in (build.built, build.optimise, rewriting._planned, describe.extent_of):
+    for cached in (build.built, build.optimise, rewriting._run_passes, rewriting._text, describe.extent_of):
         cached.cache_clear()
     selection._decided.clear()
     counts: Counter[str] = Counter()
