@@ -31,7 +31,6 @@ from attncc.ir.build import (
 from attncc.ir.expr import Const, Expr, Kind
 from attncc.patterns.graph.operators import argument, has_argument, op_name, takes_tensors
 from attncc.patterns.reader import activations
-from attncc.patterns.reader.narrow import takes
 from attncc.patterns.reader.size_arithmetic import number
 from attncc.patterns.reader.view_ops import Point, broadcast
 
@@ -46,8 +45,7 @@ def operand(r: Reader, n: fx.Node, x: Any, at: Point) -> Expr | None:
     """An argument of `n` at the point: a tensor broadcast to the result, or a number, which sizes may decide."""
     if isinstance(x, fx.Node) and r.facts.is_tensor(x):
         return r.value_at(x, broadcast(r.facts, x, at), r.facts.order[n])
-    found = number(r.facts, x)
-    return found if found is not None and takes(r.facts, n, found) else None
+    return number(r.facts, x)
 
 
 def _together(*xs: Expr) -> tuple[Expr, ...]:
