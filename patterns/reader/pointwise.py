@@ -154,10 +154,16 @@ def _clamp(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     return x
 
 
+def _square(x: Expr) -> Expr:
+    return activations.square(cast(x, "int") if x.kind == "bool" else x)
+
+
 def _pow(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     args = _args(r, n, at, 2)
-    if args is None or args[0].kind == "bool" or (args[0].kind == "int" and args[1].kind == "int"):
+    if args is None or args[0].kind == "bool":
         return None
+    if args[0].kind == "int" and args[1].kind == "int":
+        return mul(args[0], args[0]) if args[1] is const(2) else None
     base, power = (cast(a, "float") for a in args)
     if isinstance(power, Const) and power.value == 2.0:
         return activations.square(base)
@@ -314,7 +320,7 @@ _RULES: dict[str, Rule] = {
     "expm1": _unary(lambda x: sub(op("exp", x), const(1.0))), "relu6": _unary(lambda x: activations.clipped(x, 0, 6)),
     "hardtanh": _activation(activations.clipped, "min_val", "max_val"),
     "sign": _unary(activations.sign, floats=False), "sgn": _unary(activations.sign, floats=False),
-    "square": _unary(activations.square),
+    "square": _unary(_square, floats=False),
     **{name: _unary(_named(name)) for name in
        ("exp", "log", "log1p", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "floor", "ceil", "round", "sin", "cos")},
     "isnan": _unary(_named("isnan")), "special_expit": _unary(_named("sigmoid")),

@@ -9,14 +9,22 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from attncc.ir.affine import simplify
+from attncc.ir.attention import DTYPES
+from attncc.ir.build import cast
 from attncc.ir.expr import Const, Expr, Load, Op, Size, walk
 from attncc.patterns.graph.facts import Facts
+from attncc.patterns.graph.operators import op_name
+from attncc.patterns.reader.pointwise import ELEMENTS, operand
+from attncc.patterns.reader.view_ops import Point
+
+if TYPE_CHECKING:
+    from attncc.patterns.reader.value import Reader
 
 Range = tuple[float, float]  # of Python integers, or infinite
 
@@ -27,15 +35,32 @@ _HOLDS: dict[torch.dtype, Range] = {
     dtype: (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32)
 }
+_OPERANDS = ("other", "min", "max", "value")
+#: Operations that make an integer of a float as the IR does, by cutting off its fraction.
+_CONVERSIONS = {"to", "_to_copy", "type_as", "copy"}
 _EXACT = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "min": min, "max": max}
 
 
-def narrow(dtype: torch.dtype) -> bool:
-    """Whether arithmetic of a dtype may wrap where that of the IR does not."""
-    return dtype in _HOLDS
+def wraps(r: Reader, n: fx.Node, x: Expr, at: Point) -> bool:
+    """Whether `x`, what an operation gives of its operands, may be another number in the integers that the model
+    computes in. A graph of scalars has no tensor to load instead, and its indices are 32 bits wide: there, a 32-bit
+    integer is taken to fit."""
+    f = r.facts
+    if _through_floats(f, n, x):
+        return True
+    held, used = f.dtype(n), _computed_in(f, n)
+    if r.given:
+        held, used = (None if dtype is torch.int32 else dtype for dtype in (held, used))
+    if held is not None and not _fits(f, cast(x, DTYPES[f.dtype_name(n) or "i64"][0]), held, r.extents):
+        return True
+    if used is None or n.target not in ELEMENTS:
+        return False
+    given: list[Any] = [*n.args, *(y for name, y in n.kwargs.items() if name in _OPERANDS)]
+    operands = [operand(r, n, y, at) for y in given if not f.is_tensor(y) or f.dtype(y) != used]
+    return any(y is not None and y.kind == "int" and not _fits(f, y, used, r.extents) for y in operands)
 
 
-def fits(f: Facts, x: Expr, dtype: torch.dtype, extents: Mapping[Expr, Expr]) -> bool:
+def _fits(f: Facts, x: Expr, dtype: torch.dtype, extents: Mapping[Expr, Expr]) -> bool:
     """Whether a dtype holds every value of an integer."""
     if dtype not in _HOLDS or x.kind == "bool":
         return True
@@ -47,7 +72,13 @@ def fits(f: Facts, x: Expr, dtype: torch.dtype, extents: Mapping[Expr, Expr]) ->
     return False
 
 
-def computed_in(f: Facts, n: fx.Node) -> torch.dtype | None:
+def _through_floats(f: Facts, n: fx.Node, x: Expr) -> bool:
+    """Whether `x` computes in floats what an operation computes in integers, which not every integer survives."""
+    computed = isinstance(x, Op) and x.kind == "float" and op_name(n).rstrip("_") not in _CONVERSIONS
+    return computed and _is_integer(f.dtype(n))
+
+
+def _computed_in(f: Facts, n: fx.Node) -> torch.dtype | None:
     """The narrow dtype that an operation on integers casts its operands to; None where it is a wide one."""
     ranked: dict[bool, list[torch.dtype]] = {True: [], False: []}  # tensors without dimensions come second
     for x in n.all_input_nodes:
@@ -62,11 +93,6 @@ def computed_in(f: Facts, n: fx.Node) -> torch.dtype | None:
     for other in found[1:]:
         dtype = torch.promote_types(dtype, other)
     return dtype if dtype in _HOLDS else None
-
-
-def numbers_of(n: fx.Node) -> list[Any]:
-    """The operands of an operation on elements, tensors and numbers."""
-    return [*n.args, *(x for name, x in n.kwargs.items() if name in ("other", "min", "max", "value"))]
 
 
 def _is_integer(dtype: torch.dtype) -> bool:
@@ -104,7 +130,7 @@ def _of(f: Facts, x: Expr, known: Mapping[Expr, Range], extents: Mapping[Expr, E
             return min(known[a][0], known[b][0]), max(known[a][1], known[b][1])
         case Op("mod", (a, Const(by))) if by > 0:
             low, high = known[a]
-            return (low, high) if 0 <= low and high < by else (0, int(by) - 1)
+            return (low, high) if low >= 0 and high < by else (0, int(by) - 1)
         case Op("floordiv" | "truncdiv", (a, Const(by))) if by > 0 and 0 <= known[a][0] <= known[a][1] < _ALL[1]:
             return int(known[a][0]) // int(by), int(known[a][1]) // int(by)
         case Op("floordiv" | "truncdiv", (a, b)) if known[b][0] > 0:

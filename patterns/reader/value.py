@@ -22,8 +22,8 @@ from attncc.patterns.graph.operators import hint, written_args
 from attncc.patterns.reader.assumptions import Context, Reach
 from attncc.patterns.reader.contractions import DOT, ROUNDED, Contraction, contraction
 from attncc.patterns.reader.creation import SOURCES
-from attncc.patterns.reader.pointwise import ELEMENTS, operand
-from attncc.patterns.reader.ranges import computed_in, fits, numbers_of
+from attncc.patterns.reader.pointwise import ELEMENTS
+from attncc.patterns.reader.ranges import wraps
 from attncc.patterns.reader.relative import by_distance
 from attncc.patterns.reader.view_ops import Point, move
 from attncc.patterns.reader.writes import Place, place
@@ -215,7 +215,7 @@ class Reader:
             view = f.aliases(n, source)
             value = self.value_at(source, index, when if view else f.order[n])
             return None if not view and self._lies_better(value, at) else value
-        inputs = [f.dtype(a) for a in n.all_input_nodes if f.is_tensor(a)]
+        inputs = [f.dtype(a) for a in n.all_input_nodes if f.is_tensor(a) and f.dtype(a) != torch.bool]
         if f.dtype(n) == torch.float64 and any(dtype != torch.float64 for dtype in inputs):
             return None
         product = contraction(f, n)
@@ -224,7 +224,11 @@ class Reader:
             return product.value(self, at) if spread is None else self._typed(n, spread)
         rule = ELEMENTS.get(n.target) or SOURCES.get(n.target)
         result = None if rule is None else rule(self, n, at)
-        return None if result is None or self._wraps(n, result, at) else self._typed(n, result)
+        if result is None or not wraps(self, n, result, at):
+            return None if result is None else self._typed(n, result)
+        if self.given:
+            self.lost = self.lost or Unreadable(n, f"arithmetic of {f.dtype(n)} that may wrap")
+        return None
 
     def _spread(self, product: Contraction, at: Point) -> Expr | None:
         """The other factor of a product of one term a sum whose one factor is all ones: that is how some models bring
@@ -235,22 +239,6 @@ class Reader:
         sides = list(zip((product.lhs, product.rhs), product.maps(at, ZERO), strict=True))
         values = [self.value_at(n, x, when) for n, x in sides]
         return values[1] if values[0] is one else values[0] if values[1] is one else None
-
-    def _wraps(self, n: fx.Node, x: Expr, at: Point) -> bool:
-        """Whether `x`, what an operation gives of its operands, may be another number in the narrow integers that the
-        model computes in. A graph of scalars has no tensor to load instead, and its indices are 32 bits wide: there, a
-        32-bit integer is taken to fit."""
-        f = self.facts
-        held, used = f.dtype(n), computed_in(f, n)
-        if self.given:
-            held, used = (None if dtype is torch.int32 else dtype for dtype in (held, used))
-        fit = held is None or fits(f, cast(x, DTYPES[f.dtype_name(n) or "i64"][0]), held, self.extents)
-        if fit and used is not None and n.target in ELEMENTS:
-            operands = [operand(self, n, y, at) for y in numbers_of(n) if not f.is_tensor(y) or f.dtype(y) != used]
-            fit = all(y is None or y.kind != "int" or fits(f, y, used, self.extents) for y in operands)
-        if not fit:
-            self.lost = self.lost or Unreadable(n, f"arithmetic of {held} that may wrap")
-        return not fit
 
     def _typed(self, n: fx.Node, x: Expr) -> Expr:
         """`x` as the node's dtype holds it: kinds cast, narrow floats rounded where an op computed something."""

@@ -105,7 +105,7 @@ def _scalar(r: Reader, n: fx.Node, function: Any, given: tuple[Expr, ...], extra
             return None
         held = captured.get(x.tensor)
         if held is None:
-            raise Unreadable(n, f"its {name} computes {_spelled(inner, x)}, which has no rule")
+            raise reader.lost or Unreadable(n, f"its {name} computes {_spelled(inner, x)}, which has no rule")
         return r.value_at(held, x.index, r.use)
 
     return rewrite(rewrite(value, outside), lambda x: stored(r.facts, x, r.use, r.extents))
