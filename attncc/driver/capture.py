@@ -25,7 +25,8 @@ from attncc.patterns.softmax.flex import FLEX
 
 @dataclass
 class Reading:
-    """The shadow of a Dynamo graph and how the two correspond."""
+    """The shadow of a Dynamo graph and how the two correspond. `graded` are the shadow's inputs that require gradients,
+    `off` what it computes while gradients are off."""
 
     graph: fx.Graph
     shadow: fx.GraphModule
@@ -33,6 +34,8 @@ class Reading:
     owner: dict[fx.Node, fx.Node] = field(default_factory=dict)
     results: dict[fx.Node, Any] = field(default_factory=dict)
     bodies: list[tuple[fx.GraphModule, list[Any]]] = field(default_factory=list)
+    graded: frozenset[fx.Node] = frozenset()
+    off: frozenset[fx.Node] = frozenset()
 
     def over(self, graph: fx.Graph, nodes: Mapping[fx.Node, fx.Node]) -> Reading:
         """The same for a copy of the Dynamo graph, given the copy of each node."""
@@ -52,7 +55,9 @@ class Reading:
             if isinstance(value, torch.Tensor):
                 dtypes[shadow] = value.dtype
         learned = {s for s, n in self.origin.items() if isinstance(n.meta.get("example_value"), torch.nn.Parameter)}
-        return Facts(self.shadow.graph, dtypes, frozenset(learned))
+        called = (s for s in self.owner if s.op == "call_function")
+        graded = frozenset[fx.Node]() if self.off.issuperset(called) else self.graded
+        return Facts(self.shadow.graph, dtypes, frozenset(learned), graded, self.off)
 
     @property
     def uses_autocast(self) -> bool:
@@ -78,9 +83,10 @@ class _Shadow(fx.Interpreter):
         self.made: list[tuple[fx.Node, list[str]]] = []  # names: the traced graph loses nodes when it is cleaned up
         self.parts: dict[fx.Node, Any] = {}
         self.bodies: list[tuple[fx.GraphModule, list[Any]]] = []
+        self.off: list[str] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        last = self._last()
+        last, off = self._last(), not torch.is_grad_enabled()
         result = self._run(n)
         made = torch_private.traced_node(result)
         if made is None and n.op == "call_function" and isinstance(result, FakeTensor):  # out of a `torch.vmap`
@@ -91,6 +97,7 @@ class _Shadow(fx.Interpreter):
         if isinstance(result, tuple | list):
             self.parts[n] = [torch_private.traced_node(x) for x in result]
         self.made.append((n, self._since(last)))
+        self.off += self.made[-1][1] if off else []
         return result
 
     def _run(self, n: fx.Node) -> Any:
@@ -150,4 +157,20 @@ def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
         reading.owner |= {names[name]: node for name in made if name in names}
     for node, parts in shadow.parts.items():
         reading.results[node] = [None if p is None else names.get(p.name) for p in parts]
+    reading.off = frozenset(names[name] for name in shadow.off if name in names)
+    given = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    wanted = dict(zip(given, inputs, strict=False))
+    reading.graded = frozenset(n for n in traced.graph.nodes if _requires_grad(reading, n, wanted.get(n)))
     return reading
+
+
+def _requires_grad(reading: Reading, n: fx.Node, given: Any) -> bool:
+    """Whether a node of the shadow is an input, or stands for what a higher-order operator gives, that gradients are
+    wanted of."""
+    if n.op == "call_function" and n.target is not torch.ops.aten.empty_strided.default:
+        return False
+    origin = reading.origin.get(n)
+    value = given if origin is None else origin.meta.get("example_value", given)
+    if n.op == "get_attr" and value is None:
+        value = getattr(reading.shadow, str(n.target), None)
+    return isinstance(value, torch.Tensor) and value.requires_grad

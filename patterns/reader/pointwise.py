@@ -29,6 +29,7 @@ from attncc.ir.build import (
     where,
 )  # fmt: skip
 from attncc.ir.expr import Const, Expr, Kind
+from attncc.ir.gradients import with_plain_ties
 from attncc.patterns.graph.operators import argument, has_argument, op_name, takes_tensors
 from attncc.patterns.reader import activations
 from attncc.patterns.reader.size_arithmetic import number
@@ -142,7 +143,7 @@ def _dropout(r: Reader, n: fx.Node, at: Point) -> Expr | None:
 
 def _clamp(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     x = operand(r, n, n.args[0], at)
-    for name, f in (("min", maximum), ("max", minimum)):
+    for name, bounded in (("min", "maxfirst"), ("max", "minfirst")):
         try:
             limit = argument(n, name)
         except KeyError:
@@ -150,8 +151,13 @@ def _clamp(r: Reader, n: fx.Node, at: Point) -> Expr | None:
         if limit is None or x is None:
             continue
         bound = operand(r, n, limit, at)
-        x = None if bound is None else f(*_numbers(x, bound))
+        x = None if bound is None else _bounded(r, n, bounded, *_numbers(x, bound))
     return x
+
+
+def _bounded(r: Reader, n: fx.Node, name: str, a: Expr, b: Expr) -> Expr:
+    """The minimum or maximum of two numbers, that of the first at a tie where gradients flow."""
+    return op(name if r.followed(n) and a.kind == "float" else name.removesuffix("first"), a, b)
 
 
 def _square(x: Expr) -> Expr:
@@ -200,12 +206,15 @@ def _nan_to_num(r: Reader, n: fx.Node, at: Point) -> Expr | None:
     if argument(n, "posinf") is not None or argument(n, "neginf") is not None:
         return None
     limits, nan = torch.finfo(r.facts.dtype(n)), argument(n, "nan")
-    finite = maximum(minimum(x, const(limits.max)), const(limits.min))
+    finite = _bounded(r, n, "maxfirst", _bounded(r, n, "minfirst", x, const(limits.max)), const(limits.min))
     return where(op("isnan", x), const(float(nan or 0.0)), finite)
 
 
-def _relu(x: Expr) -> Expr:
-    return maximum(x, const(0 if x.kind == "int" else 0.0))
+def _relu(r: Reader, n: fx.Node, at: Point) -> Expr | None:
+    x = operand(r, n, n.args[0], at)
+    if x is None or not r.followed(n):
+        return None if x is None else maximum(x, cast(ZERO, x.kind))
+    return _bounded(r, n, "maxfirst", cast(ZERO, x.kind), x)
 
 
 def _fill(r: Reader, n: fx.Node, at: Point) -> Expr | None:
@@ -246,9 +255,10 @@ def _activation(f: Callable[..., Expr], *settings: str) -> Rule:
         if x is None or any(not isinstance(g, int | float | str) for g in given):
             return None
         try:
-            return f(cast(x, "float"), *given)
+            value = f(cast(x, "float"), *given)
         except ZeroDivisionError:  # by a `beta` of zero
             return None
+        return value if r.followed(n) else with_plain_ties(value)
 
     return rule
 
@@ -313,11 +323,12 @@ _RULES: dict[str, Rule] = {
     "floor_divide": _integers("floordiv"), "remainder": _integers("mod"),
     "neg": _unary(lambda x: op("neg", x), floats=False), "abs": _unary(lambda x: op("abs", x), floats=False),
     "minimum": _binary(minimum), "maximum": _binary(maximum),
-    "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp, "relu": _unary(_relu, floats=False),
+    "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp, "relu": _relu,
     "pow": _pow, "clip": _clamp, "prelu": _prelu, "addcmul": _addcmul("mul"), "addcdiv": _addcmul("div"),
     **{f.__name__: _activation(f, *settings) for f, settings in _ACTIVATIONS.items()},
     "log2": _unary(lambda x: activations.logarithm(2.0, x)), "log10": _unary(lambda x: activations.logarithm(10.0, x)),
-    "expm1": _unary(lambda x: sub(op("exp", x), const(1.0))), "relu6": _unary(lambda x: activations.clipped(x, 0, 6)),
+    "expm1": _unary(lambda x: sub(op("exp", x), const(1.0))),
+    "relu6": _activation(lambda x: activations.clipped(x, 0, 6)),
     "hardtanh": _activation(activations.clipped, "min_val", "max_val"),
     "sign": _unary(activations.sign, floats=False), "sgn": _unary(activations.sign, floats=False),
     "square": _unary(_square, floats=False),

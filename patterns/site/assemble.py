@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import fx
@@ -16,10 +17,12 @@ from attncc.ir.verify import verify
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import hint
 from attncc.patterns.graph.strides import noticed, order_in_memory
+from attncc.patterns.reader.assumptions import Reach
 from attncc.patterns.reader.contractions import contraction
 from attncc.patterns.reader.value import Unreadable
 from attncc.patterns.reader.view_ops import Point
-from attncc.patterns.site.masks import hides_by_score, split_mask
+from attncc.patterns.site.flow import settled
+from attncc.patterns.site.masks import Masked, hides_by_score, split_mask
 from attncc.patterns.site.operands import Source
 
 
@@ -95,7 +98,8 @@ class Lifted:
     (*batch, i, e), permuted by `order` and viewed in the shape of `node`, is its value. `escapes` are users of the
     weights other than the product with the values. `lse` says where the model has the logarithm of the sums of
     exponentials, if it uses them; a row that sees no key then has `floor`, where the model's masks are finite. Axes of
-    the output that are `summed` are summed over first. Several sites with one `node` add up to it."""
+    the output that are `summed` are summed over first. Several sites with one `node` add up to it. No gradient flows
+    into the tensors that are `stopped`."""
 
     attention: Attention
     node: fx.Node
@@ -110,6 +114,7 @@ class Lifted:
     summed: tuple[int, ...] = ()
     floor: float | None = None
     piece: Piece | None = None
+    stopped: frozenset[fx.Node] = frozenset()
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -120,13 +125,15 @@ class Lifted:
 def assemble(
     p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, ...] = (), lse: Lse | None = None
 ) -> Lifted:
-    """The verified attention that `p` describes, with its place in the graph."""
+    """The verified attention that `p` describes, with its place in the graph. Raises Unreadable and VerifyError."""
+    p, flow = settled(p, node, lse)
     own = [x for x in p.out if x is not ZERO and x is not p.i and x is not p.e]
     batch = [*own, *p.summed]
     names = {x: Index(f"b{n}") for n, x in enumerate(batch)}
     names |= {p.j: Index("j"), p.d: Index("d")}
     names |= {x: Index(n) for x, n in ((p.i, "i"), (p.e, "e")) if x is not None}
-    masked = split_mask(p.score, half=p.half, infinite_empty=p.empty)
+    watched = partial(flow.of, by_name=p.facts.by_name)
+    masked = split_mask(p.score, half=p.half, infinite_empty=p.empty, watched=watched)
     if hides_by_score(masked.score):
         raise Unreadable(anchor, "which keys are hidden depends on the scores themselves, which a mask cannot say")
     mask = and_(masked.mask, p.mask)
@@ -161,10 +168,29 @@ def assemble(
     absent = [n for n in range(len(own) + 2) if n not in positions.values()]  # one query, or one channel
     order = [positions[x] if x is not ZERO else absent.pop(0) for x in p.out if x is not ZERO or absent]
     order += absent
+    attention = replace(attention, slope=_slope(attention, masked, anchor))
     return Lifted(
         verify(attention), node, anchor, tuple(renamer.nodes), tuple(renamer.dtypes), sizes, factors, tuple(order),
-        escapes, lse, tuple(range(len(own), len(batch))), masked.floor,
+        escapes, lse, tuple(range(len(own), len(batch))), masked.floor, stopped=flow.stopped,
     )  # fmt: skip
+
+
+def _slope(a: Attention, masked: Masked, at: fx.Node) -> float:
+    """By how much the scores of a row that sees nothing move its weights. Raises Unreadable where the IR cannot say."""
+    slopes = masked.slopes - {0.0} if len(masked.slopes) == 1 else masked.slopes
+    if not slopes or a.empty != "mean" or sees_itself(a):
+        return 0.0
+    if len(slopes) > 1:
+        raise Unreadable(at, "rows whose keys are all hidden pass gradients to one part of their scores alone")
+    if "lse" in a.outputs:
+        raise Unreadable(at, "rows whose keys are all hidden have sums with gradients of their own")
+    return next(iter(slopes))
+
+
+def sees_itself(a: Attention) -> bool:
+    """Whether each query sees the key at its own place."""
+    reach = Reach({x.index: x.extent for x in a.axes})
+    return a.i.extent is a.j.extent and reach.proves((), substitute(a.mask, {a.j.index: a.i.index}))
 
 
 def _not_hidden_by_data(p: Parts, x: Expr) -> Expr:

@@ -28,7 +28,7 @@ from attncc.patterns.reader.contractions import DOT, Contraction, contraction, f
 from attncc.patterns.reader.pointwise import operand
 from attncc.patterns.reader.sums_of_products import SUMS
 from attncc.patterns.reader.value import Reader
-from attncc.patterns.reader.view_ops import Point, broadcast
+from attncc.patterns.reader.view_ops import Point, broadcast, stops
 from attncc.patterns.site.frames import Frame
 from attncc.patterns.site.materialised import einsum, summed
 from attncc.patterns.site.products import Product, products
@@ -330,7 +330,7 @@ class _Taker:
         while n.target is aten.add.Tensor and argument(n, "alpha") == 1 and all(f.is_tensor(x) for x in n.args):
             sides: list[tuple[fx.Node, Point]] = [(x, broadcast(f, x, at)) for x in n.all_input_nodes]
             held = [self.holds(r.value_at(x, p, f.order[n])) for x, p in sides]
-            if sorted(held) != [False, True] or f.writes(n, f.order[n], when):
+            if sorted(held) != [False, True] or f.writes(n, f.order[n], when) or any(stops(f, n, x) for x, _ in sides):
                 break
             found.append(sides[held.index(False)])
             n, at = sides[held.index(True)]

@@ -31,7 +31,7 @@ from attncc.patterns.graph.operators import argument, has_argument, scaled_by
 from attncc.patterns.reader.assumptions import Context, Reach
 from attncc.patterns.reader.contractions import DOT, Contraction, contraction
 from attncc.patterns.reader.value import Reader, Unreadable
-from attncc.patterns.reader.view_ops import Move, Point, move
+from attncc.patterns.reader.view_ops import Move, Point, move, stops
 from attncc.patterns.reader.writes import Place
 from attncc.patterns.refusals.reasons import of_scores
 from attncc.patterns.site.frames import Frame
@@ -362,10 +362,12 @@ def _chain(
         yield step
         n, at, scale = step.node, step.at, step.scale
         padded = n.target in _PADS
-        found = _below_pad(f, n, at, extents) if padded else move(f, n, at, extents)
+        found = _below_pad(f, n, at, extents) if padded else move(f, n, at, extents, crossing=True)
         if found is None and (factor := scaled_by(n)) is not None:
             found, scale = (n.all_input_nodes[0], at), scale * factor
         if found is None or f.dtype(found[0]) != f.dtype(n) or f.writes(found[0], f.order[n], use):
+            return
+        if f.watched(use) and stops(f, n, found[0]):
             return
         n, at = found
         step = _Step(n, at if known is None else tuple(map(known, at)), scale, padded)
