@@ -218,7 +218,8 @@ class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportP
         with _C._AutoDispatchBelowAutograd():
             outputs = tuple(_attention.redispatch(keys, tensors, sizes, spec))
         kept = _installed.kept(plan_of(spec).attention) or ()
-        ctx.save_for_backward(*tensors, *(outputs[at] for at in kept))
+        normal = (t.clone() if t.is_inference() else t for t in tensors)
+        ctx.save_for_backward(*normal, *(outputs[at] for at in kept))
         ctx.sizes, ctx.spec, ctx.count = sizes, spec, len(tensors)
         return outputs
 

@@ -26,7 +26,7 @@ from attncc.patterns.softmax.flex import FLEX
 @dataclass
 class Reading:
     """The shadow of a Dynamo graph and how the two correspond. `graded` are the shadow's inputs that require gradients,
-    `off` what it computes while gradients are off."""
+    `off` the nodes of both that run while gradients are off."""
 
     graph: fx.Graph
     shadow: fx.GraphModule
@@ -45,6 +45,7 @@ class Reading:
             origin={shadow: nodes[n] for shadow, n in self.origin.items()},
             owner={shadow: nodes[n] for shadow, n in self.owner.items()},
             results={nodes[n]: parts for n, parts in self.results.items()},
+            off=frozenset(nodes.get(n, n) for n in self.off),
         )
 
     def facts(self) -> Facts:
@@ -83,7 +84,7 @@ class _Shadow(fx.Interpreter):
         self.made: list[tuple[fx.Node, list[str]]] = []  # names: the traced graph loses nodes when it is cleaned up
         self.parts: dict[fx.Node, Any] = {}
         self.bodies: list[tuple[fx.GraphModule, list[Any]]] = []
-        self.off: list[str] = []
+        self.off: list[tuple[fx.Node, list[str]]] = []
 
     def run_node(self, n: fx.Node) -> Any:
         last, off = self._last(), not torch.is_grad_enabled()
@@ -97,7 +98,7 @@ class _Shadow(fx.Interpreter):
         if isinstance(result, tuple | list):
             self.parts[n] = [torch_private.traced_node(x) for x in result]
         self.made.append((n, self._since(last)))
-        self.off += self.made[-1][1] if off else []
+        self.off += self.made[-1:] if off else []
         return result
 
     def _run(self, n: fx.Node) -> Any:
@@ -157,7 +158,7 @@ def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
         reading.owner |= {names[name]: node for name in made if name in names}
     for node, parts in shadow.parts.items():
         reading.results[node] = [None if p is None else names.get(p.name) for p in parts]
-    reading.off = frozenset(names[name] for name in shadow.off if name in names)
+    reading.off = frozenset(x for n, made in shadow.off for x in (n, *(names[name] for name in made if name in names)))
     given = [n for n in traced.graph.nodes if n.op == "placeholder"]
     wanted = dict(zip(given, inputs, strict=False))
     reading.graded = frozenset(n for n in traced.graph.nodes if _requires_grad(reading, n, wanted.get(n)))

@@ -155,7 +155,10 @@ class Editor:
         if not all(x in self.facts.unwritten for x in sources([shadow], self.facts)):
             return self.graph.node_copy(shadow, self._node)
         given = [n for n in self.graph.nodes if n.op == "placeholder"]
-        with self.graph.inserting_after(max([*given[-1:], *inputs])):
+        place = max([*given[-1:], *inputs]).next
+        while place in self.reading.off:  # its gradients would be lost
+            place = place.next
+        with self.graph.inserting_before(place):
             return self.graph.node_copy(shadow, self._node)
 
     def _held(self, shadow: fx.Node, before: fx.Node) -> int | fx.Node:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def without_stopped(r: Reader, g: Gradients, n: fx.Node, value: Expr, at: Point, when: int) -> Expr:
     """`value`, which `n` holds at a point as position `when` reads it, without gradients where autograd does not follow
     `n` there."""
-    if value.kind != "float" or not g.stopped(n, when):
+    if value.kind != "float" or not g.stopped(n, max(when, r.facts.order[n] + 1)):
         return value
 
     def flows(x: Expr) -> bool:

@@ -171,6 +171,9 @@ class _Search:
         wider = self.f.dtype(x) in (torch.float32, torch.float64) and self.f.dtype(source) in _FLOATS
         return self.descend(source, at, steps) if wider and _is_computed(source) else None
 
+    def detached(self, x: fx.Node, at: Callable[[Point], Point], steps: int) -> bool | None:
+        return self.descend(x.args[0], at, steps)
+
     def squared(self, x: fx.Node, at: Callable[[Point], Point], steps: int) -> bool | None:
         return self.square(x, at, steps) if x.args[1] == 2 else None
 
@@ -224,7 +227,7 @@ _SPREADS = [t for t in MOVES if str(t).split(".")[1] in ("expand", "expand_as", 
 _DOWN: dict[str, Callable[[_Search, fx.Node, Callable[[Point], Point], int], bool | None]] = {
     "mul": _Search.product, "multiply": _Search.product, "div": _Search.divided, "neg": _Search.negated,
     "to": _Search.cast, "_to_copy": _Search.cast, "pow": _Search.squared, "square": _Search.square,
-    "einsum": _Search.outer,
+    "einsum": _Search.outer, "detach": _Search.detached,
 }  # fmt: skip
 
 

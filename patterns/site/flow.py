@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from torch import fx
 from attncc.ir.attention import S, W
 from attncc.ir.expr import Expr, Load, loads
 from attncc.ir.gradients import followed, unstopped
+from attncc.patterns.graph.facts import Facts
 from attncc.patterns.reader.value import Unreadable
 
 if TYPE_CHECKING:
@@ -34,6 +35,37 @@ class Flow:
         return loaded or (S in found and self.product)
 
 
+def agrees(f: Facts, node: fx.Node, tensors: Iterable[fx.Node], moving: Collection[fx.Node]) -> bool:
+    """Whether attentions in the place of `node` pass gradients to those of their tensors that the model does: so it is
+    if every stop between was read."""
+    g, use = f.gradients, f.order[node]
+    if g is None or not f.watched(use):
+        return True
+    ends = {n: _sources(f, n) for n in tensors}
+    known = frozenset[fx.Node]().union(*ends.values())
+    reached: set[fx.Node] = set()
+    seen, stack = {node}, [node]
+    while stack:
+        n = stack.pop()
+        if n in known:
+            reached.add(n)
+            continue
+        at = f.order[n]
+        fresh = [a for a in n.all_input_nodes if g.follows(a, at)]
+        fresh += [w for w in f.writes(n, at, use) if g.follows(w, use)]
+        stack += [a for a in fresh if a not in seen]
+        seen.update(fresh)
+    flows = {n: any(x in reached and g.follows(x, use) for x in below) for n, below in ends.items()}
+    return all(flows[n] == (g.follows(n, use) and n in moving) for n in ends)
+
+
+def _sources(f: Facts, n: fx.Node) -> frozenset[fx.Node]:
+    """Nodes of the graph itself that a tensor is, or is made from."""
+    if n not in f.made:
+        return frozenset({n})
+    return frozenset[fx.Node]().union(*(_sources(f, a) for a in n.all_input_nodes))
+
+
 def settled(p: Parts, node: fx.Node, lse: Lse | None) -> tuple[Parts, Flow]:
     """`p` with the stops that its tensors do not make superfluous, and its flow. Raises Unreadable where only one of
     its outputs has gradients."""
@@ -53,7 +85,7 @@ def settled(p: Parts, node: fx.Node, lse: Lse | None) -> tuple[Parts, Flow]:
 
     operands = [p.q.node, p.k.node] if S in reached else []
     moving = flowing([p.v.node, *operands, *(f.by_name[x.tensor] for x in reached if isinstance(x, Load))])
-    read = [f.by_name[x.tensor] for x in loads(p.weight, *inner) if x.kind == "float"]
+    read = [f.by_name[x.tensor] for x in loads(p.weight, p.mask, *inner)]
     below = {p.q.node, p.k.node, *(f.by_name[x.tensor] for x in loads(*inner))}
 
     def superfluous(x: Expr) -> bool:
