@@ -111,6 +111,9 @@ class _Shadow(fx.Interpreter):
         written_out = in_place_of(n, args)
         if written_out is not None:
             return written_out(*args, **kwargs)
+        if n.target is FLEX:  # its graph of gradients is not read, and cannot be traced twice
+            with torch_private.gradients_off():
+                return super().run_node(n)
         if self.repeats is None:
             return super().run_node(n)
         return self.repeats.run(n, args, kwargs, lambda: super(_Shadow, self).run_node(n))

@@ -32,6 +32,6 @@ def without_stopped(r: Reader, g: Gradients, n: fx.Node, value: Expr, at: Point,
         node = r.facts.by_name[x.tensor.removeprefix(DOT)]
         return g.reached(node) if r.is_own(x) else g.follows(node, r.use)
 
-    if isinstance(value, Load) and not r.is_own(value):
+    if isinstance(value, Load) and not r.is_own(value) and not r.given:
         return r.load_later(n, at, when) if flows(value) else value
     return stop(value, flows)

@@ -109,6 +109,9 @@ class Reader:
 
     def _value(self, n: fx.Node, at: Point, when: int) -> Expr:
         writes = self.facts.writes(n, self.facts.order[n], when)
+        last = writes[-1] if writes else n
+        if self.gradients is not None and self.gradients.unseen(n, last):
+            raise Unreadable(last, "a tensor that the model writes to where autograd does not see it")
         if writes:
             return self._after_write(writes[-1], n, at, when)
         if n in self.leaves:
@@ -135,8 +138,6 @@ class Reader:
 
     def _after_write(self, write: fx.Node, n: fx.Node, at: Point, when: int) -> Expr:
         """The value of a tensor that `write` changed in place: the write's own formula if it covers all of it."""
-        if self.gradients is not None and self.gradients.unseen(n, write):
-            raise Unreadable(write, "a tensor that the model writes to where autograd does not see it")
         target = written_args(write)[0]
         same = target is n or (
             self.facts.value(target).shape == self.facts.value(n).shape

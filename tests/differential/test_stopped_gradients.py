@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from gradient_check import compared, inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
 
 Q = torch.Tensor
 B, H, N, D = 2, 2, 6, 4
@@ -208,3 +210,95 @@ def test_without_gradients_nothing_is_stopped(name: str) -> None:
         found = compared(MODELS[name], *arguments(grad=False))
     assert found.worst < 1e-9
     assert not any("stop(" in (s.ir or "") or "first(" in (s.ir or "") for s in found.sites)
+
+
+def _behind(x: Q, how: str) -> Q:
+    """`x`, changed where autograd does not see it."""
+    if how == "detached":
+        x.detach().mul_(2.0)
+    elif how == "data":
+        x.data.mul_(2.0)
+    elif how == "mask":
+        x.data.masked_fill_(torch.ones(N, N).triu(1).bool(), -torch.inf)
+    elif how == "region":
+        with torch.no_grad():
+            x.mul_(2.0)
+    elif how == "view in a region":
+        with torch.no_grad():
+            x[..., 3:].mul_(2.0)
+    return x
+
+
+@pytest.mark.parametrize("how", ("detached", "data", "mask", "region", "view in a region"))
+def test_writes_that_autograd_does_not_see(how: str) -> None:
+    found = compared(lambda q, k, v, s, b: attend(_behind(q @ k.mT, how) * s, v), *arguments())
+    assert found.worst < 1e-9
+    assert [s.reason for s in found.sites] == ["a tensor that the model writes to where autograd does not see it"]
+    found = compared(lambda q, k, v, s, b: attend(_behind(q @ k.mT, how) * s, v), *arguments(grad=False))
+    assert found.worst < 1e-9
+    assert found.statuses == ["fused"]
+
+
+@pytest.mark.parametrize("stopped", ("block", "product", "nothing"))
+def test_results_of_a_block_that_is_computed_again(stopped: str) -> None:
+    """What a higher-order operator gives is followed like an input."""
+
+    def model(q: Q, k: Q, v: Q, s: Q, b: Q) -> Q:
+        h = checkpoint(lambda x, y: x * y.sin(), q, k, use_reentrant=False)
+        h = h.detach() if stopped == "block" else h
+        scores = h @ k.mT
+        return attend((scores.detach() if stopped == "product" else scores) * s + b, v)
+
+    found = compared(model, *arguments())
+    assert found.worst < 1e-9
+    assert found.statuses == ["fused"]
+
+
+def test_stops_inside_a_block_that_is_computed_again() -> None:
+    def block(q: Q, k: Q, v: Q, s: Q) -> Q:
+        return attend((q @ k.mT).detach() * s + q @ k.mT, v)
+
+    found = compared(lambda q, k, v, s, b: checkpoint(block, q, k, v, s, use_reentrant=False), *arguments())
+    assert found.worst < 1e-9
+    assert found.statuses == ["fused"]
+
+
+@pytest.mark.parametrize("stopped", ("score", "bias", "nothing"))
+def test_flex_attention(stopped: str) -> None:
+    """On a CPU, gradients flow into what a score function captures alone; the model written out is the oracle."""
+
+    def model(q: Q, k: Q, v: Q, s: Q, b: Q) -> Q:
+        def score_mod(x: Q, batch: Q, h: Q, i: Q, j: Q) -> Q:
+            y = x * s[h, 0, 0]
+            y = y.detach() if stopped == "score" else y
+            return y * s[h, 0, 0] + (b.detach() if stopped == "bias" else b)[h, i, j]
+
+        return flex_attention(q, k, v, score_mod, scale=1.0)
+
+    def oracle(q: Q, k: Q, v: Q, s: Q, b: Q) -> Q:
+        y = q @ k.mT * s
+        y = y.detach() if stopped == "score" else y
+        return attend(y * s + (b.detach() if stopped == "bias" else b), v)
+
+    given = [x.float().detach().requires_grad_(n > 2) for n, x in enumerate(arguments())]
+    found = compared(model, *given, oracle=oracle)
+    assert found.worst < 1e-5
+    assert found.statuses == ["fused"]
+
+
+def test_a_stop_that_is_not_read_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever reads over a stop: a site that passes gradients on that the model stops is left alone."""
+    monkeypatch.setattr("attncc.patterns.reader.value.without_stopped", lambda r, g, n, value, at, when: value)
+    for name in ("product", "weights", "scale", "stopped sigmoid"):
+        found = compared(MODELS[name], *arguments())
+        assert found.worst < 1e-9
+        assert "not read" in found.sites[0].reason
+
+
+def test_a_tensor_without_gradients_gets_none() -> None:
+    """Not zeros: an optimiser treats the two differently. A mask, too, passes no gradient on."""
+    hidden = torch.eye(N)[..., None, :].bool()[0] | False
+    model = lambda q, k, v, s, b: attend((q @ k.mT).masked_fill((b > 0.5) & ~hidden, -torch.inf) * s.detach(), v)  # noqa: E731
+    found = compared(model, *arguments())
+    assert found.worst < 1e-9
+    assert found.statuses == ["fused"]
