@@ -80,7 +80,7 @@ def _with_gradients(f: Facts, found: list[Lifted | Refusal]) -> list[Lifted | Re
     """The sites, less those of which a tensor would get gradients that the model stops, or lose some."""
     places: dict[fx.Node, list[Lifted]] = {}
     for x in found:
-        if isinstance(x, Lifted):
+        if isinstance(x, Lifted) and x.anchor.target is not FLEX:  # whose score function is a graph of its own
             places.setdefault(x.node, []).append(x)
     wrong: set[fx.Node] = set()
     for node, sites in places.items():
