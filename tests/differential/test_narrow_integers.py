@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gradient_check import compared, inputs
+from gradients.compared import compared, inputs
 
 Q = torch.Tensor
 N = 12

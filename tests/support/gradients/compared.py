@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from random_check import kernels_of
+from random_models.check import kernels_of
 
 from attncc.driver import backend
 from attncc.report.model import Site
