@@ -149,7 +149,7 @@ class Blocks(Evaluator):
         super().__init__(leaves, named, wide)
         self.device = device
 
-    def like(self, tensors: Mapping[str, torch.Tensor]) -> Blocks:
+    def reading(self, tensors: Mapping[str, torch.Tensor]) -> Blocks:
         """The same block of other tensors; only views of them are asked for."""
         other = copy(self)
         other.tensors = tensors

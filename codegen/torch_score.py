@@ -204,7 +204,7 @@ class Block:
         """Add the gradients of loads to those of their tensors."""
         if not self.found:
             return
-        into = self.ev.like(sums)
+        into = self.ev.reading(sums)
         for x, g in self.found.items():
             place = into.view(x.tensor, x.index) if _apart(x.index) else None
             if place is not None:

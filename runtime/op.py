@@ -227,7 +227,8 @@ class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportP
     @_once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[3:])
-        tensors, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # once: hooks that unpack them may compute them again
+        tensors, kept = saved[: ctx.count], saved[ctx.count :]
         found = iter(_attention_backward(grads, tensors, kept, ctx.sizes, ctx.spec, wanted))
         return (None, None, None, *(next(found) if w else None for w in wanted))
 

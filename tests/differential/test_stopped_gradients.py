@@ -297,8 +297,10 @@ def test_a_stop_that_is_not_read_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_tensor_without_gradients_gets_none() -> None:
     """Not zeros: an optimiser treats the two differently. A mask, too, passes no gradient on."""
-    hidden = torch.eye(N)[..., None, :].bool()[0] | False
-    model = lambda q, k, v, s, b: attend((q @ k.mT).masked_fill((b > 0.5) & ~hidden, -torch.inf) * s.detach(), v)  # noqa: E731
+
+    def model(q: Q, k: Q, v: Q, s: Q, b: Q) -> Q:
+        return attend((q @ k.mT * s.detach()).masked_fill((b > 0.5) & ~torch.eye(N).bool(), -torch.inf), v)
+
     found = compared(model, *arguments())
     assert found.worst < 1e-9
     assert found.statuses == ["fused"]

@@ -13,7 +13,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from attncc.driver import backend
+from attncc.driver import backend, rewriting
 from attncc.ir import Attention, interpret, parse_attention
 from attncc.kernels import build
 from attncc.kernels.build import Built
@@ -47,9 +47,9 @@ def _oracle(spec: str, device: str) -> Built:
 
 @contextmanager
 def kernels_of(kind: str) -> Any:
-    op.install(build.build, build.blocked)  # forget the kernels of another kind
+    op.install(build.build, build.blocked, build.backward)  # forget the kernels of another kind
     if kind == "oracle":
-        with mock.patch.object(build, "built", _oracle), mock.patch.object(backend, "built", _oracle):
+        with mock.patch.object(build, "built", _oracle), mock.patch.object(rewriting, "built", _oracle):
             yield
     else:
         yield
