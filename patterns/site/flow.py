@@ -12,6 +12,7 @@ from attncc.ir.attention import S, W
 from attncc.ir.expr import Expr, Load, loads
 from attncc.ir.gradients import followed, unstopped
 from attncc.patterns.graph.facts import Facts
+from attncc.patterns.graph.gradients import Gradients
 from attncc.patterns.reader.value import Unreadable
 
 if TYPE_CHECKING:
@@ -43,20 +44,33 @@ def agrees(f: Facts, node: fx.Node, tensors: Iterable[fx.Node], moving: Collecti
         return True
     ends = {n: _sources(f, n) for n in tensors}
     known = frozenset[fx.Node]().union(*ends.values())
-    reached: set[fx.Node] = set()
+    direct, stops = _reached(f, g, node, known)
+    if not stops:
+        return True
+    through, _ = _reached(f, g, node, frozenset())
+
+    def in_any(n: fx.Node, found: Collection[fx.Node]) -> bool:
+        return any(x in found and g.follows(x, use) for x in ends[n])
+
+    gets = {n for n in ends if n in moving and g.follows(n, use)}
+    return all(in_any(n, through) if n in gets else not in_any(n, direct) for n in ends)
+
+
+def _reached(f: Facts, g: Gradients, node: fx.Node, ends: Collection[fx.Node]) -> tuple[set[fx.Node], bool]:
+    """What gradients flow into from a node, no further than to `ends`, and whether they are stopped anywhere."""
+    use, stops = f.order[node], False
     seen, stack = {node}, [node]
     while stack:
         n = stack.pop()
-        if n in known:
-            reached.add(n)
+        if n in ends:
             continue
         at = f.order[n]
-        fresh = [a for a in n.all_input_nodes if g.follows(a, at)]
-        fresh += [w for w in f.writes(n, at, use) if g.follows(w, use)]
-        stack += [a for a in fresh if a not in seen]
+        below = [*n.all_input_nodes, *f.writes(n, at, use)]
+        stops = stops or any(g.stopped(a, max(at, f.order[a] + 1)) for a in below)
+        fresh = [a for a in below if a not in seen and g.follows(a, max(at, f.order[a] + 1))]
         seen.update(fresh)
-    flows = {n: any(x in reached and g.follows(x, use) for x in below) for n, below in ends.items()}
-    return all(flows[n] == (g.follows(n, use) and n in moving) for n in ends)
+        stack += fresh
+    return seen, stops
 
 
 def _sources(f: Facts, n: fx.Node) -> frozenset[fx.Node]:
