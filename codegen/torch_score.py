@@ -122,7 +122,9 @@ class Block:
         """What the weights of each row sum to, with the weight of the sink; one where there are none."""
         total = p.sum(-1, keepdim=True)
         if self.a.sink is not None:
-            sink = (over_ij(self.ev, self.a.sink).detach() - lse.view(*self.shape, 1)).exp()
+            with torch.enable_grad():  # it is kept, to be differentiated
+                value = over_ij(self.ev, self.a.sink)
+            sink = (value.detach() - lse.view(*self.shape, 1)).exp()
             total = total + sink.expand(*self.shape, 1).reshape(total.shape)
         return total.masked_fill(total == 0, 1.0)
 

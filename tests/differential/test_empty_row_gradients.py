@@ -113,12 +113,11 @@ def test_sums_of_rows_have_gradients_of_their_own() -> None:
 @pytest.mark.parametrize("sink", (False, True))
 def test_large_scores(sink: bool) -> None:
     """The sum of such a row, rounded, is too rough to make its weights again of."""
-    q, k, v, b = (x.detach().float() for x in inputs((H, N, D), (H, N, D), (H, N, D), (H, N, 1)))
 
     def model(q: Q, k: Q, v: Q, b: Q) -> Q:
-        x = q @ k.mT + 3e6
-        return torch.cat([x, b + 3e6], -1).softmax(-1)[..., :-1] @ v if sink else x.softmax(-1) @ v
+        x = q @ k.mT + 3e15
+        return torch.cat([x, b + 3e15], -1).softmax(-1)[..., :-1] @ v if sink else (x + b).softmax(-1) @ v
 
-    found = compared(model, *(x.requires_grad_() for x in (q, k, v, b)))
-    assert found.worst < 1e-5
+    found = compared(model, *inputs((H, N, D), (H, N, D), (H, N, D), (H, N, 1)))
+    assert found.worst < 1e-9
     assert found.statuses == ["fused"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_ir import Program, programs
+from random_ir.programs import Program, programs
 
 from attncc.codegen import torch_backward
 from attncc.codegen.torch_backward import backward, kept
