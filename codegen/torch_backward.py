@@ -30,6 +30,9 @@ from attncc.ir.expr import free, loads
 
 #: Elements of a block's scores for each thread: a megabyte in float32, twice, beside the keys that it reads.
 BUDGET = 1 << 18
+#: From here on the sum of a row is known too roughly to make weights of scores: a mask that adds the lowest number
+#: leaves nothing of the logarithm.
+_ROUGH = 1e3
 #: Rows of a block: fewer visit fewer hidden keys, more make better products.
 ROWS = 64
 
@@ -80,6 +83,8 @@ def backward(
     run.seed = seed
     if a.normalizer == "softmax":
         run.lse = outputs["lse"].reshape(prod(own), group, -1).to(wide)
+        # asking another device would wait for it
+        run.rough = not q.is_cpu or bool((run.lse.abs() > _ROUGH).logical_and(run.lse.isfinite()).any())
         if a.empty == "zero":
             run.lse = run.lse.masked_fill(run.lse == float("-inf"), float("inf"))
     if "lse" in made and a.normalizer == "softmax":
@@ -161,6 +166,7 @@ class _Run:
         self.wants: dict[str, bool] = {}
         self.seed = torch.empty(0)
         self.lse: torch.Tensor | None = None
+        self.rough = False
         self.dlse: torch.Tensor | None = None
         self.sums: dict[str, torch.Tensor] = {}
         self.held: dict[int, torch.Tensor] = {}
@@ -191,7 +197,7 @@ class _Run:
             if skipping and not by_box:
                 keys = self._keys(cut)
             widest = keys[1] - keys[0] if isinstance(keys, tuple) else len(keys)
-            scores = Scores(a, self.named, self.table, self.learned)
+            scores = Scores(a, self.named, self.table, self.learned, rough=self.rough)
             for part, points in self._boxes(cut, widest):
                 if by_box:
                     keys = self._keys(part)

@@ -24,6 +24,7 @@ from attncc.ir.affine import poly
 from attncc.ir.analysis import scaled
 from attncc.ir.build import TRUE
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
+from attncc.ir.interpret import equal_scores
 
 #: Elements of one block's scores: 4 MiB in float32 on a CPU, so that a block stays near the caches (measured best of
 #: 2^18 to 2^24), and enough to fill a large device.
@@ -292,9 +293,9 @@ def _normalize(
         w = torch.softmax(logits, -1)
         return (w if sink is None else w[..., :-1]), lambda: torch.logsumexp(logits, -1)
     empty = ~visible.any(-1, keepdim=True)
-    safe = hidden.masked_fill(empty, 0.0)
-    fill = 1.0 / max(1, score.shape[-1]) if a.empty == "mean" else 0.0
-    w = torch.softmax(safe, -1).masked_fill(empty, fill)
+    safe = torch.where(empty, equal_scores(score, a.slope), hidden) if a.slope else hidden.masked_fill(empty, 0.0)
+    w = torch.softmax(safe, -1)
+    w = w if a.empty == "mean" else w.masked_fill(empty, 0.0)
     return w, lambda: torch.logsumexp(safe, -1).masked_fill(empty[..., 0], float("-inf"))
 
 

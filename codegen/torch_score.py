@@ -51,12 +51,14 @@ def linear(score: Expr) -> tuple[float, Expr] | None:
 
 
 class Scores:
-    """What the blocks of some rows share. `learned` are the tensors whose gradients are wanted."""
+    """What the blocks of some rows share. `learned` are the tensors whose gradients are wanted. With `rough` sums of
+    rows, weights are made to sum to one again: a block has all keys of its rows."""
 
     def __init__(
-        self, a: Attention, named: Mapping[str, torch.Tensor], table: Mapping[Size, int], learned: Sequence[str]
-    ) -> None:
-        self.a, self.named, self.table = a, named, table
+        self, a: Attention, named: Mapping[str, torch.Tensor], table: Mapping[Size, int], learned: Sequence[str],
+        *, rough: bool = False,
+    ) -> None:  # fmt: skip
+        self.a, self.named, self.table, self.rough = a, named, table, rough
         found = linear(a.score) if a.normalizer == "softmax" and a.weight is W else None
         self.linear = found if found is not None and found[0] != 0.0 else None
         self.learned = [x for x in loads(*weights_of(a)) if x.tensor in learned]
@@ -89,6 +91,7 @@ class Block:
     def __init__(self, scores: Scores, ev: Blocks, visible: torch.Tensor | None, group: int) -> None:
         self.scores, self.a, self.ev, self.visible, self.group = scores, scores.a, ev, visible, group
         self.scale = 1.0 if scores.linear is None else scores.linear[0]
+        self.total: torch.Tensor | None = None
         self.leaves: dict[Load, torch.Tensor] = {}
         for x in scores.learned:
             self.leaves[x] = ev(x).detach().requires_grad_()
@@ -112,7 +115,20 @@ class Block:
         self._hide(view)
         assert lse is not None
         self.p = s.sub_(lse).exp_()
+        if self.scores.rough:
+            self.total = self._total(self.p, lse)
+            self.p.div_(self.total)
         return self.p
+
+    def _total(self, p: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """What the weights of each row sum to, with the weight of the sink; one where there are none."""
+        total = p.sum(-1, keepdim=True)
+        if self.a.sink is not None:
+            with torch.enable_grad():  # it is kept, to be differentiated
+                value = over_ij(self.ev, self.a.sink)
+            sink = (value.detach() - lse.view(*self.shape, 1)).exp()
+            total = total + sink.expand(*self.shape, 1).reshape(total.shape)
+        return total.masked_fill(total == 0, 1.0)
 
     def _hide(self, s: torch.Tensor) -> None:
         """Write -inf where the mask hides, which is mostly a few of the keys of a block."""
@@ -142,7 +158,11 @@ class Block:
                 assert lse is not None
                 score = self.score.detach()
                 hidden = score if visible is None else score.masked_fill(~visible, float("-inf"))
-                self.p = w = (hidden - lse.view(*self.shape, 1)).exp().requires_grad_()
+                p = (hidden - lse.view(*self.shape, 1)).exp()
+                if self.scores.rough:
+                    self.total = self._total(p, lse)
+                    p = p / self.total
+                self.p = w = p.detach().requires_grad_()
             else:
                 w = POINTWISE[a.normalizer](self.score)
                 w = w if visible is None else torch.where(visible, w, 0.0)
@@ -187,7 +207,9 @@ class Block:
             value = over_ij(self.ev, self.a.sink)
         if value.requires_grad:
             total, lse = total.view(*self.shape, 1), self.lse.view(*self.shape, 1)
-            self._differentiate(value, [], (-(value.detach() - lse).exp() * total).sum_to_size(value.shape))
+            weight = (value.detach() - lse).exp()
+            weight = weight if self.total is None else weight / self.total.view(*self.shape, 1)
+            self._differentiate(value, [], (-weight * total).sum_to_size(value.shape))
 
     def _differentiate(
         self, made: torch.Tensor, inputs: Sequence[torch.Tensor], grad: torch.Tensor

@@ -12,7 +12,18 @@ from attncc.errors import unforeseen
 from attncc.ir.verify import VerifyError
 from attncc.patterns.linear import Recognised, linear_attentions, recurrences
 from attncc.patterns.refusals import DROPS, dropping, of_quotient, of_use, under_transform, unknown_weights
-from attncc.patterns.site import Contraction, Data, Facts, Frame, Lifted, Unreadable, contraction, hint, is_operator
+from attncc.patterns.site import (
+    Contraction,
+    Data,
+    Facts,
+    Frame,
+    Lifted,
+    Unreadable,
+    agrees,
+    contraction,
+    hint,
+    is_operator,
+)
 from attncc.patterns.softmax import (
     FLEX,
     OWN_WEIGHTS,
@@ -56,7 +67,7 @@ def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
     linear = list(linear_attentions(f))
     scans: list[Refusal] = []
     reads: set[fx.Node] = set()
-    every = _quadratic(f)
+    every = _with_gradients(f, _quadratic(f))
     attended = {x.node for x in every if isinstance(x, Lifted)}
     for chain in recurrences(f):
         if chain.writes & attended:  # a residual stream that attention adds to
@@ -76,6 +87,22 @@ def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
             found.append(Refusal(f"attention without a softmax: {reason}", at, product))
             taken |= {at, product}
     return sorted(found, key=lambda site: f.order[site.anchor])
+
+
+def _with_gradients(f: Facts, found: list[Lifted | Refusal]) -> list[Lifted | Refusal]:
+    """The sites, less those of which a tensor would get gradients that the model stops, or lose some."""
+    places: dict[fx.Node, list[Lifted]] = {}
+    for x in found:
+        if isinstance(x, Lifted) and x.anchor.target is not FLEX:  # whose score function is a graph of its own
+            places.setdefault(x.node, []).append(x)
+    wrong: set[fx.Node] = set()
+    for node, sites in places.items():
+        tensors = [n for site in sites for n in site.tensors]
+        moving = [n for site in sites for n in site.tensors if n not in site.stopped]
+        if not agrees(f, node, tensors, moving):
+            wrong.add(node)
+    reason = "the model stops gradients inside of it, in a way that was not read"
+    return [Refusal(reason, x.node, x.anchor) if isinstance(x, Lifted) and x.node in wrong else x for x in found]
 
 
 def _quadratic(f: Facts) -> list[Lifted | Refusal]:

@@ -230,7 +230,8 @@ class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportP
             outputs = tuple(_attention.redispatch(keys, tensors, sizes, spec))
         a = plan_of(spec).attention
         kept = _installed.kept(a)
-        ctx.save_for_backward(*tensors, *(outputs[a.outputs.index(name)] for name in kept))
+        normal = (t.clone() if t.is_inference() else t for t in tensors)
+        ctx.save_for_backward(*normal, *(outputs[a.outputs.index(name)] for name in kept))
         ctx.sizes, ctx.spec, ctx.count, ctx.kept = sizes, spec, len(tensors), ",".join(kept)
         return outputs
 
@@ -238,7 +239,8 @@ class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportP
     @_once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[3:])
-        tensors, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # once: hooks that unpack them may compute them again
+        tensors, kept = saved[: ctx.count], saved[ctx.count :]
         found = iter(_attention_gradients(grads, tensors, kept, ctx.kept, ctx.sizes, ctx.spec, wanted))
         return (None, None, None, *(next(found) if w else None for w in wanted))
 

@@ -26,7 +26,8 @@ from attncc.torch_private.state import Modes, autocasts, modes
 
 @dataclass
 class Reading:
-    """The shadow of a Dynamo graph and how the two correspond. `autocasts`: autocast is on somewhere in it."""
+    """The shadow of a Dynamo graph and how the two correspond. `autocasts`: autocast is on somewhere in it. `graded`
+    are the shadow's inputs that require gradients, `off` the nodes of both that run while gradients are off."""
 
     graph: fx.Graph
     shadow: fx.GraphModule
@@ -35,6 +36,8 @@ class Reading:
     results: dict[fx.Node, Any] = field(default_factory=dict)
     bodies: list[Body] = field(default_factory=list)
     autocasts: bool = False
+    graded: frozenset[fx.Node] = frozenset()
+    off: frozenset[fx.Node] = frozenset()
 
     def over(self, graph: fx.Graph, nodes: Mapping[fx.Node, fx.Node]) -> Reading:
         """The same for a copy of the Dynamo graph, given the copy of each node."""
@@ -44,6 +47,7 @@ class Reading:
             origin={shadow: nodes[n] for shadow, n in self.origin.items()},
             owner={shadow: nodes[n] for shadow, n in self.owner.items()},
             results={nodes[n]: parts for n, parts in self.results.items()},
+            off=frozenset(nodes.get(n, n) for n in self.off),
         )
 
     def facts(self) -> Facts:
@@ -54,7 +58,9 @@ class Reading:
             if isinstance(value, torch.Tensor):
                 dtypes[shadow] = value.dtype
         learned = {s for s, n in self.origin.items() if isinstance(n.meta.get("example_value"), torch.nn.Parameter)}
-        return Facts(self.shadow.graph, dtypes, frozenset(learned))
+        called = (s for s in self.owner if s.op == "call_function")
+        graded = frozenset[fx.Node]() if self.off.issuperset(called) else self.graded
+        return Facts(self.shadow.graph, dtypes, frozenset(learned), graded, self.off)
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,10 @@ class _Shadow(fx.Interpreter):
         self.parts: dict[fx.Node, Any] = {}
         self.bodies: list[Body] = []
         self.autocasts = autocasts()
+        self.off: list[tuple[fx.Node, list[str]]] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        last = self._last()
+        last, off = self._last(), not torch.is_grad_enabled()
         result = self._run(n)
         made = torch_private.traced_node(result)
         if made is None and n.op == "call_function" and isinstance(result, FakeTensor):  # out of a `torch.vmap`
@@ -90,6 +97,7 @@ class _Shadow(fx.Interpreter):
         if isinstance(result, tuple | list):
             self.parts[n] = [torch_private.traced_node(x) for x in result]
         self.made.append((n, self._since(last)))
+        self.off += self.made[-1:] if off else []
         return result
 
     def _run(self, n: fx.Node) -> Any:
@@ -108,6 +116,9 @@ class _Shadow(fx.Interpreter):
         written_out = in_place_of(n, args)
         if written_out is not None:
             return written_out(*args, **kwargs)
+        if n.target is FLEX:  # its graph of gradients is not read, and cannot be traced twice
+            with torch_private.gradients_off():
+                return super().run_node(n)
         if self.repeats is None:
             return super().run_node(n)
         return self.repeats.run(n, args, kwargs, lambda: super(_Shadow, self).run_node(n))
@@ -155,4 +166,20 @@ def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
         reading.owner |= {names[name]: node for name in made if name in names}
     for node, parts in shadow.parts.items():
         reading.results[node] = [None if p is None else names.get(p.name) for p in parts]
+    reading.off = frozenset(x for n, made in shadow.off for x in (n, *(names[name] for name in made if name in names)))
+    given = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    wanted = dict(zip(given, inputs, strict=False))
+    reading.graded = frozenset(n for n in traced.graph.nodes if _requires_grad(reading, n, wanted.get(n)))
     return reading
+
+
+def _requires_grad(reading: Reading, n: fx.Node, given: Any) -> bool:
+    """Whether a node of the shadow is an input, or stands for what a higher-order operator gives, that gradients are
+    wanted of."""
+    if n.op == "call_function" and n.target is not torch.ops.aten.empty_strided.default:
+        return False
+    origin = reading.origin.get(n)
+    value = given if origin is None else origin.meta.get("example_value", given)
+    if n.op == "get_attr" and value is None:
+        value = getattr(reading.shadow, str(n.target), None)
+    return isinstance(value, torch.Tensor) and value.requires_grad

@@ -61,11 +61,17 @@ class Editor:
             if at is not target and any(self.position(self._node(n)) > self.position(at) for n in given):
                 raise EditError("the sums of its rows are used before its values are computed")
         with self.graph.inserting_before(at), self._as_given(self.facts.value(site.outputs[0]).device):
-            inputs = [self._cast(self._node(n), n, dtype) for n, dtype in zip(site.inputs, site.dtypes, strict=True)]
+            every = zip(site.inputs, site.dtypes, site.stopped, strict=True)
+            inputs = [self._cast(self._read(n, stopped=stopped), n, dtype) for n, dtype, stopped in every]
             sizes = [self.sizes.of(x, target) for x in site.sizes]
             made = lower(final, self.graph, inputs, sizes, mark=partial(_marked, target))
         for old, new in zip(placed, made, strict=True):
             self.replace(old, new)
+
+    def _read(self, shadow: fx.Node, *, stopped: bool) -> fx.Node:
+        """The node that a tensor is read from, detached where the model stops its gradients."""
+        n = self._node(shadow)
+        return self.graph.call_function(torch.ops.aten.detach.default, (n,)) if stopped else n
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Put `new` in the place of `old`, which goes with what only it used."""
@@ -149,7 +155,10 @@ class Editor:
             with self._as_given(device):
                 return self.graph.node_copy(shadow, self._node)
         given = [n for n in self.graph.nodes if n.op == "placeholder"]
-        with self.graph.inserting_before(max([*given[-1:], *inputs]).next), self._as_given(device):
+        place = max([*given[-1:], *inputs]).next
+        while place in self.reading.off:  # its gradients would be lost
+            place = place.next
+        with self.graph.inserting_before(place), self._as_given(device):
             return self.graph.node_copy(shadow, self._node)
 
     @contextmanager

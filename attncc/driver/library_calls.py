@@ -156,6 +156,8 @@ def in_place_of(n: fx.Node, args: Sequence[Any]) -> Callable[..., Any] | None:
     if n.target in _SDPA:
         alone = all(user.target is operator.getitem and user.args[1] == 0 for user in n.users)
         return partial(_attention, _SDPA[n.target]) if alone else None
+    if getattr(n.target, "__name__", "") == "_get_data_attr":
+        return torch.Tensor.detach
     found = PARTS.get(n.target)
     tensors = [x for x in tree_leaves(list(args)) if isinstance(x, torch.Tensor)]
     if found is None or any(x.is_nested for x in tensors) or (found is einsum and not _is_several(args[0], tensors)):

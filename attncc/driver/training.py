@@ -31,7 +31,11 @@ class Training:
         if site.node not in self.nodes:
             return ()
         pairs = zip(site.tensors, site.attention.tensors, strict=True)
-        return tuple(t.name for n, t in pairs if not self.nodes.isdisjoint(sources([n], facts)))
+        return tuple(
+            t.name
+            for n, t in pairs
+            if n not in site.stopped and not self.nodes.isdisjoint(sources([n], facts))
+        )
 
 
 def training_of(reading: Reading, *, recomputed: bool = False) -> Training:

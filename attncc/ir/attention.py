@@ -74,7 +74,8 @@ class Attention:
 
     `layout` is the order in which `out` lies in memory, outermost first (a permutation of its axis names), so that the
     transpose most models do next costs nothing. `sink` is a logit per row that takes part in the sum and has no value.
-    `sizes` are the integers a call passes, in order.
+    `sizes` are the integers a call passes, in order. `slope` says of rows that give the mean how far their weights, all
+    alike, follow a change of the scores: 1 where a finite number was added to them, 0 where it took their place.
     """
 
     sizes: tuple[Size, ...]
@@ -96,6 +97,7 @@ class Attention:
     outputs: tuple[Output, ...] = ("out",)
     dtype: str = "f32"
     layout: tuple[str, ...] = field(default=())
+    slope: float = 0.0
 
     @property
     def axes(self) -> tuple[Axis, ...]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from attncc.ir.attention import DTYPES, EMPTIES, NORMALIZERS, OUTPUTS, Attention, S, W
 from attncc.ir.lines import Lines, Writer, declared_lines, tensor_lines
+from attncc.ir.text import ParseError
 
 
 def print_attention(a: Attention) -> str:
@@ -34,6 +35,8 @@ def print_attention(a: Attention) -> str:
     lines += [f"{n}      {writer.access(x)}" for n, x in (("q", a.q), ("k", a.k), ("v", a.v))]
     lines += writer.lets
     lines += [f"score  {show(a.score)}", f"mask   {show(a.mask)}", f"norm   {a.normalizer}", f"empty  {a.empty}"]
+    if a.slope:
+        lines.append(f"slope  {a.slope}")
     if a.sink is not None:
         lines.append(f"sink   {show(a.sink)}")
     lines += [f"weight {show(a.weight)}", f"give   {', '.join(a.outputs)}", f"dtype  {a.dtype}"]
@@ -53,7 +56,14 @@ def parse_attention(text: str) -> Attention:
         normalizer=lines.one_of("norm", NORMALIZERS), empty=lines.one_of("empty", EMPTIES),
         sink=lines.maybe("sink"), weight=lines.expr(lines.take("weight")),
         outputs=tuple(lines.each_of("give", OUTPUTS)), dtype=lines.one_of("dtype", tuple(DTYPES)),
-        layout=lines.words("layout"),
+        layout=lines.words("layout"), slope=_number(lines.field.pop("slope", "0.0")),
     )  # fmt: skip
     lines.finish()
     return result
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ParseError(f"not a number: {text!r}") from error

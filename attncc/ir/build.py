@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable
 
-from attncc.ir.terms import OPS, Const, Expr, Kind, Op, Scalar
+from attncc.ir.terms import OPS, Const, Expr, Kind, Load, Op, Scalar, Var, walk
 
 TRUE, FALSE = Const(True), Const(False)
 ZERO, ONE = Const(0), Const(1)
@@ -82,6 +82,8 @@ _FOLD: dict[str, Callable[..., Scalar]] = {
     "abs": _magnitude,
     "min": _least,
     "max": _most,
+    "minfirst": _least,
+    "maxfirst": _most,
     "lt": operator.lt,
     "le": operator.le,
     "eq": operator.eq,
@@ -182,6 +184,11 @@ def _mod(a: Expr, b: Expr) -> Expr | None:
 
 def _neg(a: Expr) -> Expr | None:
     return a.args[0] if isinstance(a, Op) and a.name == "neg" else None
+
+
+def _stop(a: Expr) -> Expr | None:
+    """Stops stand at loads and variables: what is computed of them only is stopped with them."""
+    return None if isinstance(a, Load | Var) else stop(a)
 
 
 def _same_or_none(a: Expr, b: Expr) -> Expr | None:
@@ -286,6 +293,9 @@ _SIMPLIFY: dict[str, Callable[..., Expr | None]] = {
     "neg": _neg,
     "min": _same_or_none,
     "max": _same_or_none,
+    "minfirst": _same_or_none,
+    "maxfirst": _same_or_none,
+    "stop": _stop,
     "lt": _reflexive(FALSE),
     "le": _reflexive(TRUE),
     "eq": _eq,
@@ -369,3 +379,18 @@ def not_(x: Expr) -> Expr:
 
 def where(c: Expr, a: Expr, b: Expr) -> Expr:
     return op("where", c, a, b)
+
+
+def stop(x: Expr, follows: Callable[[Expr], bool] = lambda x: True) -> Expr:
+    """`x` without its gradients, those with respect to the leaves (loads and variables) that `follows` names."""
+    done: dict[Expr, Expr] = {}
+    for y in walk(x):
+        done[y] = y
+        if y.kind != "float":
+            continue  # no gradient comes this way
+        if isinstance(y, Load | Var):
+            done[y] = Op("stop", (y,)) if follows(y) else y
+        elif isinstance(y, Op) and y.name != "stop":
+            args = tuple(done[a] for a in y.args)
+            done[y] = y if args == y.args else op(y.name, *args)
+    return done[x]

@@ -39,6 +39,7 @@ _UNARY: dict[str, Unary] = {
     "isnan": torch.isnan,
     "sin": torch.sin,
     "cos": torch.cos,
+    "stop": torch.Tensor.detach,
 }
 
 _BINARY: dict[str, Binary] = {
@@ -51,6 +52,8 @@ _BINARY: dict[str, Binary] = {
     "truncdiv": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
     "min": torch.minimum,
     "max": torch.maximum,
+    "minfirst": lambda a, b: torch.where((b < a) | b.isnan(), b, a),
+    "maxfirst": lambda a, b: torch.where((b > a) | b.isnan(), b, a),
     "lt": torch.lt,
     "le": torch.le,
     "eq": torch.eq,

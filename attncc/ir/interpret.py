@@ -99,10 +99,17 @@ def _normalize(
     if sink is not None or a.empty == "nan":
         w = torch.softmax(logits, -1)[..., : score.shape[-1]]
     elif a.empty == "mean":
-        w = torch.where(empty, 1.0 / score.shape[-1], torch.softmax(hidden.masked_fill(empty, 0.0), -1))
+        w = torch.softmax(torch.where(empty, equal_scores(score, a.slope), hidden), -1)
     else:
         w = torch.where(empty, 0.0, torch.softmax(hidden.masked_fill(empty, 0.0), -1))
     return w, torch.logsumexp(logits, -1)
+
+
+def equal_scores(score: torch.Tensor, slope: float) -> torch.Tensor:
+    """Zeros whose gradients are those of `score` times a slope."""
+    if slope == 0:
+        return torch.zeros_like(score)
+    return (slope * (score - score.detach())).masked_fill(~score.isfinite(), 0.0)
 
 
 def index_grid(axes: Sequence[Axis], table: Mapping[Expr, int], device: torch.device) -> dict[Expr, torch.Tensor]:

@@ -234,6 +234,8 @@ class OpRule:
 
 
 #: Every operation an expression may hold. `floordiv` and `mod` floor as Python's do; `truncdiv` and `int` truncate.
+#: `minfirst` and `maxfirst` are `min` and `max` whose gradient at a tie is all the first argument's (there, it is half
+#: each argument's); `stop(x)` is x, and no gradient flows into it.
 OPS: dict[str, OpRule] = {
     "add": OpRule("nn", "n", "+"),
     "sub": OpRule("nn", "n", "-"),
@@ -246,6 +248,8 @@ OPS: dict[str, OpRule] = {
     "abs": OpRule("n", "n"),
     "min": OpRule("nn", "n"),
     "max": OpRule("nn", "n"),
+    "minfirst": OpRule("ff", "f"),
+    "maxfirst": OpRule("ff", "f"),
     "lt": OpRule("nn", "b", "<"),
     "le": OpRule("nn", "b", "<="),
     "eq": OpRule("nn", "b", "=="),
@@ -274,6 +278,7 @@ OPS: dict[str, OpRule] = {
     "isnan": OpRule("f", "b"),
     "sin": OpRule("f", "f"),
     "cos": OpRule("f", "f"),
+    "stop": OpRule("f", "f"),
 }
 
 ROUNDINGS = ("bf16", "f16", "f32")

@@ -17,6 +17,7 @@ def verify(a: Attention) -> Attention:
     tensors = check_declarations(a.axes, a.sizes, a.tensors, ("s", "w"))
     require(a.normalizer in NORMALIZERS, f"normalizer {a.normalizer!r}")
     require(a.empty in EMPTIES, f"empty {a.empty!r}")
+    require(a.slope == 0 or (a.empty == "mean" and 0 < a.slope <= 1), f"slope {a.slope} with empty {a.empty!r}")
     each_once = len(set(a.outputs)) == len(a.outputs) > 0
     require(each_once and set(a.outputs) <= set(OUTPUTS), f"outputs {a.outputs}")
     require(a.dtype in DTYPES and DTYPES[a.dtype][0] == "float", f"dtype {a.dtype} is no float type")

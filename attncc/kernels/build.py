@@ -20,6 +20,7 @@ from attncc.passes.bounds.area import Area
 from attncc.passes.bounds.bounds import loop_bounds
 from attncc.passes.rewrites.drop_rounding import drop_rounding
 from attncc.passes.rewrites.fold_predicates import fold_predicates
+from attncc.passes.rewrites.forward_only import forward_only
 from attncc.passes.rewrites.tile_choice import InTiles, in_tiles
 from attncc.passes.tables.spans import reads_by_key, spanned
 from attncc.progress import step
@@ -149,7 +150,7 @@ def built(spec: str, device: str) -> Built:
 def _built(spec: str, target: Target) -> Built:
     # tables that are part of a kernel are made here, whatever device, mode and transform its first user is in
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
-        a = optimise(parse_attention(spec))
+        a = optimise(forward_only(parse_attention(spec)))
         if target.missing:
             return _torch(a, target.missing)
         bounds = loop_bounds(a, rows=True)

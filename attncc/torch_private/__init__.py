@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -116,6 +116,19 @@ def traced_graph() -> fx.Graph:
 def unobserved() -> AbstractContextManager[Any]:
     """Inside, a trace in progress does not see what is asked of its tensors."""
     return torch._C.DisableTorchFunction()
+
+
+@contextmanager
+def gradients_off() -> Iterator[None]:
+    """Gradients off inside, without a trace in progress recording it."""
+    before = torch.is_grad_enabled()
+    with unobserved():
+        torch._C._set_grad_enabled(False)
+    try:
+        yield
+    finally:
+        with unobserved():
+            torch._C._set_grad_enabled(before)
 
 
 def traced_constant(x: object) -> bool:

@@ -15,6 +15,7 @@ from attncc.ir.affine import divide
 from attncc.ir.build import add, const, maximum, minimum, mod, mul
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Expr, Size
+from attncc.patterns.graph.gradients import Gradients
 from attncc.patterns.graph.operators import MEMORY, formula, hint, is_operator, op_name, storage_id, written_args
 
 Answer = TypeVar("Answer")
@@ -22,13 +23,18 @@ Answer = TypeVar("Answer")
 
 class Facts:
     """Facts of one graph, which no question changes. `dtypes` overrides what a node's fake value says (a trace does not
-    see autocast regions)."""
+    see autocast regions).
+
+    `graded` are inputs that require gradients, `off` nodes computed while gradients are off; `gradients` is None where
+    nobody wants any."""
 
     def __init__(
         self,
         graph: fx.Graph,
         dtypes: Mapping[fx.Node, torch.dtype] | None = None,
         parameters: frozenset[fx.Node] = frozenset(),
+        graded: frozenset[fx.Node] = frozenset(),
+        off: frozenset[fx.Node] = frozenset(),
     ) -> None:
         self.graph, self.parameters = graph, parameters
         self.dtypes = dict(dtypes or {})
@@ -44,6 +50,7 @@ class Facts:
                 storage = self.storage(written)
                 if storage is not None:
                     self._writes[storage].append((self.order[n], n))
+        self.gradients = Gradients(self.nodes, graded, off, self.storage) if graded else None
         self.live = self._live()
         self.shared: dict[object, Expr] = {}  # what readers found that others need not read again
         self.answers: dict[object, object] = {}  # to what `asked_once` was asked
@@ -81,6 +88,11 @@ class Facts:
 
     def _unwritten(self, n: fx.Node, known: set[fx.Node]) -> bool:
         return self.storage(n) not in self._writes and known.issuperset(n.all_input_nodes)
+
+    def watched(self, use: int) -> bool:
+        """Whether gradients are wanted of what the node at a position gives."""
+        g = self.gradients if use < len(self.nodes) else None
+        return g is not None and g.follows(self.nodes[use], use + 1)
 
     def make(self, target: Any, args: tuple[Any, ...], at: int, **kwargs: Any) -> fx.Node:
         """A node beside the graph, to be computed just before position `at`: an operand that a kernel needs in another

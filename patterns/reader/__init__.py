@@ -8,6 +8,7 @@ from attncc.patterns.graph import (
     MAXES,
     SUMS,
     Facts,
+    Gradients,
     alike,
     argument,
     exponent,
@@ -38,14 +39,14 @@ from attncc.patterns.reader.rules import Point
 from attncc.patterns.reader.size_arithmetic import number
 from attncc.patterns.reader.sums_of_products import SUMS_AND_MEANS, factored, written_out
 from attncc.patterns.reader.value import Reader, Unreadable
-from attncc.patterns.reader.view_ops import MOVES, Move, broadcast, fitted, move, unexpanded
+from attncc.patterns.reader.view_ops import MOVES, Move, broadcast, fitted, move, stops, unexpanded
 from attncc.patterns.reader.writes import Place
 
 __all__ = [
     "CASTS", "DOT", "ELEMENTS", "EXPS", "MAXES", "MOVES", "SUMS", "SUMS_AND_MEANS", "Context", "Contraction", "Data",
-    "Facts", "Move", "Place", "Point", "Reach", "Reader", "Unreadable", "alike", "argument", "broadcast", "contraction",
-    "exponent", "factored", "few", "fitted", "has_argument", "hint", "input_at", "is_learned", "is_maximum",
-    "is_operator", "log_sigmoid", "mixture", "move", "noticed", "number", "one_dim", "op_name", "order_in_memory",
-    "reduction", "scaled_by", "scattered", "skip_casts", "spelled_out", "summed_pair", "swapped", "tensor",
-    "transform_of", "unexpanded", "written", "written_args", "written_out",
+    "Facts", "Gradients", "Move", "Place", "Point", "Reach", "Reader", "Unreadable", "alike", "argument", "broadcast",
+    "contraction", "exponent", "factored", "few", "fitted", "has_argument", "hint", "input_at", "is_learned",
+    "is_maximum", "is_operator", "log_sigmoid", "mixture", "move", "noticed", "number", "one_dim", "op_name",
+    "order_in_memory", "reduction", "scaled_by", "scattered", "skip_casts", "spelled_out", "stops", "summed_pair",
+    "swapped", "tensor", "transform_of", "unexpanded", "written", "written_args", "written_out",
 ]  # fmt: skip

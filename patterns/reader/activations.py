@@ -1,11 +1,14 @@
-"""Functions of one number that the IR has no operation for, in those that it has; as torch defines them."""
+"""Functions of one number that the IR has no operation for, in those that it has; as torch defines them.
+
+So are their gradients, at a bend too: `minfirst` and `maxfirst` say which side a tie belongs to."""
 
 from __future__ import annotations
 
 import math
 
-from attncc.ir.build import add, const, gt, le, lt, maximum, minimum, mul, op, sub, where
-from attncc.ir.expr import Const, Expr, Op
+from attncc.ir.build import add, const, gt, le, lt, minimum, mul, op, sub, where
+from attncc.ir.expr import Expr, Op
+from attncc.ir.gradients import bounded
 
 
 def _times(x: Expr, by: float) -> Expr:
@@ -14,15 +17,16 @@ def _times(x: Expr, by: float) -> Expr:
 
 def square(x: Expr) -> Expr:
     """x * x; what a root was taken of, as what it was."""
-    match x:
-        case Op("sqrt", (Op("max", (_, Const(low))) as inner,)) if low >= 0:
-            return inner
-        case _:
-            return mul(x, x)
+    inner = x.args[0] if isinstance(x, Op) and x.name == "sqrt" else None
+    found = None if inner is None else bounded(inner)
+    if inner is not None and found is not None and found[0] == "max" and found[2].value >= 0:
+        return inner
+    return mul(x, x)
 
 
 def clipped(x: Expr, low: float, high: float) -> Expr:
-    return minimum(maximum(x, const(float(low))), const(float(high)))
+    """`hardtanh`, whose gradient is zero on both ends."""
+    return op("minfirst", const(float(high)), op("maxfirst", const(float(low)), x))
 
 
 def exp2(x: Expr) -> Expr:
@@ -64,7 +68,7 @@ def silu(x: Expr) -> Expr:
 
 def softplus(x: Expr, beta: float = 1.0, threshold: float = 20.0) -> Expr:
     scaled = _times(x, beta)
-    bent = _times(op("log1p", op("exp", minimum(scaled, const(float(threshold))))), 1.0 / beta)
+    bent = _times(op("log1p", op("exp", op("minfirst", scaled, const(float(threshold))))), 1.0 / beta)
     return where(gt(scaled, const(float(threshold))), x, bent)
 
 

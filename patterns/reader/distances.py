@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attncc.ir.build import ONE, add, const, maximum, mul, op, sub
+from attncc.ir.build import ONE, add, const, gt, maximum, mul, op, sub, where
 from attncc.ir.expr import Const, Expr, Index
 from attncc.patterns.reader.rules import Facts, Point, Values, argument, op_name
 from attncc.patterns.reader.sums_of_products import broadcasts, written_out
@@ -51,7 +51,11 @@ def of_points(r: Values, n: fx.Node, at: Point) -> Expr | None:
     if argument(n, "p") != 2 or not (product or all(_is_square(u) for u in n.users)):
         return None
     rows, keys = _made(f, n, "rows", aten.unsqueeze.default, a, -2), _made(f, n, "keys", aten.unsqueeze.default, b, -3)
-    return op("sqrt", _squared(r, n, rows, keys, -1, (*at, const(0))))
+    square, zero = _squared(r, n, rows, keys, -1, (*at, const(0))), const(0.0)
+    if not r.followed(n):
+        return op("sqrt", square)
+    apart = gt(square, zero)  # points that coincide have no gradient, and a root of zero an infinite one
+    return where(apart, op("sqrt", where(apart, square, const(1.0))), zero)
 
 
 def _is_square(n: fx.Node) -> bool:

@@ -29,8 +29,8 @@ from attncc.ir.build import (
     where,
 )  # fmt: skip
 from attncc.ir.expr import Const, Expr, Kind
+from attncc.ir.gradients import with_plain_ties
 from attncc.patterns.reader import activations
-from attncc.patterns.reader.narrow import takes
 from attncc.patterns.reader.rules import Point, Rule, Values, argument, has_argument, op_name, takes_tensors
 from attncc.patterns.reader.size_arithmetic import number
 from attncc.patterns.reader.view_ops import broadcast
@@ -42,8 +42,7 @@ def input_at(r: Values, n: fx.Node, x: Any, at: Point) -> Expr | None:
     """An argument of `n` at the point: a tensor broadcast to the result, or a number, which sizes may decide."""
     if isinstance(x, fx.Node) and r.facts.is_tensor(x):
         return r.value_at(x, broadcast(r.facts, x, at), r.facts.order[n])
-    found = number(r.facts, x)
-    return found if found is not None and takes(r.facts, n, found) else None
+    return number(r.facts, x)
 
 
 def _together(*xs: Expr) -> tuple[Expr, ...]:
@@ -140,7 +139,7 @@ def _dropout(r: Values, n: fx.Node, at: Point) -> Expr | None:
 
 def _clamp(r: Values, n: fx.Node, at: Point) -> Expr | None:
     x = input_at(r, n, n.args[0], at)
-    for name, f in (("min", maximum), ("max", minimum)):
+    for name, bounded in (("min", "maxfirst"), ("max", "minfirst")):
         try:
             limit = argument(n, name)
         except KeyError:
@@ -148,14 +147,25 @@ def _clamp(r: Values, n: fx.Node, at: Point) -> Expr | None:
         if limit is None or x is None:
             continue
         bound = input_at(r, n, limit, at)
-        x = None if bound is None else f(*_numbers(x, bound))
+        x = None if bound is None else _bounded(r, n, bounded, *_numbers(x, bound))
     return x
+
+
+def _bounded(r: Values, n: fx.Node, name: str, a: Expr, b: Expr) -> Expr:
+    """The minimum or maximum of two numbers, that of the first at a tie where gradients flow."""
+    return op(name if r.followed(n) and a.kind == "float" else name.removesuffix("first"), a, b)
+
+
+def _square(x: Expr) -> Expr:
+    return activations.square(cast(x, "int") if x.kind == "bool" else x)
 
 
 def _pow(r: Values, n: fx.Node, at: Point) -> Expr | None:
     args = _args(r, n, at, 2)
-    if args is None or args[0].kind == "bool" or (args[0].kind == "int" and args[1].kind == "int"):
+    if args is None or args[0].kind == "bool":
         return None
+    if args[0].kind == "int" and args[1].kind == "int":
+        return mul(args[0], args[0]) if args[1] is const(2) else None
     base, power = (cast(a, "float") for a in args)
     if isinstance(power, Const) and power.value == 2.0:
         return activations.square(base)
@@ -192,12 +202,15 @@ def _nan_to_num(r: Values, n: fx.Node, at: Point) -> Expr | None:
     if argument(n, "posinf") is not None or argument(n, "neginf") is not None:
         return None
     limits, nan = torch.finfo(r.facts.dtype(n)), argument(n, "nan")
-    finite = maximum(minimum(x, const(limits.max)), const(limits.min))
+    finite = _bounded(r, n, "maxfirst", _bounded(r, n, "minfirst", x, const(limits.max)), const(limits.min))
     return where(op("isnan", x), const(float(nan or 0.0)), finite)
 
 
-def _relu(x: Expr) -> Expr:
-    return maximum(x, const(0 if x.kind == "int" else 0.0))
+def _relu(r: Values, n: fx.Node, at: Point) -> Expr | None:
+    x = input_at(r, n, n.args[0], at)
+    if x is None or not r.followed(n):
+        return None if x is None else maximum(x, cast(ZERO, x.kind))
+    return _bounded(r, n, "maxfirst", cast(ZERO, x.kind), x)
 
 
 def _fill(r: Values, n: fx.Node, at: Point) -> Expr | None:
@@ -238,9 +251,10 @@ def _activation(f: Callable[..., Expr], *settings: str) -> Rule:
         if x is None or any(not isinstance(g, int | float | str) for g in given):
             return None
         try:
-            return f(cast(x, "float"), *given)
+            value = f(cast(x, "float"), *given)
         except ZeroDivisionError:  # by a `beta` of zero
             return None
+        return value if r.followed(n) else with_plain_ties(value)
 
     return rule
 
@@ -305,14 +319,15 @@ _RULES: dict[str, Rule] = {
     "floor_divide": _integers("floordiv"), "remainder": _integers("mod"),
     "neg": _unary(lambda x: op("neg", x), floats=False), "abs": _unary(lambda x: op("abs", x), floats=False),
     "minimum": _binary(minimum), "maximum": _binary(maximum),
-    "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp, "relu": _unary(_relu, floats=False),
+    "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp, "relu": _relu,
     "pow": _pow, "clip": _clamp, "prelu": _prelu, "addcmul": _addcmul("mul"), "addcdiv": _addcmul("div"),
     **{f.__name__: _activation(f, *settings) for f, settings in _ACTIVATIONS.items()},
     "log2": _unary(lambda x: activations.logarithm(2.0, x)), "log10": _unary(lambda x: activations.logarithm(10.0, x)),
-    "expm1": _unary(lambda x: sub(op("exp", x), const(1.0))), "relu6": _unary(lambda x: activations.clipped(x, 0, 6)),
+    "expm1": _unary(lambda x: sub(op("exp", x), const(1.0))),
+    "relu6": _activation(lambda x: activations.clipped(x, 0, 6)),
     "hardtanh": _activation(activations.clipped, "min_val", "max_val"),
     "sign": _unary(activations.sign, floats=False), "sgn": _unary(activations.sign, floats=False),
-    "square": _unary(activations.square),
+    "square": _unary(_square, floats=False),
     **{name: _unary(_named(name)) for name in
        ("exp", "log", "log1p", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "floor", "ceil", "round", "sin", "cos")},
     "isnan": _unary(_named("isnan")), "special_expit": _unary(_named("sigmoid")),

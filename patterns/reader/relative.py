@@ -36,9 +36,11 @@ _NAMED = {
     "tanh": aten.tanh.default, "sigmoid": aten.sigmoid.default, "sqrt": aten.sqrt.default, "rsqrt": aten.rsqrt.default,
     "floor": aten.floor.default, "ceil": aten.ceil.default, "round": aten.round.default, "sin": aten.sin.default,
     "cos": aten.cos.default, "pow": aten.pow.Tensor_Tensor,
+    "stop": aten.detach.default, "erf": aten.erf.default, "isnan": aten.isnan.default,
 }  # fmt: skip
 _ARITHMETIC: dict[str, Callable[..., Any]] = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CHOICES = {"minfirst": aten.lt.Tensor, "maxfirst": aten.gt.Tensor}
 _DIVISIONS = {"floordiv": "floor", "truncdiv": "trunc"}
 
 
@@ -150,4 +152,8 @@ class _Made:
             return self._make(aten.to.dtype, rounded, torch.float32)
         if x.name in _DIVISIONS:
             return self._make(aten.div.Tensor_mode, *args, rounding_mode=_DIVISIONS[x.name])
+        if x.name in _CHOICES:
+            second = self._make(_CHOICES[x.name], args[1], args[0])
+            second = self._make(aten.logical_or.default, second, self._make(aten.isnan.default, args[1]))
+            return self._make(aten.where.self, second, args[1], args[0])
         return self._make(_NAMED[x.name], *args)

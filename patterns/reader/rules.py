@@ -6,7 +6,7 @@ knows of the reader that walks them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import fx
@@ -14,6 +14,7 @@ from torch import fx
 from attncc.ir.expr import Expr, Load
 from attncc.patterns.graph import (
     Facts,
+    Gradients,
     argument,
     asked_once,
     dim_argument,
@@ -28,8 +29,8 @@ from attncc.patterns.graph import (
 from attncc.patterns.reader.assumptions import Reach
 
 __all__ = [
-    "Facts", "Point", "Rule", "Values", "argument", "asked_once", "dim_argument", "formula", "has_argument", "hint",
-    "op_name", "spelled_out", "takes_tensors", "written_args",
+    "Facts", "Gradients", "Point", "Rule", "Values", "argument", "asked_once", "dim_argument", "formula",
+    "has_argument", "hint", "op_name", "spelled_out", "takes_tensors", "written_args",
 ]  # fmt: skip
 
 Point = tuple[Expr, ...]
@@ -37,11 +38,18 @@ Point = tuple[Expr, ...]
 
 class Values(Protocol):
     """Who tells what tensors are at an index. `extents` bounds every index; with `reach`, values are read where some
-    conditions hold."""
+    conditions hold; `given` are the values of nodes that it was told, as the arguments of a graph of scalars are."""
 
     facts: Facts
     extents: dict[Expr, Expr]
     reach: Reach | None
+
+    @property
+    def given(self) -> Mapping[fx.Node, Expr]: ...
+
+    def followed(self, n: fx.Node) -> bool:
+        """Whether gradients flow into what an operation gives."""
+        ...
 
     def value_at(self, n: fx.Node, at: Point, reader: int | None = None) -> Expr:
         """The value of `n` at `at`, as the operator at position `reader` of the graph saw it."""

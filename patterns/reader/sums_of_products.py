@@ -17,7 +17,7 @@ from torch import fx
 from attncc.ir.build import ONE
 from attncc.ir.expr import Const, Expr, Index, free
 from attncc.patterns.reader.rules import Facts, Point, argument, asked_once, op_name, spelled_out
-from attncc.patterns.reader.view_ops import MOVES, broadcast, move
+from attncc.patterns.reader.view_ops import MOVES, broadcast, move, stops
 
 aten: Any = torch.ops.aten
 _STEPS = 12
@@ -108,6 +108,9 @@ class _Search:
             return True
         if not self.f.is_tensor(x) or self._written(x):
             return False
+        if self._stopped(x):
+            self.factors.append(Factor(x, at))
+            return True
         rule = None if steps == 0 or x.op != "call_function" else _DOWN.get(op_name(x).rstrip("_"))
         if rule is not None and (found := rule(self, x, at, steps - 1)) is not None:
             return found
@@ -123,6 +126,11 @@ class _Search:
     def _written(self, x: fx.Node) -> bool:
         return bool(self.f.writes(x, self.f.order[x], self.f.order[self.n]))
 
+    def _stopped(self, x: fx.Node) -> bool:
+        """Whether gradients that flow into the sum, and would flow below a factor, are stopped there."""
+        watched = self.f.watched(self.f.order[self.n])
+        return watched and any(stops(self.f, x, a) for a in x.all_input_nodes if self.f.is_tensor(a))
+
     def _moved(self, x: fx.Node, at: Callable[[Point], Point]) -> tuple[fx.Node, Callable[[Point], Point]] | None:
         """What a product is a permutation of; an operand that is moved is read where it lies."""
         if x.target not in _PERMUTES:
@@ -132,7 +140,7 @@ class _Search:
             return None
 
         def below(point: Point) -> Point:
-            found = move(self.f, x, at(point), {})
+            found = move(self.f, x, at(point), {}, crossing=True)
             assert found is not None
             return found[1]
 
@@ -162,6 +170,9 @@ class _Search:
         wider = self.f.dtype(x) in (torch.float32, torch.float64) and self.f.dtype(source) in _FLOATS
         return self.descend(source, at, steps) if wider and _is_computed(source) else None
 
+    def detached(self, x: fx.Node, at: Callable[[Point], Point], steps: int) -> bool | None:
+        return self.descend(x.args[0], at, steps)
+
     def squared(self, x: fx.Node, at: Callable[[Point], Point], steps: int) -> bool | None:
         return self.square(x, at, steps) if x.args[1] == 2 else None
 
@@ -169,6 +180,8 @@ class _Search:
         """The square of a difference, if nothing else is multiplied."""
         base: Any = x.args[0]
         if op_name(base).rstrip("_") != "sub" or base.kwargs.get("alpha", 1) != 1 or self._written(base):
+            return None
+        if self._stopped(base):
             return None
         sides = base.args[:2]
         if self.factors or self.difference or not all(self.f.is_tensor(s) and not self._written(s) for s in sides):
@@ -213,7 +226,7 @@ _SPREADS = [t for t in MOVES if str(t).split(".")[1] in ("expand", "expand_as", 
 _DOWN: dict[str, Callable[[_Search, fx.Node, Callable[[Point], Point], int], bool | None]] = {
     "mul": _Search.product, "multiply": _Search.product, "div": _Search.divided, "neg": _Search.negated,
     "to": _Search.cast, "_to_copy": _Search.cast, "pow": _Search.squared, "square": _Search.square,
-    "einsum": _Search.outer,
+    "einsum": _Search.outer, "detach": _Search.detached,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -20,10 +21,11 @@ from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, loads, rewr
 from attncc.patterns.reader.assumptions import Context, Reach
 from attncc.patterns.reader.contractions import DOT, ROUNDED, Contraction, contraction
 from attncc.patterns.reader.creation import SOURCES
-from attncc.patterns.reader.narrow import NARROW, fits
 from attncc.patterns.reader.pointwise import ELEMENTS
+from attncc.patterns.reader.ranges import wraps
 from attncc.patterns.reader.relative import by_distance
-from attncc.patterns.reader.rules import Facts, Point, hint, written_args
+from attncc.patterns.reader.rules import Facts, Gradients, Point, hint, written_args
+from attncc.patterns.reader.stopped import without_stopped
 from attncc.patterns.reader.view_ops import move
 from attncc.patterns.reader.writes import Place, place
 
@@ -78,7 +80,7 @@ class Reader:
         alone = bool(self.given) or self.reach is not None or n not in f.unwritten
         if alone or any(f.order[leaf] <= f.order[n] for leaf in self.leaves):
             return self._read(n, at, when)
-        key = (n, at, self.pair, tuple(self.extents.items()))
+        key = (n, at, self.pair, tuple(self.extents.items()), self.gradients is None)
         found = f.shared.get(key)
         if found is None:
             found = f.shared[key] = self._read(n, at, when)
@@ -90,8 +92,24 @@ class Reader:
             raise Unreadable(n, f"a tensor of {self.facts.dtype(n)}, which the IR has no type for")
         return Load(n.name, at, DTYPES[name][0])
 
+    @cached_property
+    def gradients(self) -> Gradients | None:
+        """What autograd sees of the graph, where gradients are wanted of what the kernel gives."""
+        return self.facts.gradients if self.given or self.facts.watched(self.use) else None
+
+    def followed(self, n: fx.Node) -> bool:
+        """Whether gradients flow into what an operation gives."""
+        return self.gradients is not None and self.gradients.follows(n, self.facts.order[n] + 1)
+
     def _read(self, n: fx.Node, at: Point, when: int) -> Expr:
+        value, g = self._value(n, at, when), self.gradients
+        return value if g is None else without_stopped(self, g, n, value, at, when)
+
+    def _value(self, n: fx.Node, at: Point, when: int) -> Expr:
         writes = self.facts.writes(n, self.facts.order[n], when)
+        last = writes[-1] if writes else n
+        if self.gradients is not None and self.gradients.unseen(n, last):
+            raise Unreadable(last, "a tensor that the model writes to where autograd does not see it")
         if writes:
             return self._after_write(writes[-1], n, at, when)
         if n in self.leaves:
@@ -104,13 +122,13 @@ class Reader:
             value = None  # an input is gone by then, but this result may still be there
             self.lost = self.lost or error
         if value is None:
-            return self._load_later(n, at, when)
+            return self.load_later(n, at, when)
         if not self.given and self.reach is None and (self._better_loaded(value) or self._worth_a_table(n, value)):
             table = by_distance(self.facts, n, value, at, self.pair, self.extents)
-            return self._load_later(n, at, when) if table is None else table
+            return self.load_later(n, at, when) if table is None else table
         return value
 
-    def _load_later(self, n: fx.Node, at: Point, when: int) -> Expr:
+    def load_later(self, n: fx.Node, at: Point, when: int) -> Expr:
         """A load at `use` of what was read at `when`; a write at `when` itself happened after that read."""
         if self.facts.writes(n, when - 1, self.use):
             raise Unreadable(n, "a tensor that the model writes to between reading it and the attention")
@@ -132,13 +150,13 @@ class Reader:
             return value
         if any(self.facts.aliases(n, leaf) for leaf in self.leaves):
             raise Unreadable(write, "a part of the weights is written to before they meet the values")
-        return self._load_later(n, at, self.facts.order[write] + 1)
+        return self.load_later(n, at, self.facts.order[write] + 1)
 
     def _written(self, write: fx.Node, target: fx.Node, n: fx.Node, at: Point, when: int) -> Expr | None:
         """The same where the write changed a part, if scores or weights are in it, or it holds an element a pair of
         query and key: what was written there, and what was before elsewhere. None for others, which are loaded."""
         f = self.facts
-        moved = move(f, n, at, self.extents)
+        moved = move(f, n, at, self.extents, crossing=True)
         try:
             if moved is not None and f.aliases(n, moved[0]):
                 value = self.value_at(*moved, when)
@@ -147,7 +165,7 @@ class Reader:
                 value = None if part is None else self._of_part(write, part, n, at)
         except Unreadable:
             return None
-        if value is None or any(self._is_own(x) for x in loads(value)):
+        if value is None or any(self.is_own(x) for x in loads(value)):
             return value
         return value if len(self.pair) > 1 and not isinstance(value, Load) and _is_short(value) else None
 
@@ -162,7 +180,7 @@ class Reader:
 
         def new() -> Expr:
             value = self.value_at(write, part.at, when + 1)
-            if self.reach is None and not all(self._is_own(x) for x in loads(value)):
+            if self.reach is None and not all(self.is_own(x) for x in loads(value)):
                 kept = part.kept(f.shape(write), self.extents)
                 value = self._own_unkept(self.value_at(write, kept, when + 1), dict(zip(kept, part.at, strict=True)))
             return cast(value, kind)
@@ -175,7 +193,7 @@ class Reader:
         table = {kept: at for kept, at in table.items() if kept is not at}
 
         def own(y: Expr) -> Expr | None:
-            if not isinstance(y, Load) or not self._is_own(y):
+            if not isinstance(y, Load) or not self.is_own(y):
                 return None
             return Load(y.tensor, tuple(simplify(substitute(i, table), self.extents) for i in y.index), y.kind)
 
@@ -196,7 +214,7 @@ class Reader:
             self.context = known
         return found[0] if len(found) == 1 or found[0] is found[1] else where(self.reach.needed(c, known), *found)
 
-    def _is_own(self, x: Load) -> bool:
+    def is_own(self, x: Load) -> bool:
         """Whether a load is one of scores or weights, which will not be loaded."""
         return x.tensor.startswith(DOT) or x.tensor in self._leaf_names
 
@@ -207,15 +225,15 @@ class Reader:
             return _constant(f, n)
         if n.op != "call_function" or f.dtype_name(n) is None:
             return None
-        moved = move(f, n, at, self.extents)
+        moved = move(f, n, at, self.extents, crossing=True)
         if moved is not None:
             source, index = moved
             # A view is read when its own reader runs; a copy was read when it was made.
             view = f.aliases(n, source)
             value = self.value_at(source, index, when if view else f.order[n])
             return None if not view and self._lies_better(value, at) else value
-        floats = {f.dtype(a) for a in n.all_input_nodes if f.is_tensor(a) and f.dtype(a).is_floating_point}
-        if f.dtype(n) == torch.float64 and floats - {torch.float64}:
+        inputs = [f.dtype(a) for a in n.all_input_nodes if f.is_tensor(a) and f.dtype(a) != torch.bool]
+        if f.dtype(n) == torch.float64 and any(dtype != torch.float64 for dtype in inputs):
             return None
         product = contraction(f, n)
         if product is not None:
@@ -223,10 +241,11 @@ class Reader:
             return product.value(self, at) if spread is None else self._typed(n, spread)
         rule = ELEMENTS.get(n.target) or SOURCES.get(n.target)
         result = None if rule is None else rule(self, n, at)
-        if result is None:
-            return None
-        typed = self._typed(n, result)
-        return typed if f.dtype(n) not in NARROW or fits(f, typed, f.dtype(n)) else None
+        if result is None or not wraps(self, n, result, at):
+            return None if result is None else self._typed(n, result)
+        if self.given:
+            self.lost = self.lost or Unreadable(n, f"arithmetic of {f.dtype(n)} that may wrap")
+        return None
 
     def _spread(self, product: Contraction, at: Point) -> Expr | None:
         """The other factor of a product of one term a sum whose one factor is all ones: that is how some models bring
@@ -251,7 +270,7 @@ class Reader:
     def _lies_better(self, value: Expr, at: Point) -> bool:
         """Whether a copy is the better one to read: its last dimension is the last index, its computed source's is not.
         Of scores and weights there is nothing else to read."""
-        if not isinstance(value, Load) or self._is_own(value) or not value.index or not at:
+        if not isinstance(value, Load) or self.is_own(value) or not value.index or not at:
             return False
         source = self.facts.by_name[value.tensor]
         computed = source.op == "call_function" and source not in self.facts.made  # a table was made to be read
@@ -291,7 +310,7 @@ class Reader:
             return False
         nodes = list(walk(value))
         held = [x for x in nodes if isinstance(x, Load)]
-        if any(self._is_own(x) for x in held):
+        if any(self.is_own(x) for x in held):
             return False
         indirect = any(isinstance(y, Load) for x in held for y in walk(*x.index))
         shared = any(x not in nodes and size is not ONE for x, size in self.extents.items())

@@ -334,10 +334,20 @@ MOVES: dict[object, Rule] = {
 }  # fmt: skip
 
 
-def move(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | None:
-    """Where the element `at` of `n` comes from, if `n` only moves values."""
+def move(f: Facts, n: fx.Node, at: Point, ext: Extents, *, crossing: bool = False) -> Move | None:
+    """Where the element `at` of `n` comes from, if `n` only moves values.
+
+    Not across the end of a gradient, unless `crossing`: whoever reads the source then stops the gradient himself."""
     if n.op != "call_function":
         return None
     rule = _getitem if getattr(n.target, "__name__", "") == "getitem" else MOVES.get(n.target)
     found = None if rule is None else rule(f, n, at, ext)
-    return found if found is not None and f.is_tensor(found[0]) else None
+    if found is None or not f.is_tensor(found[0]) or (not crossing and stops(f, n, found[0])):
+        return None
+    return found
+
+
+def stops(f: Facts, n: fx.Node, source: fx.Node) -> bool:
+    """Whether gradients that would flow from `n` into `source` are stopped between the two."""
+    g, at = f.gradients, f.order[n]
+    return g is not None and g.follows(source, at) and not g.follows(n, at + 1)

@@ -138,6 +138,9 @@ def of_quotient(f: Facts, n: fx.Node) -> str:
     if scattered(n.all_input_nodes[-1]) is not None:
         return "a softmax over groups that are numbered in a tensor (edges of a graph): each row has keys of its own"
     (top, *_) = n.all_input_nodes
+    g, at = f.gradients, f.order[n]
+    if g is not None and f.watched(at) and any(g.stopped(x, at) for x in n.all_input_nodes):
+        return "a quotient of exponentials and their sum of which the model stops the gradients of one"
     if compares(f, top):
         return "a quotient by a sum that is not that of the same exponentials over the keys"
     return of_scores(f, top)

@@ -2,71 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import fx
 
 from attncc.ir.affine import simplify
-from attncc.ir.attention import Access, Attention, Axis, Empty, Normalizer, Output, Tensor, W
+from attncc.ir.attention import Access, Attention, Axis, Tensor
 from attncc.ir.build import NEG_INF, ONE, TRUE, ZERO, and_, lt, not_, or_
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, rewrite, substitute
 from attncc.ir.verify import verify
-from attncc.patterns.reader import Facts, Point, Unreadable, contraction, hint, noticed, order_in_memory
-from attncc.patterns.site.masks import hides_by_score, split_mask
+from attncc.patterns.reader import Reach, Unreadable, contraction, hint, noticed, order_in_memory
+from attncc.patterns.site.flow import settled
+from attncc.patterns.site.masks import Masked, hides_by_score, split_mask
 from attncc.patterns.site.materialised import Source
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What was read of an attention, over the indices of its output (`out`: zero where the extent is 1).
-
-    `i` and `e` are None where the output has no such axis. `product_dtype` and `dtype` are those of the two products:
-    under autocast operands are cast to them. `summed` are batch indices of no output, which is a sum over them.
-    `zeroed`: rows in which the mask hides every key are zero, whatever it is filled with."""
-
-    facts: Facts
-    out: Point
-    out_shape: tuple[Expr, ...]
-    i: Expr | None
-    j: Index
-    d: Index
-    e: Expr | None
-    extents: dict[Expr, Expr]
-    q: Source
-    k: Source
-    v: Source
-    score: Expr
-    product_dtype: torch.dtype
-    dtype: torch.dtype
-    half: bool
-    empty: Empty
-    mask: Expr = TRUE
-    sink: Expr | None = None
-    weight: Expr = W
-    normalizer: Normalizer = "softmax"
-    outputs: tuple[Output, ...] = ("out",)
-    summed: tuple[Expr, ...] = ()
-    zeroed: bool = False
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How the rows (*batch, i) of an attention lie in a tensor of the model: in `shape`, where axes are split, and then
-    permuted by `order`; as they are where that is empty."""
-
-    shape: tuple[Expr, ...] = ()
-    order: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Lse:
-    """`node` holds the logarithm of a row's sum of exponentials, its rows as `rows` says."""
-
-    node: fx.Node
-    rows: Rows = Rows()
-    base_two: bool = False
+from attncc.patterns.site.parts import Lse, Parts, Rows
 
 
 @dataclass(frozen=True)
@@ -90,7 +42,8 @@ class Lifted:
     (*batch, i, e), permuted by `order` and viewed in the shape of `node`, is its value. `escapes` are users of the
     weights other than the product with the values. `lse` says where the model has the logarithm of the sums of
     exponentials, if it uses them; a row that sees no key then has `floor`, where the model's masks are finite. Axes of
-    the output that are `summed` are summed over first. Several sites with one `node` add up to it."""
+    the output that are `summed` are summed over first. Several sites with one `node` add up to it. No gradient flows
+    into the tensors that are `stopped`."""
 
     attention: Attention
     node: fx.Node
@@ -105,6 +58,7 @@ class Lifted:
     summed: tuple[int, ...] = ()
     floor: float | None = None
     piece: Piece | None = None
+    stopped: frozenset[fx.Node] = frozenset()
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -115,13 +69,15 @@ class Lifted:
 def assembled(
     p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, ...] = (), lse: Lse | None = None
 ) -> Lifted:
-    """The verified attention that `p` describes, with its place in the graph."""
+    """The verified attention that `p` describes, with its place in the graph. Raises Unreadable and VerifyError."""
+    p, flow = settled(p, node, lse)
     own = [x for x in p.out if x is not ZERO and x is not p.i and x is not p.e]
     batch = [*own, *p.summed]
     names = {x: Index(f"b{n}") for n, x in enumerate(batch)}
     names |= {p.j: Index("j"), p.d: Index("d")}
     names |= {x: Index(n) for x, n in ((p.i, "i"), (p.e, "e")) if x is not None}
-    masked = split_mask(p.score, half=p.half, infinite_empty=p.empty)
+    watched = partial(flow.of, by_name=p.facts.by_name)
+    masked = split_mask(p.score, half=p.half, infinite_empty=p.empty, watched=watched)
     if hides_by_score(masked.score):
         raise Unreadable(anchor, "which keys are hidden depends on the scores themselves, which a mask cannot say")
     mask = and_(masked.mask, p.mask)
@@ -156,10 +112,29 @@ def assembled(
     absent = [n for n in range(len(own) + 2) if n not in positions.values()]  # one query, or one channel
     order = [positions[x] if x is not ZERO else absent.pop(0) for x in p.out if x is not ZERO or absent]
     order += absent
+    attention = replace(attention, slope=_slope(attention, masked, anchor))
     return Lifted(
         verify(attention), node, anchor, tuple(renamer.nodes), tuple(renamer.dtypes), sizes, factors, tuple(order),
-        escapes, lse, tuple(range(len(own), len(batch))), masked.floor,
+        escapes, lse, tuple(range(len(own), len(batch))), masked.floor, stopped=flow.stopped,
     )  # fmt: skip
+
+
+def _slope(a: Attention, masked: Masked, at: fx.Node) -> float:
+    """By how much the scores of a row that sees nothing move its weights. Raises Unreadable where the IR cannot say."""
+    slopes = masked.slopes - {0.0} if len(masked.slopes) == 1 else masked.slopes
+    if not slopes or a.empty != "mean" or sees_itself(a):
+        return 0.0
+    if len(slopes) > 1:
+        raise Unreadable(at, "rows whose keys are all hidden pass gradients to one part of their scores alone")
+    if "lse" in a.outputs:
+        raise Unreadable(at, "rows whose keys are all hidden have sums with gradients of their own")
+    return next(iter(slopes))
+
+
+def sees_itself(a: Attention) -> bool:
+    """Whether each query sees the key at its own place."""
+    reach = Reach({x.index: x.extent for x in a.axes})
+    return a.i.extent is a.j.extent and reach.proves((), substitute(a.mask, {a.j.index: a.i.index}))
 
 
 def _not_hidden_by_data(p: Parts, x: Expr) -> Expr:

@@ -18,9 +18,9 @@ from attncc.ir.attention import Empty
 from attncc.ir.build import ONE, ZERO
 from attncc.ir.expr import Expr, Index, free
 from attncc.patterns.reader import Contraction, Facts, Point, Reader, Unreadable
-from attncc.patterns.site.assemble import Parts
 from attncc.patterns.site.materialised import Source
 from attncc.patterns.site.operands import operand
+from attncc.patterns.site.parts import Parts
 from attncc.patterns.site.products import Product
 
 

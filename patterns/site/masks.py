@@ -10,6 +10,7 @@ and a row in which it hides every visible one weighs them with those that a fini
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from attncc.ir.attention import Empty, S
 from attncc.ir.build import add, and_, not_, op
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Load, Op, free, walk
+from attncc.ir.gradients import bounded
 
 _PUT, _ADDED = -1e9, -1e30
 _FILL_F16 = -65504.0
@@ -28,6 +30,7 @@ class Masked:
     mask: Expr
     empty: Empty
     floor: float | None = None  # the score of every key in a row that sees none, where that is finite
+    slopes: frozenset[float] = frozenset()  # by how much it follows the parts of the score that gradients reach
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,13 @@ class _Hidden:
     added: bool
 
 
-def split_mask(score: Expr, *, half: bool, infinite_empty: Empty) -> Masked:
+def split_mask(
+    score: Expr, *, half: bool, infinite_empty: Empty, watched: Callable[[Expr], bool] = lambda x: False
+) -> Masked:
     """The score without its masks, the predicate they make, and what a row without visible keys then gives.
 
-    `half`: the scores are float16, whose lowest value is a fill too. `infinite_empty`: what a row of -inf gives."""
+    `half`: the scores are float16, whose lowest value is a fill too. `infinite_empty`: what a row of -inf gives.
+    `watched`: whether gradients are wanted of an expression."""
     limit = _FILL_F16 if half else _PUT
     bare, found = _strip(score, limit)
     infinite = [h for h in found if h.fill == float("-inf")]
@@ -56,7 +62,7 @@ def split_mask(score: Expr, *, half: bool, infinite_empty: Empty) -> Masked:
         total = sum(h.fill for h in finite) if finite[0].added else finite[0].fill  # what is put last hides the rest
         if torch.tensor(total, dtype=torch.float64).to(_dtype_of(finite, half=half)).isinf():
             return Masked(bare, _all(finite), infinite_empty)
-        return Masked(bare, _all(finite), "mean", total)
+        return Masked(bare, _all(finite), "mean", total, _slopes(score, limit, watched))
     # Rows hidden by several different finite masks weigh keys by how often they are hidden: keep them as they are.
     bare, found = _strip(score, float("-inf"))
     return Masked(bare, _all(found), infinite_empty if found else "zero")
@@ -135,10 +141,10 @@ def _strip(x: Expr, limit: float) -> tuple[Expr, list[_Hidden]]:
         case Op(name, (a,)) if name in ROUNDINGS:
             bare, found = _strip(a, limit)
             return (op(name, bare) if found else x), found
-        case Op("max", (a, Const(low))) if low <= limit:
-            bare, found = _strip(a, limit)
+        case Op("max" | "maxfirst", _) if (floor := _floor(x, limit)) is not None:
+            bare, found = _strip(floor[0], limit)
             # a fill that is not above the limit ends on it, however often it was added
-            return bare, [_Hidden(h.visible, max(h.fill, float(low)), h.added and h.fill > low) for h in found]
+            return bare, [_Hidden(h.visible, max(h.fill, floor[1]), h.added and h.fill > floor[1]) for h in found]
         case Op("where", (c, a, b)) if _is_fill(b, limit) and S not in free(c):
             bare, found = _strip(a, limit)
             return bare, [_Hidden(c, _number(b), added=False), *found]
@@ -159,6 +165,42 @@ def _strip(x: Expr, limit: float) -> tuple[Expr, list[_Hidden]]:
             return (op("sub", bare, b) if found else x), [_Hidden(h.visible, h.fill, added=True) for h in found]
         case _:
             return x, []
+
+
+def _floor(x: Expr, limit: float) -> tuple[Expr, float, float] | None:
+    """(score, low, share) of a score that is kept from falling below a number that masks are filled with."""
+    found = bounded(x)
+    if found is None or found[0] != "max" or found[2].value > limit:
+        return None
+    return found[1], float(found[2].value), found[3]
+
+
+def _slopes(x: Expr, limit: float, watched: Callable[[Expr], bool]) -> frozenset[float]:
+    """By how much a hidden score follows what it is computed from: 1 where a fill was added to it, 0 where one took its
+    place. More than one number where that is not alike for all parts of it."""
+
+    def of(x: Expr, limit: float) -> frozenset[float]:
+        _, hidden = _strip(x, limit)
+        if not hidden:
+            return frozenset({1.0}) if watched(x) else frozenset()
+        match x:
+            case Op("max" | "maxfirst", _) if (floor := _floor(x, limit)) is not None:
+                inner, low, share = floor
+                ties = {0.0 if h.fill < low else share if h.fill == low else 1.0 for h in _strip(inner, limit)[1]}
+                return frozenset(a * b for a in of(inner, limit) for b in ties)
+            case Op("where", (_, a, b)):
+                taken = a if _is_fill(b, limit) else b
+                return frozenset({0.0}) if watched(taken) else frozenset()
+            case Op("add" | "sub", (a, b)):
+                limit = limit if limit == _FILL_F16 else min(limit, _ADDED)
+                second = of(b, limit) if x.name == "add" else frozenset({1.0} if watched(b) else ())
+                return of(a, limit) | second
+            case Op(_, (a,)):
+                return of(a, limit)
+            case _:
+                return frozenset()
+
+    return of(x, limit)
 
 
 def _is_fill(x: Expr, limit: float) -> bool:

@@ -25,18 +25,20 @@ from attncc.ir.merge import merge_of
 from attncc.ir.node import kind_of
 from attncc.ir.rearrange import Dims
 from attncc.patterns.reader import Facts, noticed, order_in_memory
-from attncc.patterns.site.assemble import Lifted, Lse, Rows
+from attncc.patterns.site.assemble import Lifted
+from attncc.patterns.site.parts import Lse, Rows
 
 
 @dataclass(frozen=True)
 class SiteProgram:
-    """`program` with its place in the graph: the nodes that its inputs are and the dtypes they are cast to, what its
-    sizes are over the graph's symbols, which of these are products of others, and the nodes whose values it gives.
-    `in_pieces`: these are the products of one softmax, one for each site."""
+    """`program` with its place in the graph: the nodes that its inputs are, the dtypes they are cast to and whether
+    their gradients are stopped, what its sizes are over the graph's symbols, which of these are products of others, and
+    the nodes whose values it gives. `in_pieces`: these are the products of one softmax, one for each site."""
 
     program: Program
     inputs: tuple[fx.Node, ...]
     dtypes: tuple[torch.dtype, ...]
+    stopped: tuple[bool, ...]
     sizes: tuple[Expr, ...]
     factors: tuple[tuple[Size, Expr], ...]
     outputs: tuple[fx.Node, ...]
@@ -72,7 +74,7 @@ class _Builder:
         self.values: dict[str, Tensor] = {}
         self._sizes: dict[Expr, Size] = {}
         self._spelled: dict[Size, Expr] = {}
-        self._inputs: dict[tuple[fx.Node, torch.dtype], str] = {}
+        self._inputs: dict[tuple[fx.Node, torch.dtype, bool], str] = {}
         self._factors: dict[Size, Expr] = {}
         self._given: dict[fx.Node, str] = {}
 
@@ -109,9 +111,10 @@ class _Builder:
         }
         arguments: list[str] = []
         for n, dtype, t in zip(site.tensors, site.dtypes, a.tensors, strict=True):
-            known = self._inputs.get((n, dtype))
+            key = n, dtype, n in site.stopped
+            known = self._inputs.get(key)
             if known is None:
-                known = self._inputs[n, dtype] = f"x{len(self._inputs)}"
+                known = self._inputs[key] = f"x{len(self._inputs)}"
                 self.values[known] = Tensor(known, NAME_OF[dtype], tuple(substitute(x, table) for x in t.shape))
             arguments.append(known)
         names = tuple(f"{t.name}_{len(self.steps)}" for t in kind_of(a).gives(a))
@@ -229,9 +232,9 @@ class _Builder:
             tuple(self._sizes.values()), tuple(self.values[x] for x in self._inputs.values()), tuple(self.steps),
             tuple(self._given.values()),
         )  # fmt: skip
-        nodes, dtypes = zip(*self._inputs, strict=True)
+        nodes, dtypes, stopped = zip(*self._inputs, strict=True)
         return SiteProgram(
-            verify_program(p), nodes, dtypes, tuple(self._spelled[s] for s in self._sizes.values()),
+            verify_program(p), nodes, dtypes, stopped, tuple(self._spelled[s] for s in self._sizes.values()),
             tuple(self._factors.items()), tuple(self._given), in_pieces,
         )  # fmt: skip
 

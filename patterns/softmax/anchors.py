@@ -75,7 +75,8 @@ def find_anchors(f: Facts) -> list[Anchor]:
         rule = _RULES.get(n.target) if n.op == "call_function" else None
         anchor = None if rule is None else rule(f, n)
         if anchor is not None and f.rank(anchor.scores) > 0 and f.value(anchor.scores).is_floating_point():
-            found.append(without_maximum(f, anchor))
+            if stopped_inside(f, anchor) is None:
+                found.append(without_maximum(f, anchor))
             inner |= _between(anchor)
     return [a for a in found if a.node not in inner]
 
@@ -109,8 +110,21 @@ def _powers(n: fx.Node | None, depth: int = 4) -> set[fx.Node]:
     return {x for a in n.all_input_nodes for x in _powers(a, depth - 1)}
 
 
+def stopped_inside(f: Facts, a: Anchor) -> fx.Node | None:
+    """Where gradients are stopped between the scores and the weights: then these are a softmax's, and their gradients
+    are not."""
+    g, use = f.gradients, f.order[a.node]
+    if g is None or not f.watched(use):
+        return None
+    return next((n for n in sorted(_inside(a), key=f.order.__getitem__) if g.stopped(n, use)), None)
+
+
 def _between(a: Anchor) -> set[fx.Node]:
-    """Nodes from the scores to the anchor: parts of its spelling."""
+    """Nodes from the scores to the anchor that might be anchors themselves: parts of its spelling."""
+    return {n for n in _inside(a) if n.target in _RULES}
+
+
+def _inside(a: Anchor) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     stack = [x for x in a.node.all_input_nodes if x is not a.scores]
     while stack:
@@ -118,7 +132,7 @@ def _between(a: Anchor) -> set[fx.Node]:
         if n not in seen and n is not a.scores and n.op == "call_function" and n not in a.invariant:
             seen.add(n)
             stack += n.all_input_nodes
-    return {n for n in seen if n.target in _RULES}
+    return seen
 
 
 def _softmax(f: Facts, n: fx.Node) -> Anchor | None:

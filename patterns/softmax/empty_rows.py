@@ -21,6 +21,7 @@ from torch import fx
 from attncc.ir.attention import W
 from attncc.ir.build import TRUE, not_
 from attncc.ir.expr import Const, Expr, Load, Op
+from attncc.ir.gradients import bounded
 from attncc.patterns.site import CASTS, Facts, Point, Reader, alike, argument, is_maximum, one_dim, op_name, split_mask
 from attncc.patterns.softmax.sums_of_softmaxes import Term
 
@@ -61,11 +62,11 @@ def masked_again(weight: Expr, score: Expr, *, half: bool) -> Expr | None:
 
 def _in_unit_range(x: Expr) -> Expr:
     """`x` without clamps that a weight between 0 and 1 never meets."""
-    while isinstance(x, Op) and x.name in ("min", "max"):
-        limit = x.args[1]
-        if not isinstance(limit, Const) or (limit.value < 1 if x.name == "min" else limit.value > 0):
+    while (found := bounded(x)) is not None:
+        name, inner, limit, _ = found
+        if limit.value < 1 if name == "min" else limit.value > 0:
             break
-        x = x.args[0]
+        x = inner
     return x
 
 

@@ -97,9 +97,10 @@ def _heads(f: Facts, n: fx.Node, x: fx.Node, batch: Point, extents: dict[Expr, E
 def _scalar(r: Reader, n: fx.Node, function: Any, given: tuple[Expr, ...], extra: Any, name: str) -> Expr:
     """What a graph of scalars gives for its first arguments `given` and the tensors `extra` that it captured."""
     module: Any = getattr(r.facts.graph.owning_module, str(function.target))
-    inner = Facts(module.graph)
+    scalars = [x for x in module.graph.nodes if x.op == "placeholder"]
+    floats = frozenset(x for x in scalars if r.gradients is not None and x.meta["val"].is_floating_point())
+    inner = Facts(module.graph, graded=floats)
     inner.symbols = r.facts.symbols
-    scalars = [x for x in inner.graph.nodes if x.op == "placeholder"]
     captured = {x.name: held for x, held in zip(scalars[len(given) :], extra, strict=True)}
     (result,) = inner.graph.output_node().all_input_nodes or (None,)
     if result is None:  # a constant
@@ -113,7 +114,7 @@ def _scalar(r: Reader, n: fx.Node, function: Any, given: tuple[Expr, ...], extra
             return None
         held = captured.get(x.tensor)
         if held is None:
-            raise Unreadable(n, f"its {name} computes {_spelled(inner, x)}, which has no rule")
+            raise reader.lost or Unreadable(n, f"its {name} computes {_spelled(inner, x)}, which has no rule")
         return r.value_at(held, x.index, r.use)
 
     return rewrite(rewrite(value, outside), lambda x: stored(r.facts, x, r.use, r.extents))

@@ -39,6 +39,7 @@ from attncc.patterns.site import (
     mixture,
     one_dim,
     products_in,
+    stops,
     summed,
     swapped,
 )
@@ -55,10 +56,12 @@ class _NotLinear(Exception):
 
 @dataclass(frozen=True)
 class _Addend:
-    """`scale` times small tensors times `value`, a product of queries and keys or a bias, summed over `over`."""
+    """`scale` times small tensors times `value`, a product of queries and keys or a bias, summed over `over`. The model
+    stops the gradients of a product that is `stopped`."""
 
     value: Expr
     score: bool
+    stopped: bool = False
     factors: tuple[Load, ...] = ()
     scale: float = 1.0
     over: Mapping[Expr, Expr] = field(default_factory=dict[Expr, Expr])
@@ -81,6 +84,7 @@ class _Addend:
 class _Mixed:
     """What one addend says of the scores: `scale` times small tensors, of the scores of a head."""
 
+    stopped: bool
     head: Index
     factors: tuple[Load, ...]
     scale: float
@@ -101,6 +105,11 @@ class Mixture:
     def product(self) -> Product | None:
         """The product over heads and components together; None where some factor has no plain place in it."""
         f, use, inner = self.frame.facts, self.frame.use, self.inner
+        if len({x.stopped for x in self.scores}) > 1:
+            return None  # one product has one gradient
+        if self.scores[0].stopped:
+            q, k = (f.make(aten.detach.default, (n,), use) for n in (inner.q, inner.k))
+            inner = replace(inner, q=q, k=k)
         d, depth = inner.contracted
         scales = {x.scale for x in self.scores}
         scale = (scales.pop() if len(scales) == 1 else 1.0) or 1.0
@@ -164,7 +173,7 @@ def _mixed(x: _Addend, of: Load) -> _Mixed | None:
     assert isinstance(x.value, Load)
     head = next(a for a, b in zip(x.value.index, of.index, strict=True) if a is not b)
     alike = all(a is b or b is _HEAD for a, b in zip(x.value.index, of.index, strict=True))
-    return _Mixed(head, x.factors, x.scale, frozenset(x.over)) if alike and isinstance(head, Index) else None
+    return _Mixed(x.stopped, head, x.factors, x.scale, frozenset(x.over)) if alike and isinstance(head, Index) else None
 
 
 def _matrix(
@@ -265,6 +274,11 @@ class _Taker:
                 return self._mixed(x) or [_Addend(x, score=x.tensor.startswith(DOT))]
             case Op(name, (a,)) if name in ROUNDINGS:
                 return self.taken(a)
+            case Op("stop", (Load() as a,)):
+                found = self.taken(a)
+                if not all(y.score for y in found):
+                    raise _NotLinear
+                return [replace(y, stopped=True) for y in found]
             case Op("neg", (a,)):
                 return [y.times(Const(-1.0)) for y in self.taken(a)]
             case Op("add", (a, b)):
@@ -340,7 +354,7 @@ class _Taker:
         while n.target is aten.add.Tensor and argument(n, "alpha") == 1 and all(f.is_tensor(x) for x in n.args):
             sides: list[tuple[fx.Node, Point]] = [(x, broadcast(f, x, at)) for x in n.all_input_nodes]
             held = [self.holds(r.value_at(x, p, f.order[n])) for x, p in sides]
-            if sorted(held) != [False, True] or f.writes(n, f.order[n], when):
+            if sorted(held) != [False, True] or f.writes(n, f.order[n], when) or any(stops(f, n, x) for x, _ in sides):
                 break
             found.append(sides[held.index(False)])
             n, at = sides[held.index(True)]

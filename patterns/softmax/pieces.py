@@ -16,7 +16,7 @@ from attncc.ir.affine import expr, linear_in, poly
 from attncc.ir.analysis import linear_factor
 from attncc.ir.attention import Attention, W
 from attncc.ir.build import TRUE, ZERO, add, sub
-from attncc.ir.expr import Const, Expr, free
+from attncc.ir.expr import Const, Expr, Op, free, walk
 from attncc.patterns.site import Frame, Lifted, Parts, Piece, Unreadable
 from attncc.patterns.softmax.anchors import Anchor
 from attncc.patterns.softmax.logsumexp import rows_of
@@ -45,6 +45,8 @@ def in_pieces(anchor: Anchor, frames: Sequence[Frame], weights: Weights) -> list
     found = [_slid_piece(anchor, *piece, left) if piece in sliding else _piece(anchor, *piece) for piece in pieces]
     if sliding and any(x.floor is not None for x in found):
         raise Unreadable(anchor.node, "a window beside pieces of the softmax that are hidden by a finite number")
+    if any(x.attention.slope for x in found):
+        raise Unreadable(anchor.node, "pieces of a softmax whose hidden keys pass gradients to their scores")
     shared = zip(found, _shares(found), strict=True)
     return [replace(x, attention=_without_nan(x.attention), piece=p) for x, p in shared]
 
@@ -64,6 +66,8 @@ def _slid_piece(anchor: Anchor, frame: Frame, term: Term, left: tuple[Expr, Expr
 
 
 def _of_parts(anchor: Anchor, frame: Frame, term: Term, parts: Parts) -> Lifted:
+    if any(isinstance(x, Op) and x.name == "stop" for x in walk(term.weight)):
+        raise Unreadable(frame.node, "a piece of a softmax inside of which the model stops gradients")
     if linear_factor(term.weight, W) is None:
         raise Unreadable(frame.node, "a piece of a softmax whose weights are no multiple of it")
     parts = replace(parts, outputs=("out", "lse"))

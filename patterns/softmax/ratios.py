@@ -21,10 +21,13 @@ from attncc.patterns.site import Unreadable, log_sigmoid
 from attncc.patterns.softmax.anchors import Anchor
 
 _TINY, _LOW = 1e-37, -1e30
+_BENT = "weights with gradients where they are zero, which those of a softmax do not have"
 
 
-def as_softmax(anchor: Anchor, score: Expr, weight: Expr) -> tuple[Expr, Expr]:
-    """The score and the weight of the softmax that an anchor's shares of a sum are."""
+def as_softmax(anchor: Anchor, score: Expr, weight: Expr, *, watched: bool = False) -> tuple[Expr, Expr]:
+    """The score and the weight of the softmax that an anchor's shares of a sum are.
+
+    Raises Unreadable where gradients are `watched` and would be lost in a logarithm of zero."""
     if anchor.shares == "powers":
         return (score if anchor.base is None else mul(score, const(math.log(anchor.base)))), weight
     zero = anchor.sink is not None
@@ -33,30 +36,38 @@ def as_softmax(anchor: Anchor, score: Expr, weight: Expr) -> tuple[Expr, Expr]:
         signed = where(lt(score, const(0.0)), below, W)
         weight = rewrite(weight, lambda x: signed if x is W else None)
         score = op("abs", score)
-    return _log(score, anchor.node, zero=zero), weight
+        if watched and anchor.shares == "signed":
+            raise Unreadable(anchor.node, _BENT)
+    return _log(score, anchor.node, zero=zero, watched=watched), weight
 
 
-def _log(x: Expr, at: fx.Node, *, zero: bool) -> Expr:
+def _log(x: Expr, at: fx.Node, *, zero: bool, watched: bool) -> Expr:
     """The logarithm of a weight, -inf where a mask makes it zero. `zero`: whether it may be zero elsewhere too."""
+
+    def log(x: Expr, watched: bool = watched) -> Expr:
+        return _log(x, at, zero=zero, watched=watched)
+
     match x:
         case Op(name, (a,)) if name in ROUNDINGS:
-            return _log(a, at, zero=zero)
+            return log(a)
         case Op("exp", (a,)):
             return a
         case Op("sigmoid", (Op("where", (c, a, hidden)),)) if hidden is NEG_INF and S not in free(c):
             return where(c, log_sigmoid(a), NEG_INF)
         case Op("max", (Op("where", (c, a, hidden)), Const(0.0) as low)) if hidden is NEG_INF and S not in free(c):
-            return where(c, _log(maximum(a, low), at, zero=zero), NEG_INF)
+            return where(c, log(maximum(a, low)), NEG_INF)
+        case Op("maxfirst", (Const(0.0) as low, Op("where", (c, a, hidden)))) if hidden is NEG_INF and S not in free(c):
+            return where(c, log(op("maxfirst", low, a)), NEG_INF)
         case Op("sigmoid", (a,)):
             return log_sigmoid(a)
         case Op("where", (c, a, b)) if S not in free(c) and (_is_zero(a) or _is_zero(b)):
-            return where(c, *(NEG_INF if _is_zero(y) else _log(y, at, zero=zero) for y in (a, b)))
+            return where(c, *(NEG_INF if _is_zero(y) else log(y) for y in (a, b)))
         case Op("mul", (a, Op("where", (c, Const(1.0), Const(0.0))))) if S not in free(c):
-            return where(c, _log(a, at, zero=zero), NEG_INF)
+            return where(c, log(a), NEG_INF)
         case Op("mul", (a, b)) if a is b:
-            return mul(_log(a if is_positive(a) else op("abs", a), at, zero=zero), const(2.0))
+            return mul(log(a if is_positive(a) else op("abs", a), watched=False), const(2.0))
         case Op("mul", (a, b)) if is_positive(a) or is_positive(b):
-            return add(_log(a, at, zero=zero), _log(b, at, zero=zero))
+            return add(log(a), log(b))
         case _:
             pass
     if is_positive(x):
@@ -65,6 +76,8 @@ def _log(x: Expr, at: fx.Node, *, zero: bool) -> Expr:
         raise Unreadable(at, "weights that may be negative, divided by their sum")
     if not zero:
         raise Unreadable(at, "weights divided by a sum that may be zero, which no softmax is")
+    if watched and not _is_flat(x):
+        raise Unreadable(at, _BENT)
     return where(gt(x, const(0.0)), op("log", maximum(x, const(_TINY))), const(_LOW))
 
 
@@ -85,9 +98,9 @@ def is_positive(x: Expr) -> bool:
             return is_positive(a)
         case Op("add", (a, b)):
             return _is_not_negative(a) and _is_not_negative(b) and (is_positive(a) or is_positive(b))
-        case Op("mul" | "div" | "min", (a, b)):
+        case Op("mul" | "div" | "min" | "minfirst", (a, b)):
             return is_positive(a) and is_positive(b)
-        case Op("max", (a, b)):
+        case Op("max" | "maxfirst", (a, b)):
             return is_positive(a) or is_positive(b)
         case Op("where", (Op("lt", (Const(low), y)), a, b)) if y is a and low >= 0:  # softplus, far from zero
             return is_positive(b)
@@ -109,16 +122,37 @@ def _is_not_negative(x: Expr) -> bool:
             return True
         case Op("mul", (a, b)):
             return a is b or (_is_not_negative(a) and _is_not_negative(b))
-        case Op("add" | "min", (a, b)) | Op("where", (_, a, b)):
+        case Op("add" | "min" | "minfirst", (a, b)) | Op("where", (_, a, b)):
             return _is_not_negative(a) and _is_not_negative(b)
         case Op("div", (a, b)):
             return _is_not_negative(a) and is_positive(b)
-        case Op("max", (a, b)):
+        case Op("max" | "maxfirst", (a, b)):
             return _is_not_negative(a) or _is_not_negative(b)
         case Op(name, (a,)) if name in ROUNDINGS or name in ("sqrt", "log1p"):
             return _is_not_negative(a)
         case _:
             return is_positive(x)
+
+
+def _is_flat(x: Expr) -> bool:
+    """Whether an expression that is never negative has no gradient where it is zero."""
+    match x:
+        case Op("abs", _):
+            return True
+        case Op("pow", (_, Const(by))):
+            return by > 1
+        case Op("mul", (a, b)):
+            return a is b or _is_flat(a) or _is_flat(b)
+        case Op("maxfirst", (Const(0.0), _)):
+            return True
+        case Op("add", (a, b)) | Op("where", (_, a, b)):
+            return _is_flat(a) and _is_flat(b)
+        case Op("div", (a, _)) | Op("log1p", (a,)):
+            return _is_flat(a)
+        case Op(name, (a,)) if name in ROUNDINGS:
+            return _is_flat(a)
+        case _:
+            return is_positive(x) or _is_zero(x)
 
 
 def _is_positive_parabola(x: Expr) -> bool:

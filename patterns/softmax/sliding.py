@@ -46,6 +46,7 @@ from attncc.patterns.site import (
     move,
     of_scores,
     scaled_by,
+    stops,
     visible_where,
 )
 from attncc.patterns.softmax.sums_of_softmaxes import Term
@@ -373,10 +374,12 @@ def _chain(
         yield step
         n, at, scale = step.node, step.at, step.scale
         padded = n.target in _PADS
-        found = _below_pad(f, n, at, extents) if padded else move(f, n, at, extents)
+        found = _below_pad(f, n, at, extents) if padded else move(f, n, at, extents, crossing=True)
         if found is None and (factor := scaled_by(n)) is not None:
             found, scale = (n.all_input_nodes[0], at), scale * factor
         if found is None or f.dtype(found[0]) != f.dtype(n) or f.writes(found[0], f.order[n], use):
+            return
+        if f.watched(use) and stops(f, n, found[0]):
             return
         n, at = found
         step = _Step(n, at if known is None else tuple(map(known, at)), scale, padded)

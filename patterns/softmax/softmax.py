@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import fx
 
 from attncc.ir.affine import linear_in, poly
 from attncc.ir.analysis import zero_at_zero
-from attncc.ir.attention import Attention, Empty, W
-from attncc.ir.build import ONE, TRUE, ZERO, op, sub
+from attncc.ir.attention import Empty, S, W
+from attncc.ir.build import ONE, TRUE, ZERO, op, stop, sub
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite, substitute
+from attncc.ir.gradients import plain, thawed, unstopped
 from attncc.patterns.site import (
     DOT,
     DROPS,
@@ -22,12 +25,12 @@ from attncc.patterns.site import (
     Overwritten,
     Parts,
     Product,
-    Reach,
     Unreadable,
     assembled,
     is_maximum,
     of_scores,
     products_in,
+    sees_itself,
     stored,
 )
 from attncc.patterns.softmax.empty_rows import masked_again, unguarded
@@ -77,32 +80,29 @@ def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
     if any(_drops(f, x) for x in loads(term.weight)):
         raise Unreadable(anchor.node, DROPS)
     weight = rewrite(term.weight, lambda x: stored(f, x, frame.use, frame.extents))
-    score, weight = as_softmax(anchor, score, weight)
+    score, frozen_score = thawed(score, S)
+    weight, frozen_weight = thawed(weight, W)
+    score, weight = as_softmax(anchor, score, weight, watched=f.watched(frame.use))
     again = masked_again(weight, score, half=f.dtype(anchor.scores) == torch.float16)
     weight = weight if again is None else again
     bare = unguarded(f, frame.reader(), term, weight, score, frame.c)
     empty: Empty = "zero" if bare is not None else anchor.empty or "nan"
     return replace(
-        frame.parts(found, score, half=anchor.scores, empty=empty), normalizer=anchor.normalizer,
-        sink=None if anchor.sink is None else Const(anchor.sink), weight=weight if bare is None else bare,
+        frame.parts(found, frozen_score(score), half=anchor.scores, empty=empty), normalizer=anchor.normalizer,
+        sink=None if anchor.sink is None else Const(anchor.sink),
+        weight=frozen_weight(weight if bare is None else bare),
         summed=tuple(term.mixed), zeroed=again is not None,
     )  # fmt: skip
 
 
 def attention_of(parts: Parts, frame: Frame, term: Term, lse: Lse | None = None) -> Lifted:
     site = assembled(parts, frame.node, term.anchor.node, lse=lse)
-    if site.attention.mask is not TRUE and not zero_at_zero(parts.weight, W):
+    if site.attention.mask is not TRUE and not zero_at_zero(plain(parts.weight), W):
         raise Unreadable(frame.product.node, "keys that the mask hides may be given weight after the softmax")
     a = site.attention
-    if a.empty == "nan" and a.weight is not W and _sees_itself(a):  # there is no such row
+    if a.empty == "nan" and a.weight is not W and sees_itself(a):  # there is no such row
         return replace(site, attention=replace(a, empty="zero"))
     return site
-
-
-def _sees_itself(a: Attention) -> bool:
-    """Whether each query sees the key at its own place."""
-    reach = Reach({x.index: x.extent for x in a.axes})
-    return a.i.extent is a.j.extent and reach.proves((), substitute(a.mask, {a.j.index: a.i.index}))
 
 
 def _drops(f: Facts, x: Load) -> bool:
@@ -155,7 +155,7 @@ def _score_over(frame: Frame, term: Term, leaves: frozenset[fx.Node]) -> tuple[E
     f, anchor, c = frame.facts, term.anchor, frame.c
     when = anchor.read_at(f)
     reader = frame.reader(frozenset({c}), leaves)
-    rough = reader.value_at(anchor.scores, term.at, when)
+    rough, frozen = _thawed(reader.value_at(anchor.scores, term.at, when))
     mixture = mixture_in(frame, rough)
     found = mixture.inner if mixture is not None else next(products_in(f, rough, c, frame.rows), None)
     found = found or windowed_product(frame, term, rough)
@@ -165,12 +165,23 @@ def _score_over(frame: Frame, term: Term, leaves: frozenset[fx.Node]) -> tuple[E
     score = rough
     if found.row is not None:
         score = frame.reader(frozenset({c, found.row}), leaves).value_at(anchor.scores, term.at, when)
+        score, frozen = _thawed(score)
         mixture = None if mixture is None else mixture_in(frame, score)
     mixed = None if mixture is None else mixture.product()
     if mixture is not None and mixed is not None:
         found, score = mixed, substitute(score, {mixture.whole: mixed.load})
     score = _without(score, anchor.invariant)
-    return rewrite(score, lambda x: found.value if x is found.load else stored(f, x, frame.use, frame.extents)), found
+    score = rewrite(score, lambda x: found.value if x is found.load else stored(f, x, frame.use, frame.extents))
+    return frozen(score), found
+
+
+def _thawed(score: Expr) -> tuple[Expr, Callable[[Expr], Expr]]:
+    """A score without stops at the products in it, where all of them are stopped, and what puts these back."""
+    bare, frozen = thawed(score)
+    if bare is score:
+        bare, frozen = thawed(score, *(x for x in loads(score) if x.tensor.startswith(DOT)))
+        return bare, frozen if bare is score else partial(stop, follows=lambda x: x is S)
+    return bare, frozen
 
 
 def _without_maxima(f: Facts, x: Expr, c: Index) -> Expr:
@@ -179,6 +190,7 @@ def _without_maxima(f: Facts, x: Expr, c: Index) -> Expr:
     Not so other terms that are alike for every key: a huge one leaves nothing of the scores that it is added to."""
 
     def alike(y: Expr) -> bool:
+        y = y.args[0] if isinstance(y, Op) and y.name == "stop" else y
         return isinstance(y, Load) and c not in free(y) and is_maximum(f.by_name[y.tensor])
 
     match x:
@@ -202,8 +214,9 @@ def _without(score: Expr, invariant: frozenset[fx.Node]) -> Expr:
     names = {n.name for n in invariant}
 
     def rule(x: Expr) -> Expr | None:
-        if isinstance(x, Op) and x.name == "sub" and isinstance(x.args[1], Load) and x.args[1].tensor in names:
-            return x.args[0]
+        if isinstance(x, Op) and x.name == "sub":
+            second = unstopped(x.args[1])
+            return x.args[0] if isinstance(second, Load) and second.tensor in names else None
         return None
 
     return rewrite(score, rule) if names else score

@@ -116,7 +116,7 @@ class _Split:
         match x:
             case Load():
                 return self._unmixed(x)
-            case Op(name, (a,)) if name in ROUNDINGS or name == "neg":
+            case Op(name, (a,)) if name in ROUNDINGS or name in ("neg", "stop"):
                 return [y.map(lambda v: op(name, v)) for y in self.addends(a)]
             case Op("add", (a, b)):
                 return [*self.addends(a), *self.addends(b)]

@@ -16,6 +16,7 @@ from attncc.ir.analysis import linear_factor
 from attncc.ir.attention import Normalizer, S
 from attncc.ir.build import TRUE, and_, not_
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, loads, mentions, rewrite, walk
+from attncc.ir.gradients import bounded, thawed
 from attncc.patterns.site import (
     DOT,
     ELEMENTS,
@@ -88,17 +89,20 @@ def lift_unnormalised(f: Facts, product: Contraction, left: bool) -> Lifted | No
     if found.row is not None:
         value = whole.reader(pair=frozenset({c, found.row})).value_at(whole.weights, whole.weights_at, whole.read)
     value = rewrite(value, lambda x: S if x is found.load else stored(f, x, whole.use, whole.extents))
+    value, frozen = thawed(value, S)
     if S not in set(walk(value)) or _is_scaled(value, c) or any(x.tensor.startswith(DOT) for x in loads(value)):
         return None
     if any(is_maximum(f.by_name[x.tensor]) for x in loads(value)) and any(_is_huge(x) for x in walk(value)):
         raise Unreadable(product.node, "a row of large numbers less its maximum, whose roundings are all that is left")
-    normalizer, score, visible = _taken_apart(value)
+    normalizer, score, visible = _taken_apart(value, watched=f.watched(whole.use))
+    score = frozen(score)
     parts = whole.parts(found, score, half=whole.weights, empty="nan")
     return assembled(replace(parts, mask=visible, normalizer=normalizer), product.node, product.node)
 
 
-def _taken_apart(x: Expr) -> tuple[Normalizer, Expr, Expr]:
-    """(normaliser, score, visible) of a weight: hidden ones are zero, and a known outermost function has a name."""
+def _taken_apart(x: Expr, *, watched: bool) -> tuple[Normalizer, Expr, Expr]:
+    """(normaliser, score, visible) of a weight: hidden ones are zero, and a known outermost function has a name. Where
+    gradients are `watched`, a maximum with zero is `relu` only if its gradient at zero is zero."""
     visible: Expr = TRUE
     while isinstance(x, Op):
         if x.name in ROUNDINGS:
@@ -111,8 +115,9 @@ def _taken_apart(x: Expr) -> tuple[Normalizer, Expr, Expr]:
             break
     if isinstance(x, Op) and x.name == "sigmoid":
         return "sigmoid", x.args[0], visible
-    if isinstance(x, Op) and x.name == "max" and _zero(x.args[1]):
-        return "relu", x.args[0], visible
+    found = bounded(x)
+    if found is not None and found[0] == "max" and _zero(found[2]) and (not watched or found[3] == 0):
+        return "relu", found[1], visible
     return "none", x, visible
 
 

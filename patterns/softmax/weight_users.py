@@ -135,7 +135,7 @@ def _carries(f: Facts, user: fx.Node, n: fx.Node) -> bool:
 
 def _moves(f: Facts, user: fx.Node) -> bool:
     extents = {Index(f"x{d}"): s for d, s in enumerate(f.shape(user))}
-    moved = move(f, user, tuple(extents), extents)  # type: ignore[arg-type]
+    moved = move(f, user, tuple(extents), extents, crossing=True)  # type: ignore[arg-type]
     return moved is not None
 
 

@@ -91,7 +91,7 @@ def work(layers: int, windows: tuple[int | None, ...], dynamic: bool, monkeypatc
 
         patch.setattr(owner, name, counted)
 
-    rewriting._planned.cache_clear()
+    rewriting._run_passes.cache_clear()
     torch._dynamo.reset()
     found = Collected()
     token = collecting.set(found)

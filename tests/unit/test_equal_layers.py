@@ -17,7 +17,8 @@ from attncc.patterns.reader.value import Reader
 
 COUNTED = [
     (build, "fold_predicates"), (build, "loop_bounds"), (build, "spanned"), (build.cpp, "emit"),
-    (rewriting, "standard"), (rewriting, "print_attention"), (describe, "area"), (describe, "draw"), (selection, "trial"),
+    (rewriting, "standard"), (rewriting, "print_attention"), (describe, "area"), (describe, "draw"),
+    (selection, "trial"),
 ]  # fmt: skip
 
 

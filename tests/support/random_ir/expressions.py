@@ -32,7 +32,7 @@ _LEAVES: dict[Kind, tuple[Expr, ...]] = {
 #: Exactly rounded everywhere, so two orders of evaluation agree to the bit.
 _EXACT = (
     "add", "sub", "mul", "neg", "abs", "min", "max", "lt", "le", "eq", "ne", "and", "or", "not", "where", "float",
-    "int", "floor", "ceil", "sqrt", "isnan",
+    "int", "floor", "ceil", "sqrt", "isnan", "minfirst", "maxfirst",
 )  # fmt: skip
 _NONZERO: dict[Kind, tuple[Expr, ...]] = {"int": (Const(1), Const(3), Const(-2)), "float": (Const(1.0), Const(-3.0))}
 

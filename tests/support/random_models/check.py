@@ -13,7 +13,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from attncc.driver import backend
+from attncc.driver import backend, rewriting
 from attncc.ir import Attention, interpret, parse_attention
 from attncc.kernels import build
 from attncc.kernels.build import Built
@@ -46,10 +46,10 @@ def _oracle(spec: str, device: str) -> Built:
 
 
 @contextmanager
-def _kernels(kind: str) -> Any:
-    op.install(build.build, build.blocked)  # forget the kernels of another kind
+def kernels_of(kind: str) -> Any:
+    op.install(build.build, build.blocked, build.backward)  # forget the kernels of another kind
     if kind == "oracle":
-        with mock.patch.object(build, "built", _oracle), mock.patch.object(backend, "built", _oracle):
+        with mock.patch.object(build, "built", _oracle), mock.patch.object(rewriting, "built", _oracle):
             yield
     else:
         yield
@@ -107,7 +107,7 @@ def check(p: Program, seed: int, kind: str = "oracle", door: Door = through_dyna
         return []
     best = [_outputs(exact, tree_map_only(torch.Tensor, _double, x)) for x in copy.deepcopy(data)]
     got: list[Any] = []
-    with _kernels(kind):
+    with kernels_of(kind):
         found = door(p, lambda f: got.extend(_outputs(f, x) for x in data), module, data[0])
     if found.notes or any("bug in attncc" in (s.reason or "") for s in found.sites):
         raise Mismatch(f"notes: {found.notes}")
@@ -146,7 +146,7 @@ def check_gradients(p: Program, seed: int) -> bool:
     best = gradients(exact, exact, tree_map_only(torch.Tensor, _double, copy.deepcopy(data)))
     torch._dynamo.reset()
     options = {"inductor": False, "measure": False}
-    with _kernels("oracle"):
+    with kernels_of("oracle"):
         got = gradients(torch.compile(module, backend=backend.attncc_backend, options=options), module, data)
     for n, (a, b, c) in enumerate(zip(got, want, best, strict=True)):
         known = torch.isfinite(b) & torch.isfinite(c)  # a row that sees nothing may have no gradient, but must not

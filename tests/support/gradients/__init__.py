@@ -1,0 +1,1 @@
+"""Gradients of compiled models, held against those of the models themselves."""
