@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from attncc.driver import backend
+from attncc.driver import rewriting
 from attncc.driver.backend import Collected, collecting
 from attncc.driver.explanation import report
 from attncc.patterns.graph.facts import Facts
@@ -100,7 +100,7 @@ def outcome(case: Case, dtype: torch.dtype) -> Outcome:
     found = Collected()
     token = collecting.set(found)
     liftings: list[Lifting] = []
-    lift_all = backend.lift_all
+    lift_all = rewriting.lift_all
 
     def watched(facts: Facts) -> Any:
         before = drawn(facts.graph)
@@ -109,7 +109,7 @@ def outcome(case: Case, dtype: torch.dtype) -> Outcome:
         return sites
 
     try:
-        with mock.patch.object(backend, "lift_all", watched):
+        with mock.patch.object(rewriting, "lift_all", watched):
             errors = _compare(case, exact, eager, compiled, model, inputs, dtype)
             if case.dynamic:
                 errors += _compare(case, exact, eager, compiled, model, shorter(inputs), dtype)
