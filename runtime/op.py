@@ -7,7 +7,8 @@
 `spec` is the canonical text of the attention, so the node says by itself what it computes: a graph cached on disk runs
 in a fresh process, and a cache sees every change. The kernel behind a spec is built at its first call on a device.
 Gradients come from a second operator. Where the text gives the sums of the rows (`lse`), it begins with what the
-forward kept; otherwise it recomputes through a differentiable form of the same text.
+forward kept; otherwise it recomputes through a differentiable form of the same text. Forward mode, and gradients of
+gradients, go through the interpreter.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ from torch._functorch import autograd_function
 from torch.autograd import function
 
 from attncc.ir import Attention
+from attncc.runtime.derivatives import (
+    each_of_a_batch,
+    gradients_of,
+    gradients_of_gradients,
+    has_tangents,
+    outputs_of,
+)
 from attncc.runtime.outputs import Plan, plan_of
 from attncc.runtime.recent import Recent
 
@@ -217,9 +225,6 @@ def _fake_backward(
     return [torch.empty_like(t) for t, w in zip(tensors, wanted, strict=True) if w]
 
 
-_once_differentiable = cast(Any, function.once_differentiable)
-
-
 class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportPrivateUsage]
     """The autograd node. Made below `torch.func`'s levels, which the dispatcher has dealt with by then: a plain
     `autograd.Function` would want to meet them itself."""
@@ -236,7 +241,6 @@ class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportP
         return outputs
 
     @staticmethod
-    @_once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[3:])
         saved = ctx.saved_tensors  # once: hooks that unpack them may compute them again
@@ -245,14 +249,41 @@ class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportP
         return (None, None, None, *(next(found) if w else None for w in wanted))
 
 
+class _GradientsDifferentiated(function._SingleLevelFunction):  # pyright: ignore[reportPrivateUsage]
+    """The autograd node of the gradients. They are those of the kernel also where a graph of them is made, as
+    `torch.func` always does; only who differentiates them again pays for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, keys: Any, count: int, outputs: list[torch.Tensor], kept: str, sizes: list[int], spec: str,
+        wanted: list[bool], *given: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        ctx.save_for_backward(*given)
+        ctx.count, ctx.sizes, ctx.spec, ctx.wanted = count, sizes, spec, wanted
+        grads, tensors = list(given[:count]), list(given[count:])
+        with _C._AutoDispatchBelowAutograd():
+            return tuple(_attention_gradients.redispatch(keys, grads, tensors, outputs, kept, sizes, spec, wanted))
+
+    @staticmethod
+    def backward(ctx: Any, *seeds: Any) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        grads, tensors = saved[: ctx.count], saved[ctx.count :]
+        sources, a = list(ctx.needs_input_grad[7:]), plan_of(ctx.spec).attention
+        found = iter(gradients_of_gradients(a, grads, tensors, ctx.sizes, ctx.wanted, seeds, sources))
+        return (None, None, None, None, None, None, None, *(next(found) if w else None for w in sources))
+
+
 _single_level: Callable[[], AbstractContextManager[None]] = cast(
     Any, autograd_function
 ).enable_single_level_autograd_function
 _differentiated = cast(Callable[..., tuple[torch.Tensor, ...]], cast(Any, _Differentiated).apply)
+_gradients_differentiated = cast(Callable[..., tuple[torch.Tensor, ...]], cast(Any, _GradientsDifferentiated).apply)
 
 
 def _with_autograd(keys: Any, tensors: list[torch.Tensor], sizes: list[int], spec: str) -> Sequence[torch.Tensor]:
     """The entry of every call outside inference mode; `keys` are the dispatch keys of the tensors and the thread."""
+    if has_tangents(tensors):
+        return outputs_of(plan_of(spec).attention, tensors, sizes)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         with _single_level() if _C._are_functorch_transforms_active() else nullcontext():
             return _differentiated(keys & _AFTER_AUTOGRAD, sizes, spec, *tensors)
@@ -260,6 +291,23 @@ def _with_autograd(keys: Any, tensors: list[torch.Tensor], sizes: list[int], spe
         return _run(tensors, sizes, spec)
     with _C._AutoDispatchBelowAutograd():
         return _attention.redispatch(keys & _AFTER_AUTOGRAD, tensors, sizes, spec)
+
+
+def _backward_with_autograd(
+    keys: Any, grads: list[torch.Tensor], tensors: list[torch.Tensor], outputs: list[torch.Tensor], kept: str,
+    sizes: list[int], spec: str, wanted: list[bool],
+) -> Sequence[torch.Tensor]:  # fmt: skip
+    """The same for gradients."""
+    if has_tangents((*grads, *tensors)):
+        return gradients_of(plan_of(spec).attention, grads, tensors, sizes, wanted)
+    below = keys & _AFTER_AUTOGRAD
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*grads, *tensors)):
+        with _single_level() if _C._are_functorch_transforms_active() else nullcontext():
+            return _gradients_differentiated(
+                below, len(grads), outputs, kept, sizes, spec, wanted, *grads, *tensors
+            )
+    with _C._AutoDispatchBelowAutograd():
+        return _attention_gradients.redispatch(below, grads, tensors, outputs, kept, sizes, spec, wanted)
 
 
 @cache
@@ -281,6 +329,17 @@ def _mapped_backward(
 ) -> tuple[list[torch.Tensor], list[int]]:  # fmt: skip
     lists = [(dims[0], grads), (dims[1], tensors), (dims[2], outputs)]
     return _stacked(info.batch_size, lists, lambda of: _attention_gradients(*of, kept, sizes, spec, wanted))
+
+
+def _each(tensors: list[torch.Tensor], sizes: list[int], spec: str) -> list[torch.Tensor]:
+    return each_of_a_batch([tensors], lambda of: _attention(of[0], sizes, spec))
+
+
+def _each_backward(
+    grads: list[torch.Tensor], tensors: list[torch.Tensor], outputs: list[torch.Tensor], kept: str, sizes: list[int],
+    spec: str, wanted: list[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    return each_of_a_batch([grads, tensors, outputs], lambda of: _attention_gradients(*of, kept, sizes, spec, wanted))
 
 
 def _stacked(
@@ -321,6 +380,9 @@ _library.impl("attention", _run, "CompositeExplicitAutograd")
 _library.impl("attention", _with_autograd, "Autograd", with_keyset=True)
 _library.impl("attention_gradients", _run_backward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _recomputed, "CompositeExplicitAutograd")
+_library.impl("attention_gradients", _backward_with_autograd, "Autograd", with_keyset=True)
+_library.impl("attention", _each, "Batched")
+_library.impl("attention_gradients", _each_backward, "Batched")
 _torch_library.register_fake(_attention, _fake, lib=_library)
 _torch_library.register_fake(_attention_gradients, _fake_backward, lib=_library)
 _torch_library.register_vmap(_attention, _mapped, lib=_library)

@@ -102,7 +102,8 @@ def _normalize(
         w = torch.softmax(torch.where(empty, equal_scores(score, a.slope), hidden), -1)
     else:
         w = torch.where(empty, 0.0, torch.softmax(hidden.masked_fill(empty, 0.0), -1))
-    return w, torch.logsumexp(logits, -1)
+    nothing = logits.isneginf().all(-1, keepdim=True)  # the sum of such a row has a gradient of NaN
+    return w, torch.logsumexp(logits.masked_fill(nothing, 0.0), -1).masked_fill(nothing[..., 0], float("-inf"))
 
 
 def equal_scores(score: torch.Tensor, slope: float) -> torch.Tensor:

@@ -9,10 +9,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from attentions.op_case import PLAIN, attend, build, inputs, reference, spec
+from torch.utils.checkpoint import checkpoint
 
 from attncc.codegen.torch_form import run_blocked
 from attncc.ir import Attention
@@ -78,12 +80,64 @@ def test_gradients_with_respect_to_a_view_and_an_expanded_tensor() -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_second_derivatives_are_refused() -> None:
-    tensors = inputs()
-    tensors[0].requires_grad_()
-    (first,) = torch.autograd.grad(attend(tensors)[0].square().sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+def test_derivatives_of_first_and_second_order_in_both_modes() -> None:
+    *operands, bias, length = inputs(1, 2, 3)
+    leaves = [x.double().requires_grad_() for x in operands]
+    text = spec("f64", "out, lse")
+
+    def f(*x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(attend([*x, bias, length], text))
+
+    check: Any = torch.autograd
+    assert check.gradcheck(f, leaves, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
+    assert check.gradgradcheck(f, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=True)
+
+
+def test_second_derivatives_stop_where_first_ones_do() -> None:
+    text = spec("f64").replace("score  s * 0.25", "score  minfirst(stop(s), 0.5) * s")
+    tensors = [t.double().requires_grad_() if n < 3 else t for n, t in enumerate(inputs())]
+
+    def both(f: Callable[..., list[torch.Tensor]]) -> list[torch.Tensor]:
+        first = torch.autograd.grad(f(tensors, text)[0].square().sum(), tensors[:3], create_graph=True)
+        return [*first, *torch.autograd.grad(first[0].square().sum(), tensors[:3])]
+
+    torch.testing.assert_close(both(attend), both(reference))
+
+
+def test_hessians() -> None:
+    tensors = inputs(1, 2, 3)
+    q, k, v = (x.double() for x in tensors[:3])
+    bias, length = tensors[3:]
+    text = spec("f64")
+
+    def second(f: Callable[..., list[torch.Tensor]], outer: Any) -> torch.Tensor:
+        return outer(torch.func.grad(lambda x: f([x, k, v, bias, length], text)[0].square().sum()))(q)
+
+    for outer in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(second(attend, outer), second(reference, outer))
+
+
+def test_a_gradient_penalty() -> None:
+    def penalty(f: Callable[..., list[torch.Tensor]]) -> torch.Tensor:
+        tensors = [t.double().requires_grad_() if n < 3 else t for n, t in enumerate(inputs())]
+        (first,) = torch.autograd.grad(f(tensors, spec("f64"))[0].square().sum(), tensors[0], create_graph=True)
+        return torch.stack([g.norm() for g in torch.autograd.grad(first.square().sum(), tensors[:3])])
+
+    torch.testing.assert_close(penalty(attend), penalty(reference))
+
+
+def test_backward_twice_and_under_hooks_of_saved_tensors() -> None:
+    tensors = [t.requires_grad_() if n < 3 else t for n, t in enumerate(inputs())]
+    want = torch.autograd.grad(reference(tensors)[0].square().sum(), tensors[:3])
+    loss = attend(tensors)[0].square().sum()
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(loss, tensors[:3], retain_graph=True), want)
+    saved = torch.autograd.graph
+    with saved.saved_tensors_hooks(lambda t: t.clone(), lambda t: t), saved.save_on_cpu():
+        loss = attend(tensors)[0].square().sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, tensors[:3]), want)
+    again = checkpoint(lambda *x: attend([*x, *tensors[3:]])[0], *tensors[:3], use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again.square().sum(), tensors[:3]), want)
 
 
 def test_fake_and_meta_give_the_real_shapes_and_strides() -> None:

@@ -1,0 +1,98 @@
+"""Derivatives that no kernel computes: forward mode and gradients of gradients, through the interpreter.
+
+It is plain torch, so torch differentiates it to any order and in either mode; and it makes every N x M object, as eager
+attention does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch.autograd import forward_ad
+
+from attncc.ir import Attention, interpret
+
+_C = cast(Any, torch._C)  # pyright: ignore[reportPrivateUsage]
+_forward_ad = cast(Any, forward_ad)
+
+
+def has_tangents(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether forward mode differentiates with respect to any of some tensors."""
+    if _forward_ad._current_level < 0:
+        return False
+    return any(_forward_ad.unpack_dual(t).tangent is not None for t in tensors if t.is_floating_point())
+
+
+def outputs_of(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+    """The outputs of an attention as torch can differentiate them."""
+    named = {t.name: x for t, x in zip(a.tensors, tensors, strict=True)}
+    found = interpret(a, named, sizes)
+    return [found[name] for name in a.outputs]
+
+
+def gradients_of(
+    a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], sizes: Sequence[int],
+    wanted: Sequence[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of the `wanted` ones of `tensors`, which torch can differentiate with respect to all that is given."""
+    with torch.enable_grad():
+        own = [_apart(t, w) for t, w in zip(tensors, wanted, strict=True)]
+        outputs = outputs_of(a, own, sizes)
+        sources = [x for x, w in zip(own, wanted, strict=True) if w]
+        return _differentiated(outputs, sources, grads, create_graph=True)
+
+
+def gradients_of_gradients(
+    a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], sizes: Sequence[int],
+    wanted: Sequence[bool], seeds: Sequence[torch.Tensor], sources: Sequence[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    """What `gradients_of` passes back of `seeds` to the ones among (*grads, *tensors) that are `sources`."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        given = [_apart(t, w) for t, w in zip((*grads, *tensors), sources, strict=True)]
+        first = gradients_of(a, given[: len(grads)], given[len(grads) :], sizes, wanted)
+        chosen = [x for x, w in zip(given, sources, strict=True) if w]
+        return _differentiated(first, chosen, seeds, create_graph=again)
+
+
+def _apart(t: torch.Tensor, wanted: bool) -> torch.Tensor:
+    """A tensor with a gradient of its own, apart from that of what else is computed from `t`."""
+    if not wanted:
+        return t
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
+def _differentiated(
+    outputs: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], *,
+    create_graph: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    seeded = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+    if not seeded or not sources:
+        return [torch.zeros_like(x) for x in sources]
+    found = torch.autograd.grad(
+        [o for o, _ in seeded], sources, [g for _, g in seeded], create_graph=create_graph, allow_unused=True,
+        materialize_grads=True,
+    )  # fmt: skip
+    return list(found)
+
+
+Call = Callable[[list[list[torch.Tensor]]], Sequence[torch.Tensor]]
+
+
+def each_of_a_batch(lists: Sequence[Sequence[torch.Tensor]], call: Call) -> list[torch.Tensor]:
+    """One call for each gradient of a batch of them (`is_grads_batched`), which torch maps over by means of its own,
+    older than `torch.vmap`."""
+    level = _C._vmapmode_increment_nesting() - 1
+    _C._vmapmode_decrement_nesting()
+    batched = _C._functorch.is_legacy_batchedtensor
+    remove = cast(Any, torch)._remove_batch_dim
+    first = next(t for each in lists for t in each if batched(t))
+    count = remove(first, level, 1, 0).shape[0]
+    opened = [[(remove(t, level, count, 0) if batched(t) else None, t) for t in each] for each in lists]
+    results = [
+        call([[t if whole is None else whole[at] for whole, t in each] for each in opened]) for at in range(count)
+    ]
+    add = cast(Any, torch)._add_batch_dim
+    return [add(torch.stack(same), 0, level) for same in zip(*results, strict=True)]
