@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -87,9 +87,9 @@ class Gradients:
         """The input that a node is a view, or a part, of."""
         if getattr(n.target, "__name__", "") == "getitem" and inputs:
             return inputs[0]
-        value = n.meta.get("val")
-        first: Any = value[0] if isinstance(value, list | tuple) and value else value
-        held = self._storage(n) if first is value else storage_id(first)
+        value: Any = n.meta.get("val")
+        parts = cast("list[Any]", value) if isinstance(value, list | tuple) else []
+        held = storage_id(parts[0]) if parts else self._storage(n)
         return next((a for a in inputs if held is not None and self._storage(a) == held), None)
 
     def follows(self, n: fx.Node, when: int) -> bool:
@@ -114,7 +114,7 @@ class Gradients:
         return write in self._unseen.get(self._tensor.get(n, -1), ())
 
 
-def _is_float(value: object) -> bool:
+def _is_float(value: Any) -> bool:
     if isinstance(value, list | tuple):
-        return any(_is_float(x) for x in value)
+        return any(_is_float(x) for x in cast("list[Any]", value))
     return isinstance(value, torch.Tensor) and (value.dtype.is_floating_point or value.dtype.is_complex)

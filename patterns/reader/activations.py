@@ -29,6 +29,10 @@ def clipped(x: Expr, low: float, high: float) -> Expr:
     return op("minfirst", const(float(high)), op("maxfirst", const(float(low)), x))
 
 
+def relu6(x: Expr) -> Expr:
+    return clipped(x, 0.0, 6.0)
+
+
 def exp2(x: Expr) -> Expr:
     return power_of(2.0, x)
 

@@ -324,7 +324,7 @@ _RULES: dict[str, Rule] = {
     **{f.__name__: _activation(f, *settings) for f, settings in _ACTIVATIONS.items()},
     "log2": _unary(lambda x: activations.logarithm(2.0, x)), "log10": _unary(lambda x: activations.logarithm(10.0, x)),
     "expm1": _unary(lambda x: sub(op("exp", x), const(1.0))),
-    "relu6": _activation(lambda x: activations.clipped(x, 0, 6)),
+    "relu6": _activation(activations.relu6),
     "hardtanh": _activation(activations.clipped, "min_val", "max_val"),
     "sign": _unary(activations.sign, floats=False), "sgn": _unary(activations.sign, floats=False),
     "square": _unary(_square, floats=False),

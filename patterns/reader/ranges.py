@@ -46,16 +46,16 @@ def wraps(r: Values, n: fx.Node, x: Expr, at: Point) -> bool:
     held, used = f.dtype(n), _computed_in(f, n)
     if r.given:
         held, used = (None if dtype is torch.int32 else dtype for dtype in (held, used))
-    if held is not None and not _fits(f, cast(x, DTYPES[f.dtype_name(n) or "i64"][0]), held, r.extents):
+    if held is not None and not fits(f, cast(x, DTYPES[f.dtype_name(n) or "i64"][0]), held, r.extents):
         return True
     if used is None or n.target not in ELEMENTS:
         return False
     given: list[Any] = [*n.args, *(y for name, y in n.kwargs.items() if name in _OPERANDS)]
     operands = [input_at(r, n, y, at) for y in given if not f.is_tensor(y) or f.dtype(y) != used]
-    return any(y is not None and y.kind == "int" and not _fits(f, y, used, r.extents) for y in operands)
+    return any(y is not None and y.kind == "int" and not fits(f, y, used, r.extents) for y in operands)
 
 
-def _fits(f: Facts, x: Expr, dtype: torch.dtype, extents: Mapping[Expr, Expr]) -> bool:
+def fits(f: Facts, x: Expr, dtype: torch.dtype, extents: Mapping[Expr, Expr]) -> bool:
     """Whether a dtype holds every value of an integer."""
     if dtype not in _HOLDS or x.kind == "bool":
         return True

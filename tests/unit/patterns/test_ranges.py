@@ -13,9 +13,11 @@ from attncc.ir.build import cast, const, eq, lt, mod, op, where
 from attncc.ir.evaluate import Evaluator
 from attncc.ir.expr import Expr, Index, Load
 from attncc.patterns.graph.facts import Facts
-from attncc.patterns.reader.narrow import NARROW, fits
+from attncc.patterns.reader.ranges import fits
 
 ROW = Index("i")
+EXTENTS: dict[Expr, Expr] = {ROW: const(1 << 20)}
+NARROW = (torch.uint8, torch.int8, torch.int16, torch.int32)
 VALUES = {torch.uint8: (0, 1, 2, 127, 128, 255), torch.int8: (-128, -1, 0, 1, 127)}
 
 
@@ -51,7 +53,7 @@ def test_what_fits_never_wraps_round(dtype: torch.dtype) -> None:
     for _ in range(300):
         x = expression(random, leaves, random.choice((1, 2)))
         held = torch.iinfo(dtype)
-        if fits(facts, x, dtype):
+        if fits(facts, x, dtype, EXTENTS):
             told += 1
             value = Evaluator(grid, tensors, torch.float64)(x)
             assert held.min <= int(value.min()) and int(value.max()) <= held.max, x
@@ -61,7 +63,7 @@ def test_what_fits_never_wraps_round(dtype: torch.dtype) -> None:
 def test_wide_tensors_may_hold_anything() -> None:
     facts = graph(torch.int64)
     name = next(n.name for n in facts.nodes if n.op == "placeholder")
-    assert all(not fits(facts, Load(name, (ROW,), "int"), dtype) for dtype in NARROW)
+    assert all(not fits(facts, Load(name, (ROW,), "int"), dtype, EXTENTS) for dtype in NARROW)
 
 
 def test_a_mask_of_few_bits_is_read() -> None:
@@ -69,5 +71,5 @@ def test_a_mask_of_few_bits_is_read() -> None:
     facts = graph(torch.uint8)
     name = next(n.name for n in facts.nodes if n.op == "placeholder")
     mask, byte = cast(lt(ROW, const(2)), "int"), Load(name, (ROW,), "int")
-    assert fits(facts, op("sub", const(1), mask), torch.uint8)
-    assert not fits(facts, op("sub", const(1), byte), torch.uint8)
+    assert fits(facts, op("sub", const(1), mask), torch.uint8, EXTENTS)
+    assert not fits(facts, op("sub", const(1), byte), torch.uint8, EXTENTS)
