@@ -13,6 +13,7 @@ from attncc.driver.graph_edits import GraphEdits
 from attncc.driver.options import options_of
 from attncc.driver.plain import plain
 from attncc.driver.rewriting import Collected, collecting, left_alone, rewrite
+from attncc.driver.sign_bits import may_write, signed_inputs, with_their_numbers
 from attncc.errors import log, unforeseen
 from attncc.progress import step, waiting
 from attncc.runtime.recent import Recent
@@ -38,6 +39,10 @@ def attncc_backend(
     chosen = options_of(mode, options)
     trace_through_sdp_kernel(attncc_backend)  # for the frames to come, where this was not asked for by its name
     found, edits = Collected(), GraphEdits()
+    signed = signed_inputs(example_inputs) if chosen.inductor else ()
+    if signed and may_write(gm.graph):
+        _say_once("a graph that writes to a conjugate's view runs uncompiled: Inductor does not see its sign")
+        return gm.forward
     with waiting():
         if not plain(gm):
             torch_private.ask_for_known_floats(gm)
@@ -48,7 +53,7 @@ def attncc_backend(
     outer = collecting.get()
     if outer is not None:
         outer.add(found)
-    return compiled
+    return with_their_numbers(compiled, signed) if signed else compiled
 
 
 def _compiled(
