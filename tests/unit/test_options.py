@@ -15,6 +15,7 @@ def test_own_options_and_those_of_inductor_are_told_apart() -> None:
     found = options_of("max-autotune-no-cudagraphs", {"measure": False, "epilogue-fusion": True, "max_autotune": False})
     assert found.inductor and not found.measure
     assert found.config["epilogue_fusion"] and found.config["coordinate_descent_tuning"]
+    assert options_of(None, {"force_disable_caches": True}).config == {"force_disable_caches": True}  # another name
     assert found.config["max_autotune"] is False  # what is asked for goes before what a mode means
 
 
