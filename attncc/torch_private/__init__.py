@@ -307,10 +307,11 @@ def inductor_modes() -> dict[str, dict[str, Any]]:
 
 
 def inductor_options() -> list[str]:
-    """The names of the entries of Inductor's configuration."""
-    from torch._inductor import list_options  # noqa: PLC0415 - as above
+    """The names of the entries of Inductor's configuration, other names of entries included."""
+    from torch._inductor import config  # noqa: PLC0415 - as above
 
-    return list_options()
+    entries: Any = config
+    return list(entries._config)
 
 
 def block_tables(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd import grad_mode
 
 _C: Any = torch._C
 _FUNCTORCH: Any = _C._functorch
@@ -102,13 +101,13 @@ def _kernels_of_sdpa() -> list[Setting]:
 
 
 def settings() -> tuple[Setting, ...]:
-    """Everything of torch that nodes of a Dynamo graph change, innermost first: levels before what they changed."""
+    """Everything of torch that nodes of a Dynamo graph change, innermost first: levels before what they changed.
+    Inference mode is not among it: it ends with the object that began it."""
     return (
         Setting("transforms", _FUNCTORCH.get_dynamic_layer_stack_depth,
                 _FUNCTORCH.pop_dynamic_layer_stack_and_undo_to_depth),
         Setting("forward-mode level", _dual_level_open, _put_dual_level),
         Setting("torch function modes", _C._len_torch_function_stack, _put_function_modes),
-        Setting("inference mode", torch.is_inference_mode_enabled, grad_mode._enter_inference_mode),
         _GRADIENTS,
         Setting("forward-mode gradients", _C._is_fwd_grad_enabled, _C._set_fwd_grad_enabled),
         Setting("threads of the backward", _C._is_multithreading_enabled, _C._set_multithreading_enabled),
