@@ -221,10 +221,6 @@ def _copy(r: Values, n: fx.Node, at: Point) -> Expr | None:
     return input_at(r, n, n.args[1], at)
 
 
-def _relu6(x: Expr) -> Expr:
-    return activations.clipped(x, 0, 6)
-
-
 def _tri(keep: Callable[[Expr, Expr], Expr]) -> Rule:
     def rule(r: Values, n: fx.Node, at: Point) -> Expr | None:
         x = input_at(r, n, n.args[0], at)
