@@ -238,17 +238,22 @@ def _plans(joints: Iterable[Joint], facts: Facts, training: Training) -> dict[in
 
 def _optimised(site: SiteProgram, learned: tuple[bool, ...]) -> Program:
     """The program of a site after the passes, which are shown to whoever is collecting."""
+    final, stages = _run_passes(site.program, site.factors, learned)
     outer = collecting.get()
-    if outer is None:
-        return _run_passes(site.program, site.factors, learned)
-    return with_sums(standard(site.factors).run(site.program, outer.stages.append), learned)
+    if outer is not None:
+        outer.stages += stages
+    return final
 
 
 @lru_cache(maxsize=256)
-def _run_passes(p: Program, factors: tuple[tuple[Size, Expr], ...], learned: tuple[bool, ...]) -> Program:
-    """Sites that compute the same share one program, so what it costs does not grow with the layers. For backward the
-    kernels keep the sums of their rows."""
-    return with_sums(standard(factors).run(p), learned)
+def _run_passes(
+    p: Program, factors: tuple[tuple[Size, Expr], ...], learned: tuple[bool, ...]
+) -> tuple[Program, tuple[Stage, ...]]:  # fmt: skip
+    """The program after the passes, and what each did. Sites that compute the same share one, so what it costs does not
+    grow with the layers. For backward the kernels keep the sums of their rows."""
+    stages: list[Stage] = []
+    after = standard(factors).run(p, stages.append)
+    return with_sums(after, learned), tuple(stages)
 
 
 @lru_cache(maxsize=256)
