@@ -24,7 +24,7 @@ COUNTED = [
 
 def work(layers: int, implementation: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each analysis ran for a model of so many layers, in a process that has seen nothing yet."""
-    for cached in (build.built, build.optimise, rewriting._run_passes, rewriting._text, describe.extent_of):
+    for cached in (build._built, build.optimise, rewriting._run_passes, rewriting._text, describe.extent_of):
         cached.cache_clear()
     selection._decided.clear()
     counts: Counter[str] = Counter()
