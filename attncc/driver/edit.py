@@ -156,7 +156,7 @@ class Editor:
                 return self.graph.node_copy(shadow, self._node)
         given = [n for n in self.graph.nodes if n.op == "placeholder"]
         place = max([*given[-1:], *inputs]).next
-        while place in self.reading.off:  # its gradients would be lost
+        while self.facts.gradients is not None and place in self.reading.off:  # its gradients would be lost
             place = place.next
         with self.graph.inserting_before(place), self._as_given(device):
             return self.graph.node_copy(shadow, self._node)
