@@ -11,7 +11,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # One worker a core; a thread that waits for the others of its team must not spin on the core of another worker.
 WORKERS ?= auto
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 # Which part of the tests marked `full` runs too. In a week every one of them has run.
 SHARD ?= $(shell date -u +%u)/7
 # What changed since the last commit, under the names that pyright knows the files by.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cpp_kernels.build import check, host_isas
 from cpp_kernels.cases import case, tensors_of
+from parameters.thinned import thinned
 
 ISAS = host_isas()
 
@@ -18,26 +19,29 @@ def two_threads() -> object:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "f64"])
-@pytest.mark.parametrize("groups", [1, 3, 4])
+@pytest.mark.parametrize(("groups", "dtype", "isa"), thinned([1, 3, 4], ["f32", "bf16", "f16", "f64"], ISAS))
 def test_every_number_of_rows(groups: int, dtype: str, isa: str) -> None:
     a = case("dense", dtype, groups=groups, d=64, e=64, lse=True)
     for n, m in ((1, 1), (1, 333), (2, 1500), (3, 600), (8, 130), (17, 200)):
         check(a, tensors_of(a, n, m), [n, m], isa)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
-@pytest.mark.parametrize(("d", "e"), [(16, 16), (24, 40), (33, 17), (96, 80), (128, 128), (130, 31), (256, 72)])
-def test_head_sizes(d: int, e: int, dtype: str) -> None:
+WIDTHS = [(16, 16), (24, 40), (33, 17), (96, 80), (128, 128), (130, 31), (256, 72)]
+
+
+@pytest.mark.parametrize(("widths", "dtype"), thinned(WIDTHS, ["f32", "bf16", "f16"]))
+def test_head_sizes(widths: tuple[int, int], dtype: str) -> None:
+    d, e = widths
     a = case("causal", dtype, groups=4, d=d, e=e)
     for n, m in ((1, 300), (2, 77), (5, 129)):
         check(a, tensors_of(a, n, m), [n, m], ISAS[0])
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("form", ["length", "padding, eager's mean", "padding, eager's nan", "sinks", "bias", "softcap",
-                                  "decay", "sharpened", "two windows"])  # fmt: skip
+SMALL = ["length", "padding, eager's mean", "padding, eager's nan", "sinks", "bias", "softcap", "decay", "sharpened",
+         "two windows"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "dtype"), thinned(SMALL, ["f32", "bf16"]))
 def test_forms(form: str, dtype: str) -> None:
     a = case(form, dtype, groups=2, d=64, e=48, lse=True)
     for n, m in ((1, 700), (4, 1100)):

@@ -36,6 +36,8 @@ from attncc.bench.row import visible_pairs
 from attncc.frontends.targets import TargetError
 from attncc.ir import interpret, parse_attention, verify
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SMALL = [
     dense(40), causal(40), window(40, 9), documents(40, 5), prefix_lm(40, 12), t5_bias(40), alibi(40), soft_cap(40),

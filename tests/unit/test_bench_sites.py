@@ -15,6 +15,8 @@ from attncc.bench import sites
 from attncc.bench.sites import line, measured, run, table
 from attncc.bench.small import NotSmall, model_types, small_models
 
+pytestmark = pytest.mark.slow
+
 
 class TwoKinds(nn.Module):
     """An attention that attncc lifts, and a softmax that is none."""

@@ -14,6 +14,8 @@ from attncc.bench import windows
 from attncc.bench.windows import CAPS, MODELS, Limits, Stack, example, line, measured, run, table
 from attncc.frontends.targets import TargetError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()

@@ -13,6 +13,8 @@ import attncc
 from attncc.driver import selection
 from attncc.runtime.measure import TIE
 
+pytestmark = pytest.mark.slow
+
 
 class Windowed(torch.nn.Module):
     def __init__(self, by_hand: bool) -> None:

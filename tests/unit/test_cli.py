@@ -17,6 +17,8 @@ from attncc.cli.app import app
 from attncc.report.model import Report, Site
 from attncc.runtime.store import Store, key
 
+pytestmark = pytest.mark.slow
+
 SOURCE = "void attention(const float* q) {  // [b, h]\n}\n"
 REPORT = Report(
     sites=(

@@ -104,6 +104,7 @@ def test_integers_take_64_bits_only_where_32_could_overflow() -> None:
     assert not fits_32_bits(a, mul(a.i.index, a.j.index))
 
 
+@pytest.mark.slow
 def test_every_instruction_set_compiles_where_a_compiler_for_it_is_found(tmp_path: Path) -> None:
     """NEON by a cross compiler, if there is one; the others by the host's."""
     host = CppToolchain.find()

@@ -11,6 +11,8 @@ from cpp_kernels.build import build, host_isas, run, toolchain
 
 from attncc.runtime.cpp import NEEDS, CompileError, CppToolchain, KernelError, detect_isa, processor, usable_isas
 
+pytestmark = pytest.mark.slow
+
 ZEN4 = NEEDS["avx512bf16"] | {"avx2", "fma", "f16c"}
 CPUINFO = "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 fma f16c\nbugs\t\t: none\n"
 

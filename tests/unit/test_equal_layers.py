@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from parameters.thinned import thinned
 from torch import fx
 
 from attncc.driver import backend, describe, rewriting, selection
 from attncc.kernels import build
 from attncc.patterns.reader.value import Reader
+
+pytestmark = pytest.mark.slow
 
 COUNTED = [
     (build, "fold_predicates"), (build, "loop_bounds"), (build, "spanned"), (build.cpp, "emit"),
@@ -64,11 +67,10 @@ def work(layers: int, implementation: str, dynamic: bool | None, monkeypatch: py
     return counts
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(("implementation", "dynamic"), thinned(["sdpa", "eager"], [None, True]))
 def test_the_mask_of_all_layers_is_analysed_once(
     implementation: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few, many = (work(layers, implementation, dynamic, monkeypatch) for layers in (2, 16))
+    few, many = (work(layers, implementation, dynamic, monkeypatch) for layers in (2, 6))
     assert many == few
     assert few["masks read"] > 0 and all(few[name] for _, name in COUNTED)

@@ -26,6 +26,7 @@ class Scaled(nn.Module):
         return ((x @ x.mT) * self.scale).softmax(-1) @ x
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_floats_of_the_model_do_not_make_it_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []

@@ -10,6 +10,8 @@ import pytest
 
 import attncc
 
+pytestmark = pytest.mark.slow
+
 HEAVY = ("triton", "transformers", "diffusers", "sentence_transformers")
 
 # A compiler is a process that is started; a hook that sees one started fails the import.

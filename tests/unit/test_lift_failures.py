@@ -9,6 +9,8 @@ import torch.nn.functional as F
 import attncc
 from attncc.patterns import lift
 
+pytestmark = pytest.mark.slow
+
 
 class Two(torch.nn.Module):
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ from attncc.codegen.torch_form import run_blocked
 from attncc.ir import Attention
 from attncc.runtime import op
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def installed() -> Iterator[None]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ROOMS = ("passes", "codegen", "patterns", "runtime")
 INNER = ("bench", "cli", "driver", "frontends", "ir", "kernels", "report", "torch_private")

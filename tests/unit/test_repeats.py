@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from parameters.thinned import thinned
 from torch import Tensor, fx
 
 from attncc.driver import capture, repeats
+
+pytestmark = pytest.mark.slow
 
 
 def shadow(function: Callable[..., Any], *inputs: Any, dynamic: bool | None = None, **more: Any) -> capture.Reading:
@@ -108,9 +111,9 @@ MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("function", [layers, unsqueezed, losses, shifted])
-@pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("function", "gradients", "dynamic"), thinned([layers, unsqueezed, losses, shifted], [False, True], [None, True])
+)
 def test_copies_are_what_a_trace_gives(
     function: Callable[..., Any], gradients: bool, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,8 +124,7 @@ def test_copies_are_what_a_trace_gives(
         assert copied == described(shadow(function, *inputs, dynamic=dynamic))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(("name", "dynamic"), thinned(list(MODELS), [True, None]))
 def test_models_read_as_if_traced(name: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = MODELS[name]().eval(), torch.randint(1, 40, (2, 9))
     with torch.no_grad():
@@ -154,4 +156,4 @@ def test_equal_layers_are_traced_once(dynamic: bool | None, monkeypatch: pytest.
         monkeypatch.setattr(capture._Shadow, "call_function", plain)
         return len(calls)
 
-    assert traced(8) == traced(2)
+    assert traced(5) == traced(2)

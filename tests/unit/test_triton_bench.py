@@ -31,6 +31,8 @@ from attncc.ir import interpret, parse_attention, verify
 from attncc.passes.bounds.bounds import loop_bounds
 from attncc.runtime.triton_compile import compile_for
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     causal(64, 64), causal(64, 64, 4), window(64, 9), documents(64, 5), prefix_lm(64, 20), t5_bias(64), soft_cap(64),
     neighbourhood((8, 8), 2), neighbourhood((4, 4, 4), 1), block_table(64, 8, 0.3), strided(64, 4, 2, 4), decode(64, 3),
