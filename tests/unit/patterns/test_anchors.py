@@ -10,7 +10,7 @@ from reading.asked import Asked
 from reading.lifted import differences, found
 from torch import nn
 
-from attncc.patterns.softmax.anchors import _LOGS, _LSES, _RULES, DIVISIONS, anchors
+from attncc.patterns.softmax.anchors import _LOGS, _LSES, _RULES, DIVISIONS, find_anchors
 
 Q = torch.Tensor
 aten = torch.ops.aten
@@ -106,5 +106,5 @@ def test_what_looks_like_one_is_none(name: str) -> None:
 def test_a_row_of_minus_infinity() -> None:
     """The safe softmax gives zeros, the plain one NaN."""
     of = Asked(lambda s: (aten._safe_softmax(s, -1), aten.softmax.int(s, -1)), torch.randn(2, 3))
-    safe, plain = anchors(of.facts)
+    safe, plain = find_anchors(of.facts)
     assert (safe.empty, plain.empty) == ("zero", None)
