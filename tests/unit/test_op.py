@@ -296,6 +296,7 @@ def test_a_build_that_failed_is_tried_again() -> None:
     torch.testing.assert_close(attend(inputs())[0], reference(inputs())[0])
 
 
+@pytest.mark.slow
 def test_importing_attncc_is_enough() -> None:
     """A program that holds the operator is loaded and run, with gradients, without the compiler's being asked for."""
     shapes = "(1, 1, 32), (1, 4, 1, 8), (1, 4, 1, 6), (4, 1, 1)"

@@ -51,6 +51,7 @@ def test_keys_tell_values_and_types_apart() -> None:
     assert key({"a": 1, "b": (2, "x")}) == key({"b": [2, "x"], "a": 1})
 
 
+@pytest.mark.slow
 def test_keys_are_the_same_in_every_process() -> None:
     program = "from attncc.runtime.store import key; print(key({'ir': 'é', 'flags': ['-O3', 1, 0.1, None, True]}))"
     for seed in ("0", "1"):
@@ -240,6 +241,7 @@ def start(root: Path, log: Path, pause: float) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", program, str(root), str(log), str(pause)])
 
 
+@pytest.mark.slow
 def test_many_processes_build_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
     processes = [start(tmp_path / "cache", log, 0.3) for _ in range(5)]
@@ -280,6 +282,7 @@ def test_keys_do_not_wait_for_each_other(tmp_path: Path) -> None:
     assert len(store.entries()) == 2
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_middle_leaves_nothing_visible(tmp_path: Path) -> None:
     root, log = tmp_path / "cache", tmp_path / "log"
     victim = start(root, log, 60)

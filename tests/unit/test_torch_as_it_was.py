@@ -18,6 +18,8 @@ from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
 import attncc
 
+pytestmark = pytest.mark.slow
+
 
 def entries() -> list[Any]:
     """All that Dynamo holds compiled, for whomever."""

@@ -20,6 +20,8 @@ from attncc.runtime.measure import Timings
 from attncc.runtime.memory import peak_bytes
 from attncc.runtime.store import Store
 
+pytestmark = pytest.mark.slow
+
 
 class Bench:
     """Stands for the clock: what a step of attncc takes, the rest taking 100 us. `compared` are the candidates that

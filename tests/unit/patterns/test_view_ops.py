@@ -33,7 +33,7 @@ def test_value_is_eager(target: OpOverload) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("target", ROWS)
 def test_many_values_are_eager(target: OpOverload) -> None:
-    check(target, count=200, seed=1)
+    check(target, count=100, seed=1)
 
 
 def test_a_constant_is_read_where_it_is_a_number() -> None:
