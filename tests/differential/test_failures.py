@@ -111,7 +111,7 @@ def test_no_failing_step_costs_the_model(
     full = request.config.option.full
     steps = [n for n in chosen(names, full) if n not in _tried]
     _tried.update(steps)
-    assert len(steps) > 2
+    assert len(names) > 2
     wrong: list[str] = []
     for step in steps:
         forget()

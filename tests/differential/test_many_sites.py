@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attncc.driver import capture, rewriting
 from attncc.driver.backend import Collected, collecting
+from attncc.passes.pipeline import Pipeline
 from attncc.patterns.reader.value import Reader
 
 FAST = {"inductor": False, "measure": False}
@@ -98,7 +99,7 @@ def work(layers: int, windows: tuple[int | None, ...], dynamic: bool, monkeypatc
     with monkeypatch.context() as patch:
         counting(capture._Shadow, "call_function")
         counting(Reader, "_read")
-        counting(rewriting, "split_axes")
+        counting(Pipeline, "run")
         try:
             got = torch.compile(model, backend="attncc", dynamic=dynamic, options=FAST)(x)
         finally:
@@ -113,7 +114,7 @@ def work(layers: int, windows: tuple[int | None, ...], dynamic: bool, monkeypatc
 def test_more_layers_of_four_kinds_are_no_more_to_trace_or_plan(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = (work(layers, (5, None), dynamic, monkeypatch) for layers in (8, 24))
     assert few["call_function"] == many["call_function"] > 0
-    assert few["split_axes"] == many["split_axes"] == 4
+    assert few["run"] == many["run"] == 4
 
 
 @torch.no_grad()
@@ -121,7 +122,7 @@ def test_more_layers_of_four_kinds_are_no_more_to_trace_or_plan(dynamic: bool, m
 def test_work_grows_with_layers_that_differ_and_no_faster(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer has a window of its own: every further one costs as much as the one before."""
     counts = [work(n, tuple(range(2, 2 + n)), dynamic, monkeypatch) for n in (4, 8, 12)]
-    assert [c["split_axes"] for c in counts] == [4, 8, 12]
+    assert [c["run"] for c in counts] == [4, 8, 12]
     for name in ("call_function", "_read"):
         first, second = counts[1][name] - counts[0][name], counts[2][name] - counts[1][name]
         assert second <= first, name

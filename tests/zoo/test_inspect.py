@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from attncc.cli.app import app
-from attncc.ir import parse_attention, print_attention
+from attncc.ir import parse_program, print_program
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def test_windowed() -> None:
     assert "j <= i" in site["mask"]
     assert "i <= j + 255" in site["mask"]
     text = inspect("examples.windowed:model", "--ir").stdout.split("\n", 1)[1].strip()
-    assert print_attention(parse_attention(text)).strip() == text
+    assert print_program(parse_program(text)).strip() == text
 
 
 @pytest.mark.parametrize("attention", ["llama", "llama_eager"])
