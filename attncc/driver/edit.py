@@ -150,7 +150,8 @@ class Editor:
         """A node that the captured graph has not: behind its inputs where nothing writes to them, as several sites may
         read it."""
         inputs = [self._node(x) for x in shadow.all_input_nodes]
-        device = self.facts.value(shadow).device
+        value = self.facts.value(shadow)
+        device = value.device if isinstance(value, torch.Tensor) else None
         if not all(x in self.facts.unwritten for x in sources([shadow], self.facts)):
             with self._as_given(device):
                 return self.graph.node_copy(shadow, self._node)
@@ -162,9 +163,10 @@ class Editor:
             return self.graph.node_copy(shadow, self._node)
 
     @contextmanager
-    def _as_given(self, device: torch.device) -> Iterator[None]:
-        """Nodes that are made inside compute in the dtypes that they are given, whether or not autocast is on there."""
-        if not self.reading.autocasts:
+    def _as_given(self, device: torch.device | None) -> Iterator[None]:
+        """Nodes that are made inside compute in the dtypes that they are given, whether or not autocast is on there; a
+        size has no device and no such dtype."""
+        if device is None or not self.reading.autocasts:
             yield
             return
         kind, call = device.type, self.graph.call_function

@@ -21,10 +21,10 @@ from attncc.ir.terms import ROUNDINGS, Const, Expr, Load, Op, Size, Var, free, l
 
 #: Functions with f(0) = 0.
 _THROUGH_ZERO = frozenset(
-    [*ROUNDINGS, "neg", "abs", "sqrt", "tanh", "erf", "floor", "ceil", "round", "sin", "log1p"]
+    [*ROUNDINGS, "stop", "neg", "abs", "sqrt", "tanh", "erf", "floor", "ceil", "round", "sin", "log1p"]
 )
 #: Functions that give NaN for NaN, whatever their other arguments are.
-_NAN_FROM_ANY = frozenset(["add", "sub", "mul", "div", "min", "max"])
+_NAN_FROM_ANY = frozenset(["add", "sub", "mul", "div", "min", "max", "minfirst", "maxfirst"])
 _NAN_FROM_ONE = _THROUGH_ZERO | {"exp", "log", "sigmoid", "rsqrt", "cos"}
 
 
@@ -75,7 +75,7 @@ def zero_at_zero(x: Expr, v: Var) -> bool:
             return zero_at_zero(a, v)
         case Op("pow", (a, Const(power))):
             return power > 0 and zero_at_zero(a, v)
-        case Op("min" | "max" as name, (a, b)):
+        case Op("min" | "max" | "minfirst" | "maxfirst" as name, (a, b)):
             return any(
                 zero_at_zero(y, v) and (zero_at_zero(z, v) or _is_beyond_zero(name, z)) for y, z in ((a, b), (b, a))
             )
@@ -89,7 +89,7 @@ def zero_at_zero(x: Expr, v: Var) -> bool:
 
 def _is_beyond_zero(name: str, limit: Expr) -> bool:
     """Whether zero is not changed by a clamp."""
-    return isinstance(limit, Const) and (limit.value >= 0 if name == "min" else limit.value <= 0)
+    return isinstance(limit, Const) and (limit.value >= 0 if name.startswith("min") else limit.value <= 0)
 
 
 def keeps_nan(x: Expr, v: Var) -> bool:

@@ -292,7 +292,7 @@ def _is_projected(f: Facts, n: fx.Node) -> bool:
     return False
 
 
-_MAPS = {"max", "exp", "sigmoid", "where", "abs", "pow", "tanh"}
+_MAPS = {"max", "maxfirst", "min", "minfirst", "exp", "sigmoid", "where", "abs", "pow", "tanh"}
 
 
 def _is_feature(phi: Expr) -> bool:

@@ -51,6 +51,8 @@ def formula(name: str, load: str, random: Random) -> Expr:
         return add(op(name, bias), op("float", op(name, distance)))
     if name in ("log", "log1p", "sqrt", "rsqrt"):
         return add(bias, op(name, add(op("abs", number), const(1.0))))
+    if name == "isnan":
+        return add(bias, op("where", op("isnan", number), const(1.0), number))
     if name == "pow":
         return mul(bias, op("pow", add(op("abs", number), const(1.0)), const(0.5)))
     if name in ("add", "sub", "mul", "div", "min", "max"):
