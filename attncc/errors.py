@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 
+from attncc.ir.reasons import Reason
+
 STRICT = "ATTNCC_STRICT"
 
 log = logging.getLogger("attncc")
@@ -15,7 +17,11 @@ log.addHandler(logging.NullHandler())  # where the program that imports attncc l
 
 
 class EditError(Exception):
-    """A graph cannot hold a fused node; the message is the reason."""
+    """A graph cannot hold a fused node, for a reason."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 def strict() -> bool:

@@ -9,9 +9,10 @@ from math import prod
 from torch import fx
 
 from attncc.errors import unforeseen
+from attncc.ir.reasons import Reason, because
 from attncc.ir.verify import VerifyError
 from attncc.patterns.linear import Recognised, linear_attentions, recurrences
-from attncc.patterns.refusals import DROPS, dropping, of_quotient, of_use, under_transform, unknown_weights
+from attncc.patterns.refusals import dropping, of_quotient, of_use, under_transform, unknown_weights
 from attncc.patterns.site import (
     Contraction,
     Data,
@@ -26,7 +27,6 @@ from attncc.patterns.site import (
 )
 from attncc.patterns.softmax import (
     FLEX,
-    OWN_WEIGHTS,
     SDPA,
     Anchor,
     Term,
@@ -46,14 +46,12 @@ from attncc.patterns.softmax import (
     weighted_by_scores,
 )
 
-_OTHER_WEIGHTS = "what it weighs is weighed by another attention, of which it is the values"
-
 
 @dataclass(frozen=True)
 class Refusal:
     """A softmax-like site that is left alone, and why."""
 
-    reason: str
+    reason: Reason
     node: fx.Node
     anchor: fx.Node
 
@@ -84,7 +82,7 @@ def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
     taken |= {n for site in found for n in (site.node, site.anchor)} | covered
     for reason, at, product in unknown_weights(f, Data(f)):
         if taken.isdisjoint({at, product}) and not any(n in taken for n in product.users):
-            found.append(Refusal(f"attention without a softmax: {reason}", at, product))
+            found.append(Refusal(because("no-softmax", reason), at, product))
             taken |= {at, product}
     return sorted(found, key=lambda site: f.order[site.anchor])
 
@@ -101,7 +99,7 @@ def _with_gradients(f: Facts, found: list[Lifted | Refusal]) -> list[Lifted | Re
         moving = [n for site in sites for n in site.tensors if n not in site.stopped]
         if not agrees(f, node, tensors, moving):
             wrong.add(node)
-    reason = "the model stops gradients inside of it, in a way that was not read"
+    reason = because("stopped-inside")
     return [Refusal(reason, x.node, x.anchor) if isinstance(x, Lifted) and x.node in wrong else x for x in found]
 
 
@@ -119,7 +117,7 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
             except Exception as error:
                 found.append(Refusal(*_reason(error, n), n))
         elif n in f.live and is_operator(n) and any(x in str(n.target).lower() for x in _WHOLE):
-            found.append(Refusal(f"it is one operation, and what that does is not in the graph ({n.target})", n, n))
+            found.append(Refusal(because("one-operation", str(n.target)), n, n))
     for frame, term, total in divided(f):
         late = _divided(frame, term, total)
         found += late
@@ -138,13 +136,13 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
     return found
 
 
-def _reason(error: Exception, at: fx.Node) -> tuple[str, fx.Node]:
+def _reason(error: Exception, at: fx.Node) -> tuple[Reason, fx.Node]:
     """Why a site was not lifted, and where. One site that fails unforeseen must not cost the others of its graph."""
     if isinstance(error, Unreadable):
         return error.reason, error.node
     if isinstance(error, VerifyError):
-        return f"the IR cannot say it: {error}", at
-    return f"reading it failed, which is a bug in attncc: {unforeseen('reading a site', error)}", at
+        return because("not-expressible", str(error)), at
+    return because("reading-failed", unforeseen("reading a site", error)), at
 
 
 def _without_softmax(f: Facts, n: fx.Node, product: Contraction, left: bool) -> list[Lifted | Refusal]:
@@ -152,7 +150,7 @@ def _without_softmax(f: Facts, n: fx.Node, product: Contraction, left: bool) -> 
         site = lift_unnormalised(f, product, left)
     except Exception as error:
         reason, _ = _reason(error, n)
-        return [Refusal(f"attention without a softmax: {reason}", n, n)]
+        return [Refusal(because("no-softmax", reason), n, n)]
     return [] if site is None else [site]
 
 
@@ -184,7 +182,7 @@ def _lifted(f: Facts, found: list[Anchor]) -> tuple[list[Lifted | Refusal], set[
         failed = [frame.node for frame in used.products if frame.node not in {x.node for x in lifted}]
         escapes = (*used.escapes, *failed)
         taken = [x.node for x in used.products if x.node in done]
-        other = [Refusal(_OTHER_WEIGHTS, n, anchor.node) for n in taken[:1]] or [_unused(f, anchor, used)]
+        other = [Refusal(because("values-of-another"), n, anchor.node) for n in taken[:1]] or [_unused(f, anchor, used)]
         sites += [replace(x, escapes=escapes) for x in lifted] or own[:1] or other
     return sites, done | {node for node, _ in products}
 
@@ -222,7 +220,7 @@ def _divided(frame: Frame, term: Term, total: fx.Node) -> list[Lifted | Refusal]
         reason, _ = _reason(error, frame.node)
         if term.anchor.shares == "plain":
             return []
-        return [Refusal(f"a softmax divided after its product: {reason}", frame.node, node)]
+        return [Refusal(because("late-division", reason), frame.node, node)]
 
 
 def _reaches(frame: Frame, anchor: Anchor) -> bool:
@@ -241,13 +239,13 @@ def _reaches(frame: Frame, anchor: Anchor) -> bool:
 
 def _unused(f: Facts, anchor: Anchor, used: Uses) -> Refusal:
     if used.alone:
-        return Refusal("there is a single key, so there is nothing to choose from", used.others[0], anchor.node)
+        return Refusal(because("single-key"), used.others[0], anchor.node)
     if used.others:
         (product, *_) = used.others
         dropped = dropping(f, product)
-        reason = "the softmax runs over another axis than the product sums over" if dropped is None else DROPS
+        reason = because("other-axis") if dropped is None else because("dropout")
         return Refusal(reason, dropped or product, anchor.node)
     at = used.escapes[0] if used.escapes else anchor.node
     if (used.each and not used.products) or weighs_components(f, anchor.node, anchor.dim, at):
-        return Refusal(OWN_WEIGHTS, at, anchor.node)
+        return Refusal(because("vector-attention"), at, anchor.node)
     return Refusal(of_use(f, anchor.scores, anchor.node, at), at, anchor.node)

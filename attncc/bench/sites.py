@@ -142,6 +142,7 @@ def _by_attncc(
         "lifted": sum(s.status != "refused" for s in sites),
         "fused": sum(s.status == "fused" for s in sites),
         "reasons": [f"{s.reason} ({s.path} {s.where})" for s in sites if s.status == "refused"],
+        "codes": [s.code for s in sites if s.status == "refused"],
         "breaks": sum((torch_private.graph_breaks() - before).values()),
         "error": error, "own": own, "wrong": not error <= most,
     }  # fmt: skip
@@ -199,7 +200,7 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: totals of each spelling, and how often each reason was given."""
+    """Markdown: totals of each spelling, and how often each code of a reason was given."""
     lines = ["| attention as | models | calls of softmax or SDPA | lifted | refused, with a reason | wrong | failed | "
              "fused by Inductor |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for spelling in SPELLINGS:
@@ -209,6 +210,10 @@ def table(found: dict[str, Any]) -> str:
                  sum(len(r["reasons"]) for r in good), sum(r["wrong"] for r in good), len(rows) - len(good),
                  sum(r["inductor"] or 0 for r in rows)]  # fmt: skip
         lines.append(f"| {spelling} | " + " | ".join(map(str, cells)) + " |")
-    reasons = Counter(r.rsplit(" (", 1)[0] for row in found["rows"].values() for r in row.get("reasons", ()))
-    lines += ["", "| sites | reason |", "|---|---|", *(f"| {n} | {reason} |" for reason, n in reasons.most_common())]
+    refused = [r for r in found["rows"].values() if "codes" in r]
+    given = [x for r in refused for x in zip(r["codes"], r["reasons"], strict=True)]
+    lines += ["", "| sites | code | reason, for one of them |", "|---|---|---|"]
+    for code, n in Counter(code for code, _ in given).most_common():
+        example = next(reason for other, reason in given if other == code).rsplit(" (", 1)[0]
+        lines.append(f"| {n} | `{code}` | {example} |")
     return "\n".join(lines)

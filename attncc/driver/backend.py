@@ -15,6 +15,7 @@ from attncc.driver.plain import plain
 from attncc.driver.rewriting import Collected, collecting, left_alone, rewrite
 from attncc.driver.sign_bits import may_write, signed_inputs, with_their_numbers
 from attncc.errors import log, unforeseen
+from attncc.ir.reasons import because
 from attncc.progress import step, waiting
 from attncc.runtime.recent import Recent
 from attncc.torch_private.compiling import trace_through_sdp_kernel
@@ -67,7 +68,7 @@ def _compiled(
         except Exception as error:
             if not edits or torch_private.restarts(error) or torch_private.lacks_compiler(error):
                 raise
-            reason = f"the fused graph does not compile: {unforeseen('compiling a fused graph', error)}"
+            reason = because("compiling-failed", unforeseen("compiling a fused graph", error))
             edits.undo()
             found.notes.append(f"a graph is compiled as it came; {reason}")
             found.sites = [left_alone(site, reason) for site in found.sites]

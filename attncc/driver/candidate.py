@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attncc.ir import Attention
+from attncc.ir.reasons import Reason, because
 from attncc.kernels.build import Built
 from attncc.patterns.site.assemble import Lifted
+from attncc.runtime.measure import Decision
 
 
 @dataclass(frozen=True)
@@ -27,4 +29,9 @@ class Choice:
 
     fused: bool
     speedup: float | None
-    reason: str
+    reason: Reason
+
+
+def settled(fused: bool, speedup: float | None, decision: Decision) -> Choice:
+    """What a measurement decided."""
+    return Choice(fused, speedup, because("faster" if fused else "slower", decision.reason))

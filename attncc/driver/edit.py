@@ -18,6 +18,7 @@ from attncc.driver.site_groups import sources
 from attncc.driver.size_nodes import SizeNodes
 from attncc.errors import EditError
 from attncc.ir import Program
+from attncc.ir.reasons import because
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import argument, written_args
 from attncc.patterns.site.program import SiteProgram
@@ -52,14 +53,14 @@ class Editor:
         target = placed[0]
         given = sources(site.inputs, self.facts)
         if any(self._node(n)._erased for n in given):
-            raise EditError("another site has taken what it reads")
+            raise EditError(because("graph-taken"))
         if site.in_pieces:  # what is computed from the first products moves behind the last
             at = max(placed, key=self.position)
             self._move_behind(placed, at)
         else:
             at = min(placed, key=self.position)
             if at is not target and any(self.position(self._node(n)) > self.position(at) for n in given):
-                raise EditError("the sums of its rows are used before its values are computed")
+                raise EditError(because("graph-sums-first"))
         with self.graph.inserting_before(at), self._as_given(self.facts.value(site.outputs[0]).device):
             every = zip(site.inputs, site.dtypes, site.stopped, strict=True)
             inputs = [self._cast(self._read(n, stopped=stopped), n, dtype) for n, dtype, stopped in every]
@@ -92,11 +93,11 @@ class Editor:
         moved: dict[fx.Node, None] = dict.fromkeys(n for n in targets if n is not last)
         for n in between:
             if n in self.effects and not (n in self.writes and n.args[0] in moved):
-                raise EditError("the model writes to memory between the products of one softmax")
+                raise EditError(because("graph-writes-between"))
             if n not in moved and any(a in moved for a in n.all_input_nodes):
                 moved[n] = None
         if any(a in moved for a in last.all_input_nodes):
-            raise EditError("one product of a softmax is computed from another")
+            raise EditError(because("graph-nested-product"))
         at = last
         for n in moved:
             if n not in targets:
@@ -113,7 +114,7 @@ class Editor:
         """The Dynamo node for a shadow node, its composite owner expanded if need be."""
         node = self._node(shadow)
         if node._erased or node in self.taken.values():
-            raise EditError("another site has taken its place already")
+            raise EditError(because("graph-place-taken"))
         return node
 
     def _node(self, shadow: fx.Node) -> fx.Node:
@@ -127,14 +128,14 @@ class Editor:
         if found is None:
             owner = self.reading.owner.get(shadow)
             if owner is None or shadow.op == "get_attr":
-                raise EditError(f"no node of the captured graph holds {shadow.name}")
+                raise EditError(because("graph-no-node", shadow.name))
             kept = self._written(shadow, owner)
             if kept is not None:
                 return self._node(kept)
             self._expand(owner)
             found = self.copies.get(shadow)
         if found is None:
-            raise EditError(f"no node of the captured graph holds {shadow.name}")
+            raise EditError(because("graph-no-node", shadow.name))
         return self.taken.get(found, found)
 
     def _written(self, shadow: fx.Node, owner: fx.Node) -> fx.Node | None:
@@ -187,7 +188,7 @@ class Editor:
         parts = [n for n, o in self.reading.owner.items() if o is owner and n.op == "call_function"]
         results = self.reading.results.get(owner)
         if not parts or not self._writes_own(parts):
-            raise EditError(f"{owner.name} is several operations that cannot be taken apart")
+            raise EditError(because("graph-composite", owner.name))
         with self.graph.inserting_before(owner):
             for n in parts:
                 self.copies[n] = self.graph.node_copy(n, lambda x: self._held(x, owner))  # type: ignore[arg-type]
@@ -203,7 +204,7 @@ class Editor:
         else:
             for user in list(owner.users):
                 if user.target is not operator.getitem:
-                    raise EditError(f"{owner.name} is used as a whole")
+                    raise EditError(because("graph-used-whole", owner.name))
                 part = results[user.args[1]]
                 if part is not None:
                     made = self.copies[part] if part in self.copies else self._node(part)

@@ -22,6 +22,7 @@ from attncc.driver.training import Training, runs_again, training_of
 from attncc.errors import EditError, unforeseen
 from attncc.ir import Attention, Program, print_attention, print_linear, print_program
 from attncc.ir.expr import Expr, Size
+from attncc.ir.reasons import Reason, because
 from attncc.kernels.build import build_all, built, optimise
 from attncc.passes.pipeline import Stage, standard
 from attncc.passes.rewrites.row_sums import with_sums
@@ -109,15 +110,16 @@ def _fuse(
             found.after.append(source_text(graph))
         edits.replace(gm, graph)
     except Exception as error:
-        reason = f"editing the graph failed: {unforeseen('editing a graph', error)}"
+        reason = because("editing-failed", unforeseen("editing a graph", error))
         found.notes.append(f"a graph is compiled as it is; {reason}")
         settled = [left_alone(site, reason) for site in settled]
     found.sites += settled
 
 
-def left_alone(site: Site, reason: str) -> Site:
+def left_alone(site: Site, reason: Reason) -> Site:
     """The record of a site that was fused, or decided on, in a graph that is compiled as it came."""
-    return site if site.status == "refused" else replace(site, status="kept", reason=reason, became="original graph")
+    kept = replace(site, reason=str(reason), code=reason.code, became="original graph")
+    return site if site.status == "refused" else replace(kept, status="kept")
 
 
 @contextmanager
@@ -153,12 +155,16 @@ def _edited(
         where, path = describe.user_line(place), describe.module_path(place)
         if isinstance(site, Refusal):
             at = reading.origin.get(site.node) or reading.owner.get(site.node)
-            settled.append(Site(index, "refused", site.reason, path, (describe.user_line(at) if at else "") or where))
+            where = (describe.user_line(at) if at else "") or where
+            settled.append(Site(index, "refused", str(site.reason), path, where, code=site.reason.codes))
             continue
         if isinstance(site, Recognised):
             text = print_linear(site.linear)
             equation = describe.linear_equation(site.linear)
-            settled.append(Site(index, "kept", site.reason, path, where, equation, became="original graph", ir=text))
+            settled.append(Site(
+                index, "kept", str(site.reason), path, where, equation, became="original graph", ir=text,
+                code=site.reason.codes,
+            ))  # fmt: skip
             continue
         assert plan is not None  # every lifted site has one
         if site.node not in verdicts:
@@ -187,7 +193,7 @@ def _settled(
         try:
             editor.put(plan.origin, plan.program)
         except EditError as error:
-            found |= dict.fromkeys((site.node for site, _ in parts), replace(verdict, fused=False, reason=str(error)))
+            found |= dict.fromkeys((site.node for site, _ in parts), replace(verdict, fused=False, reason=error.reason))
     return found
 
 
@@ -264,13 +270,13 @@ def _text(a: Attention) -> str:
 def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool, training: Training) -> Choice:
     if joint.user is not None:
         name = used_by(facts, joint.user)
-        return Choice(False, None, f"its scores or weights are used elsewhere too, by {name}, and so must exist")
+        return Choice(False, None, because("weights-needed", name))
     kernels = [built(plan.spec, plan.device) for plan in plans]
     slow = next((made for made in kernels if made.language == "torch"), None)
     if slow is not None:
-        return Choice(False, None, slow.reason)
+        return Choice(False, None, because("no-kernel", slow.reason))
     if not measure:
-        return Choice(True, None, "not measured")
+        return Choice(True, None, because("measuring-off"))
     parts = [
         Candidate(s, p.final, p.spec, made, p.learned) for s, p, made in zip(joint.sites, plans, kernels, strict=True)
     ]
@@ -285,7 +291,7 @@ def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, f
     area, picture = (None, None) if sizes is None else describe.extent_of(shown, sizes)
     area = area if made is None else made.area(area)
     return Site(
-        place.index, "fused" if verdict.fused else "kept", verdict.reason, place.path, place.where,
+        place.index, "fused" if verdict.fused else "kept", str(verdict.reason), place.path, place.where,
         describe.equation(shown), describe.mask(shown), describe.shapes(site),
         visible=None if area is None else area.visible, visited=None if area is None else area.visited,
         total=None if area is None else area.total,
@@ -293,5 +299,5 @@ def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, f
         trains=isinstance(plan, Plan) and bool(plan.learned),
         ir=plan.spec if isinstance(plan, Plan) else print_attention(shown), program=program,
         kernel=None if made is None else made.source, language=None if made is None else made.language,
-        picture=picture, sizes=sizes,
+        picture=picture, sizes=sizes, code=verdict.reason.codes,
     )  # fmt: skip

@@ -15,11 +15,12 @@ from torch import fx
 
 from attncc import torch_private
 from attncc.driver.baseline import Trial, Untimeable, autocast_at, hint, looks, trial
-from attncc.driver.candidate import Candidate, Choice
+from attncc.driver.candidate import Candidate, Choice, settled
 from attncc.driver.floors import products, too_large
 from attncc.driver.training import Training
 from attncc.driver.training_selection import decide_steps, last_line
 from attncc.ir.interpret import extent, size_table
+from attncc.ir.reasons import because
 from attncc.kernels.build import default_store
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.softmax.anchors import SDPA
@@ -38,17 +39,16 @@ def decide(parts: Sequence[Candidate], facts: Facts, training: Training) -> Choi
     try:
         large = too_large(parts, [[hint(x, facts) for x in p.site.sizes] for p in parts])
         if large and trains and parts[0].site.node.target is SDPA:
-            return Choice(False, None, f"in training not measured: {large}")
+            return Choice(False, None, because("training-not-measured", large))
         if large:
-            return Choice(True, None, f"not measured: {large}")
+            return Choice(True, None, because("not-measured", large))
         same = (spec, *(x for p in parts for x in (str(p.site.node.target), p.learned, *looks(p.site, facts))),
                 trains and training.recomputed, autocast_at(parts[0].site.node, facts))  # fmt: skip
         if same not in _decided:
             data = trial([p.site for p in parts], facts, training.nodes if trains else ())
             _decided[same] = _measure(parts, spec, data, training.recomputed)
     except Untimeable as error:
-        why = "in training not measured" if trains else "not measured"
-        return Choice(not trains, None, f"{why}: {error}")
+        return Choice(not trains, None, because("training-not-measured" if trains else "not-measured", str(error)))
     return _decided[same]
 
 
@@ -81,13 +81,14 @@ def _measure(parts: Sequence[Candidate], spec: str, data: Trial, recomputed: boo
             two = products(first.final, data.tensors()[0], data.sizes[0])
             floor = compare({"attncc": ours, "products": two}, BUDGET_S / 3, sampler_for(device))
             if not floor.failed and floor.us["attncc"] <= floor.us["products"] * (1 + TIE):
-                return Choice(True, None, "faster than its two matrix products alone")
+                return Choice(True, None, because("cannot-lose"))
         step("compiling the unfused form for comparison")
         try:
             with data.around():
                 unfused = torch_private.inductor_apart(data.module, data.inputs)
         except Exception as error:  # whatever it is, the model's own operations would meet it too
-            return Choice(True, None, f"not measured: Inductor fails on the model's own form ({last_line(error)})")
+            why = f"Inductor fails on the model's own form ({last_line(error)})"
+            return Choice(True, None, because("not-measured", why))
         return _settle(where, {"attncc": ours, "unfused": lambda: unfused(*data.inputs)}, device)
 
 
@@ -99,7 +100,7 @@ def _choice(decision: Decision) -> Choice:
     other = next((us for name, us in decision.us.items() if name != "attncc"), None)
     own = decision.us.get("attncc")
     ratio = other / own if own and other else None
-    return Choice(decision.winner == "attncc", ratio, decision.reason)
+    return settled(decision.winner == "attncc", ratio, decision)
 
 
 def _fused(parts: Sequence[Candidate], data: Trial) -> Callable[[], object]:

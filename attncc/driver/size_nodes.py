@@ -11,6 +11,7 @@ from attncc.driver.capture import Reading
 from attncc.errors import EditError
 from attncc.ir.evaluate import ARITHMETIC
 from attncc.ir.expr import Const, Expr, Op, Size
+from attncc.ir.reasons import because
 from attncc.patterns.graph.facts import Facts
 
 
@@ -52,7 +53,7 @@ class SizeNodes:
                 for dim, extent in enumerate(self.facts.shape(shadow)):
                     if extent is x:
                         return self._dimension(node, dim)
-        raise EditError(f"the size {x!r} cannot be had from the graph's inputs")
+        raise EditError(because("graph-size", repr(x)))
 
     def _dimension(self, node: fx.Node, dim: int) -> fx.Node:
         last = max((n for n in self.order if n.op == "placeholder"), key=self.order.__getitem__)

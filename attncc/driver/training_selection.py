@@ -21,7 +21,7 @@ from torch import fx
 from attncc import torch_private
 from attncc.codegen import torch_form
 from attncc.driver.baseline import Trial
-from attncc.driver.candidate import Candidate, Choice
+from attncc.driver.candidate import Candidate, Choice, settled
 from attncc.driver.floors import products, score_bytes
 from attncc.ir.interpret import extent, size_table
 from attncc.kernels.build import default_store
@@ -55,7 +55,7 @@ def decide_steps(parts: Sequence[Candidate], data: Trial, spec: str, shape: list
     other = next((us for name, us in decision.us.items() if name != OURS), None)
     own = decision.us.get(OURS)
     ratio = other / own if own and other else None
-    return Choice(decision.winner == OURS, ratio, decision.reason)
+    return settled(decision.winner == OURS, ratio, decision)
 
 
 @cache

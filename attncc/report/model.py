@@ -29,7 +29,8 @@ class Site:
     the best alternative over the time of the kernel, as measured on this machine. Where `trains`, gradients are needed,
     and both times are of forward and backward together. `ir` is the text of the site's attention, `program` that of
     all that takes its place in the graph. `sizes` are the values that the sizes of `ir` had when the graph was
-    captured.
+    captured. `code` names the kind of the reason (`attncc.ir.reasons`), with those of the reasons in it: a key to group
+    by, where `reason` is the sentence.
     """
 
     index: int
@@ -52,6 +53,7 @@ class Site:
     language: str | None = None
     picture: str | None = None
     sizes: tuple[int, ...] | None = None
+    code: str = ""
 
     def __post_init__(self) -> None:
         if self.status not in COLOURS:

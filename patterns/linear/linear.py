@@ -21,6 +21,7 @@ from attncc.ir.build import ONE, ZERO, op
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite, walk
 from attncc.ir.linear import UNIT, Linear, X
+from attncc.ir.reasons import Reason, because
 from attncc.ir.verify import VerifyError
 from attncc.ir.verify_linear import verify_linear
 from attncc.patterns.linear.normalisers import Weighted, divided, multiplied
@@ -44,8 +45,6 @@ from attncc.patterns.site import (
 )
 
 _SEARCH = 24
-LEFT = "linear attention: left with Inductor"
-_WRITTEN_OUT = "linear attention written as (q k^T) v, with N x N weights: q (k^T v) needs none; left with Inductor"
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Recognised:
     linear: Linear
     node: fx.Node
     anchor: fx.Node
-    reason: str
+    reason: Reason
     axes: tuple[str, ...]
     tensors: tuple[fx.Node, ...]
     sizes: tuple[Expr, ...]
@@ -186,12 +185,12 @@ def _lift(
     projected = all(_is_projected(f, x) for x in (other, k, v))
     wide = _is_wider(inner.extent, outer.extent)
     names: dict[Expr, str] = {i: "i", j: "j", d: "d", e: "e"}
-    reason = f"{LEFT}, O(N) already"
+    reason = because("linear")
     if over is None and not all(mapped) and not (softmaxes[1] and wide) and not (projected and wide):
         if past or not projected or not _is_wider(outer.extent, inner.extent):
             return None
         names = {e: "i", d: "j", j: "d", i: "e"}
-        reason = _WRITTEN_OUT
+        reason = because("linear-written-out")
         q_factor = _factor(f, v, v_at, extents, read, {j, e})
         v_factor = _factor(f, other, q_at, extents, use, {i, d}, v=True)
     batch = [x for x in own if x not in names]

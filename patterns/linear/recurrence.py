@@ -19,9 +19,10 @@ from attncc.ir.build import ONE, ZERO, add, const, mul, op
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite
 from attncc.ir.linear import UNIT, Linear, X
+from attncc.ir.reasons import Reason, because
 from attncc.ir.verify import VerifyError
 from attncc.ir.verify_linear import verify_linear
-from attncc.patterns.linear.linear import LEFT, Recognised
+from attncc.patterns.linear.linear import Recognised
 from attncc.patterns.linear.normalisers import factors, value_of
 from attncc.patterns.site import DOT, MOVES, Data, Declared, Facts, Point, Unreadable, contraction, op_name
 
@@ -64,7 +65,11 @@ _PARTS = ("decay", "rate", "k", "phi_k", "v", "q", "phi_q")
 
 
 class _Unproven(Exception):
-    """The step is no linear attention, or cannot be shown to be one; the message says why."""
+    """The step is not a linear attention, or cannot be shown to be one."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Recurrence:
     first: fx.Node
     reads: frozenset[fx.Node]
     writes: frozenset[fx.Node]
-    found: Recognised | str
+    found: Recognised | Reason
 
 
 def recurrences(f: Facts) -> Iterator[Recurrence]:
@@ -88,15 +93,17 @@ def recurrences(f: Facts) -> Iterator[Recurrence]:
             yield Recurrence(chain[-1].node, chain[0].node, reads, writes, _found(f, chain))
 
 
-def _found(f: Facts, chain: list[Update]) -> Recognised | str:
+def _found(f: Facts, chain: list[Update]) -> Recognised | Reason:
     many = len(chain) > 1
     if chain[0].chunk:
-        count = f"{len(chain)} chunks" if many else "one chunk"
-        return f"a recurrence over time: a state carried over {count} of tokens, left with Inductor"
+        return because("recurrence", f"{len(chain)} chunks" if many else "one chunk")
     try:
         return _lift(f, chain)
-    except (_Unproven, Unreadable, VerifyError) as error:
-        return f"a recurrence over time ({f'{len(chain)} steps' if many else 'one step'}): {error}"
+    except (_Unproven, Unreadable) as error:
+        why = error.reason
+    except VerifyError as error:
+        why = because("not-expressible", str(error))
+    return because("recurrence-unread", f"{len(chain)} steps" if many else "one step", why)
 
 
 def _chains(f: Facts) -> list[list[Update]]:
@@ -210,11 +217,11 @@ def _lift(f: Facts, chain: list[Update]) -> Recognised:
     one = steps[0]
     alike = all((s.d, s.e, s.delta) == (one.d, one.e, one.delta) for s in steps)
     if not alike or any(s.state.index != s.at for s in steps[1:]):
-        raise _Unproven("its steps are not alike")
+        raise _Unproven(because("steps-differ"))
     time = Index("j") if len(steps) > 1 else ZERO
     parts = {name: _common([getattr(s, name) for s in steps], time) for name in _PARTS}
     if any(x is None for x in parts.values()):
-        raise _Unproven("its steps read different tensors")
+        raise _Unproven(because("steps-read-others"))
     names: dict[Expr, str] = {x: f"b{at}" for at, x in enumerate(one.batch)}
     names |= {one.d: "d", one.e: "e"}
     declared = Declared(f, one.extents, {x: Index(name) for x, name in names.items()})
@@ -242,7 +249,7 @@ def _lift(f: Facts, chain: list[Update]) -> Recognised:
         dtype=NAME_OF[f.dtype(chain[0].node)],
     ))  # fmt: skip
     axes = tuple("" if s is ONE else names.get(Index(f"o{x}"), "") for x, s in enumerate(f.shape(chain[-1].node)))
-    done = f"{LEFT}, one step of O(d e)" if len(steps) == 1 else f"{LEFT}, O(N) already"
+    done = because("linear-step") if len(steps) == 1 else because("linear")
     return Recognised(
         verify_linear(linear), chain[-1].node, chain[0].node, done, axes, tuple(declared.held), sizes,
         frozenset(chain[-1].reads),
@@ -262,12 +269,12 @@ def _step(f: Facts, u: Update) -> Step:
     value = _opened(f, value_of(f, (n, at), extents, f.order[n] + 1, frozenset({u.before})), extents)
     one, other = at[-2:]
     if not isinstance(value, Op) or value.name != "add" or not isinstance(one, Index) or not isinstance(other, Index):
-        raise _Unproven("its state is not a sum of what it was and what is written")
+        raise _Unproven(because("state-not-sum"))
     carried, written = value.args if _mentions(value.args[0], u.before) else value.args[::-1]
     held = [x for x in _flat(carried) if isinstance(x, Load) and x.tensor == u.before.name]
     decay = _product([x for x in _flat(carried) if x not in held])
     if len(held) != 1 or _mentions(decay, u.before):
-        raise _Unproven("what it carries on is not its state times a decay")
+        raise _Unproven(because("state-not-decayed"))
     q, phi_q, d = _query(f, u, at, extents)
     e = other if d is one else one
     keys = [x for x in _flat(written) if d in free(x) and e not in free(x)]
@@ -275,16 +282,16 @@ def _step(f: Facts, u: Update) -> Step:
     rest = [x for x in _flat(written) if x not in keys and x not in values]
     key = _product(keys)
     if any(d in free(x) and e in free(x) for x in rest):
-        raise _Unproven("what it writes is not a key times a value")
+        raise _Unproven(because("writes-no-product"))
     error = next((x for x in values if isinstance(x, Op) and x.name == "sub"), None)
     if error is not None:
         v, memory = error.args
         whole = _looked_up(f, memory, carried, d, extents, u) if isinstance(memory, Load) else None
         if whole is None or [x for x in _flat(whole) if d in free(x)] != keys:
-            raise _Unproven("what it subtracts from the value is not what its state holds for the key")
+            raise _Unproven(because("delta-other-value"))
         for x in (x for x in _flat(whole) if d not in free(x)):  # a norm of the key is part of it
             if x not in rest:
-                raise _Unproven("what it subtracts is held for another key than it writes")
+                raise _Unproven(because("delta-other-key"))
             rest.remove(x)
         key = whole
         rest += [x for x in values if x is not error]
@@ -293,12 +300,12 @@ def _step(f: Facts, u: Update) -> Step:
         rest += [x for x in values if x is not v]
     k, phi_k = _mapped(key, d)
     if k is None:
-        raise _Unproven("its key is made of several tensors")
+        raise _Unproven(because("key-of-several"))
     if not isinstance(v, Load) or v.tensor.startswith(DOT) or _mentions(v, u.before):
-        raise _Unproven("the value that it writes is made of several tensors")
+        raise _Unproven(because("value-of-several"))
     rate = _product(rest)
     if _mentions(rate, u.before) or any(x.tensor.startswith(DOT) for y in (rate, decay) for x in loads(y)):
-        raise _Unproven("its rate or decay is a product itself")
+        raise _Unproven(because("rate-is-product"))
     batch = tuple(x for x in at[:-2] if isinstance(x, Index))
     return Step(at, d, e, batch, extents, decay, rate, k, phi_k, v, q, phi_q, error is not None, held[0])
 
@@ -340,7 +347,7 @@ def _query(f: Facts, u: Update, at: Point, extents: dict[Expr, Expr]) -> tuple[L
             allowed = frozenset[Expr](at[:-2]) | {d}
             if free(q) <= allowed and d in free(q):
                 return q, phi, d
-    raise _Unproven("no query reads its state after the step")
+    raise _Unproven(because("state-unread"))
 
 
 def _looked_up(

@@ -18,6 +18,7 @@ from attncc.ir.affine import linear_in, simplify
 from attncc.ir.attention import DTYPES
 from attncc.ir.build import FALSE, ONE, ZERO, cast, not_, op, where
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, loads, rewrite, substitute, walk
+from attncc.ir.reasons import Reason, because
 from attncc.patterns.reader.assumptions import Context, Reach
 from attncc.patterns.reader.contractions import DOT, ROUNDED, Contraction, contraction
 from attncc.patterns.reader.creation import SOURCES
@@ -89,7 +90,7 @@ class Reader:
     def load(self, n: fx.Node, at: Point) -> Load:
         name = self.facts.dtype_name(n)
         if name is None:
-            raise Unreadable(n, f"a tensor of {self.facts.dtype(n)}, which the IR has no type for")
+            raise Unreadable(n, because("dtype", str(self.facts.dtype(n))))
         return Load(n.name, at, DTYPES[name][0])
 
     @cached_property
@@ -109,7 +110,7 @@ class Reader:
         writes = self.facts.writes(n, self.facts.order[n], when)
         last = writes[-1] if writes else n
         if self.gradients is not None and self.gradients.unseen(n, last):
-            raise Unreadable(last, "a tensor that the model writes to where autograd does not see it")
+            raise Unreadable(last, because("written-unseen"))
         if writes:
             return self._after_write(writes[-1], n, at, when)
         if n in self.leaves:
@@ -131,7 +132,7 @@ class Reader:
     def load_later(self, n: fx.Node, at: Point, when: int) -> Expr:
         """A load at `use` of what was read at `when`; a write at `when` itself happened after that read."""
         if self.facts.writes(n, when - 1, self.use):
-            raise Unreadable(n, "a tensor that the model writes to between reading it and the attention")
+            raise Unreadable(n, because("written-before"))
         return self.load(n, at)
 
     def _after_write(self, write: fx.Node, n: fx.Node, at: Point, when: int) -> Expr:
@@ -149,7 +150,7 @@ class Reader:
         if value is not None:
             return value
         if any(self.facts.aliases(n, leaf) for leaf in self.leaves):
-            raise Unreadable(write, "a part of the weights is written to before they meet the values")
+            raise Unreadable(write, because("weights-written"))
         return self.load_later(n, at, self.facts.order[write] + 1)
 
     def _written(self, write: fx.Node, target: fx.Node, n: fx.Node, at: Point, when: int) -> Expr | None:
@@ -244,7 +245,7 @@ class Reader:
         if result is None or not wraps(self, n, result, at):
             return None if result is None else self._typed(n, result)
         if self.given:
-            self.lost = self.lost or Unreadable(n, f"arithmetic of {f.dtype(n)} that may wrap")
+            self.lost = self.lost or Unreadable(n, because("score-wraps", str(f.dtype(n))))
         return None
 
     def _spread(self, product: Contraction, at: Point) -> Expr | None:
@@ -341,8 +342,8 @@ def _is_mask(x: Expr) -> bool:
 class Unreadable(Exception):
     """A value cannot be read where the attention needs it; carries the node and the reason."""
 
-    def __init__(self, node: fx.Node, reason: str) -> None:
-        super().__init__(reason)
+    def __init__(self, node: fx.Node, reason: Reason) -> None:
+        super().__init__(str(reason))
         self.node, self.reason = node, reason
 
 

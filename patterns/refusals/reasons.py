@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from attncc.ir.build import ONE
+from attncc.ir.reasons import Reason, because
 from attncc.patterns.reader import (
     ELEMENTS,
     MOVES,
@@ -29,58 +30,55 @@ _MASKS = {
     "ones", "ones_like", "new_ones", "zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full", "arange",
     "eye",
 }  # fmt: skip
-_PICKED = "its scores were picked out of others"
-DROPS = "dropout is on"
 _SPREADS = ("pad", "constant_pad_nd", "as_strided")
-_NONE = "the softmax's input is no product of queries and keys"
 
 
-def of_scores(f: Facts, scores: fx.Node) -> str:
+def of_scores(f: Facts, scores: fx.Node) -> Reason:
     """Why scores that hold no product of queries and keys are none."""
     sources = _sources(f, scores)
     names = dict.fromkeys(name for x in sources if (name := _name(x)) not in _MASKS)
     if f.parameters.issuperset(sources):
-        return f"{_NONE}: its scores are learned themselves and depend on no token"
+        return because("scores-learned")
     picked = _picked(f, scores)
     if picked is not None:
         return picked
     layers = [x for x in sources if _name(x) in _LAYERS or any(a in f.parameters for a in x.all_input_nodes)]
     if "cdist" in names or "_cdist_forward" in names:
-        return f"{_NONE}: its scores are distances (cdist)"
+        return because("scores-distances")
     if "sum" in names:
         inside = (y for x in sources if _name(x) == "sum" for y in made_of(f, x, ("sum",)))
         if not any(_name(y) in ("add", "sub", "mul", "div", "cat") and broadcast_both_ways(f, y) for y in inside):
-            return f"{_NONE}: its scores are sums of elements of each token alone"
-        return f"{_NONE}: its scores are sums over pairs of elements that are no product of two (additive attention)"
+            return because("scores-of-each-token")
+        return because("scores-additive")
     if "linalg_vector_norm" in names:
-        return f"{_NONE}: its scores are lengths of differences (linalg_vector_norm)"
+        return because("scores-lengths")
     for x in sources:
         product = contraction(f, x) if x not in layers else None
         if product is not None and any(_times_pairs(f, side) for side in (product.lhs, product.rhs)):
-            return f"{_NONE}: its scores weigh the elements of each pair's product by numbers of its own (edges)"
+            return because("scores-of-edges")
         summing = x in layers or contraction(f, x) is not None
         if summing and any(pairs(f, y) for y in made_of(f, x, (_name(x), "cat"))):
-            return f"{_NONE}: its scores come from a layer over pairs of tokens (additive attention)"
+            return because("scores-layer-over-pairs")
         if x in layers and _name(x).startswith("conv") and compares(f, x.all_input_nodes[0]):
-            return f"{_NONE}: its scores come from a layer over other scores ({_name(x)})"
+            return because("scores-layer-over-scores", _name(x))
     if layers and _name(layers[0]) in _LAYERS:
-        return f"{_NONE}: its scores come from a layer ({_name(layers[0])})"
+        return because("scores-layer", _name(layers[0]))
     if layers:
-        return f"{_NONE}: its scores come out of a product with learned weights ({_name(layers[0])})"
+        return because("scores-learned-product", _name(layers[0]))
     chosen = next((x for x in names if x in _CHOSEN), None)
     if chosen is not None:
-        return f"{_NONE}: {_PICKED} ({chosen})"
+        return because("scores-chosen", chosen)
     if names and all(x == "an input" for x in names):
-        return f"{_NONE}: its scores come into this graph from outside, as after a graph break"
+        return because("scores-from-outside")
     first = next((x for x in names if x != "an input"), None)
-    return _NONE if first is None else f"{_NONE}: its scores come from {first}"
+    return because("no-scores") if first is None else because("scores-from", first)
 
 
-def _picked(f: Facts, scores: fx.Node) -> str | None:
+def _picked(f: Facts, scores: fx.Node) -> Reason | None:
     """Why scores are none of which only the largest are taken out."""
     for x in made_of(f, scores, ("getitem", "scatter")):
         if _name(x) in ("topk", "sort") and compares(f, x.all_input_nodes[0]):
-            return f"{_NONE}: {_PICKED} ({_name(x)})"
+            return because("scores-chosen", _name(x))
     return None
 
 
@@ -133,24 +131,24 @@ def _times_pairs(f: Facts, n: fx.Node) -> bool:
     return any(_name(x) == "mul" and broadcast_both_ways(f, x) for x in made_of(f, n, ()))
 
 
-def of_quotient(f: Facts, n: fx.Node) -> str:
+def of_quotient(f: Facts, n: fx.Node) -> Reason:
     """Why exponentials that a sum of exponentials divides are no attention."""
     if scattered(n.all_input_nodes[-1]) is not None:
-        return "a softmax over groups that are numbered in a tensor (edges of a graph): each row has keys of its own"
+        return because("edge-softmax")
     (top, *_) = n.all_input_nodes
     g, at = f.gradients, f.order[n]
     if g is not None and f.watched(at) and any(g.stopped(x, at) for x in n.all_input_nodes):
-        return "a quotient of exponentials and their sum of which the model stops the gradients of one"
+        return because("stopped-quotient")
     if compares(f, top):
-        return "a quotient by a sum that is not that of the same exponentials over the keys"
+        return because("other-sum")
     return of_scores(f, top)
 
 
-def under_transform(f: Facts, scores: fx.Node) -> str | None:
+def under_transform(f: Facts, scores: fx.Node) -> Reason | None:
     """Why scores are not read that are made of the tensors of a transform, which a trace holds as constants."""
     held = (getattr(f.graph.owning_module, str(x.target), None) for x in _behind(scores) if x.op == "get_attr")
     kind = next((x for x in map(transform_of, held) if x is not None), None)
-    return None if kind is None else f"under torch.func.{kind}, whose tensors a trace does not show"
+    return None if kind is None else because("transform", kind)
 
 
 def _behind(n: fx.Node) -> set[fx.Node]:
@@ -176,33 +174,27 @@ def compares(f: Facts, scores: fx.Node) -> bool:
 
 
 _GOES = {
-    "topk": "it goes to topk, as a router's does",
-    "sort": "it goes to sort, as a router's does",
-    "sum": "it is added up once more (sum), as what is normalised twice is",
-    "mean": "it is averaged first (mean)",
-    "layer_norm": "it is normalised once more (layer_norm)",
-    "the output": "it goes to the output",
-}
+    "topk": because("goes-to-router", "topk"), "sort": because("goes-to-router", "sort"),
+    "sum": because("goes-to-sum"), "mean": because("goes-to-mean"), "layer_norm": because("goes-to-norm"),
+    "the output": because("goes-to-output"),
+}  # fmt: skip
 _NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
-_WEIGHS = {
-    "sum": "what it weighs is summed element by element, as branches, levels and sampling points are",
-    "the output": "it scales a tensor element by element and nothing is summed, as a gate does",
-}
+#: The same where a tensor is multiplied with the weights element by element on the way.
+_SCALES = {"sum": because("sums-branches"), "the output": because("gates"), **dict.fromkeys(_NORMS, because("gates"))}
 
 
-def of_use(f: Facts, scores: fx.Node, weights: fx.Node, at: fx.Node) -> str:
+def of_use(f: Facts, scores: fx.Node, weights: fx.Node, at: fx.Node) -> Reason:
     """Why the softmax of `scores`, whose first user that sums nothing is `at`, weighs no values."""
     picked = _picked(f, scores)
     if picked is not None:
         return picked
     name = "the output" if at.op == "output" else op_name(at) or at.name
     if name in ("topk", "sort") and compares(f, scores):
-        return f"only the largest of its weights are kept ({name}), and which they are no score says alone"
+        return because("keeps-largest", name)
     if name in ("sum", "mean") and contraction(f, at) is not None:  # weighed and summed, by one number each
-        return f"{of_scores(f, scores)}; {_WEIGHS['sum']}"
-    scaled = _WEIGHS.get(name, _WEIGHS["the output"] if name in _NORMS else None) if _scales(f, weights, at) else None
-    goes = scaled or _GOES.get(name, f"it goes to {name}")
-    return f"the softmax is not multiplied with values: {goes}"
+        return because("weights-whole-tensors", of_scores(f, scores))
+    scaled = _SCALES.get(name) if _scales(f, weights, at) else None
+    return scaled or _GOES.get(name) or because("goes-to", name)
 
 
 def _scales(f: Facts, weights: fx.Node, at: fx.Node) -> bool:

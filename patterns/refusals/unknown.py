@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from attncc.ir.build import ONE
+from attncc.ir.reasons import Reason, because
 from attncc.patterns.reader import (
     ELEMENTS,
     MOVES,
@@ -26,13 +27,13 @@ from attncc.patterns.reader import (
     one_dim,
     op_name,
 )
-from attncc.patterns.refusals.reasons import DROPS, drops, each_pair, made_of, pairs
+from attncc.patterns.refusals.reasons import drops, each_pair, made_of, pairs
 
 _STEPS = 24
 _REDUCTIONS = ("sum", "mean", "amax", "max", "norm", "linalg_vector_norm", "var", "std", "logsumexp", "cumsum")
 
 
-def unknown_weights(f: Facts, data: Container[fx.Node]) -> Iterator[tuple[str, fx.Node, fx.Node]]:
+def unknown_weights(f: Facts, data: Container[fx.Node]) -> Iterator[tuple[Reason, fx.Node, fx.Node]]:
     """(reason, where it shows, the product with the values), in order."""
     for n in f.graph.nodes:
         if n not in f.live or n not in data:
@@ -45,7 +46,7 @@ def unknown_weights(f: Facts, data: Container[fx.Node]) -> Iterator[tuple[str, f
         elif _name(n) == "mul":
             found = _channels(f, n, data)
             if found is not None:
-                yield _CHANNELS, found, n
+                yield because("linear-channels"), found, n
             continue
         elif _name(n) in ("gather", "index_select", "take_along_dim"):
             sides = [(n.all_input_nodes[-1], n.all_input_nodes[0])]
@@ -59,7 +60,7 @@ def unknown_weights(f: Facts, data: Container[fx.Node]) -> Iterator[tuple[str, f
             yield (*found, n)
 
 
-def _between(f: Facts, weights: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.Node] | None:
+def _between(f: Facts, weights: fx.Node, data: Container[fx.Node]) -> tuple[Reason, fx.Node] | None:
     """What makes weights of scores, where it is not known: (reason, node)."""
     n, reason, known = weights, None, True
     for _ in range(_STEPS):
@@ -73,13 +74,13 @@ def _between(f: Facts, weights: fx.Node, data: Container[fx.Node]) -> tuple[str,
             divisor = n.args[1] if _name(n) == "div" and len(n.args) > 1 else None
             reduced = _reduction(f, divisor) if isinstance(divisor, fx.Node) else None
             if drops(n):
-                reason = DROPS, n
+                reason = because("dropout"), n
             elif reduced is not None and reason is None:
-                reason = f"weights divided by the {_name(reduced)} of their scores are no normaliser that is known", n
+                reason = because("unknown-normaliser", _name(reduced)), n
             held = [a for a in held if f.rank(a) > 0][:1]
         elif len(held) == 1 and f.is_tensor(n) and f.shape(held[0]) == f.shape(n):
             if known:  # it says more than what is done with it later
-                reason = f"its weights are {_name(n)} of scores, which has no rule", n
+                reason = because("unknown-function", _name(n)), n
             known = False
         if len(held) != 1:
             return None
@@ -87,7 +88,7 @@ def _between(f: Facts, weights: fx.Node, data: Container[fx.Node]) -> tuple[str,
     return None
 
 
-def _running(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.Node] | None:
+def _running(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[Reason, fx.Node] | None:
     """A running sum of products of two data tensors."""
     for x in made_of(f, n, (*_LINEAR, "pad", "constant_pad_nd", "slice")):
         if _name(x) != "cumsum":
@@ -95,14 +96,13 @@ def _running(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.No
         of = next((y for y in made_of(f, x.all_input_nodes[0], _LINEAR) if contraction(f, y) is not None), None)
         product = None if of is None else contraction(f, of)
         if product is not None and product.lhs in data and product.rhs in data:
-            return "its state is a running sum over chunks of tokens (cumsum): a recurrence, left with Inductor", x
+            return because("running-sum-of-chunks"), x
         factors = factored(f, x, x.all_input_nodes[0]) if f.rank(x) > 2 else None
         if factors is not None and all(y.node in data for y in factors):
-            return "its state is a running sum over tokens (cumsum): a recurrence, left with Inductor", x
+            return because("running-sum"), x
     return None
 
 
-_CHANNELS = "each channel is a head of its own, q * sum(k * v): linear attention, left with Inductor"
 
 
 def _channels(f: Facts, n: fx.Node, data: Container[fx.Node]) -> fx.Node | None:
@@ -125,22 +125,22 @@ def _channels(f: Facts, n: fx.Node, data: Container[fx.Node]) -> fx.Node | None:
     return None
 
 
-def _picked(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.Node] | None:
+def _picked(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[Reason, fx.Node] | None:
     """One key picked by the largest of its scores."""
     for x in made_of(f, n, (*_LINEAR, "one_hot", "scatter", "eq", "arange")):
         if _name(x) == "argmax":
             scores = made_of(f, x.all_input_nodes[0], ())
             products = (contraction(f, y) for y in scores)
             if any(p is not None and _compares(f, p, data) for p in products):
-                return "each query takes the one key of its largest score (argmax, hard attention)", x
+                return because("hard-attention"), x
     return None
 
 
-def _paired(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[str, fx.Node] | None:
+def _paired(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[Reason, fx.Node] | None:
     """A function of what joins one row of each of two data tensors."""
     for x in made_of(f, n, (*_LAYERS, "sum", "cat")):
         if x in data and pairs(f, x):
-            return "its weights are computed from pairs of tokens, added or side by side (additive attention)", x
+            return because("weights-additive"), x
     return None
 
 

@@ -55,7 +55,7 @@ from attncc.patterns.reader import (
     written,
     written_args,
 )
-from attncc.patterns.refusals import DROPS, compares, of_scores
+from attncc.patterns.refusals import compares, of_scores
 from attncc.patterns.site.assemble import Lifted, Piece, assembled, sees_itself
 from attncc.patterns.site.declare import Declared
 from attncc.patterns.site.flow import agrees
@@ -67,7 +67,7 @@ from attncc.patterns.site.parts import Lse, Parts, Rows
 from attncc.patterns.site.products import Overwritten, Product, products_in, stored
 
 __all__ = [
-    "CASTS", "DOT", "DROPS", "ELEMENTS", "EXPS", "MAXES", "MOVES", "SUMS", "SUMS_AND_MEANS", "Context", "Contraction",
+    "CASTS", "DOT", "ELEMENTS", "EXPS", "MAXES", "MOVES", "SUMS", "SUMS_AND_MEANS", "Context", "Contraction",
     "Data", "Declared", "Facts", "Frame", "Lifted", "Lse", "Move", "Overwritten", "Parts", "Piece", "Place", "Point",
     "Product", "Reach", "Reader", "Rows", "Source", "Unreadable", "agrees", "alike", "argument", "assembled",
     "broadcast", "compares", "contraction", "einsum", "exponent", "factored", "few", "fitted", "frame", "framed",

@@ -13,6 +13,7 @@ from attncc.ir.attention import Access, Attention, Axis, Tensor
 from attncc.ir.build import NEG_INF, ONE, TRUE, ZERO, and_, lt, not_, or_
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, rewrite, substitute
+from attncc.ir.reasons import because
 from attncc.ir.verify import verify
 from attncc.patterns.reader import Reach, Unreadable, contraction, hint, noticed, order_in_memory
 from attncc.patterns.site.flow import settled
@@ -79,7 +80,7 @@ def assembled(
     watched = partial(flow.of, by_name=p.facts.by_name)
     masked = split_mask(p.score, half=p.half, infinite_empty=p.empty, watched=watched)
     if hides_by_score(masked.score):
-        raise Unreadable(anchor, "which keys are hidden depends on the scores themselves, which a mask cannot say")
+        raise Unreadable(anchor, because("mask-of-scores"))
     mask = and_(masked.mask, p.mask)
     if p.empty == "zero":  # a row of -inf gives zero, where a plain softmax gives NaN: hide what data makes -inf
         mask = and_(mask, _not_hidden_by_data(p, masked.score))
@@ -92,7 +93,7 @@ def assembled(
     sink = None if p.sink is None else renamer.expr(p.sink)
     for n in renamer.nodes:
         if n in p.facts.made and p.facts.spoilt(n, p.facts.order[node]):
-            raise Unreadable(node, "a tensor that the model writes to between reading it and the attention")
+            raise Unreadable(node, because("written-before"))
 
     def axis(name: str, index: Expr | None) -> Axis:
         return Axis(name, renamer.extent(ONE if index is None else p.extents[index]))
@@ -125,9 +126,9 @@ def _slope(a: Attention, masked: Masked, at: fx.Node) -> float:
     if not slopes or a.empty != "mean" or sees_itself(a):
         return 0.0
     if len(slopes) > 1:
-        raise Unreadable(at, "rows whose keys are all hidden pass gradients to one part of their scores alone")
+        raise Unreadable(at, because("hidden-gradients"))
     if "lse" in a.outputs:
-        raise Unreadable(at, "rows whose keys are all hidden have sums with gradients of their own")
+        raise Unreadable(at, because("hidden-sums"))
     return next(iter(slopes))
 
 

@@ -10,6 +10,7 @@ from torch import fx
 from attncc.ir.attention import S, W
 from attncc.ir.expr import Expr, Load, loads
 from attncc.ir.gradients import followed, unstopped
+from attncc.ir.reasons import because
 from attncc.patterns.reader import Facts, Gradients, Unreadable
 from attncc.patterns.site.parts import Lse, Parts
 
@@ -81,7 +82,7 @@ def settled(p: Parts, node: fx.Node, lse: Lse | None) -> tuple[Parts, Flow]:
     f, use = p.facts, p.facts.order[node]
     g = f.gradients
     if lse is not None and f.watched(use) != f.watched(f.order[lse.node]):
-        raise Unreadable(lse.node, "gradients are stopped for the values alone, or for the sums of the rows alone")
+        raise Unreadable(lse.node, because("stopped-one-side"))
     if g is None or not f.watched(use):
         return p, Flow()
     inner = [p.score] if p.sink is None else [p.score, p.sink]

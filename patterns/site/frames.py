@@ -17,6 +17,7 @@ from torch import fx
 from attncc.ir.attention import Empty
 from attncc.ir.build import ONE, ZERO
 from attncc.ir.expr import Expr, Index, free
+from attncc.ir.reasons import because
 from attncc.patterns.reader import Contraction, Facts, Point, Reader, Unreadable
 from attncc.patterns.site.materialised import Source
 from attncc.patterns.site.operands import operand
@@ -78,7 +79,7 @@ class Frame:
         e, i = self.e, found.row
         alone = free(*found.q_at) - free(*found.k_at) - {d}
         if found.row is not None and alone - set(self.out) and found.row not in alone:
-            raise Unreadable(self.product.node, "the weights are mixed over queries, not over heads")
+            raise Unreadable(self.product.node, because("mixed-over-queries"))
         whole = frozenset[Expr](x for x in (i, self.c, d, e) if x is not None)
 
         def source(n: fx.Node, at: Point, read: int) -> Source:

@@ -16,6 +16,7 @@ from torch import fx
 from attncc.ir.affine import linear_in, poly
 from attncc.ir.build import ONE, ZERO, mul
 from attncc.ir.expr import Const, Expr, Index, Op, free
+from attncc.ir.reasons import because
 from attncc.patterns.reader import Facts, Point, Unreadable
 
 aten = torch.ops.aten
@@ -40,14 +41,14 @@ def packed(f: Facts, n: fx.Node, at: Point, extents: Mapping[Expr, Expr], use: i
     for dim, x in enumerate(left):
         found = _digit(x)
         if found is None:
-            raise Unreadable(n, "an operand that is not laid out along the axes of the attention")
+            raise Unreadable(n, because("operand-layout"))
         digits.setdefault(found[0], []).append((found[1], dim))
     order: list[int] = []
     for index, held in digits.items():
         held.sort(key=lambda digit: _size(digit[0]), reverse=True)
         dims = [dim for _, dim in held]
         if poly(functools.reduce(mul, [f.shape(n)[dim] for dim in dims])) != poly(extents[index]):
-            raise Unreadable(n, "an operand that is not laid out along the axes of the attention")
+            raise Unreadable(n, because("operand-layout"))
         order += dims
     if order != list(range(len(order))):
         n = f.make(aten.permute.default, (n, order), use)

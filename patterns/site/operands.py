@@ -10,6 +10,7 @@ from torch import fx
 from attncc.ir.affine import divide, poly
 from attncc.ir.build import ZERO
 from attncc.ir.expr import Const, Expr, Index, Op, Size, walk
+from attncc.ir.reasons import because
 from attncc.patterns.reader import Facts, Point, Unreadable, move
 from attncc.patterns.site.materialised import Source, packed
 
@@ -43,7 +44,7 @@ def operand(
     if best is not None:
         return best
     if f.writes(first, read - 1, use):
-        raise Unreadable(first, "an operand that the model overwrites before the attention could read it")
+        raise Unreadable(first, because("operand-written"))
     return packed(f, first, start, extents, use)
 
 

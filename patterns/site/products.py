@@ -11,6 +11,7 @@ from attncc.ir.affine import Extents
 from attncc.ir.attention import S
 from attncc.ir.build import TRUE
 from attncc.ir.expr import Expr, Index, Load, free, loads
+from attncc.ir.reasons import because
 from attncc.patterns.reader import DOT, Facts, Place, Point, Unreadable, contraction
 
 
@@ -59,7 +60,7 @@ class Overwritten(Unreadable):
     """A product that does not hold any more what it was, since the model wrote to it; `by` was the last to do so."""
 
     def __init__(self, node: fx.Node, by: fx.Node) -> None:
-        super().__init__(node, "a product that the model writes to between computing it and the attention")
+        super().__init__(node, because("product-written"))
         self.by = by
 
 
@@ -71,7 +72,7 @@ def stored(f: Facts, x: Expr, use: int, ext: Extents) -> Expr | None:
     n = f.by_name[x.tensor.removeprefix(DOT)]
     product = contraction(f, n)
     if product is None or product.bias is not None or product.alpha != 1.0:
-        raise Unreadable(n, "a second product cannot be kept apart from the rest")
+        raise Unreadable(n, because("second-product"))
     writes = f.writes(n, f.order[n], use)
     if writes:
         raise Overwritten(n, writes[-1])

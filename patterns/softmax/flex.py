@@ -18,6 +18,7 @@ from attncc.ir.affine import divide
 from attncc.ir.attention import S
 from attncc.ir.build import ONE, TRUE, ZERO, cast, const, mul
 from attncc.ir.expr import Const, Expr, Index, Load, rewrite
+from attncc.ir.reasons import because
 from attncc.patterns.site import (
     Facts,
     Lifted,
@@ -44,7 +45,7 @@ def lift_flex(f: Facts, n: fx.Node) -> Lifted | None:
     q, k, v, score_mod, blocks, scale, _, score_extra, mask_extra = arguments
     results = _results(f, n)
     if 2 in results:
-        raise Unreadable(n, "the largest score of each row is asked for, which the IR does not give")
+        raise Unreadable(n, because("largest-score"))
     if 0 not in results:
         return None
     node = results[0]
@@ -90,7 +91,7 @@ def _heads(f: Facts, n: fx.Node, x: fx.Node, batch: Point, extents: dict[Expr, E
         return at
     all_heads = extents[batch[1]]
     if not isinstance(all_heads, Const) or not isinstance(heads, Const):
-        raise Unreadable(n, "grouped heads whose number is not known when compiling")
+        raise Unreadable(n, because("unknown-groups"))
     return (at[0], divide(batch[1], const(int(all_heads.value) // int(heads.value)), extents)[0])
 
 
@@ -104,7 +105,7 @@ def _scalar(r: Reader, n: fx.Node, function: Any, given: tuple[Expr, ...], extra
     captured = {x.name: held for x, held in zip(scalars[len(given) :], extra, strict=True)}
     (result,) = inner.graph.output_node().all_input_nodes or (None,)
     if result is None:  # a constant
-        raise Unreadable(n, f"its {name} does not depend on anything")
+        raise Unreadable(n, because("flex-constant", name))
     reader = Reader(inner, len(inner.order), r.extents, given=dict(zip(scalars, given, strict=False)))
     value = reader.value_at(result, ())
 
@@ -114,7 +115,7 @@ def _scalar(r: Reader, n: fx.Node, function: Any, given: tuple[Expr, ...], extra
             return None
         held = captured.get(x.tensor)
         if held is None:
-            raise reader.lost or Unreadable(n, f"its {name} computes {_spelled(inner, x)}, which has no rule")
+            raise reader.lost or Unreadable(n, because("flex-no-rule", name, _spelled(inner, x)))
         return r.value_at(held, x.index, r.use)
 
     return rewrite(rewrite(value, outside), lambda x: stored(r.facts, x, r.use, r.extents))
@@ -131,10 +132,10 @@ def _check_blocks(f: Facts, n: fx.Node, mask: Expr, blocks: Any) -> None:
     if isinstance(rows, int) and isinstance(columns, int) and min(rows, columns) >= WHOLE:
         return
     if mask is TRUE:
-        raise Unreadable(n, "its block mask hides keys by blocks alone: it has no mask function")
+        raise Unreadable(n, because("flex-no-mask-function"))
     tables = [x for x in blocks[2:] if isinstance(x, fx.Node) and f.is_tensor(x)]
     if any(_computed(f, x) for x in tables):
-        raise Unreadable(n, "its block mask is put together from tables that the model computes")
+        raise Unreadable(n, because("flex-computed-blocks"))
 
 
 def _computed(f: Facts, n: fx.Node) -> bool:

@@ -17,6 +17,7 @@ from attncc.ir.analysis import linear_factor
 from attncc.ir.attention import Attention, W
 from attncc.ir.build import TRUE, ZERO, add, sub
 from attncc.ir.expr import Const, Expr, Op, free, walk
+from attncc.ir.reasons import because
 from attncc.patterns.site import Frame, Lifted, Parts, Piece, Unreadable
 from attncc.patterns.softmax.anchors import Anchor
 from attncc.patterns.softmax.logsumexp import rows_of
@@ -44,9 +45,9 @@ def in_pieces(anchor: Anchor, frames: Sequence[Frame], weights: Weights) -> list
         return None
     found = [_slid_piece(anchor, *piece, left) if piece in sliding else _piece(anchor, *piece) for piece in pieces]
     if sliding and any(x.floor is not None for x in found):
-        raise Unreadable(anchor.node, "a window beside pieces of the softmax that are hidden by a finite number")
+        raise Unreadable(anchor.node, because("piece-finite-window"))
     if any(x.attention.slope for x in found):
-        raise Unreadable(anchor.node, "pieces of a softmax whose hidden keys pass gradients to their scores")
+        raise Unreadable(anchor.node, because("piece-hidden-gradients"))
     shared = zip(found, _shares(found), strict=True)
     return [replace(x, attention=_without_nan(x.attention), piece=p) for x, p in shared]
 
@@ -59,7 +60,7 @@ def _slid_piece(anchor: Anchor, frame: Frame, term: Term, left: tuple[Expr, Expr
     """The window of keys whose columns are those that no other piece has."""
     behind = sub(frame.facts.shape(anchor.scores)[anchor.dim], left[1])
     if not isinstance(left[0], Const) or not isinstance(behind, Const):
-        raise Unreadable(frame.node, "a window beside pieces of a softmax whose sizes are not known when compiling")
+        raise Unreadable(frame.node, because("piece-window-sizes"))
     slide = slid(frame, term, int(left[0].value), int(behind.value))
     assert slide is not None  # it slides
     return _of_parts(anchor, slide.frame, slide.term, parts_of_slid(slide))
@@ -67,13 +68,13 @@ def _slid_piece(anchor: Anchor, frame: Frame, term: Term, left: tuple[Expr, Expr
 
 def _of_parts(anchor: Anchor, frame: Frame, term: Term, parts: Parts) -> Lifted:
     if any(isinstance(x, Op) and x.name == "stop" for x in walk(term.weight)):
-        raise Unreadable(frame.node, "a piece of a softmax inside of which the model stops gradients")
+        raise Unreadable(frame.node, because("piece-stopped"))
     if linear_factor(term.weight, W) is None:
-        raise Unreadable(frame.node, "a piece of a softmax whose weights are no multiple of it")
+        raise Unreadable(frame.node, because("piece-not-multiple"))
     parts = replace(parts, outputs=("out", "lse"))
     rows = rows_of(parts, anchor, term.at)
     if rows is None:
-        raise Unreadable(frame.node, "a piece of a softmax whose rows lie otherwise than the softmax's")
+        raise Unreadable(frame.node, because("piece-layout"))
     return replace(attention_of(parts, frame, term), piece=Piece(anchor.node, rows, frame.product.extent))
 
 
@@ -95,7 +96,7 @@ def _shares(sites: list[Lifted]) -> list[Piece]:
     counts: list[float] = []
     for p, s in zip(pieces, sites, strict=True):
         if s.floor == max(floors) and not isinstance(p.keys, Const):
-            raise Unreadable(s.node, "pieces of a softmax, of unknown sizes, under finite masks")
+            raise Unreadable(s.node, because("piece-sizes"))
         counts.append(float(p.keys.value) if s.floor == max(floors) and isinstance(p.keys, Const) else 0.0)
     return [replace(p, share=count / sum(counts)) for p, count in zip(pieces, counts, strict=True)]
 

@@ -17,11 +17,11 @@ from torch import fx
 from attncc.ir.attention import S, W
 from attncc.ir.build import NEG_INF, add, const, gt, lt, maximum, mul, op, where
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, rewrite
+from attncc.ir.reasons import because
 from attncc.patterns.site import Unreadable, log_sigmoid
 from attncc.patterns.softmax.anchors import Anchor
 
 _TINY, _LOW = 1e-37, -1e30
-_BENT = "weights with gradients where they are zero, which those of a softmax do not have"
 
 
 def as_softmax(anchor: Anchor, score: Expr, weight: Expr, *, watched: bool = False) -> tuple[Expr, Expr]:
@@ -37,7 +37,7 @@ def as_softmax(anchor: Anchor, score: Expr, weight: Expr, *, watched: bool = Fal
         weight = rewrite(weight, lambda x: signed if x is W else None)
         score = op("abs", score)
         if watched and anchor.shares == "signed":
-            raise Unreadable(anchor.node, _BENT)
+            raise Unreadable(anchor.node, because("gradient-at-zero"))
     return _log(score, anchor.node, zero=zero, watched=watched), weight
 
 
@@ -73,11 +73,11 @@ def _log(x: Expr, at: fx.Node, *, zero: bool, watched: bool) -> Expr:
     if is_positive(x):
         return op("log", x)
     if not _is_not_negative(x):
-        raise Unreadable(at, "weights that may be negative, divided by their sum")
+        raise Unreadable(at, because("may-be-negative"))
     if not zero:
-        raise Unreadable(at, "weights divided by a sum that may be zero, which no softmax is")
+        raise Unreadable(at, because("sum-may-be-zero"))
     if watched and not _is_flat(x):
-        raise Unreadable(at, _BENT)
+        raise Unreadable(at, because("gradient-at-zero"))
     return where(gt(x, const(0.0)), op("log", maximum(x, const(_TINY))), const(_LOW))
 
 

@@ -11,8 +11,8 @@ from attncc.ir.affine import divide, poly
 from attncc.ir.attention import S
 from attncc.ir.build import ONE, TRUE, ZERO, add, and_, cast, const, floordiv, le, mul, op
 from attncc.ir.expr import Const, Expr, Index, rewrite
+from attncc.ir.reasons import because
 from attncc.patterns.site import (
-    DROPS,
     Facts,
     Lifted,
     Parts,
@@ -34,11 +34,11 @@ def lift_sdpa(f: Facts, n: fx.Node) -> Lifted:
     """The attention of an SDPA call. Raises Unreadable with the reason where the IR cannot say it."""
     q, k, v, mask = (argument(n, name) for name in ("query", "key", "value", "attn_mask"))
     if argument(n, "dropout_p") != 0.0:
-        raise Unreadable(n, DROPS)
+        raise Unreadable(n, because("dropout"))
     shape = f.shape(n)
     rank = len(shape)
     if f.rank(q) < 2 or any(f.rank(x) != rank for x in (q, k, v)):
-        raise Unreadable(n, "queries, keys and values of different ranks")
+        raise Unreadable(n, because("ranks"))
     out = tuple(ZERO if s is ONE else Index(f"o{d}") for d, s in enumerate(shape))
     j, d = Index("c"), Index("d")
     use = f.order[n]
@@ -76,7 +76,7 @@ def _scale(f: Facts, n: fx.Node, q: fx.Node) -> Expr:
         return const(float(width.value) ** -0.5) if isinstance(width, Const) else op("rsqrt", cast(width, "float"))
     known = number(f, scale)
     if known is None:
-        raise Unreadable(n, "a scale that is not known when compiling")
+        raise Unreadable(n, because("unknown-scale"))
     return cast(known, "float")
 
 

@@ -26,6 +26,7 @@ from attncc.ir.affine import expr, less_than, linear_in, nonnegative, plus, poly
 from attncc.ir.attention import S
 from attncc.ir.build import NEG_INF, ONE, TRUE, ZERO, add, and_, const, eq, floordiv, ge, le, lt, mod, mul, sub, where
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, loads, rewrite, substitute, walk
+from attncc.ir.reasons import because
 from attncc.patterns.site import (
     DOT,
     Context,
@@ -54,7 +55,6 @@ from attncc.patterns.softmax.sums_of_softmaxes import Term
 aten = torch.ops.aten
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
 _COLUMN, _ROW, _KEY, _DEPTH = Index("t"), Index("row"), Index("key"), Index("d")
-_OTHER_KEYS = "the softmax covers other keys than the product sums over"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _Slide:
         self.columns = sub(self.f.shape(term.anchor.scores)[dim], const(first + behind))
         line = linear_in(at[dim], frame.c)
         if line is None or line[0] != {(): 1} or any(frame.c in free(x) for d, x in enumerate(at) if d != dim):
-            raise Unreadable(term.anchor.node, "the softmax runs over another axis than the product sums over")
+            raise Unreadable(term.anchor.node, because("other-axis"))
         own = {x: s for x, s in frame.extents.items() if x is not frame.c}
         self.extents: dict[Expr, Expr] = {**own, _COLUMN: self.columns}
         self.reach = Reach(self.extents)
@@ -123,7 +123,7 @@ class _Slide:
         covered = and_(ge(place, ZERO), lt(place, frame.product.extent), *met)
         below = and_(ge(at[dim], const(first)), lt(at[dim], add(self.columns, const(first))))
         if not self.reach.proves((), simplify(covered, self.extents)) or not reach.proves(context, below):
-            raise Unreadable(term.anchor.node, _OTHER_KEYS)
+            raise Unreadable(term.anchor.node, because("other-keys"))
         self.by_column: dict[Expr, Expr] = {frame.c: place}
         self.at = tuple(self._of_column(x) for x in at)
         self.weight = self._of_column(reach.simplified(weight, context))
@@ -151,7 +151,7 @@ class _Slide:
         f, scores = self.f, self.term.anchor.scores
         fill = hidden_by(beyond, half=f.dtype(scores) == torch.float16)
         if fill is None:
-            raise Unreadable(self.term.anchor.node, "columns whose key is outside of the sequence are not hidden")
+            raise Unreadable(self.term.anchor.node, because("window-outside"))
         if fill == -math.inf:
             return
         visible = visible_where(score, fill, half=f.dtype(scores) == torch.float16)
@@ -160,7 +160,7 @@ class _Slide:
         placed = and_(ge(own, ZERO), lt(own, self.columns), lt(row, keys))
         sees = None if visible is None else simplify(and_(placed, substitute(visible, {_COLUMN: own})), self.extents)
         if sees is None or not self.reach.proves((), sees):
-            reason = "a row that sees no key would weigh columns whose key is outside of the sequence"
+            reason = because("window-empty-row")
             raise Unreadable(self.term.anchor.node, reason)
 
     def _read(self, context: Context) -> Expr:
@@ -179,7 +179,7 @@ class _Slide:
         if found is None:
             raise self.lost or Unreadable(scores, of_scores(self.f, scores))
         if any(x.tensor == found.load.tensor for x in loads(score)):
-            raise Unreadable(scores, "scores that are put together of several products")
+            raise Unreadable(scores, because("scores-of-several-products"))
         return score, found
 
     @property
@@ -196,7 +196,7 @@ class _Slide:
             plain = step.scale == 1.0 and (best is None or step.padded)
             best = (self._position(step.node, step.at) if plain else None) or best
         if best is None:
-            raise Unreadable(n, "values that are not read at a distance from their row")
+            raise Unreadable(n, because("window-values"))
         return best
 
     def _position(self, n: fx.Node, at: Point) -> _Position | None:

@@ -15,9 +15,9 @@ from attncc.ir.attention import Empty, S, W
 from attncc.ir.build import ONE, TRUE, ZERO, op, stop, sub
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite, substitute
 from attncc.ir.gradients import plain, thawed, unstopped
+from attncc.ir.reasons import because
 from attncc.patterns.site import (
     DOT,
-    DROPS,
     Facts,
     Frame,
     Lifted,
@@ -40,14 +40,14 @@ from attncc.patterns.softmax.outlook import windowed_product
 from attncc.patterns.softmax.ratios import as_softmax
 from attncc.patterns.softmax.sliding import Slid, slid
 from attncc.patterns.softmax.sums_of_softmaxes import Term
-from attncc.patterns.softmax.vector_weights import OWN_WEIGHTS, shares_components
+from attncc.patterns.softmax.vector_weights import shares_components
 
 
 def lift_softmax(frame: Frame, term: Term) -> Lifted:
     """The attention that one softmax of a product is. Raises Unreadable with the reason, and VerifyError."""
     anchor = term.anchor
     if frame.facts.shape(anchor.scores)[anchor.dim] is ONE:
-        raise Unreadable(anchor.node, "a softmax over a single key is always 1")
+        raise Unreadable(anchor.node, because("single-key-softmax"))
     slide = slid(frame, term)
     if slide is not None:
         return attention_of(parts_of_slid(slide), slide.frame, slide.term)
@@ -55,7 +55,7 @@ def lift_softmax(frame: Frame, term: Term) -> Lifted:
     parts = parts_of(frame, term)
     if poly(frame.facts.shape(anchor.scores)[anchor.dim]) != poly(frame.product.extent):
         if anchor.sink is not None:
-            raise Unreadable(anchor.node, "a softmax with two sinks")
+            raise Unreadable(anchor.node, because("two-sinks"))
         parts = replace(parts, sink=_sink(frame.over(term.mixed), term, offset))
     lse = row_sums(parts, anchor, term.at, frame.use)
     if lse is None and parts.sink is None and parts.normalizer == "softmax":
@@ -76,9 +76,9 @@ def parts_of_slid(slide: Slid) -> Parts:
 def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
     f, anchor, product = frame.facts, term.anchor, frame.product
     if product.bias is not None or product.alpha != 1.0:
-        raise Unreadable(product.node, "the product with the values also scales or adds")
+        raise Unreadable(product.node, because("product-scales"))
     if any(_drops(f, x) for x in loads(term.weight)):
-        raise Unreadable(anchor.node, DROPS)
+        raise Unreadable(anchor.node, because("dropout"))
     weight = rewrite(term.weight, lambda x: stored(f, x, frame.use, frame.extents))
     score, frozen_score = thawed(score, S)
     weight, frozen_weight = thawed(weight, W)
@@ -98,7 +98,7 @@ def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
 def attention_of(parts: Parts, frame: Frame, term: Term, lse: Lse | None = None) -> Lifted:
     site = assembled(parts, frame.node, term.anchor.node, lse=lse)
     if site.attention.mask is not TRUE and not zero_at_zero(plain(parts.weight), W):
-        raise Unreadable(frame.product.node, "keys that the mask hides may be given weight after the softmax")
+        raise Unreadable(frame.product.node, because("hidden-keys-weighted"))
     a = site.attention
     if a.empty == "nan" and a.weight is not W and sees_itself(a):  # there is no such row
         return replace(site, attention=replace(a, empty="zero"))
@@ -109,8 +109,6 @@ def _drops(f: Facts, x: Load) -> bool:
     return f.by_name[x.tensor.removeprefix(DOT)].target is torch.ops.aten.dropout.default
 
 
-_OTHER_AXIS = "the softmax runs over another axis than the product sums over"
-_OTHER_KEYS = "the softmax covers other keys than the product sums over"
 
 
 def _offset(frame: Frame, term: Term) -> int:
@@ -118,14 +116,14 @@ def _offset(frame: Frame, term: Term) -> int:
     anchor, c = term.anchor, frame.c
     for d, x in enumerate(term.at):
         if d != anchor.dim and c in free(x):
-            raise Unreadable(anchor.node, _OTHER_AXIS)
+            raise Unreadable(anchor.node, because("other-axis"))
     x = term.at[anchor.dim]
     columns = frame.facts.shape(anchor.scores)[anchor.dim]
     if poly(columns) == poly(frame.product.extent) and _reorders(x, c, columns):
         return 0
     line = linear_in(x, c)
     if line is None or line[0] != {(): 1} or any(m for m in line[1]):
-        raise Unreadable(anchor.node, _OTHER_AXIS)
+        raise Unreadable(anchor.node, because("other-axis"))
     return line[1].get((), 0)
 
 
@@ -160,7 +158,7 @@ def _score_over(frame: Frame, term: Term, leaves: frozenset[fx.Node]) -> tuple[E
     found = mixture.inner if mixture is not None else next(products_in(f, rough, c, frame.rows), None)
     found = found or windowed_product(frame, term, rough)
     if found is None:
-        reason = OWN_WEIGHTS if shares_components(frame) else of_scores(f, anchor.scores)
+        reason = because("vector-attention") if shares_components(frame) else of_scores(f, anchor.scores)
         raise reader.lost or Unreadable(anchor.scores, reason)
     score = rough
     if found.row is not None:
@@ -227,10 +225,10 @@ def _sink(frame: Frame, term: Term, offset: int) -> Expr:
     f, anchor, keys = frame.facts, term.anchor, frame.product.extent
     columns = f.shape(anchor.scores)[anchor.dim]
     if poly(sub(columns, keys)) != {(): 1} or offset not in (0, 1):
-        raise Unreadable(anchor.node, _OTHER_KEYS)
+        raise Unreadable(anchor.node, because("other-keys"))
     column = keys if offset == 0 else ZERO
     point = tuple(column if d == anchor.dim else x for d, x in enumerate(term.at))
     value = _without(frame.reader().value_at(anchor.scores, point, anchor.read_at(f)), anchor.invariant)
     if frame.c in free(value) or any(x.tensor.startswith(DOT) for x in loads(value)):
-        raise Unreadable(anchor.node, _OTHER_KEYS)
+        raise Unreadable(anchor.node, because("other-keys"))
     return value

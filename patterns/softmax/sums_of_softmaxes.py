@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from attncc.ir.attention import W
 from attncc.ir.build import ZERO, add, eq, mul, op, where
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite
+from attncc.ir.reasons import because
 from attncc.patterns.site import DOT, Frame, Point, Reader, Unreadable, input_at, mixture
 from attncc.patterns.softmax.anchors import Anchor
 
@@ -64,7 +65,7 @@ def _with(term: Term, bare: list[_Addend]) -> Term:
     for x in bare[1:]:
         rest = add(rest, x.value)
     if any(x.mixed for x in bare):
-        raise Unreadable(term.anchor.node, "a mixture of heads of which one part is no softmax")
+        raise Unreadable(term.anchor.node, because("mixture-part"))
     for index in term.mixed:
         rest = where(eq(index, ZERO), rest, Const(0.0))
     return replace(term, weight=add(term.weight, rest))
@@ -98,7 +99,7 @@ class _Split:
     def term(self, x: _Addend) -> Term:
         points = self.points(x.value)
         if len(points) > 1:
-            raise Unreadable(self.frame.product.node, "the weights are no sum of softmaxes")
+            raise Unreadable(self.frame.product.node, because("no-sum-of-softmaxes"))
         (point,) = points
         weight = rewrite(x.value, lambda y: W if y is point else None)
         return Term(self.anchors[point.tensor], point.index, weight, x.mixed)
@@ -109,7 +110,7 @@ class _Split:
             return [_Addend(x, {})]
         found = self._taken_apart(x)
         if len(found) > _MOST_TERMS:
-            raise Unreadable(self.frame.product.node, "the weights are a sum of too many softmaxes")
+            raise Unreadable(self.frame.product.node, because("too-many-softmaxes"))
         return found
 
     def _taken_apart(self, x: Expr) -> list[_Addend]:
@@ -163,6 +164,6 @@ class _Split:
         if product.bias is not None and x.tensor == n.name:  # a layer's; a product's is outside its load
             bias = input_at(r, n, product.bias, product.added(x.index))
             if bias is None:
-                raise Unreadable(n, "a bias that cannot be read")
+                raise Unreadable(n, because("bias-unread"))
             found.append(_Addend(bias, {}))
         return found

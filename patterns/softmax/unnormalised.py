@@ -17,6 +17,7 @@ from attncc.ir.attention import Normalizer, S
 from attncc.ir.build import TRUE, and_, not_
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, loads, mentions, rewrite, walk
 from attncc.ir.gradients import bounded, thawed
+from attncc.ir.reasons import because
 from attncc.patterns.site import (
     DOT,
     ELEMENTS,
@@ -93,7 +94,7 @@ def lift_unnormalised(f: Facts, product: Contraction, left: bool) -> Lifted | No
     if S not in set(walk(value)) or _is_scaled(value, c) or any(x.tensor.startswith(DOT) for x in loads(value)):
         return None
     if any(is_maximum(f.by_name[x.tensor]) for x in loads(value)) and any(_is_huge(x) for x in walk(value)):
-        raise Unreadable(product.node, "a row of large numbers less its maximum, whose roundings are all that is left")
+        raise Unreadable(product.node, because("scores-negligible"))
     normalizer, score, visible = _taken_apart(value, watched=f.watched(whole.use))
     score = frozen(score)
     parts = whole.parts(found, score, half=whole.weights, empty="nan")

@@ -15,6 +15,7 @@ from torch import fx
 
 from attncc.ir.build import ONE
 from attncc.ir.expr import Expr, Index, free
+from attncc.ir.reasons import Reason, because
 from attncc.patterns.site import (
     ELEMENTS,
     MOVES,
@@ -32,10 +33,9 @@ from attncc.patterns.softmax.anchors import DIVISIONS
 
 _STEPS = 12
 _POSITIVE = {"exp", "exp2", "sigmoid", "softplus", "relu", "elu", "square", "abs"}
-OWN_WEIGHTS = "each component has weights of its own (vector attention)"
 
 
-def vector_quotients(f: Facts) -> Iterator[tuple[str, fx.Node, fx.Node]]:
+def vector_quotients(f: Facts) -> Iterator[tuple[Reason, fx.Node, fx.Node]]:
     """(reason, quotient, sum of weighted values) for values that are divided, component by component, by the sum of
     what they were weighed with."""
     for n in f.graph.nodes:
@@ -50,7 +50,7 @@ def vector_quotients(f: Facts) -> Iterator[tuple[str, fx.Node, fx.Node]]:
             alike = _extents(f, summed) == _extents(f, total)
             shared = [x for x in _weighed(f, total)[:1] if x in _weighed(f, summed)]
             if summed is not total and alike and any(_is_made_positive(f, x) for x in shared):
-                yield OWN_WEIGHTS, n, summed
+                yield because("vector-attention"), n, summed
                 break
 
 

@@ -170,7 +170,7 @@ def test_written_with_a_weight_for_each_pair(core: Callable[..., Q]) -> None:
     facts, shadow, given = read(Attend(core), torch.randn(B, N, H * D))
     (site,) = lift_all(facts)
     assert isinstance(site, Recognised)
-    assert "N x N" in site.reason
+    assert site.reason.code == "linear-written-out"
     assert (site.linear.i.extent, site.linear.d.extent) == (Const(N), Const(D))
     agrees(site, facts, values(shadow, given))
 

@@ -13,6 +13,7 @@ from parameters.thinned import thinned
 from torch import fx
 
 from attncc.driver import backend, describe, rewriting, selection
+from attncc.ir.reasons import because
 from attncc.kernels import build
 from attncc.patterns.reader.value import Reader
 
@@ -56,7 +57,7 @@ def work(layers: int, implementation: str, dynamic: bool | None, monkeypatch: py
         for module, name in COUNTED:
             patch.setattr(module, name, counting(name, getattr(module, name)))
         patch.setattr(Reader, "_read", read)
-        patch.setattr(selection, "_measure", lambda *args: selection.Choice(True, None, "not measured here"))
+        patch.setattr(selection, "_measure", lambda *args: selection.Choice(True, None, because("measuring-off")))
         try:
             torch.compile(model, backend="attncc", dynamic=dynamic, options={"inductor": False})(
                 torch.randint(1, 40, (2, 16)), use_cache=False
