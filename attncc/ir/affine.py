@@ -6,8 +6,8 @@ index, or that something is divided by, are >= 1 (without, there is nothing to p
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 from attncc.ir.build import ONE, ZERO, add, const, floordiv, mod, mul, sub
 from attncc.ir.expr import Const, Expr, Op, Size, mentions, rewrite, walk
@@ -40,17 +40,23 @@ def poly(x: Expr) -> Poly:
 
 def plus(p: Poly, q: Poly, sign: int = 1) -> Poly:
     """p + sign * q."""
-    out = Counter(p)
+    out = dict(p)
     for m, c in q.items():
-        out[m] += sign * c
-    return {m: c for m, c in out.items() if c}
+        total = out.get(m, 0) + sign * c
+        if total:
+            out[m] = total
+        else:
+            out.pop(m, None)
+    return out
 
 
 def _times(p: Poly, q: Poly) -> Poly:
-    out: Counter[Monomial] = Counter()
+    out: Poly = {}
     for m, c in p.items():
         for n, d in q.items():
-            out[tuple(sorted((*m, *n), key=_sort_key))] += c * d
+            factors = (*m, *n)
+            both = factors if len(factors) < 2 else tuple(sorted(factors, key=_sort_key))
+            out[both] = out.get(both, 0) + c * d
     return {m: c for m, c in out.items() if c}
 
 
@@ -130,9 +136,29 @@ def _at_their_ends(p: Poly, extents: Extents) -> Poly:
 
 Ends = tuple[Poly | None, Poly | None]
 
+#: Factors whose ends are remembered for the same extents: minima in minima would be asked for theirs twice each, and so
+#: 2^n times.
+_MOST_ENDS = 4096
+
+
+@lru_cache(maxsize=32)
+def _known_ends(_extents: frozenset[tuple[Expr, Expr]]) -> dict[Expr, Ends]:
+    return {}
+
 
 def ends_of(factor: Expr, extents: Extents) -> Ends:
     """The smallest and largest value of a factor that is no size, where known."""
+    known = _known_ends(frozenset(extents.items()))
+    found = known.get(factor)
+    if found is None:
+        found = _ends(factor, extents)
+        if len(known) >= _MOST_ENDS:
+            known.clear()
+        known[factor] = found
+    return found
+
+
+def _ends(factor: Expr, extents: Extents) -> Ends:
     if factor in extents:
         return {}, plus(poly(extents[factor]), {(): 1}, -1)
     match factor:

@@ -48,8 +48,9 @@ ATOM = 9
 class Expr:
     """Base of all expressions. Immutable and interned; build through the functions of `attncc.ir.build`."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "_repr")
     __match_args__: ClassVar[tuple[str, ...]] = ()
+    _repr: str
 
     @property
     def kind(self) -> Kind:
@@ -79,7 +80,16 @@ class Expr:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return self.text({})[0]
+        found = getattr(self, "_repr", None)
+        if found is None:
+            found = self.text({})[0]
+            if len(found) <= _SHORT:  # what is sorted by its text is asked for it again and again
+                object.__setattr__(self, "_repr", found)
+        return found
+
+
+#: Characters of a text that is kept: those of nested expressions hold each other's.
+_SHORT = 256
 
 
 class Index(Expr):

@@ -7,6 +7,7 @@ a load named `dot:<node>` so that a caller can recognise it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -361,4 +362,14 @@ def _constant(f: Facts, n: fx.Node) -> Expr | None:
         return None
     if isinstance(value, torch.nn.Parameter) or f.dtype_name(n) is None:
         return None
-    return Const(value.item())
+    return Const(_shortest(value))
+
+
+def _shortest(value: torch.Tensor) -> bool | int | float:
+    """A scalar, by the fewest digits that its dtype rounds to it: `-1e30` of float32, as where a model writes it, not
+    `-1.0000000150474662e+30`."""
+    held = value.item()
+    if not isinstance(held, float) or not math.isfinite(held):
+        return held  # type: ignore[return-value] - a tensor of one of the IR's dtypes
+    shorter = (float(f"{held:.{digits}g}") for digits in range(1, 17))
+    return next((x for x in shorter if torch.tensor(x, dtype=value.dtype).item() == held), held)
