@@ -52,7 +52,7 @@ class CompileError(RuntimeError):
     """The compiler refused the source; the message is the compiler's, with its command."""
 
 
-class KernelError(RuntimeError):
+class CppKernelError(RuntimeError):
     """A kernel gave up; the message says why."""
 
 
@@ -76,11 +76,11 @@ def usable_isas(machine: str, vendor: str, flags: frozenset[str]) -> list[str]:
 def detect_isa() -> str:
     """The best instruction set that this machine, its kernel and the compiler share; `ATTNCC_ISA` overrides it.
 
-    Raises KernelError where there is none."""
+    Raises CppKernelError where there is none."""
     chosen = os.environ.get("ATTNCC_ISA")
     if chosen:
         if chosen not in _FLAGS:
-            raise KernelError(f"ATTNCC_ISA={chosen!r} is none of {', '.join(_FLAGS)}")
+            raise CppKernelError(f"ATTNCC_ISA={chosen!r} is none of {', '.join(_FLAGS)}")
         return chosen
     return _detected(CppToolchain.find())
 
@@ -92,7 +92,7 @@ def _detected(toolchain: CppToolchain | None) -> str:
     for isa in usable_isas(platform.machine(), vendor, flags):
         if (isa != "amx" or _matrix_unit_allowed()) and (toolchain is None or toolchain.speaks(isa)):
             return isa
-    raise KernelError(f"no kernels for this {platform.machine()} processor; they need at least AVX2 or NEON")
+    raise CppKernelError(f"no kernels for this {platform.machine()} processor; they need at least AVX2 or NEON")
 
 
 def _matrix_unit_allowed() -> bool:
@@ -156,38 +156,38 @@ class CppKernel:
         self._run = self._library.attncc_run
         self._run.restype = ctypes.c_int32
         self._run.argtypes = [_Pointers] * 5
-        self._plans: dict[tuple[object, ...], tuple[object, ...]] = {}
+        self._layouts: dict[tuple[object, ...], tuple[object, ...]] = {}
 
     def __call__(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
     ) -> None:
         strides = (*[t.stride() for t in tensors], *sizes, *[t.stride() for t in outputs])
-        plan = self._plans.get(strides)
-        if plan is None:
-            plan = self._plan(tensors, sizes, outputs)
-            if len(self._plans) >= 256:  # shapes that never come back must not pile up
-                self._plans.clear()
-            self._plans[strides] = plan
-        in_type, in_strides, size_array, out_type, out_strides, _ = plan
+        layout = self._layouts.get(strides)
+        if layout is None:
+            layout = self._layout(tensors, sizes, outputs)
+            if len(self._layouts) >= 256:  # shapes that never come back must not pile up
+                self._layouts.clear()
+            self._layouts[strides] = layout
+        in_type, in_strides, size_array, out_type, out_strides, _ = layout
         failed = self._run(
             in_type(*[t.data_ptr() for t in tensors]), in_strides, size_array,  # type: ignore[operator]
             out_type(*[t.data_ptr() for t in outputs]), out_strides,  # type: ignore[operator]
         )  # fmt: skip
         if failed:
-            raise KernelError(f"{self.path.name}: {_ERRORS.get(failed, failed)}")
+            raise CppKernelError(f"{self.path.name}: {_ERRORS.get(failed, failed)}")
 
-    def _plan(
+    def _layout(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
     ) -> tuple[object, ...]:
         a = self.attention
         if (len(tensors), len(sizes), len(outputs)) != (len(a.tensors), len(a.sizes), len(a.outputs)):
-            raise KernelError(
+            raise CppKernelError(
                 f"the kernel takes {len(a.tensors)} tensors, {len(a.sizes)} sizes and {len(a.outputs)} outputs, got "
                 f"{len(tensors)}, {len(sizes)} and {len(outputs)}"
             )
         ranks = [len(t.shape) for t in a.tensors], [len(a.batch) + (2 if o == "out" else 1) for o in a.outputs]
         if ranks != ([t.ndim for t in tensors], [t.ndim for t in outputs]):
-            raise KernelError(f"the kernel takes tensors and outputs of {ranks[0]} and {ranks[1]} dimensions")
+            raise CppKernelError(f"the kernel takes tensors and outputs of {ranks[0]} and {ranks[1]} dimensions")
         held: list[object] = []
         pointers: list[ctypes.Array[ctypes.c_void_p]] = []
         for group in (tensors, outputs):

@@ -35,7 +35,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Signature:
     """What a call needs to know of its spec, read once. `anchor` is the place of q's tensor, whose device is used."""
 
     attention: Attention
@@ -69,11 +69,11 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def plan_of(spec: str) -> Plan:
+def signature_of(spec: str) -> Signature:
     """The plan of an attention's canonical text. Raises ParseError on anything else."""
     a = parse_attention(spec)
     anchor = next(at for at, t in enumerate(a.tensors) if t.name == a.q.tensor)
-    return Plan(a, shapes_of(a), anchor)
+    return Signature(a, shapes_of(a), anchor)
 
 
 def shapes_of(a: Attention) -> tuple[Shape, ...]:

@@ -17,7 +17,7 @@ from attncc.driver.candidate import Candidate, Choice
 from attncc.driver.edit import Editor, source_text
 from attncc.driver.graph_edits import GraphEdits, copied
 from attncc.driver.selection import decide
-from attncc.driver.site_groups import Joint, together
+from attncc.driver.site_groups import SiteGroup, together
 from attncc.driver.training import Training, runs_again, training_of
 from attncc.errors import EditError, unforeseen
 from attncc.ir import Attention, Program, print_attention, print_linear, print_program
@@ -139,17 +139,17 @@ def _edited(
     first: int, measure: bool, training: Training,
 ) -> fx.Graph:  # fmt: skip
     """Every site decided, in order: an edited copy of the graph. `settled` grows as it goes."""
-    joints = {id(site): joint for joint in together([s for s in lifted if isinstance(s, Lifted)], facts)
-              for site in joint.sites}  # fmt: skip
-    planned = _plans({id(j): j for j in joints.values()}.values(), facts, training)
-    plans = [planned.get(id(site)) for site in lifted]
+    groups = {id(site): group for group in together([s for s in lifted if isinstance(s, Lifted)], facts)
+              for site in group.sites}  # fmt: skip
+    prepared = _proposals({id(j): j for j in groups.values()}.values(), facts, training)
+    proposals = [prepared.get(id(site)) for site in lifted]
     step("building kernels")
-    build_all((p.spec, p.device) for p in plans if isinstance(p, Plan))
+    build_all((p.spec, p.device) for p in proposals if isinstance(p, Proposal))
     step("editing the graph")
     editor = Editor(reading.over(*copied(reading.graph)), facts)
     verdicts: dict[fx.Node, Choice] = {}
     said: set[fx.Node] = set()
-    for site, plan in zip(lifted, plans, strict=True):
+    for site, proposal in zip(lifted, proposals, strict=True):
         index = first + len(settled)
         place = reading.origin.get(site.anchor) or reading.owner[site.anchor]
         where, path = describe.user_line(place), describe.module_path(place)
@@ -166,32 +166,32 @@ def _edited(
                 code=site.reason.codes,
             ))  # fmt: skip
             continue
-        assert plan is not None  # every lifted site has one
+        assert proposal is not None  # every lifted site has one
         if site.node not in verdicts:
-            verdicts |= _settled(joints[id(site)], planned, facts, editor, measure, training)
-        if isinstance(plan, fx.Node) and site.anchor in said:
+            verdicts |= _settled(groups[id(site)], prepared, facts, editor, measure, training)
+        if isinstance(proposal, fx.Node) and site.anchor in said:
             continue  # a softmax whose weights go to several products, and must exist
         said.add(site.anchor)
-        settled.append(_record(site, plan, verdicts[site.node], Place(index, path, where), facts))
+        settled.append(_record(site, proposal, verdicts[site.node], Place(index, path, where), facts))
     return editor.finish()
 
 
 def _settled(
-    joint: Joint, plans: Mapping[int, Plan | fx.Node | None], facts: Facts, editor: Editor, measure: bool,
+    group: SiteGroup, proposals: Mapping[int, Proposal | fx.Node | None], facts: Facts, editor: Editor, measure: bool,
     training: Training,
 ) -> dict[fx.Node, Choice]:  # fmt: skip
     """What becomes of each node that sites which are decided together take the place of; those chosen are fused."""
-    pairs = [(site, plan) for site in joint.sites if isinstance(plan := plans[id(site)], Plan)]
-    nodes = dict.fromkeys(site.node for site in joint.sites)
-    verdict = _verdict(joint, [plan for _, plan in pairs], facts, measure, training)
+    pairs = [(site, proposal) for site in group.sites if isinstance(proposal := proposals[id(site)], Proposal)]
+    nodes = dict.fromkeys(site.node for site in group.sites)
+    verdict = _verdict(group, [proposal for _, proposal in pairs], facts, measure, training)
     step("editing the graph")
     found = dict.fromkeys(nodes, verdict)
     places = dict.fromkeys(_target(site) for site, _ in pairs)
     for place in places if verdict.fused else ():
-        parts = [(site, plan) for site, plan in pairs if _target(site) is place]
-        plan = parts[0][1]
+        parts = [(site, proposal) for site, proposal in pairs if _target(site) is place]
+        proposal = parts[0][1]
         try:
-            editor.put(plan.origin, plan.program)
+            editor.put(proposal.origin, proposal.program)
         except EditError as error:
             found |= dict.fromkeys((site.node for site, _ in parts), replace(verdict, fused=False, reason=error.reason))
     return found
@@ -203,7 +203,7 @@ def _target(site: Lifted) -> fx.Node:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Proposal:
     """What a site would become: its program after the passes, shared by the sites of one place, its own attention in
     there with its text, and the device it runs on. `learned` names the tensors whose gradients are wanted."""
 
@@ -222,23 +222,23 @@ class Place:
     where: str
 
 
-def _plans(joints: Iterable[Joint], facts: Facts, training: Training) -> dict[int, Plan | fx.Node]:
-    """For each site its plan, or who needs the weights outside: then the scores exist anyway and nothing is to be
+def _proposals(groups: Iterable[SiteGroup], facts: Facts, training: Training) -> dict[int, Proposal | fx.Node]:
+    """For each site its proposal, or who needs the weights outside: then the scores exist anyway and nothing is to be
     gained."""
-    found: dict[int, Plan | fx.Node] = {}
-    for joint in joints:
-        if joint.user is not None:
-            found |= {id(site): joint.user for site in joint.sites}
+    found: dict[int, Proposal | fx.Node] = {}
+    for group in groups:
+        if group.user is not None:
+            found |= {id(site): group.user for site in group.sites}
             continue
-        for place in dict.fromkeys(map(_target, joint.sites)):
-            sites = [site for site in joint.sites if _target(site) is place]
+        for place in dict.fromkeys(map(_target, group.sites)):
+            sites = [site for site in group.sites if _target(site) is place]
             learned = tuple(training.learned(site, facts) for site in sites)
             program = program_of(sites, facts)
             final = _optimised(program, tuple(map(bool, learned)))
             attentions = [step.node for step in final.steps if isinstance(step.node, Attention)]
             device = str(facts.value(sites[0].node).device)
             for site, a, own in zip(sites, attentions, learned, strict=True):
-                found[id(site)] = Plan(program, final, a, _text(a), device, own)
+                found[id(site)] = Proposal(program, final, a, _text(a), device, own)
     return found
 
 
@@ -267,26 +267,31 @@ def _text(a: Attention) -> str:
     return print_attention(a)
 
 
-def _verdict(joint: Joint, plans: Sequence[Plan], facts: Facts, measure: bool, training: Training) -> Choice:
-    if joint.user is not None:
-        name = used_by(facts, joint.user)
+def _verdict(
+    group: SiteGroup, proposals: Sequence[Proposal], facts: Facts, measure: bool, training: Training
+) -> Choice:  # fmt: skip
+    if group.user is not None:
+        name = used_by(facts, group.user)
         return Choice(False, None, because("weights-needed", name))
-    kernels = [built(plan.spec, plan.device) for plan in plans]
+    kernels = [built(proposal.spec, proposal.device) for proposal in proposals]
     slow = next((made for made in kernels if made.language == "torch"), None)
     if slow is not None:
         return Choice(False, None, because("no-kernel", slow.reason))
     if not measure:
         return Choice(True, None, because("measuring-off"))
     parts = [
-        Candidate(s, p.final, p.spec, made, p.learned) for s, p, made in zip(joint.sites, plans, kernels, strict=True)
+        Candidate(site, p.final, p.spec, made, p.learned)
+        for site, p, made in zip(group.sites, proposals, kernels, strict=True)
     ]
     return decide(parts, facts, training)
 
 
-def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, facts: Facts) -> Site:
+def _record(site: Lifted, proposal: Proposal | fx.Node, verdict: Choice, place: Place, facts: Facts) -> Site:
     shown = optimise(site.attention)
-    program = print_program(plan.program) if isinstance(plan, Plan) and collecting.get() is not None else None
-    made = built(plan.spec, plan.device) if isinstance(plan, Plan) else None
+    shown_program = None
+    if isinstance(proposal, Proposal) and collecting.get() is not None:
+        shown_program = print_program(proposal.program)
+    made = built(proposal.spec, proposal.device) if isinstance(proposal, Proposal) else None
     sizes = None if collecting.get() is None else describe.sizes_of(site, facts)
     area, picture = (None, None) if sizes is None else describe.extent_of(shown, sizes)
     area = area if made is None else made.area(area)
@@ -296,8 +301,8 @@ def _record(site: Lifted, plan: Plan | fx.Node, verdict: Choice, place: Place, f
         visible=None if area is None else area.visible, visited=None if area is None else area.visited,
         total=None if area is None else area.total,
         became=made.shown if made is not None and verdict.fused else "original graph", speedup=verdict.speedup,
-        trains=isinstance(plan, Plan) and bool(plan.learned),
-        ir=plan.spec if isinstance(plan, Plan) else print_attention(shown), program=program,
+        trains=isinstance(proposal, Proposal) and bool(proposal.learned),
+        ir=proposal.spec if isinstance(proposal, Proposal) else print_attention(shown), program=shown_program,
         kernel=None if made is None else made.source, language=None if made is None else made.language,
         picture=picture, sizes=sizes, code=verdict.reason.codes,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from attncc.patterns.graph.facts import Facts
 from attncc.patterns.softmax.anchors import SDPA
 from attncc.progress import step
 from attncc.runtime.measure import TIE, Decision, choose, compare, recalled, sampler_for, situation
-from attncc.runtime.outputs import plan_of
+from attncc.runtime.outputs import signature_of
 from attncc.runtime.recent import Recent
 
 BUDGET_S = 0.15
@@ -106,7 +106,7 @@ def _choice(decision: Decision) -> Choice:
 def _fused(parts: Sequence[Candidate], data: Trial) -> Callable[[], object]:
     """What the fused graph does: the kernels, and what joins their outputs."""
     outputs = [
-        plan_of(p.spec).allocate(tensors, sizes)
+        signature_of(p.spec).allocate(tensors, sizes)
         for p, tensors, sizes in zip(parts, data.tensors(), data.sizes, strict=True)
     ]
     still = data.tensors() if data.still else None

@@ -24,7 +24,7 @@ from attncc.passes.rewrites.forward_only import forward_only
 from attncc.passes.rewrites.tile_choice import InTiles, in_tiles
 from attncc.passes.tables.spans import reads_by_key, spanned
 from attncc.progress import step
-from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, KernelError, detect_isa
+from attncc.runtime.cpp import CompileError, CppKernel, CppKernelError, CppToolchain, detect_isa
 from attncc.runtime.op import Kernel
 from attncc.runtime.store import VARIABLE, Store, StoreError, key
 from attncc.runtime.triton_launch import TritonKernel, capability_of
@@ -124,7 +124,7 @@ def target_of(device: torch.device) -> Target:
         return Target("cpu", missing="no C++ compiler found (set CXX, or install g++ or clang++)")
     try:
         return Target("cpu", _isa(toolchain, os.environ.get("ATTNCC_ISA")), toolchain)
-    except KernelError as error:
+    except CppKernelError as error:
         return Target("cpu", missing=str(error))
 
 
@@ -213,7 +213,7 @@ def _cpp(a: Attention, bounds: Bounds, target: Target) -> Built:
         kernel = CppKernel(folder / "kernel.so", a)
     except CompileError as error:
         return _torch(a, f"the C++ compiler failed: {_first_error(str(error))}")
-    except (KernelError, StoreError, OSError) as error:
+    except (CppKernelError, StoreError, OSError) as error:
         return _torch(a, str(error))
     return Built(kernel, source, "cpp", f"C++ {target.arch} kernel")
 

@@ -7,7 +7,7 @@ from attncc.codegen.triton.forward import forward, join
 from attncc.codegen.triton.helpers import HELPERS
 from attncc.codegen.triton.launcher import launcher
 from attncc.codegen.triton.lists import PACK, look
-from attncc.codegen.triton.plan import plan
+from attncc.codegen.triton.schedule import schedule
 from attncc.codegen.triton.support import unsupported
 from attncc.ir import Attention, print_attention
 from attncc.ir.bounds import Bounds
@@ -27,7 +27,7 @@ def emit(a: Attention, bounds: Bounds, config: TritonConfig) -> str:
     reason = unsupported(a)
     if reason is not None:
         raise ValueError(f"no Triton kernel: {reason}")
-    p = plan(a, bounds, config)
+    p = schedule(a, bounds, config)
     kernels = (forward(p), *((join(p),) if p.split else ()), *((look(p), PACK) if p.listed else ()))
     helpers = sorted(set[str]().union(*(k.helpers for k in kernels)))
     modules = ["triton", "triton.language as tl"]

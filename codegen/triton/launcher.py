@@ -8,7 +8,7 @@ from attncc.codegen.triton.frame import count_of
 from attncc.codegen.triton.kernel import Kernel, wrapped
 from attncc.codegen.triton.lists import LOOKS
 from attncc.codegen.triton.operands import stride
-from attncc.codegen.triton.plan import Plan
+from attncc.codegen.triton.schedule import Schedule
 from attncc.ir import Expr, Size, print_expr
 from attncc.ir.expr import free
 
@@ -36,7 +36,7 @@ def aligned(tensor, along, inside, *steps):
 '''
 
 
-def launcher(p: Plan, kernels: tuple[Kernel, ...]) -> str:
+def launcher(p: Schedule, kernels: tuple[Kernel, ...]) -> str:
     """`SIGNATURES`, `CONTIGUOUS` and `launch(tensors, sizes, outputs)`."""
     main = kernels[0]
     lines = ["#: Triton's types of the arguments of each kernel, in order.", "SIGNATURES = {"]
@@ -57,7 +57,7 @@ def launcher(p: Plan, kernels: tuple[Kernel, ...]) -> str:
     return "\n".join(lines)
 
 
-def _body(p: Plan, kernels: tuple[Kernel, ...]) -> list[str]:
+def _body(p: Schedule, kernels: tuple[Kernel, ...]) -> list[str]:
     a = p.a
     lines = ['"""`tensors`, `sizes` and `outputs` in the order of the attention; outputs have logical dimensions."""']
     names = {t.name: f"tensor_{n}" for n, t in enumerate(a.tensors)}
@@ -107,7 +107,7 @@ def _body(p: Plan, kernels: tuple[Kernel, ...]) -> list[str]:
     ]
 
 
-def _even(p: Plan, main: Kernel, names: dict[str, str]) -> list[str]:
+def _even(p: Schedule, main: Kernel, names: dict[str, str]) -> list[str]:
     """Whether all rows of the operands lie at the multiples that their head size allows."""
     steps = [_argument(x.value, names, {}) for x in main.steps]
     return ["steps = (", *wrapped(steps, "    "), ")", f"even = all(step % {p.even} == 0 for step in steps)"]
@@ -118,7 +118,7 @@ def _named(kernels: tuple[Kernel, ...], name: str) -> Kernel:
 
 
 def _listed(
-    p: Plan, kernels: tuple[Kernel, ...], names: dict[str, str], sizes: dict[Expr, str], show: Callable[[Expr], str]
+    p: Schedule, kernels: tuple[Kernel, ...], names: dict[str, str], sizes: dict[Expr, str], show: Callable[[Expr], str]
 ) -> list[str]:
     """The lists of this call: for each batch point that the mask mentions and each tile of rows."""
     looking = [*_arguments(_named(kernels, "look"), names, sizes), f"num_warps={p.config.warps}"]
@@ -137,7 +137,7 @@ def _listed(
     ]
 
 
-def _boxed(p: Plan, names: dict[str, str], sizes: dict[Expr, str], show: Callable[[Expr], str]) -> list[str]:
+def _boxed(p: Schedule, names: dict[str, str], sizes: dict[Expr, str], show: Callable[[Expr], str]) -> list[str]:
     """Whether this call's keys and values can be read through descriptors, and where those are kept."""
     tests: list[str] = []
     for o, inner in ((p.k, p.a.d), (p.v, p.a.e)):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from attncc.codegen.triton.expressions import Scope
 from attncc.codegen.triton.frame import Frame
 from attncc.codegen.triton.kernel import BLOCK_COUNT, FLAGS, LISTS, Kernel, kernel
-from attncc.codegen.triton.plan import Plan
+from attncc.codegen.triton.schedule import Schedule
 from attncc.codegen.triton.segments import Run
 from attncc.ir import Const, Expr, Op
 from attncc.ir.affine import linear_in
@@ -62,7 +62,7 @@ class Answer:
 _OPEN = Answer("True", "False")
 
 
-def look(p: Plan) -> Kernel:
+def look(p: Schedule) -> Kernel:
     """One program for each tile of rows, of the batch points that the mask mentions, and LOOKS blocks of keys."""
     a = p.a
     used = {x.tensor for x in loads(a.mask, *_bound_expressions(p))}
@@ -74,7 +74,7 @@ def look(p: Plan) -> Kernel:
     return _Look(f).kernel()
 
 
-def _bound_expressions(p: Plan) -> list[Expr]:
+def _bound_expressions(p: Schedule) -> list[Expr]:
     ends = [x for run in (*p.runs.masked, *p.runs.full) for x in (run.start, run.stop)]
     return [*ends, *(r.expr for r in p.bounds.rows)]
 

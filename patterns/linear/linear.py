@@ -28,7 +28,7 @@ from attncc.patterns.linear.normalisers import Weighted, divided, multiplied
 from attncc.patterns.site import (
     DOT,
     ELEMENTS,
-    MOVES,
+    VIEW_OPS,
     Contraction,
     Data,
     Declared,
@@ -246,7 +246,7 @@ def _product_behind(f: Facts, n: fx.Node) -> fx.Node | None:
     for _ in range(_SEARCH):
         if contraction(f, n) is not None or op_name(n) == "cumsum":
             return n
-        if n.op != "call_function" or not (n.target in MOVES or n.target in ELEMENTS):
+        if n.op != "call_function" or not (n.target in VIEW_OPS or n.target in ELEMENTS):
             return None
         inputs = [a for a in n.all_input_nodes if f.is_tensor(a) and f.rank(a) > 0]
         if len(inputs) != 1:
@@ -264,7 +264,7 @@ def _carried(f: Facts, n: fx.Node) -> Iterator[fx.Node]:
             continue
         seen.add(x)
         yield x
-        if x.op == "call_function" and (x.target in MOVES or x.target in ELEMENTS or op_name(x) in _PARTS):
+        if x.op == "call_function" and (x.target in VIEW_OPS or x.target in ELEMENTS or op_name(x) in _PARTS):
             stack += x.all_input_nodes
 
 

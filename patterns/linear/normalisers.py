@@ -16,7 +16,7 @@ from attncc.ir.linear import Z
 from attncc.patterns.site import (
     DOT,
     ELEMENTS,
-    MOVES,
+    VIEW_OPS,
     Facts,
     Point,
     Reader,
@@ -104,7 +104,7 @@ def _ends(f: Facts, n: fx.Node) -> list[fx.Node]:
             seen.add(user)
             if op_name(user).rstrip("_") in ("div", "mul", "true_divide"):
                 found.append(user)
-            elif user.target in MOVES or user.target in ELEMENTS:
+            elif user.target in VIEW_OPS or user.target in ELEMENTS:
                 stack.append((user, steps + 1))
     return found
 

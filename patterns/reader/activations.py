@@ -72,8 +72,8 @@ def silu(x: Expr) -> Expr:
 
 def softplus(x: Expr, beta: float = 1.0, threshold: float = 20.0) -> Expr:
     scaled = _times(x, beta)
-    bent = _times(op("log1p", op("exp", op("minfirst", scaled, const(float(threshold))))), 1.0 / beta)
-    return where(gt(scaled, const(float(threshold))), x, bent)
+    curve = _times(op("log1p", op("exp", op("minfirst", scaled, const(float(threshold))))), 1.0 / beta)
+    return where(gt(scaled, const(float(threshold))), x, curve)
 
 
 def log_sigmoid(x: Expr) -> Expr:

@@ -1,6 +1,6 @@
 """What a rule of an operator is written with: the values of its inputs at a point, and what a node says of itself.
 
-A rule is a row of a table (`MOVES`, `ELEMENTS`, `SOURCES`). It asks for values through `Values` alone, so that no table
+A rule is a row of a table (`VIEW_OPS`, `ELEMENTS`, `SOURCES`). It asks for values by `Values` alone, so that no table
 knows of the reader that walks them.
 """
 

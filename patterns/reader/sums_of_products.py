@@ -17,7 +17,7 @@ from torch import fx
 from attncc.ir.build import ONE
 from attncc.ir.expr import Const, Expr, Index, free
 from attncc.patterns.reader.rules import Facts, Point, argument, asked_once, op_name, spelled_out
-from attncc.patterns.reader.view_ops import MOVES, broadcast, move, stops
+from attncc.patterns.reader.view_ops import VIEW_OPS, broadcast, move, stops
 
 aten: Any = torch.ops.aten
 _STEPS = 12
@@ -128,8 +128,8 @@ class _Search:
 
     def _stopped(self, x: fx.Node) -> bool:
         """Whether gradients that flow into the sum, and would flow below a factor, are stopped there."""
-        watched = self.f.watched(self.f.order[self.n])
-        return watched and any(stops(self.f, x, a) for a in x.all_input_nodes if self.f.is_tensor(a))
+        wants_grad = self.f.wants_grad(self.f.order[self.n])
+        return wants_grad and any(stops(self.f, x, a) for a in x.all_input_nodes if self.f.is_tensor(a))
 
     def _moved(self, x: fx.Node, at: Callable[[Point], Point]) -> tuple[fx.Node, Callable[[Point], Point]] | None:
         """What a product is a permutation of; an operand that is moved is read where it lies."""
@@ -220,9 +220,9 @@ class _Search:
         return (lambda point: broadcast(self.f, x, at(point))) if isinstance(x, fx.Node) else at
 
 
-_PERMUTES = [t for t in MOVES if str(t).split(".")[1] in (
+_PERMUTES = [t for t in VIEW_OPS if str(t).split(".")[1] in (
     "permute", "transpose", "contiguous", "clone", "unsqueeze", "movedim", "mT", "swapaxes")]  # fmt: skip
-_SPREADS = [t for t in MOVES if str(t).split(".")[1] in ("expand", "expand_as", "broadcast_to", "repeat", "tile")]
+_SPREADS = [t for t in VIEW_OPS if str(t).split(".")[1] in ("expand", "expand_as", "broadcast_to", "repeat", "tile")]
 _DOWN: dict[str, Callable[[_Search, fx.Node, Callable[[Point], Point], int], bool | None]] = {
     "mul": _Search.product, "multiply": _Search.product, "div": _Search.divided, "neg": _Search.negated,
     "to": _Search.cast, "_to_copy": _Search.cast, "pow": _Search.squared, "square": _Search.square,

@@ -307,7 +307,7 @@ def _repeat_interleave(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Move | 
 
 
 #: The table: add a line for a new op. Every rule returns None where it cannot tell, and the op's result is then loaded.
-MOVES: dict[object, Rule] = {
+VIEW_OPS: dict[object, Rule] = {
     **dict.fromkeys(
         [aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default],
         _same),
@@ -340,7 +340,7 @@ def move(f: Facts, n: fx.Node, at: Point, ext: Extents, *, crossing: bool = Fals
     Not across the end of a gradient, unless `crossing`: whoever reads the source then stops the gradient himself."""
     if n.op != "call_function":
         return None
-    rule = _getitem if getattr(n.target, "__name__", "") == "getitem" else MOVES.get(n.target)
+    rule = _getitem if getattr(n.target, "__name__", "") == "getitem" else VIEW_OPS.get(n.target)
     found = None if rule is None else rule(f, n, at, ext)
     if found is None or not f.is_tensor(found[0]) or (not crossing and stops(f, n, found[0])):
         return None

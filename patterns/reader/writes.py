@@ -19,7 +19,7 @@ from attncc.ir.affine import Extents, less_than, nonnegative, simplify
 from attncc.ir.build import FALSE, ONE, TRUE, ZERO, and_, eq, floordiv, ge, lt, maximum, minimum, mod, sub
 from attncc.ir.expr import Expr, Index
 from attncc.patterns.reader.rules import Facts, Point, argument, dim_argument, written_args
-from attncc.patterns.reader.view_ops import MOVES, reshape_index, slice_start
+from attncc.patterns.reader.view_ops import VIEW_OPS, reshape_index, slice_start
 
 aten = torch.ops.aten
 
@@ -67,7 +67,7 @@ def _same(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Place | None:
 def _permute(f: Facts, n: fx.Node, at: Point, ext: Extents) -> Place | None:
     """The inverse of the permutation that the table of moves gives of as many numbers."""
     marks: Point = tuple(Index(f"mark{d}") for d in range(len(at)))
-    moved = MOVES[n.target](f, n, marks, ext)
+    moved = VIEW_OPS[n.target](f, n, marks, ext)
     return None if moved is None else Place(TRUE, tuple(at[moved[1].index(m)] for m in marks))
 
 

@@ -8,8 +8,8 @@ from attncc.ir.build import ONE
 from attncc.ir.reasons import Reason, because
 from attncc.patterns.reader import (
     ELEMENTS,
-    MOVES,
     SUMS_AND_MEANS,
+    VIEW_OPS,
     Facts,
     argument,
     contraction,
@@ -88,7 +88,7 @@ def made_of(f: Facts, n: fx.Node, names: tuple[str, ...]) -> list[fx.Node]:
     while stack and len(found) < _STEPS:
         x = stack.pop(0)
         found.append(x)
-        if x.op != "call_function" or not (x.target in MOVES or x.target in ELEMENTS or _name(x) in names):
+        if x.op != "call_function" or not (x.target in VIEW_OPS or x.target in ELEMENTS or _name(x) in names):
             continue
         fresh = [a for a in x.all_input_nodes if a not in seen and (f.is_tensor(a) or _name(x) == "getitem")]
         seen.update(fresh)
@@ -137,7 +137,7 @@ def of_quotient(f: Facts, n: fx.Node) -> Reason:
         return because("edge-softmax")
     (top, *_) = n.all_input_nodes
     g, at = f.gradients, f.order[n]
-    if g is not None and f.watched(at) and any(g.stopped(x, at) for x in n.all_input_nodes):
+    if g is not None and f.wants_grad(at) and any(g.stopped(x, at) for x in n.all_input_nodes):
         return because("stopped-quotient")
     if compares(f, top):
         return because("other-sum")
@@ -226,7 +226,7 @@ def used_by(f: Facts, n: fx.Node) -> str:
         if x.op == "output":
             return "the output"
         like = _name(x).endswith("_like") and not _name(x).startswith("rand")
-        if x.op != "call_function" or not (x.target in MOVES or x.target in ELEMENTS or like):
+        if x.op != "call_function" or not (x.target in VIEW_OPS or x.target in ELEMENTS or like):
             return _name(x) or x.name
         fresh = [u for u in x.users if u not in seen and u in f.live]
         seen.update(fresh)
@@ -243,7 +243,7 @@ def _sources(f: Facts, n: fx.Node) -> list[fx.Node]:
             break
         n = stack.pop(0)
         name = _name(n)
-        inner = n.op == "call_function" and (n.target in MOVES or n.target in ELEMENTS or name in _INNER)
+        inner = n.op == "call_function" and (n.target in VIEW_OPS or n.target in ELEMENTS or name in _INNER)
         if not inner:
             found.append(n)
             continue

@@ -17,8 +17,8 @@ from attncc.ir.build import ONE
 from attncc.ir.reasons import Reason, because
 from attncc.patterns.reader import (
     ELEMENTS,
-    MOVES,
     SUMS_AND_MEANS,
+    VIEW_OPS,
     Contraction,
     Facts,
     argument,
@@ -70,7 +70,7 @@ def _between(f: Facts, weights: fx.Node, data: Container[fx.Node]) -> tuple[Reas
         if product is not None:
             return reason if reason is not None and _compares(f, product, data) else None
         held = [a for a in n.all_input_nodes if f.is_tensor(a)]
-        if n.target in MOVES or n.target in ELEMENTS or _name(n) == "index_put":
+        if n.target in VIEW_OPS or n.target in ELEMENTS or _name(n) == "index_put":
             divisor = n.args[1] if _name(n) == "div" and len(n.args) > 1 else None
             reduced = _reduction(f, divisor) if isinstance(divisor, fx.Node) else None
             if drops(n):
@@ -111,7 +111,7 @@ def _channels(f: Facts, n: fx.Node, data: Container[fx.Node]) -> fx.Node | None:
     sides = [x for x in n.all_input_nodes if f.is_tensor(x)]
     for total, q in (sides, sides[::-1]) if len(sides) == 2 else ():
         x = total
-        while x.op == "call_function" and x.target in MOVES:
+        while x.op == "call_function" and x.target in VIEW_OPS:
             x = x.all_input_nodes[0]
         if x.target not in SUMS_AND_MEANS or contraction(f, x) is not None or q not in data:
             continue
@@ -160,7 +160,7 @@ def _reduction(f: Facts, n: fx.Node) -> fx.Node | None:
         if _name(n) in _REDUCTIONS:
             return n
         held = [a for a in n.all_input_nodes if f.is_tensor(a) and f.rank(a) > 0]
-        if not held or not (n.target in MOVES or n.target in ELEMENTS):
+        if not held or not (n.target in VIEW_OPS or n.target in ELEMENTS):
             return None
         n = held[0]
     return None

@@ -36,7 +36,7 @@ def agrees(f: Facts, node: fx.Node, tensors: Iterable[fx.Node], moving: Collecti
     """Whether attentions in the place of `node` pass gradients to those of their tensors that the model does: so it is
     if every stop between was read."""
     g, use = f.gradients, f.order[node]
-    if g is None or not f.watched(use):
+    if g is None or not f.wants_grad(use):
         return True
     ends = {n: _sources(f, n) for n in tensors}
     known = frozenset[fx.Node]().union(*ends.values())
@@ -81,9 +81,9 @@ def settled(p: Parts, node: fx.Node, lse: Lse | None) -> tuple[Parts, Flow]:
     its outputs has gradients."""
     f, use = p.facts, p.facts.order[node]
     g = f.gradients
-    if lse is not None and f.watched(use) != f.watched(f.order[lse.node]):
+    if lse is not None and f.wants_grad(use) != f.wants_grad(f.order[lse.node]):
         raise Unreadable(lse.node, because("stopped-one-side"))
-    if g is None or not f.watched(use):
+    if g is None or not f.wants_grad(use):
         return p, Flow()
     inner = [p.score] if p.sink is None else [p.score, p.sink]
     reached = followed(p.weight)

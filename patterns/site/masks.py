@@ -43,12 +43,12 @@ class _Hidden:
 
 
 def split_mask(
-    score: Expr, *, half: bool, infinite_empty: Empty, watched: Callable[[Expr], bool] = lambda x: False
+    score: Expr, *, half: bool, infinite_empty: Empty, wants_grad: Callable[[Expr], bool] = lambda x: False
 ) -> Masked:
     """The score without its masks, the predicate they make, and what a row without visible keys then gives.
 
     `half`: the scores are float16, whose lowest value is a fill too. `infinite_empty`: what a row of -inf gives.
-    `watched`: whether gradients are wanted of an expression."""
+    `wants_grad`: whether gradients are wanted of an expression."""
     limit = _FILL_F16 if half else _PUT
     bare, found = _strip(score, limit)
     infinite = [h for h in found if h.fill == float("-inf")]
@@ -62,7 +62,7 @@ def split_mask(
         total = sum(h.fill for h in finite) if finite[0].added else finite[0].fill  # what is put last hides the rest
         if torch.tensor(total, dtype=torch.float64).to(_dtype_of(finite, half=half)).isinf():
             return Masked(bare, _all(finite), infinite_empty)
-        return Masked(bare, _all(finite), "mean", total, _slopes(score, limit, watched))
+        return Masked(bare, _all(finite), "mean", total, _slopes(score, limit, wants_grad))
     # Rows hidden by several different finite masks weigh keys by how often they are hidden: keep them as they are.
     bare, found = _strip(score, float("-inf"))
     return Masked(bare, _all(found), infinite_empty if found else "zero")
@@ -175,14 +175,14 @@ def _floor(x: Expr, limit: float) -> tuple[Expr, float, float] | None:
     return found[1], float(found[2].value), found[3]
 
 
-def _slopes(x: Expr, limit: float, watched: Callable[[Expr], bool]) -> frozenset[float]:
+def _slopes(x: Expr, limit: float, wants_grad: Callable[[Expr], bool]) -> frozenset[float]:
     """By how much a hidden score follows what it is computed from: 1 where a fill was added to it, 0 where one took its
     place. More than one number where that is not alike for all parts of it."""
 
     def of(x: Expr, limit: float) -> frozenset[float]:
         _, hidden = _strip(x, limit)
         if not hidden:
-            return frozenset({1.0}) if watched(x) else frozenset()
+            return frozenset({1.0}) if wants_grad(x) else frozenset()
         match x:
             case Op("max" | "maxfirst", _) if (floor := _floor(x, limit)) is not None:
                 inner, low, share = floor
@@ -190,10 +190,10 @@ def _slopes(x: Expr, limit: float, watched: Callable[[Expr], bool]) -> frozenset
                 return frozenset(a * b for a in of(inner, limit) for b in ties)
             case Op("where", (_, a, b)):
                 taken = a if _is_fill(b, limit) else b
-                return frozenset({0.0}) if watched(taken) else frozenset()
+                return frozenset({0.0}) if wants_grad(taken) else frozenset()
             case Op("add" | "sub", (a, b)):
                 limit = limit if limit == _FILL_F16 else min(limit, _ADDED)
-                second = of(b, limit) if x.name == "add" else frozenset({1.0} if watched(b) else ())
+                second = of(b, limit) if x.name == "add" else frozenset({1.0} if wants_grad(b) else ())
                 return of(a, limit) | second
             case Op(_, (a,)):
                 return of(a, limit)

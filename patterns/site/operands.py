@@ -34,7 +34,7 @@ def operand(
             best, copied = Source(n, at), False
         if f.writes(n, f.order[n], when) and not _is_view(f, n):
             break
-        moved = move(f, n, at, extents, crossing=not f.watched(use))
+        moved = move(f, n, at, extents, crossing=not f.wants_grad(use))
         if moved is None or f.dtype(moved[0]) != f.dtype(n):
             break
         source, at = moved

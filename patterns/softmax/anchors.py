@@ -47,7 +47,7 @@ _SCALINGS = (aten.mul.Tensor, aten.mul_.Tensor, *DIVISIONS, aten.where.self, ate
 class Anchor:
     """`node` holds the normalised weights of `scores` along `dim`, as `reader` (if not `node` itself) sees them.
     `invariant` are nodes that are constant along `dim` and cancel in the quotient (a row maximum). `empty` overrides
-    what a row of all -inf gives. `sink` is the logit of what the denominator has beside the exponentials. `shares` says
+    what a row of all -inf gives. `sink` is the logit of what the denominator has beside the exponentials. `ratio` says
     what the weights are shares of a sum of: powers of a `base` (None: the natural one) with the scores as exponents,
     the scores themselves, or these (all, or those above zero) with the sum taken of their magnitudes."""
 
@@ -59,7 +59,7 @@ class Anchor:
     invariant: frozenset[fx.Node] = frozenset()
     reader: fx.Node | None = None
     sink: float | None = None
-    shares: Literal["powers", "plain", "signed", "clipped"] = "powers"
+    ratio: Literal["powers", "plain", "signed", "clipped"] = "powers"
     base: float | None = None
 
     def read_at(self, f: Facts) -> int:
@@ -114,7 +114,7 @@ def stopped_inside(f: Facts, a: Anchor) -> fx.Node | None:
     """Where gradients are stopped between the scores and the weights: then these are a softmax's, and their gradients
     are not."""
     g, use = f.gradients, f.order[a.node]
-    if g is None or not f.watched(use):
+    if g is None or not f.wants_grad(use):
         return None
     return next((n for n in sorted(_inside(a), key=f.order.__getitem__) if g.stopped(n, use)), None)
 
@@ -173,10 +173,10 @@ def _share(f: Facts, n: fx.Node, top: fx.Node, bottom: fx.Node) -> Anchor | None
         of, seen = of.all_input_nodes[0], of
     inside = tensor(top.args[0]) if signed and top.target in _RELUS and not written(f, top, top, n) else None
     if inside is not None and alike(f, of, seen, inside, top) and compares(f, inside):
-        return Anchor(n, inside, found.dim, reader=top, sink=found.sink, shares="clipped")
+        return Anchor(n, inside, found.dim, reader=top, sink=found.sink, ratio="clipped")
     if not alike(f, of, seen, top, n) or not compares(f, top):
         return None
-    return Anchor(n, top, found.dim, sink=found.sink, shares="signed" if signed else "plain")
+    return Anchor(n, top, found.dim, sink=found.sink, ratio="signed" if signed else "plain")
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from attncc.patterns.site import (
     DOT,
     ELEMENTS,
     EXPS,
-    MOVES,
     SUMS,
+    VIEW_OPS,
     Facts,
     Frame,
     Reader,
@@ -61,7 +61,7 @@ def _sum_below(f: Facts, n: Any) -> tuple[fx.Node, fx.Node, int, fx.Node] | None
                 return None
             return n, of, dim, exps
         inputs = [a for a in n.all_input_nodes if f.is_tensor(a)]
-        if len(inputs) != 1 or not (n.target in MOVES or n.target in ELEMENTS):
+        if len(inputs) != 1 or not (n.target in VIEW_OPS or n.target in ELEMENTS):
             return None
         n = inputs[0]
     return None
@@ -101,7 +101,7 @@ def _quotient(
                 return None
             keys, power = weight.index.index(frame.c), exponent(exps)
             if power is None:
-                return frame, Term(Anchor(exps, exps, keys, sink=sink, shares="plain"), weight.index, W, {})
+                return frame, Term(Anchor(exps, exps, keys, sink=sink, ratio="plain"), weight.index, W, {})
             x, base = power
             anchor = without_maximum(f, Anchor(exps, x, keys, reader=exps, sink=sink, base=base))
             return frame, Term(anchor, weight.index, W, {})

@@ -27,7 +27,7 @@ def row_sums(p: Parts, anchor: Anchor, at: Point, use: int) -> Lse | None:
     """The live `logsumexp` of the anchor's scores, if there is one and it can be had from the attention read `at`."""
     f = p.facts
     found = [n for n in _users(f, anchor.scores) if _is_row_sum(f, n, anchor) and _read_beside(f, n, anchor)]
-    powers = anchor.shares == "powers" and anchor.base is None
+    powers = anchor.ratio == "powers" and anchor.base is None
     if len(found) != 1 or not powers or p.sink is not None or p.normalizer != "softmax" or p.half or p.summed:
         return None
     (node,) = found

@@ -11,7 +11,7 @@ from torch import fx
 
 from attncc.ir.build import ONE, ZERO
 from attncc.ir.expr import Expr, Index, loads, substitute
-from attncc.patterns.site import DOT, ELEMENTS, MOVES, Facts, Frame, Product
+from attncc.patterns.site import DOT, ELEMENTS, VIEW_OPS, Facts, Frame, Product
 from attncc.patterns.softmax.sums_of_softmaxes import Term
 
 aten = torch.ops.aten
@@ -37,7 +37,7 @@ def _is_window(f: Facts, n: fx.Node) -> bool:
     for _ in range(_STEPS):
         if n.target in _WINDOWS:
             return True
-        if n.op != "call_function" or not (n.target in MOVES or n.target in ELEMENTS):
+        if n.op != "call_function" or not (n.target in VIEW_OPS or n.target in ELEMENTS):
             return False
         inputs = [a for a in n.all_input_nodes if f.is_tensor(a)]
         if len(inputs) != 1:

@@ -24,28 +24,28 @@ from attncc.patterns.softmax.anchors import Anchor
 _TINY, _LOW = 1e-37, -1e30
 
 
-def as_softmax(anchor: Anchor, score: Expr, weight: Expr, *, watched: bool = False) -> tuple[Expr, Expr]:
+def as_softmax(anchor: Anchor, score: Expr, weight: Expr, *, wants_grad: bool = False) -> tuple[Expr, Expr]:
     """The score and the weight of the softmax that an anchor's shares of a sum are.
 
-    Raises Unreadable where gradients are `watched` and would be lost in a logarithm of zero."""
-    if anchor.shares == "powers":
+    Raises Unreadable where gradients are `wants_grad` and would be lost in a logarithm of zero."""
+    if anchor.ratio == "powers":
         return (score if anchor.base is None else mul(score, const(math.log(anchor.base)))), weight
     zero = anchor.sink is not None
-    if anchor.shares in ("signed", "clipped"):
-        below = op("neg", W) if anchor.shares == "signed" else const(0.0)
+    if anchor.ratio in ("signed", "clipped"):
+        below = op("neg", W) if anchor.ratio == "signed" else const(0.0)
         signed = where(lt(score, const(0.0)), below, W)
         weight = rewrite(weight, lambda x: signed if x is W else None)
         score = op("abs", score)
-        if watched and anchor.shares == "signed":
+        if wants_grad and anchor.ratio == "signed":
             raise Unreadable(anchor.node, because("gradient-at-zero"))
-    return _log(score, anchor.node, zero=zero, watched=watched), weight
+    return _log(score, anchor.node, zero=zero, wants_grad=wants_grad), weight
 
 
-def _log(x: Expr, at: fx.Node, *, zero: bool, watched: bool) -> Expr:
+def _log(x: Expr, at: fx.Node, *, zero: bool, wants_grad: bool) -> Expr:
     """The logarithm of a weight, -inf where a mask makes it zero. `zero`: whether it may be zero elsewhere too."""
 
-    def log(x: Expr, watched: bool = watched) -> Expr:
-        return _log(x, at, zero=zero, watched=watched)
+    def log(x: Expr, wants_grad: bool = wants_grad) -> Expr:
+        return _log(x, at, zero=zero, wants_grad=wants_grad)
 
     match x:
         case Op(name, (a,)) if name in ROUNDINGS:
@@ -65,7 +65,7 @@ def _log(x: Expr, at: fx.Node, *, zero: bool, watched: bool) -> Expr:
         case Op("mul", (a, Op("where", (c, Const(1.0), Const(0.0))))) if S not in free(c):
             return where(c, log(a), NEG_INF)
         case Op("mul", (a, b)) if a is b:
-            return mul(log(a if is_positive(a) else op("abs", a), watched=False), const(2.0))
+            return mul(log(a if is_positive(a) else op("abs", a), wants_grad=False), const(2.0))
         case Op("mul", (a, b)) if is_positive(a) or is_positive(b):
             return add(log(a), log(b))
         case _:
@@ -76,7 +76,7 @@ def _log(x: Expr, at: fx.Node, *, zero: bool, watched: bool) -> Expr:
         raise Unreadable(at, because("may-be-negative"))
     if not zero:
         raise Unreadable(at, because("sum-may-be-zero"))
-    if watched and not _is_flat(x):
+    if wants_grad and not _is_flat(x):
         raise Unreadable(at, because("gradient-at-zero"))
     return where(gt(x, const(0.0)), op("log", maximum(x, const(_TINY))), const(_LOW))
 

@@ -379,7 +379,7 @@ def _chain(
             found, scale = (n.all_input_nodes[0], at), scale * factor
         if found is None or f.dtype(found[0]) != f.dtype(n) or f.writes(found[0], f.order[n], use):
             return
-        if f.watched(use) and stops(f, n, found[0]):
+        if f.wants_grad(use) and stops(f, n, found[0]):
             return
         n, at = found
         step = _Step(n, at if known is None else tuple(map(known, at)), scale, padded)

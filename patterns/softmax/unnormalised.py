@@ -21,7 +21,7 @@ from attncc.ir.reasons import because
 from attncc.patterns.site import (
     DOT,
     ELEMENTS,
-    MOVES,
+    VIEW_OPS,
     Contraction,
     Facts,
     Lifted,
@@ -37,7 +37,7 @@ from attncc.patterns.site import (
 )
 
 _SEARCH = 40  # nodes looked at behind a product
-_BENDING = {
+_NONLINEAR = {
     "sigmoid", "exp", "relu", "tanh", "clamp_min", "clamp", "pow", "square", "maximum", "tril", "triu", "masked_fill",
     "where", "mul", "elu", "celu", "selu", "leaky_relu", "silu", "softplus", "log_sigmoid", "mish", "gelu", "exp2",
     "hardsigmoid", "hardswish", "threshold", "hardtanh", "relu6", "prelu", "abs", "sign", "erf", "log", "log1p", "sin",
@@ -63,17 +63,17 @@ def _scores_behind(f: Facts, n: fx.Node) -> fx.Node | None:
     for _ in range(_SEARCH):
         if not stack:
             return None
-        node, bent = stack.pop()
+        node, nonlinear = stack.pop()
         product = contraction(f, node)
         if product is not None:
-            if bent and not is_learned(f, product.lhs) and not is_learned(f, product.rhs):
+            if nonlinear and not is_learned(f, product.lhs) and not is_learned(f, product.rhs):
                 return node
             continue
-        if node.op != "call_function" or not (node.target in MOVES or node.target in ELEMENTS):
+        if node.op != "call_function" or not (node.target in VIEW_OPS or node.target in ELEMENTS):
             continue
         name = op_name(node).rstrip("_")
-        bent = bent or name in _BENDING
-        stack += [(a, bent) for a in node.all_input_nodes if f.is_tensor(a)]
+        nonlinear = nonlinear or name in _NONLINEAR
+        stack += [(a, nonlinear) for a in node.all_input_nodes if f.is_tensor(a)]
     return None
 
 
@@ -95,15 +95,15 @@ def lift_unnormalised(f: Facts, product: Contraction, left: bool) -> Lifted | No
         return None
     if any(is_maximum(f.by_name[x.tensor]) for x in loads(value)) and any(_is_huge(x) for x in walk(value)):
         raise Unreadable(product.node, because("scores-negligible"))
-    normalizer, score, visible = _taken_apart(value, watched=f.watched(whole.use))
+    normalizer, score, visible = _taken_apart(value, wants_grad=f.wants_grad(whole.use))
     score = frozen(score)
     parts = whole.parts(found, score, half=whole.weights, empty="nan")
     return assembled(replace(parts, mask=visible, normalizer=normalizer), product.node, product.node)
 
 
-def _taken_apart(x: Expr, *, watched: bool) -> tuple[Normalizer, Expr, Expr]:
+def _taken_apart(x: Expr, *, wants_grad: bool) -> tuple[Normalizer, Expr, Expr]:
     """(normaliser, score, visible) of a weight: hidden ones are zero, and a known outermost function has a name. Where
-    gradients are `watched`, a maximum with zero is `relu` only if its gradient at zero is zero."""
+    gradients are `wants_grad`, a maximum with zero is `relu` only if its gradient at zero is zero."""
     visible: Expr = TRUE
     while isinstance(x, Op):
         if x.name in ROUNDINGS:
@@ -117,7 +117,7 @@ def _taken_apart(x: Expr, *, watched: bool) -> tuple[Normalizer, Expr, Expr]:
     if isinstance(x, Op) and x.name == "sigmoid":
         return "sigmoid", x.args[0], visible
     found = bounded(x)
-    if found is not None and found[0] == "max" and _zero(found[2]) and (not watched or found[3] == 0):
+    if found is not None and found[0] == "max" and _zero(found[2]) and (not wants_grad or found[3] == 0):
         return "relu", found[1], visible
     return "none", x, visible
 

@@ -18,8 +18,8 @@ from attncc.ir.expr import Expr, Index, free
 from attncc.ir.reasons import Reason, because
 from attncc.patterns.site import (
     ELEMENTS,
-    MOVES,
     SUMS_AND_MEANS,
+    VIEW_OPS,
     Facts,
     Frame,
     argument,
@@ -61,7 +61,7 @@ def _is_made_positive(f: Facts, n: fx.Node) -> bool:
         x = stack.pop(0)
         if op_name(x).rstrip("_") in _POSITIVE:
             return True
-        if x.op == "call_function" and (x.target in MOVES or x.target in ELEMENTS):
+        if x.op == "call_function" and (x.target in VIEW_OPS or x.target in ELEMENTS):
             fresh = [a for a in x.all_input_nodes if f.is_tensor(a) and a not in seen]
             seen.update(fresh)
             stack += fresh
@@ -94,7 +94,7 @@ def _sums(f: Facts, n: fx.Node) -> Iterator[fx.Node]:
         x = stack.pop(0)
         if x.target in SUMS_AND_MEANS or contraction(f, x) is not None:
             yield x
-        elif x.op == "call_function" and (x.target in MOVES or x.target in ELEMENTS):
+        elif x.op == "call_function" and (x.target in VIEW_OPS or x.target in ELEMENTS):
             fresh = [a for a in x.all_input_nodes if f.is_tensor(a) and a not in seen]
             seen.update(fresh)
             stack += fresh

@@ -30,13 +30,13 @@ from attncc.patterns.softmax.vector_weights import shares_components
 
 @dataclass(frozen=True)
 class Uses:
-    """`products` sum over the keys of a softmax, `others` are products that sum over something else, `escapes` all
+    """`products` sum over the keys of a softmax, `others` are products that sum over something else, `other_users` all
     other users of the weights. `alone`: such a product sums over a single key. `each`: values are
     weighted and summed element by element, with other weights for each component."""
 
     products: tuple[Frame, ...]
     others: tuple[fx.Node, ...]
-    escapes: tuple[fx.Node, ...]
+    other_users: tuple[fx.Node, ...]
     alone: bool
     each: bool
 
@@ -66,7 +66,7 @@ def uses(f: Facts, anchor: Anchor, weights: Weights) -> Uses:
     """Who uses the weights of an anchor, through what is moved, computed element by element, or mixed over heads."""
     products: list[Frame] = []
     others: list[fx.Node] = []
-    escapes: list[fx.Node] = []
+    other_users: list[fx.Node] = []
     seen: set[fx.Node] = {anchor.node}
     carried: set[fx.Node] = set()
     each = False
@@ -95,12 +95,12 @@ def uses(f: Facts, anchor: Anchor, weights: Weights) -> Uses:
                 seen.add(user)
                 stack.append(user)
                 carried.add(user)
-            elif (product is None or pooled) and user not in escapes and not _is_size(user):
-                escapes.append(user)
+            elif (product is None or pooled) and user not in other_users and not _is_size(user):
+                other_users.append(user)
     products.sort(key=lambda x: f.order[x.node])
     alone = any(x is not None and x.extent is ONE for x in (contraction(f, n) for n in others))
-    ends = [x for x in others if x not in carried] if escapes else others  # else a mixture is all there is to tell
-    return Uses(tuple(products), tuple(ends), tuple(escapes), alone, each)
+    ends = [x for x in others if x not in carried] if other_users else others  # else a mixture is all there is to tell
+    return Uses(tuple(products), tuple(ends), tuple(other_users), alone, each)
 
 
 def _factor(product: Contraction, n: fx.Node, seen: set[fx.Node]) -> fx.Node | None:

@@ -9,7 +9,7 @@ import torch
 from attentions.dense import attention
 from cpp_kernels.build import build, host_isas, run, toolchain
 
-from attncc.runtime.cpp import NEEDS, CompileError, CppToolchain, KernelError, detect_isa, processor, usable_isas
+from attncc.runtime.cpp import NEEDS, CompileError, CppKernelError, CppToolchain, detect_isa, processor, usable_isas
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNCC_ISA", "avx2")
     assert detect_isa() == "avx2"
     monkeypatch.setenv("ATTNCC_ISA", "mmx")
-    with pytest.raises(KernelError, match="mmx"):
+    with pytest.raises(CppKernelError, match="mmx"):
         detect_isa()
 
 
@@ -55,7 +55,7 @@ def test_a_call_with_too_few_tensors() -> None:
     q = torch.randn(1, 1, 4, 8)
     a = attention(q, q, q)
     kernel = build(a, host_isas()[0])
-    with pytest.raises(KernelError, match="3 tensors"):
+    with pytest.raises(CppKernelError, match="3 tensors"):
         kernel([q, q], [], [q])
 
 

@@ -293,12 +293,12 @@ def test_masked_scores_do_not_matter(empty: str) -> None:
     """NaN and infinity in K or in a bias at a masked key leave the output alone."""
     q, k, v = qkv()
     want = run(q, k[:, :, :7], v[:, :, :7])["out"]
-    spoilt = k.clone()
-    spoilt[:, :, 7], spoilt[:, :, 8] = torch.nan, torch.inf
+    clobbered = k.clone()
+    clobbered[:, :, 7], clobbered[:, :, 8] = torch.nan, torch.inf
     bias = torch.zeros(11, dtype=torch.float64)
     bias[9], bias[10] = torch.nan, torch.inf
     score = add(mul(S, const(8**-0.5)), Load("bias", (J,), "float"))
-    got = run(q, spoilt, v, score=score, mask=lt(J, const(7)), empty=empty, tensors={"bias": bias})["out"]
+    got = run(q, clobbered, v, score=score, mask=lt(J, const(7)), empty=empty, tensors={"bias": bias})["out"]
     check(got, want)
 
 

@@ -10,9 +10,9 @@ from reading.asked import Asked, mistakes
 from reading.view_ops import SYMBOLIC, samples
 from torch._ops import OpOverload
 
-from attncc.patterns.reader.view_ops import _GRIDS, _PARTS, MOVES
+from attncc.patterns.reader.view_ops import _GRIDS, _PARTS, VIEW_OPS
 
-TARGETS = sorted({*MOVES, *_PARTS, *_GRIDS}, key=str)
+TARGETS = sorted({*VIEW_OPS, *_PARTS, *_GRIDS}, key=str)
 ROWS = [pytest.param(target, id=str(target).removeprefix("aten.")) for target in TARGETS]
 
 

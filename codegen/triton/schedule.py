@@ -24,7 +24,7 @@ TL_TYPES = {"f64": "tl.float64", "f32": "tl.float32", "bf16": "tl.bfloat16", "f1
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """Decisions about a kernel file, made once. All expressions are those of `a`, whose axes of extent 1 are gone."""
 
     a: Attention
@@ -144,7 +144,7 @@ class Plan:
 _PLAIN = Const(1.0)
 
 
-def plan(a: Attention, bounds: Bounds, config: TritonConfig) -> Plan:
+def schedule(a: Attention, bounds: Bounds, config: TritonConfig) -> Schedule:
     """Raises ValueError for what `unsupported` names."""
     bounds = _of_runs(bounds)
     table: dict[Expr, Expr] = {x.index: ZERO for x in a.batch if x.extent is ONE_}
@@ -161,7 +161,7 @@ def plan(a: Attention, bounds: Bounds, config: TritonConfig) -> Plan:
     raw, scale = scaled(a.score) if a.normalizer == "softmax" else (a.score, 1.0)
     everything = Bounds((_whole(a),), (_whole(a),)) if a.mask is TRUE else Bounds((_whole(a),))
     q, k, v = found
-    return Plan(
+    return Schedule(
         a=a, bounds=bounds, config=config, folded=folded, points=points, q=q, k=k, v=v,
         d_chunks=chunks(_const(a.d)), e_chunks=chunks(_const(a.e)),
         runs=segments(bounds, a.j.extent, config.block_n, extents, 0 if config.lists else _most_rows(folded, config)),
