@@ -44,7 +44,18 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", line)
 
 
+#: The files that take longest, which start first: nothing is left to do beside one that starts last.
+LONGEST = (
+    "zoo/test_zoo.py", "differential/test_failures.py", "differential/test_cpp_forms.py", "differential/test_triton.py",
+    "differential/test_lift_random.py", "differential/test_driver.py", "unit/test_triton_compile.py",
+    "differential/test_cpp_decode.py", "differential/test_cpp_levels.py", "differential/test_tile_order.py",
+    "zoo/test_memory.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    places = {str(Path(__file__).parent / name): at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(LONGEST)))
     if config.option.full or "full" in config.option.markexpr:
         return
     wanted: tuple[int, int] | None = config.option.shard

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from parameters.thinned import thinned
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -140,8 +141,7 @@ class OwnAttention(Block):
         return Weighed.apply(*self.qkv(x).chunk(3, -1))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("kind", [Block, Checkpointed, OwnGradient, OwnAttention])
+@pytest.mark.parametrize(("kind", "dynamic"), thinned([Block, Checkpointed, OwnGradient, OwnAttention], [False, True]))
 def test_gradients_survive(kind: type[Block], dynamic: bool) -> None:
     model, x = kind(), torch.randn(2, 16, 32, requires_grad=True)
     compiled = torch.compile(model, backend="attncc", dynamic=dynamic, options={"measure": False})

@@ -25,7 +25,7 @@ NET = {
     "attncc/errors.py:unforeseen", "attncc/errors.py:line", "attncc/errors.py:strict",
 }  # fmt: skip
 #: Of the driver's functions and of all others one in so many is made to fail by default, and each in the full run.
-DRIVERS, OTHERS = 5, 40
+DRIVERS, OTHERS = 12, 120
 
 
 @pytest.fixture(autouse=True)

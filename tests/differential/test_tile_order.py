@@ -54,7 +54,7 @@ def compiled(f: Callable[..., torch.Tensor], *args: torch.Tensor) -> tuple[torch
     return result, site
 
 
-QUICK = ("2-D, from meshgrid", "2-D, dilated", "video, causal in time", "padded")
+QUICK = ("2-D, from meshgrid", "video, causal in time")
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.full) for x in MODELS])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from parameters.thinned import thinned
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -29,9 +30,10 @@ def with_row_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return scores.softmax(-1) @ v, scores.logsumexp(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("model", [by_hand, gated, in_another_order, scaled_dot_product_attention, with_row_sums])
-@pytest.mark.parametrize("tokens_first", [False, True])
-@pytest.mark.parametrize("dynamic", [False, True])
+MODELS = [by_hand, gated, in_another_order, scaled_dot_product_attention, with_row_sums]
+
+
+@pytest.mark.parametrize(("model", "tokens_first", "dynamic"), thinned(MODELS, [False, True], [False, True]))
 def test_strides_are_those_of_eager(model: Callable[..., Tensor], tokens_first: bool, dynamic: bool) -> None:
     torch._dynamo.reset()
     g = torch.Generator().manual_seed(5)
