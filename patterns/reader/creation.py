@@ -61,8 +61,10 @@ def clamped(r: Values, n: fx.Node, at: Point, dim: int, when: int) -> Expr:
 
 
 def _cat(r: Values, n: fx.Node, at: Point) -> Expr | None:
-    parts: Any = [p for p in n.args[0] if r.facts.value(p).numel() != 0 or r.facts.rank(p) > 1]  # type: ignore[union-attr]
     dim = dim_argument(n, len(at))
+    given: Any = n.args[0]
+    # what has no element is no part, and torch lets a tensor of shape (0,) stand beside any other
+    parts = [p for p in given if r.facts.rank(p) == len(at) and r.facts.shape(p)[dim] is not ZERO]
     when = r.facts.order[n]
     offset: Expr = ZERO
     pieces: list[tuple[Expr, Expr, fx.Node]] = []

@@ -178,9 +178,11 @@ def _same(got: torch.Tensor, want: torch.Tensor, best: torch.Tensor, where: str)
         if not torch.equal(got, want):
             raise Mismatch(f"{where}: integers differ")
         return
-    odd = ~torch.isfinite(want)
+    # where eager alone overflows (an exponential in float16), the exact value is as good as its NaN
+    odd = ~torch.isfinite(want) & ~(torch.isfinite(best) & torch.isfinite(got))
     if not torch.equal(torch.nan_to_num(got[odd], 7.0), torch.nan_to_num(want[odd], 7.0)):
         raise Mismatch(f"{where}: where eager is not finite it gives {got[odd][:4]}, not {want[odd][:4]}")
+    want = torch.where(torch.isfinite(want), want, best.to(want.dtype))
     x, y, z = (torch.where(odd | ~torch.isfinite(best), 0.0, t.double()) for t in (got, want, best))
     error, own = (x - z).abs(), (y - z).abs()
     own = own.amax(-1, keepdim=True) if own.dim() and own.numel() else own

@@ -31,10 +31,12 @@ def _dtype(a: Arguments) -> dict[str, Any]:
 
 def _range(target: OpOverload, a: Arguments) -> Sample:
     r = a.random
-    start, step = r.choice((0, 2, -3, 1.5)), r.choice((1, 2, 3, -1, 0.5))
+    given = _dtype(a)
+    whole = not given.get("dtype", torch.float32).is_floating_point  # half a step is none
+    start, step = r.choice((0, 2, -3, 1.5)), r.choice((1, 2, 3, -1, -2 if whole else 0.5))
     end = start + r.choice((1, 3, 4, 6)) * (step if target is aten.arange.start_step else 1)
     args = {aten.arange.default: (r.choice((1, 4, 6.0)),), aten.arange.start: (start, end)}
-    return Sample(target, args.get(target, (start, end, step)), _dtype(a))
+    return Sample(target, args.get(target, (start, end, step)), given)
 
 
 def _filled(like: Callable[[Arguments], tuple[Any, ...]], *, fill: bool = False) -> Call:
@@ -146,7 +148,9 @@ def _points(target: OpOverload, a: Arguments) -> Sample:
     many = a.random.random() < 0.5
     i, j = (26 if many else a.random.choice((2, 3)) for _ in range(2))
     mode = a.random.choice((None, 0, 1)) if many else 1
-    return Sample(target, (a.tensor((b, i, d), torch.float32), a.tensor((b, j, d), torch.float32), 2.0, mode))
+    # apart from each other: by a product, what torch gives for points that meet is the rounding of their squares
+    apart = a.tensor((b, j, d), torch.float32) + 8.0
+    return Sample(target, (a.tensor((b, i, d), torch.float32), apart, 2.0, mode))
 
 
 CALLS: dict[OpOverload, Call] = {
