@@ -22,6 +22,7 @@ from attncc.ir.layout import Layout, interpret_layout, parse_layout, print_layou
 from attncc.ir.linear import Linear, parse_linear, print_linear
 from attncc.ir.merge import Merge, interpret_merge, parse_merge, print_merge, verify_merge
 from attncc.ir.rearrange import Rearrange, interpret_rearrange, parse_rearrange, print_rearrange, verify_rearrange
+from attncc.ir.reduce import Reduce, interpret_reduce, parse_reduce, print_reduce, verify_reduce
 from attncc.ir.select import Select, interpret_select, parse_select, print_select, verify_select
 from attncc.ir.verify import verify
 from attncc.ir.verify_linear import verify_linear
@@ -75,7 +76,7 @@ def _linear(
     return found if compute else {t.name: found[t.name].to(DTYPE_OF[t.dtype]) for t in _of_linear(a)}
 
 
-def _own(a: Merge | Correct | Layout | Rearrange | Select) -> tuple[Tensor, ...]:
+def _own(a: Merge | Correct | Layout | Rearrange | Select | Reduce) -> tuple[Tensor, ...]:
     return a.gives
 
 
@@ -87,6 +88,7 @@ KINDS = (
     Kind("rearrange", Rearrange, _own, verify_rearrange, interpret_rearrange, print_rearrange, parse_rearrange),
     Kind("layout", Layout, _own, verify_layout, interpret_layout, print_layout, parse_layout),
     Kind("select", Select, _own, verify_select, interpret_select, print_select, parse_select),
+    Kind("reduce", Reduce, _own, verify_reduce, interpret_reduce, print_reduce, parse_reduce),
 )
 _BY_TYPE = {kind.type: kind for kind in KINDS}
 _BY_TITLE = {kind.title: kind for kind in KINDS}

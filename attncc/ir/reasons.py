@@ -136,6 +136,10 @@ SENTENCES: dict[str, str] = {
     "key-of-several": "its key is made of several tensors",
     "value-of-several": "the value that it writes is made of several tensors",
     "rate-is-product": "its rate or decay is a product itself",
+    # --- policies of a plan
+    "policy-no-distance": "rows and keys have no positions in common (as in cross attention): it has no distances",
+    "policy-no-heads": "it has no axis of heads, which the rule differs over",
+    "policy-other-grid": "its tokens are no grid of {}",
     # --- the driver
     "weights-needed": "its scores or weights are used elsewhere too, by {}, and so must exist",
     "graph-taken": "another site has taken what it reads",

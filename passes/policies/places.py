@@ -1,0 +1,145 @@
+"""Where the tokens of an attention stand: what rules of distances are written in.
+
+    row(i)    the position of row i among the keys: the last key that its causal mask leaves it; i where rows are keys
+    start     the first key of the sequence: 0, or, where data hides keys (padding, documents), the first of them that
+              the row may see
+
+Positions are counted from `start`, so that padding or a document before a sequence changes nothing of it. Without a
+causal mask, rows that are padding themselves stand at the end of the sequence that is nearer, so that they keep a key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Protocol
+
+from attncc.ir import Attention, Expr, Load, Program, Reduce, Step
+from attncc.ir.affine import expr, poly
+from attncc.ir.analysis import members
+from attncc.ir.build import ONE, ZERO, and_, maximum, minimum, sub
+from attncc.ir.expr import Const, Op, free, loads, mentions
+from attncc.ir.reasons import Reason, because
+from attncc.ir.reduce import Reduction
+
+
+@dataclass(frozen=True)
+class Places:
+    """Integer expressions over the indices and sizes of one attention, positions counted from the start of the
+    sequence. `length` is the number of keys from there on."""
+
+    row: Expr
+    key: Expr
+    start: Expr
+    length: Expr
+    head: Expr | None
+    causal: bool
+
+
+class Policy(Protocol):
+    """A closed-form rule: which keys a row keeps of those that the model's own mask leaves it."""
+
+    def applies(self, a: Attention) -> Reason | None: ...
+
+    def keep(self, at: Places, a: Attention) -> Expr: ...
+
+
+def hide(p: Program, policy: Policy) -> Program:
+    """mask  ->  mask and keep, in each attention that the policy applies to; `p` itself where there is none."""
+    steps: list[Step] = []
+    taken = set(p.values())
+    for step in p.steps:
+        a = step.node
+        if isinstance(a, Attention) and policy.applies(a) is None:
+            steps += _hidden(step, a, policy, taken)
+        else:
+            steps.append(step)
+    return p if steps == list(p.steps) else replace(p, steps=tuple(steps))
+
+
+def _hidden(step: Step, a: Attention, policy: Policy, taken: set[str]) -> list[Step]:
+    """The attention with its mask, behind the steps that find the ends of the sequences where data decides them."""
+    made: list[Step] = []
+    ends: list[Expr] = []
+    wanted: dict[str, Reduction] = {"start": "min"} if _last_key(a) is not None else {"start": "min", "last": "max"}
+    for name, reduction in wanted.items():
+        node = _end(a, reduction)
+        if node is None:
+            break
+        made.append(_step(node, step, name, taken))
+        own = _fresh(name, {x.name for x in (*a.axes, *a.sizes, *a.tensors)})
+        ends.append(Load(own, tuple(x.index for x in node.axes), "int"))
+        a = replace(a, tensors=(*a.tensors, replace(node.gives[0], name=own)))
+    at = places(a, *ends)
+    assert at is not None  # or the policy does not apply
+    arguments = (*step.arguments, *(x.results[0] for x in made))
+    return [*made, replace(step, node=replace(a, mask=and_(a.mask, policy.keep(at, a))), arguments=arguments)]
+
+
+def places(a: Attention, start: Expr = ZERO, last: Expr | None = None) -> Places | None:
+    """The positions of an attention's rows and keys; None where they have none in common. `last`: the last key that a
+    row may see, where data hides keys and no causal mask does."""
+    row = _last_key(a)
+    causal = row is not None
+    if row is None:
+        if poly(a.i.extent) != poly(a.j.extent):
+            return None
+        row = a.i.index if last is None else minimum(maximum(a.i.index, start), last)
+    head = a.batch[-1].index if len(a.batch) > 1 else None
+    return Places(sub(row, start), sub(a.j.index, start), start, sub(a.j.extent, start), head, causal)
+
+
+def no_distance(a: Attention) -> Reason | None:
+    """Why an attention has no distances between rows and keys, or None."""
+    return because("policy-no-distance") if places(a) is None else None
+
+
+def _last_key(a: Attention) -> Expr | None:
+    """x of the part `j <= x` of the mask that mentions rows: the last key that a causal mask leaves a row."""
+    for part in members("and", a.mask):
+        if isinstance(part, Op) and part.name in ("le", "lt") and part.args[0].kind == "int":
+            slack = poly(sub(part.args[1], part.args[0]))  # >= 0, or > 0
+            keyed = [m for m in slack if any(mentions(f, a.j.index) for f in m)]
+            rows = any(mentions(f, a.i.index) for m in slack for f in m)
+            if rows and keyed == [(a.j.index,)] and slack[keyed[0]] == -1:
+                row = expr({m: c for m, c in slack.items() if m != keyed[0]})
+                return row if part.name == "le" else sub(row, ONE)
+    return None
+
+
+def kv_head(a: Attention, head: Expr) -> tuple[Expr, int]:
+    """The number of the head of keys that a query head reads, and how many query heads share one."""
+    for x in a.k.index:
+        if isinstance(x, Op) and x.name == "floordiv" and x.args[0] is head and isinstance(x.args[1], Const):
+            return x, int(x.args[1].value)
+    return head, 1
+
+
+def _end(a: Attention, reduction: Reduction) -> Reduce | None:
+    """The first or the last key which data leaves each sequence, or each row of one; None where no data hides keys."""
+    parts = [x for x in members("and", a.mask) if loads(x) and mentions(x, a.j.index) and not _bounds_rows(x, a)]
+    if not parts:
+        return None
+    seen = and_(*parts)
+    leaves, names = free(seen), {x.tensor for x in loads(seen)}
+    axes = tuple(x for x in (*a.batch, a.i) if x.index in leaves)
+    tensors = tuple(t for t in a.tensors if t.name in names)
+    return Reduce(a.sizes, axes, a.j, tensors, reduction, a.j.index, seen, ZERO)
+
+
+def _step(node: Reduce, beside: Step, name: str, taken: set[str]) -> Step:
+    """A step that reads what another one does."""
+    value = dict(zip((t.name for t in beside.node.tensors), beside.arguments, strict=False))
+    result = _fresh(name, taken)
+    taken.add(result)
+    return Step((result,), node, tuple(value[t.name] for t in node.tensors), beside.sizes)
+
+
+def _bounds_rows(x: Expr, a: Attention) -> bool:
+    """Whether a part of a mask is a causal one by positions that are data."""
+    return isinstance(x, Op) and x.name in ("le", "lt") and _last_key(replace(a, mask=x)) is not None
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    return next(x for n in count() if (x := f"{name}{n or ''}") not in taken)
+

@@ -1,0 +1,51 @@
+"""Spans that grow with the length, one rule a head: the first block of keys and a band of blocks before the row.
+
+Fu et al., 2024 (MoA: mixture of sparse attention, arXiv 2406.14909).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+from attncc.ir import Attention, Const, Expr, Program
+from attncc.ir.build import ONE, ZERO, add, and_, eq, floordiv, lt, maximum, mul, or_, sub
+from attncc.ir.reasons import Reason
+from attncc.passes.policies.places import Places, hide, no_distance
+from attncc.passes.protocol import Legality
+
+#: Shares of the length are kept as fractions of at most this denominator, so that they are computed with integers.
+_MOST_PARTS = 4096
+
+
+@dataclass(frozen=True)
+class Spans:
+    """keep(i, j) = J = 0  or  |I - J| < max(1, alpha // block + floor(beta N / block))    I, J: blocks of row(i) and j
+
+    `alpha`: tokens; `beta`: a share of the N keys, 0 to 1; `block`: tokens. The own block counts."""
+
+    name: ClassVar[str] = "spans"
+    legality: ClassVar[Legality] = "approximate"
+    alpha: int = 1024
+    beta: float = 0.0
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta <= 1 or self.block < 1:
+            raise ValueError(f"beta is from 0 to 1 and block at least 1, not {self.beta} and {self.block}")
+
+    def __call__(self, p: Program, /) -> Program:
+        return hide(p, self)
+
+    def applies(self, a: Attention) -> Reason | None:
+        return no_distance(a)
+
+    def keep(self, at: Places, a: Attention) -> Expr:
+        part = Fraction(self.beta).limit_denominator(_MOST_PARTS)
+        grown = floordiv(mul(at.length, Const(part.numerator)), Const(part.denominator * self.block))
+        span = maximum(add(Const(self.alpha // self.block), grown), ONE)
+        rows, keys = floordiv(at.row, Const(self.block)), floordiv(at.key, Const(self.block))
+        near = lt(sub(rows, keys), span)
+        near = near if at.causal else and_(near, lt(sub(keys, rows), span))
+        return or_(eq(keys, ZERO), near)
