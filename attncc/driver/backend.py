@@ -17,8 +17,10 @@ from attncc.driver.sign_bits import may_write, signed_inputs, with_their_numbers
 from attncc.errors import log, unforeseen
 from attncc.ir.reasons import because
 from attncc.progress import step, waiting
+from attncc.runtime import sharding
 from attncc.runtime.recent import Recent
 from attncc.torch_private.compiling import trace_through_sdp_kernel
+from attncc.torch_private.distributed import is_distributed
 
 __all__ = ["Collected", "attncc_backend", "collecting", "rewrite"]
 
@@ -40,6 +42,8 @@ def attncc_backend(
     chosen = options_of(mode, options)
     trace_through_sdp_kernel(attncc_backend)  # for the frames to come, where this was not asked for by its name
     found, edits = Collected(), GraphEdits()
+    if any(is_distributed(x) for x in example_inputs):
+        sharding.install()
     signed = signed_inputs(example_inputs) if chosen.inductor else ()
     if signed and may_write(gm.graph):
         _say_once("a graph that writes to a conjugate's view runs uncompiled: Inductor does not see its sign")

@@ -21,6 +21,7 @@ from attncc.driver.library_calls import in_place_of
 from attncc.driver.repeats import Repeats
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.softmax.flex import FLEX
+from attncc.torch_private.distributed import crosses, is_distributed
 from attncc.torch_private.state import Modes, autocasts, modes
 
 
@@ -49,6 +50,11 @@ class Reading:
             results={nodes[n]: parts for n, parts in self.results.items()},
             off=frozenset(nodes.get(n, n) for n in self.off),
         )
+
+    def distributed(self, shadow: fx.Node) -> bool:
+        """Whether a node of the shadow stands for a tensor that is distributed over processes."""
+        node = self.origin.get(shadow)
+        return node is not None and is_distributed(node.meta.get("example_value"))
 
     def facts(self) -> Facts:
         """Facts of the shadow, with the dtypes that Dynamo saw (a trace does not see autocast)."""
@@ -103,6 +109,8 @@ class _Shadow(fx.Interpreter):
     def _run(self, n: fx.Node) -> Any:
         if isinstance(n.target, HigherOrderOperator) and n.target is not FLEX:
             return self._opaque(n)
+        if crosses(n):
+            return torch_private.like(n.meta["example_value"])
         number = torch_private.known_number(n)
         if number is not None:
             return number

@@ -183,7 +183,8 @@ def _settled(
     """What becomes of each node that sites which are decided together take the place of; those chosen are fused."""
     pairs = [(site, proposal) for site in group.sites if isinstance(proposal := proposals[id(site)], Proposal)]
     nodes = dict.fromkeys(site.node for site in group.sites)
-    verdict = _verdict(group, [proposal for _, proposal in pairs], facts, measure, training)
+    spread = any(editor.reading.distributed(n) for site in group.sites for n in site.tensors)
+    verdict = _verdict(group, [proposal for _, proposal in pairs], facts, measure, training, spread=spread)
     step("editing the graph")
     found = dict.fromkeys(nodes, verdict)
     places = dict.fromkeys(_target(site) for site, _ in pairs)
@@ -268,8 +269,9 @@ def _text(a: Attention) -> str:
 
 
 def _verdict(
-    group: SiteGroup, proposals: Sequence[Proposal], facts: Facts, measure: bool, training: Training
+    group: SiteGroup, proposals: Sequence[Proposal], facts: Facts, measure: bool, training: Training, *, spread: bool
 ) -> Choice:  # fmt: skip
+    """`spread`: the sites' tensors are distributed over processes."""
     if group.user is not None:
         name = used_by(facts, group.user)
         return Choice(False, None, because("weights-needed", name))
@@ -279,6 +281,10 @@ def _verdict(
         return Choice(False, None, because("no-kernel", slow.reason))
     if not measure:
         return Choice(True, None, because("measuring-off"))
+    if spread:
+        trains = any(p.learned for p in proposals)
+        why = "its tensors are distributed, and all processes must decide alike"
+        return Choice(not trains, None, because("training-not-measured" if trains else "not-measured", why))
     parts = [
         Candidate(site, p.final, p.spec, made, p.learned)
         for site, p, made in zip(group.sites, proposals, kernels, strict=True)

@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from attncc.torch_private.attention_patterns import guarded
+from attncc.torch_private.distributed import whole_fake
 
 
 def fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
@@ -54,7 +55,7 @@ def fakes_of_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Fake
     """The fakes that Dynamo ran a graph on, and their mode; None where they do not show the inputs as they are."""
     if any(n.op == "call_method" and n.target in _RESHAPES for n in module.graph.nodes):
         return None
-    own = [n.meta.get("example_value") for n in module.graph.nodes if n.op == "placeholder"]
+    own = [whole_fake(n.meta.get("example_value")) for n in module.graph.nodes if n.op == "placeholder"]
     pairs = [(mine, given) for mine, given in zip(own, inputs, strict=True) if isinstance(given, torch.Tensor)]
     modes = {mine.fake_mode if isinstance(mine, FakeTensor) else None for mine, _ in pairs}
     mode = modes.pop() if len(modes) == 1 else None

@@ -1,0 +1,113 @@
+"""Attention on distributed tensors: fused, cut as q is, exact, with gradients; layers under tensor parallelism and
+FSDP2. Processes talk by gloo."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from attncc.ir import interpret, parse_attention
+from attncc.runtime.sharding import cut_of, local_call
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+HERE = Path(__file__).parent
+
+
+def _entry(rank: int, name: str, world: int, folder: str, results: Any) -> None:
+    sys.path.insert(0, str(HERE))
+    import sharded_programs  # noqa: PLC0415 - each process finds it beside this file
+
+    getattr(sharded_programs, name)(rank, world, folder, results)
+
+
+def run(name: str, world: int, folder: Path) -> dict[Any, Any]:
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.start_processes(_entry, (name, world, str(folder), results), world, start_method="spawn")
+        return dict(results)
+
+
+PROCESSES = [2, pytest.param(4, marks=pytest.mark.full)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", PROCESSES)
+def test_forms(world: int, tmp_path: Path) -> None:
+    found = run("forms", world, tmp_path)
+    assert len(found) == 12
+    for (name, place), (statuses, kept, error) in found.items():
+        assert statuses == ["fused"], (name, place)
+        assert error < 2e-5, (name, place)
+        assert kept == ("R" if place == "S(2)" else place), name  # what is cut along the rows is gathered
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", PROCESSES)
+def test_layers(world: int, tmp_path: Path) -> None:
+    found = run("layers", world, tmp_path)
+    assert set(found) == {"tensor parallel", "FSDP2"}
+    assert all(error < 2e-5 for error in found.values()), found
+
+
+TEXT = """attention
+size   n, m
+batch  b = 2, h = 8
+axis   i = n, j = m, d = 4, e = 4
+tensor q: f32[2, 8, n, 4]
+tensor k: f32[2, 2, m, 4]
+tensor v: f32[2, 2, m, 4]
+tensor t: f32[8, n, m]
+q      q[b, h, i, d]
+k      k[b, h // 4, j, d]
+v      v[b, h // 4, j, e]
+score  s * 0.5 + t[h, i, j]
+mask   j <= i
+norm   softmax
+empty  zero
+weight w
+give   out, lse
+dtype  f32
+"""
+
+
+@pytest.mark.parametrize(
+    ("dims", "counts", "cut"),
+    [((1,), (2,), ["h"]), ((0,), (2,), ["b"]), ((1,), (4,), [None]), ((2,), (2,), [None]), ((0, 1), (2, 2), ["b", "h"]),
+     ((1, 1), (2, 1), ["h", "h"]), ((1, 1), (2, 2), ["h", None]), ((None,), (2,), [None]), ((0,), (3,), [None])],
+)  # fmt: skip
+def test_parts_of_the_batch_are_what_the_whole_gives_there(
+    dims: tuple[int | None, ...], counts: tuple[int, ...], cut: list[str | None]
+) -> None:
+    """Eight heads on two of keys can be halved, not quartered; rows are not cut."""
+    a = parse_attention(TEXT)
+    found = cut_of(a, [5, 5], dims, counts)
+    assert [None if s is None else s.axis.name for s in found.shards] == cut
+    own, sizes = local_call(a, [5, 5], found)
+    g = torch.Generator().manual_seed(0)
+    whole = {t.name: torch.randn([5 if not hasattr(n, "value") else n.value for n in t.shape], generator=g)
+             for t in a.tensors}  # fmt: skip
+    wanted = interpret(a, whole, [5, 5])
+    first = _first(whole, lambda name: found.dims(name), counts)
+    got = interpret(own, first, sizes)
+    for name, x in wanted.items():
+        part = _first({name: x}, lambda _: found.places(a), counts)[name]
+        torch.testing.assert_close(got[name], part)
+
+
+def _first(
+    tensors: dict[str, torch.Tensor], dims: Callable[[str], list[int | None]], counts: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
+    """The part of the first process."""
+    found = dict(tensors)
+    for name in found:
+        for dim, count in zip(dims(name), counts, strict=True):
+            found[name] = found[name] if dim is None else found[name].chunk(count, dim)[0]
+    return found
