@@ -54,6 +54,11 @@ def mesh_of(tensors: Sequence[object]) -> Any:
     return next(x.device_mesh for x in tensors if is_distributed(x))  # type: ignore[attr-defined]
 
 
+def coordinate(mesh: Any) -> list[int]:
+    """Where this process is in a mesh."""
+    return [int(mesh.get_local_rank(d)) for d in range(mesh.ndim)]
+
+
 def shard_dims(x: object, mesh: Any) -> list[int | None]:
     """For each dimension of the mesh, the one of the tensor that is cut along it; None where it is not cut evenly."""
     placements: Any = getattr(x, "placements", [None] * mesh.ndim)
