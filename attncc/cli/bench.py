@@ -15,15 +15,16 @@ from attncc.frontends.targets import TargetError, one_line
 
 def bench(
     suite: Annotated[
-        Literal["cpu", "gpu", "windows", "compile", "sites"],
-        typer.Option("--suite", help="Which machine to measure; or on this one, models with long windows, what "
-                     "compiling costs, or how much of the attention of transformers' models is found."),
+        Literal["cpu", "gpu", "windows", "longcontext", "compile", "sites"],
+        typer.Option("--suite", help="Which machine to measure; or on this one, models with long windows, the masks of "
+                     "long contexts with their backward, what compiling costs, or how much of the attention of "
+                     "transformers' models is found."),
     ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
     only: Annotated[str, typer.Option("--rows", metavar="WORDS", help="Rows whose names hold one of these, by commas; "
-                                      "`none` measures nothing (cpu, compile, windows, sites).")] = "",
-    lengths: Annotated[str, typer.Option("--lengths", metavar="TOKENS", help="By commas (windows).")] = "",
+                                      "`none` measures nothing (all but gpu).")] = "",
+    lengths: Annotated[str, typer.Option("--lengths", metavar="TOKENS", help="By commas (windows, longcontext).")] = "",
     dtypes: Annotated[str, typer.Option("--dtypes", metavar="TYPES", help="Of f32,bf16,f16 (cpu).")] = "",
     rivals: Annotated[str, typer.Option("--rivals", metavar="NAMES", help="By commas: sdpa, sdpa gqa, inductor, flex, "
                                         "flex + mask, plain, read (cpu).")] = "",
@@ -38,7 +39,9 @@ def bench(
                   "picture": picture, "table": table}  # fmt: skip
         of_windows = {"only": only, "lengths": _numbers(lengths)}
         rows = {"only": only}
-        taken = {"cpu": of_cpu, "compile": rows, "sites": rows, "windows": of_windows}.get(suite, {})
+        suites = {"cpu": of_cpu, "compile": rows, "sites": rows, "windows": of_windows,
+                 "longcontext": of_windows}  # fmt: skip
+        taken = suites.get(suite, {})
         given = {name for name, value in (of_cpu | of_windows).items() if value}
         foreign = [f"--{_OPTION.get(name, name)}" for name in sorted(given - set(taken))]
         if foreign:
