@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor,
 )
 from torch.fx.experimental.symbolic_shapes import guard_scalar
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attncc.torch_private.attention_patterns import guarded
 
@@ -129,6 +130,17 @@ def gradients_off() -> Iterator[None]:
     finally:
         with unobserved():
             torch._C._set_grad_enabled(before)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, operations on tensors made there do what they do in a plain program: no trace, no transform, no mode, no
+    autocast and no gradients of whoever is compiling or calling has a part in them."""
+    with (
+        _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch(),
+        torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False),
+    ):  # fmt: skip
+        yield
 
 
 def traced_constant(x: object) -> bool:
