@@ -22,6 +22,7 @@ from attncc.ir import Attention
 from attncc.runtime import compilers
 from attncc.runtime.compilers import CompileError
 from attncc.runtime.libraries import LibraryError, damage, load
+from attncc.runtime.store_files import read
 
 __all__ = ["CompileError", "CppKernel", "CppToolchain", "KernelError", "detect_isa"]
 
@@ -174,9 +175,9 @@ class CppToolchain:
 def whole(path: Path) -> None:
     """See that a compiler wrote a library with the entry. Raises CompileError where it did not."""
     try:
-        why = damage(path.read_bytes(), ENTRY)
-    except OSError:
-        why = "is not there"
+        why = damage(read(path, 1 << 30), ENTRY)
+    except OSError as error:
+        why = f"cannot be read: {error}" if os.path.lexists(path) else "is not there"
     if why is not None:
         raise CompileError(f"error: what the compiler should have written {why}")
 

@@ -23,6 +23,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,7 +96,7 @@ class Store:
         self.limit = limit
         self.note: str | None = None
         self._guard = Guard()
-        self._files: dict[Path, dict[str, str]] = {}  # of entries whose manifest was read: digests by name
+        self._files: dict[Path, dict[str, str]] = {}  # of entries that were found: digests by name
         try:
             self._open(_below(wanted))
         except OSError as error:
@@ -148,27 +149,18 @@ class Store:
 
     def find(self, key: str, name: str) -> Path | None:
         """The folder of the entry `key`, or None if it is not there or not what was written."""
+        path = self._path(key, name)
         try:
             self._checked()
-            path = self._path(key, name)
-            if distrust(path.lstat()) is not None:
-                return None
         except OSError:
             return None
-        with self._guard():
-            known = path in self._files
-        files = None if known else self._intact(path, key)
-        if not known and files is None:
+        files = self._intact(path, key)
+        if files is None:
             return None
-        try:
+        with suppress(OSError):  # a full disk or a read-only one: only the order of pruning suffers
             os.utime(path / MANIFEST)
-        except FileNotFoundError:  # removed since it was read
-            return None
-        except OSError:  # a full disk or a read-only one: only the order of pruning suffers
-            pass
-        if files is not None:
-            with self._guard():
-                self._files[path] = files
+        with self._guard():
+            self._files[path] = files
         return path
 
     def read(self, entry: Path, name: str) -> bytes:
@@ -263,6 +255,8 @@ class Store:
         """The digests of the files of an entry, if every one is what its build wrote. Files that came later do not
         count."""
         try:
+            if distrust(path.lstat()) is not None:
+                return None
             manifest = self._seal.opened(parsed(read(path / MANIFEST)))
             files = {} if manifest is None else manifest.get("files")
             if manifest is None or manifest.get("key") != key or not isinstance(files, dict) or not files:
@@ -275,13 +269,12 @@ class Store:
 
     def verify(self, entry: Entry) -> str | None:
         """What is wrong with an entry, None where every file is what its build wrote."""
+        if self._intact(entry.path, entry.key) is not None:
+            return None
         try:
-            why = distrust(entry.path.lstat())
+            return distrust(entry.path.lstat()) or "is not what was built, or was not built by this user"
         except OSError as error:
             return str(error)
-        if why is None and self._intact(entry.path, entry.key) is None:
-            why = "is not what was built, or was not built by this user"
-        return why
 
     def _put_aside(self, path: Path) -> Path | None:
         """Move an entry that failed its checks out of the way; where it lies now."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from attncc.runtime.store_files import delete, is_folder, parsed, read
+from attncc.runtime.store_files import delete, parsed, read
 
 #: Entries used within the last hour are never pruned, and builds younger than this never swept: they may be in use.
 RECENT_S = 3600.0
@@ -121,7 +122,7 @@ class Pruning:
 
     def _mark(self) -> None:
         mark = self.root / _LOOKED
-        if is_folder(mark):
+        if os.path.lexists(mark) and not stat.S_ISREG(mark.lstat().st_mode):
             self.remove(mark)
         handle = os.open(mark, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o600)
         os.close(handle)

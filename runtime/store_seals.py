@@ -60,7 +60,7 @@ class Opened:
             if why is None:
                 secret = _secret(root)
                 if secret is not None:
-                    self.seal, self._inode = Seal(secret), root.lstat().st_ino
+                    self.seal, self._secret_of = Seal(secret), _state(root / _KEY)
                     return
                 why = f"{root / _KEY} was not this user's alone"
             self.emptied = why
@@ -69,12 +69,18 @@ class Opened:
 
     @property
     def out_of_order(self) -> bool:
-        """Whether others can write here by now, or another folder, with another seal, lies in the place of this one."""
+        """Whether others can write here by now, or the store has another secret than this process knows."""
         try:
             found = self.root.lstat()
+            secret = _state(self.root / _KEY)
         except OSError:
             return False  # gone: it is made again by who writes
-        return found.st_ino != self._inode or not stat.S_ISDIR(found.st_mode) or _writable(found)
+        return _writable(found) or not stat.S_ISDIR(found.st_mode) or secret != self._secret_of
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    found = path.lstat()
+    return found.st_ino, found.st_mtime_ns, found.st_mode
 
 
 def _writable(found: os.stat_result) -> bool:

@@ -18,11 +18,14 @@ from attncc.ir.evaluate import DTYPE_OF
 from attncc.ir.expr import loads
 
 #: Rows and keys where a call decides them: more than a tile of rows and a block of keys, and no multiple of a vector.
-ROWS, KEYS, CHANNELS, BATCH, OTHER = 70, 101, 16, 2, 3
+ROWS, KEYS, CHANNELS, BATCH, OTHER = 70, 139, 16, 2, 3
 #: Where those do not fit each other: everything alike.
 ALIKE = (96, 8)
 #: Numbers that are drawn; larger tensors repeat them. A prime, so that no dimension does.
 _DRAWN = 65521
+#: Of a softmax's queries and keys some, this many numbers at a time, are so much larger: scores then climb from a block
+#: of keys to the next.
+_SAME, _LOUD = 512, 16.0
 #: Elements of all tensors of a trial at most.
 MOST_ELEMENTS = 1 << 25
 
@@ -70,6 +73,7 @@ class _Draw:
     """`plain`: floats above zero, integers zero, which every expression can read, in place of what says most."""
 
     def __init__(self, a: Attention, table: dict[Size, int], plain: bool) -> None:
+        self.loud = {a.q.tensor: 4, a.k.tensor: 8} if a.normalizer == "softmax" else {}
         self.operands = {a.q.tensor, a.k.tensor, a.v.tensor}
         self.by_token = {a.i.extent, a.j.extent}
         self.keys = at_sizes(a.j.extent, table)
@@ -81,7 +85,10 @@ class _Draw:
         some = min(count, _DRAWN)
         if t.kind == "float":
             pool = torch.randn(some, generator=self.generator, dtype=torch.float32, device="cpu")
-            if self.plain and t.name not in self.operands:
+            if t.name in self.loud:
+                every = self.loud[t.name]
+                pool[torch.arange(some, device="cpu") // _SAME % every == every - 1] *= _LOUD
+            elif self.plain and t.name not in self.operands:
                 pool = pool.abs() * 0.5 + 0.1
         elif t.kind == "bool":
             pool = torch.rand(some, generator=self.generator, dtype=torch.float32, device="cpu") < 0.75
