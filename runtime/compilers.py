@@ -98,7 +98,7 @@ def run(command: Sequence[str], *, seconds: float | None = None, scratch: Path |
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
-            **({"process_group": 0} if os.name == "posix" else {}),
+            process_group=0 if os.name == "posix" else None,
         )  # fmt: skip
     except OSError as error:
         raise CompileError(f"{command[0]} cannot be run: {error.strerror or error}") from error

@@ -258,10 +258,11 @@ class Store:
             if distrust(path.lstat()) is not None:
                 return None
             manifest = self._seal.opened(parsed(read(path / MANIFEST)))
-            files = {} if manifest is None else manifest.get("files")
-            if manifest is None or manifest.get("key") != key or not isinstance(files, dict) or not files:
+            if manifest is None or manifest.get("key") != key or not isinstance(manifest.get("files"), dict):
                 return None
-            files = cast(dict[str, str], files)
+            files = cast(dict[str, str], manifest["files"])
+            if not files:
+                return None
             right = all(hashlib.sha256(read(path / n, _LARGE)).hexdigest() == want for n, want in files.items())
             return files if right else None
         except OSError:

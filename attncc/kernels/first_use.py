@@ -46,7 +46,7 @@ def wrong(kernel: Kernel, a: Attention, extra: Extra | None = None) -> str | Non
     `extra` makes the last tensors of `a`, which are worked out from the others."""
     with apart():
         own = len(a.tensors) if extra is None else _own(a)
-        reason = "no data that could be made up has finite results"
+        reason = "its tensors are too much for a trial"
         for data in attempts(a, own):
             table = dict(zip(a.sizes, data.sizes, strict=True))
             whole = whole_ranges(a, table)
@@ -65,6 +65,7 @@ def wrong(kernel: Kernel, a: Attention, extra: Extra | None = None) -> str | Non
                 reason = f"the plain-torch form fails on made-up data ({error})"
                 continue
             if not any(r.tells for r in references):
+                reason = "no data that could be made up has finite results"
                 continue
             return _tried(kernel, a, MadeUp(tensors, data.sizes), references)
     raise Untried(reason)

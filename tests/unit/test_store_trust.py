@@ -1,5 +1,5 @@
-"""What others may have written into the store is not used: open folders, planted files, exchanged libraries, and whatever
-lies in the place of a file."""
+"""What others may have written into the store is not used: open folders, planted files, exchanged libraries, and
+whatever lies in the place of a file."""
 
 from __future__ import annotations
 
@@ -228,8 +228,8 @@ def empty_manifest(path: Path) -> None:
 
 JUNK = [pipe, folder, nested, nested_lists, link, loop, huge, nothing, noise, unreadable, empty_manifest]
 PLACES = [
-    "k-{key}", "k-{key}/manifest.json", "k-{key}/kernel.so", ".records/{whole}.json", ".locks/{key}.lock", ".key", ".records",
-    ".building", ".locks", ".quarantine", ".looked-at", "",
+    "k-{key}", "k-{key}/manifest.json", "k-{key}/kernel.so", ".records/{whole}.json", ".locks/{key}.lock", ".key",
+    ".records", ".building", ".locks", ".quarantine", ".looked-at", "",
 ]  # fmt: skip
 
 
