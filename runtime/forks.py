@@ -1,19 +1,20 @@
-"""Locks that a fork leaves open: a child has only the thread that forked, and what others held is held for ever."""
+"""Locks that a fork leaves open: a child has the thread that forked alone, and what others held is held for ever."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, RLock
 from weakref import WeakSet
 
 
 class Guard:
-    """A lock for `with guard():`, new in a forked child."""
+    """A lock for `with guard():`, new in a forked child. A thread may take one that is `again` more than once."""
 
-    def __init__(self) -> None:
-        self._lock = Lock()
+    def __init__(self, *, again: bool = False) -> None:
+        self._make = RLock if again else Lock
+        self._lock = self._make()
         _guards.add(self)
 
     @contextmanager
@@ -22,7 +23,7 @@ class Guard:
             yield
 
     def renew(self) -> None:
-        self._lock = Lock()
+        self._lock = self._make()
 
 
 _guards: WeakSet[Guard] = WeakSet()

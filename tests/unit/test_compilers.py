@@ -64,8 +64,8 @@ def test_a_library_that_is_cut_anywhere_is_not_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ("truncates", "cut short"), ("keeps half", "cut short"), ("keeps a header", "cut short"), ("empties", "is empty"),
-        ("writes nothing", "is not there"), ("writes text", "is no library"), ("makes a pipe", "no regular file"),
+        ("truncates", "cut short"), ("keeps half", "cut short"), ("keeps a header", "cut short"),
+        ("empties", "is empty"), ("writes nothing", "is not there"), ("writes text", "is no library"), ("makes a pipe", "no regular file"),
         ("renames the entry", "has no attncc_run"), ("makes an object", "is no library"),
         ("crashes", "exit status -11"), ("exit 3", "exit status 3"), ("echo 'x: error: no' >&2; exit 1", "error: no"),
     ],
@@ -121,8 +121,8 @@ def test_stopping_what_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ("{folder}", "is a folder"), ("{folder}/absent", "is not found"), ("{folder}/text", "is no program that can be run"),
-        ("'", "is no command"), ("absent-compiler -O2", "is not found"),
+        ("{folder}", "is a folder"), ("{folder}/absent", "is not found"),
+        ("{folder}/text", "is no program that can be run"), ("'", "is no command"), ("absent-compiler -O2", "is not found"),
     ],
 )  # fmt: skip
 def test_a_name_that_names_no_compiler_is_reported(

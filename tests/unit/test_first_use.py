@@ -1,5 +1,5 @@
-"""A kernel is held against the plain-torch form before it is used: wrong ones are found, right ones are not accused, and
-what was found is remembered."""
+"""A kernel is held against the plain-torch form before it is used: wrong ones are found, right ones are not accused,
+and what was found is remembered."""
 
 from __future__ import annotations
 
