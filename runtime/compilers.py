@@ -26,6 +26,9 @@ TIMEOUT_S = 60.0
 #: Bytes of a compiler's messages that are kept.
 _MOST_SAID = 1 << 16
 _running: set[subprocess.Popen[bytes]] = set()
+#: Programs that did not finish, and until when (on the monotonic clock) they are not waited for again.
+_stuck: dict[str, float] = {}
+_REST_S = 600.0
 
 
 class CompileError(BuildError):
@@ -94,6 +97,8 @@ def run(command: Sequence[str], *, seconds: float | None = None, scratch: Path |
 
     Raises CompileError where it cannot be run or takes too long."""
     limit = timeout_s() if seconds is None else seconds
+    if time.monotonic() < _stuck.get(command[0], 0.0):
+        raise CompileError(f"error: {command[0]} did not finish before, and is not tried again for a while")
     environment = None if scratch is None else {**os.environ, "TMPDIR": str(scratch)}
     try:
         process = subprocess.Popen(
@@ -106,6 +111,7 @@ def run(command: Sequence[str], *, seconds: float | None = None, scratch: Path |
     try:
         said = _heard(process, time.monotonic() + limit)
         if said is None:
+            _stuck[command[0]] = time.monotonic() + _REST_S
             raise CompileError(f"error: {command[0]} did not finish within {limit:g} s ({TIMEOUT} sets how long)")
         return process.returncode, said
     finally:
@@ -117,6 +123,11 @@ def stop() -> None:
     """Kill the compilers that run now: the user interrupts."""
     for process in list(_running):
         _kill(process)
+
+
+def forget() -> None:
+    """Try again what did not finish before."""
+    _stuck.clear()
 
 
 def _heard(process: subprocess.Popen[bytes], until: float) -> str | None:

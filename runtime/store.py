@@ -89,12 +89,14 @@ class Store:
     """A folder of builds and measurements, shared by all processes of one user.
 
     `root` is by default the folder that ATTNCC_CACHE_DIR names, else the user's cache folder. Where it cannot be used,
-    a folder for this process alone takes its place; `note` says why, or why what was kept before is not used."""
+    a folder for this process alone takes its place (`apart`); `note` says why, or why what was kept before is not
+    used."""
 
     def __init__(self, root: Path | None = None, *, limit: int = LIMIT_BYTES) -> None:
         wanted = root or Path(os.environ.get(VARIABLE) or platformdirs.user_cache_dir("attncc"))
         self.limit = limit
         self.note: str | None = None
+        self.apart = False
         self._guard = Guard()
         self._files: dict[Path, dict[str, str]] = {}  # of entries that were found: digests by name
         try:
@@ -102,6 +104,7 @@ class Store:
         except OSError as error:
             self.note = f"the cache folder {wanted} cannot be used ({error}); kernels of this process are kept apart"
             _log.warning("%s", self.note)
+            self.apart = True
             self._open(temporary() / FOLDER)
 
     def _open(self, root: Path) -> None:
@@ -317,6 +320,10 @@ class Store:
 
     def _record(self, key: str) -> Path:
         return self.root / ".records" / f"{key}.json"
+
+    def records(self) -> int:
+        """How many records are kept."""
+        return sum(1 for _ in (self.root / ".records").iterdir())
 
     def entries(self) -> list[Entry]:
         """All entries by name. Neither seals nor checksums are verified."""

@@ -65,9 +65,10 @@ def test_a_library_that_is_cut_anywhere_is_not_loaded(tmp_path: Path) -> None:
     ("fault", "says"),
     [
         ("truncates", "cut short"), ("keeps half", "cut short"), ("keeps a header", "cut short"),
-        ("empties", "is empty"), ("writes nothing", "is not there"), ("writes text", "is no library"), ("makes a pipe", "no regular file"),
-        ("renames the entry", "has no attncc_run"), ("makes an object", "is no library"),
-        ("crashes", "exit status -11"), ("exit 3", "exit status 3"), ("echo 'x: error: no' >&2; exit 1", "error: no"),
+        ("empties", "is empty"), ("writes nothing", "is not there"), ("writes text", "is no library"),
+        ("makes a pipe", "no regular file"), ("renames the entry", "has no attncc_run"),
+        ("makes an object", "is no library"), ("crashes", "exit status -11"), ("exit 3", "exit status 3"),
+        ("echo 'x: error: no' >&2; exit 1", "error: no"),
     ],
 )  # fmt: skip
 def test_what_is_no_kernel_is_a_failed_build(tmp_path: Path, fault: str, says: str) -> None:
@@ -91,6 +92,13 @@ def test_a_compiler_that_does_not_finish(tmp_path: Path, monkeypatch: pytest.Mon
     assert time.monotonic() - start < 5
     assert children() <= before  # what it started is gone, too
     assert [x.name for x in tmp_path.iterdir()] == ["faulty-g++"]
+    start = time.monotonic()
+    with pytest.raises(CompileError, match="did not finish before"):  # the next kernel does not wait again
+        compiled(tmp_path / "faulty-g++", tmp_path / "kernel.so")
+    assert time.monotonic() - start < 0.3
+    compilers.forget()
+    with pytest.raises(CompileError, match="did not finish within"):
+        compiled(tmp_path / "faulty-g++", tmp_path / "kernel.so")
 
 
 def test_what_a_compiler_leaves_running_is_not_waited_for(tmp_path: Path) -> None:
@@ -122,7 +130,8 @@ def test_stopping_what_runs(tmp_path: Path) -> None:
     ("value", "says"),
     [
         ("{folder}", "is a folder"), ("{folder}/absent", "is not found"),
-        ("{folder}/text", "is no program that can be run"), ("'", "is no command"), ("absent-compiler -O2", "is not found"),
+        ("{folder}/text", "is no program that can be run"), ("'", "is no command"),
+        ("absent-compiler -O2", "is not found"),
     ],
 )  # fmt: skip
 def test_a_name_that_names_no_compiler_is_reported(
