@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -49,7 +49,8 @@ _COMMON = (
     "-std=c++17", *_OPTIMISED, "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
     "-ffp-contract=fast", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-w",
 )  # fmt: skip
-_ERRORS = {1: "out of memory", 2: "a size beyond 2^24", 3: "Linux does not let this process use AMX"}
+_TOO_LARGE = 2
+_ERRORS = {1: "out of memory", _TOO_LARGE: "a size beyond 2^24", 3: "Linux does not let this process use AMX"}
 
 
 class KernelError(RuntimeError):
@@ -203,6 +204,8 @@ class CppKernel:
     def __init__(self, path: Path, a: Attention, binary: bytes | None = None) -> None:
         """`binary` is what `path` held when it was checked. Raises CompileError where that is no library."""
         self.path, self.attention = path, a
+        #: The kernel for calls with sizes that this one refuses, made when the first of them comes.
+        self.larger: Callable[[], Callable[..., None]] | None = None
         self._library = loaded(path.read_bytes() if binary is None else binary)
         self._run = self._library[ENTRY]
         self._run.restype = ctypes.c_int32
@@ -224,7 +227,9 @@ class CppKernel:
             in_type(*[t.data_ptr() for t in tensors]), in_strides, size_array,  # type: ignore[operator]
             out_type(*[t.data_ptr() for t in outputs]), out_strides,  # type: ignore[operator]
         )  # fmt: skip
-        if failed:
+        if failed == _TOO_LARGE and self.larger is not None:
+            self.larger()(tensors, sizes, outputs)
+        elif failed:
             raise KernelError(f"{self.path.name}: {_ERRORS.get(failed, failed)}")
 
     def _plan(

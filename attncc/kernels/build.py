@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -211,16 +211,21 @@ def _torch(a: Attention, reason: str) -> Built:
     return Built(TorchKernel(a), print_attention(a), "torch", "plain torch", reason)
 
 
-def _cpp(a: Attention, bounds: Bounds, target: Target, extra: Extra | None = None) -> Built:
-    """The C++ kernel of `a`; `extra` makes the tensors that its bounds alone read."""
+def _cpp(
+    a: Attention, bounds: Bounds, target: Target, extra: Extra | None = None, *, wide: bool = False
+) -> Built:  # fmt: skip
+    """The C++ kernel of `a`; `extra` makes the tensors that its bounds alone read. Calls with sizes beyond 2^24 get a
+    `wide` one."""
     reason = cpp.unsupported(a)
     if reason is not None:
         return _torch(a, reason)
     assert target.toolchain is not None  # else the target would lack it
     try:
-        source = cpp.emit(a, bounds, target.arch)
+        source = cpp.emit(a, bounds, target.arch, wide=wide)
         name, store = kernel_name(a), default_store()
-        kernel = compiled(a, source, target.arch, target.toolchain, name, store, extra, partial(TorchKernel, a))
+        larger = cache(lambda: _cpp(a, bounds, target, extra, wide=True).kernel) if a.sizes and not wide else None
+        plain = partial(TorchKernel, a)
+        kernel = compiled(a, source, target.arch, target.toolchain, name, store, extra, plain, larger)
     except CompileError as error:
         return _torch(a, f"the C++ compiler failed: {_first_error(str(error))}")
     except (KernelError, StoreError, OSError) as error:

@@ -36,10 +36,10 @@ _log = logging.getLogger(__name__)
 
 def compiled(
     a: Attention, source: str, isa: str, toolchain: CppToolchain, name: str, store: Store,
-    extra: Extra | None, otherwise: Callable[[], Kernel],
+    extra: Extra | None, otherwise: Callable[[], Kernel], larger: Callable[[], Kernel] | None,
 ) -> Kernel:  # fmt: skip
     """The kernel that `source` gives. `extra` makes the tensors that it takes beside those of `a`, for a check at its
-    first use; `otherwise` runs in its place where a later check finds it wrong.
+    first use; `otherwise` runs in its place where a later check finds it wrong, `larger` for sizes that it refuses.
 
     Raises CompileError where the compiler fails or made a kernel that is wrong, StoreError and OSError."""
     made = _Made(a, source, isa, toolchain, name, store)
@@ -47,6 +47,7 @@ def compiled(
     if known is not None:
         raise CompileError(f"error: {known.get('why')}")
     kernel = made.kernel()
+    kernel.larger = larger
     if not _checks() or store.recall(made.checked) is not None:
         return kernel
     step(f"checking {name}")
