@@ -30,6 +30,7 @@ from typing import Any, cast
 import platformdirs
 
 from attncc.runtime.forks import Guard
+from attncc.runtime.notices import notice
 from attncc.runtime.store_files import distrust, parsed, read, way_is_safe, write
 from attncc.runtime.store_locks import turn
 from attncc.runtime.store_pruning import Entry, Pruning, entry_of, folders
@@ -103,7 +104,7 @@ class Store:
             self._open(_below(wanted))
         except OSError as error:
             self.note = f"the cache folder {wanted} cannot be used ({error}); kernels of this process are kept apart"
-            _log.warning("%s", self.note)
+            notice(self.note)
             self.apart = True
             self._open(temporary() / FOLDER)
 
@@ -115,7 +116,7 @@ class Store:
             self._files.clear()
         if opened.emptied is not None:
             self.note = f"{opened.emptied}, so nothing that was kept there is used any more"
-            _log.warning("%s", self.note)
+            notice(self.note)
 
     def _checked(self) -> None:
         """See that nobody else can write here. Raises OSError where that cannot be had."""

@@ -121,8 +121,9 @@ def target_of(device: torch.device) -> Target:
     if device.type != "cpu":
         return Target(device.type, missing=f"no emitter for device {device.type}")
     toolchain = find_toolchain()
-    if isinstance(toolchain, str):
-        return Target("cpu", missing=toolchain)
+    if toolchain is None:
+        found = _toolchain(*_environment())
+        return Target("cpu", missing=found if isinstance(found, str) else "no C++ compiler found")
     arch, missing = _isa(toolchain, os.environ.get("ATTNCC_ISA"))
     return Target("cpu", arch, toolchain, missing=missing)
 
@@ -269,9 +270,14 @@ def kernel_name(a: Attention) -> str:
     return f"{mask}-{a.normalizer}-{a.tensor(a.q.tensor).dtype}-d{a.d.extent!r}"
 
 
-def find_toolchain() -> CppToolchain | str:
-    """The C++ compiler, looked for once for each environment, or why there is none."""
-    return _toolchain(*map(os.environ.get, ("ATTNCC_CXX", "CXX", "PATH")))
+def find_toolchain() -> CppToolchain | None:
+    """The C++ compiler, looked for once for each environment."""
+    found = _toolchain(*_environment())
+    return None if isinstance(found, str) else found
+
+
+def _environment() -> list[str | None]:
+    return [os.environ.get(name) for name in ("ATTNCC_CXX", "CXX", "PATH")]
 
 
 @lru_cache(maxsize=8)

@@ -21,6 +21,7 @@ from attncc.progress import step
 from attncc.runtime.compilers import timeout_s
 from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, processor, whole
 from attncc.runtime.measure import device_name
+from attncc.runtime.notices import notice
 from attncc.runtime.op import Kernel
 from attncc.runtime.store import Store, StoreError, key
 
@@ -85,7 +86,7 @@ class _Made:
         try:
             return self._kernel()
         except StoreError as error:  # changed since it was found, and put aside: made again, once
-            _log.warning("%s", error)
+            notice(f"{error}; it is built again")
             return self._kernel()
 
     def _kernel(self) -> CppKernel:
@@ -113,7 +114,7 @@ class _Made:
     def refused(self, why: str) -> str:
         """Put the kernel aside for good; the reason to report."""
         reason = f"{' '.join(self.toolchain.command)} made a kernel that is wrong, which is not used: {why}"
-        _log.warning("%s (%s)", reason, self.name)
+        notice(reason)
         self.store.remember(self.failed, {"entry": self.key, "why": reason})
         if self.folder is not None:
             self.store.discard(self.folder)

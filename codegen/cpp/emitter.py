@@ -52,7 +52,9 @@ def unsupported(a: Attention) -> str | None:
 
 
 def emit(a: Attention, bounds: Bounds, isa: str, *, wide: bool = False) -> str:
-    """The C++ source of `a` for `isa`; `wide` where a call may have sizes beyond 2^24. Raises ValueError where `unsupported(a)` has a reason."""
+    """The C++ source of `a` for `isa`; `wide` where a call may have sizes beyond 2^24.
+
+    Raises ValueError where `unsupported(a)` has a reason."""
     reason = unsupported(a)
     if reason is not None:
         raise ValueError(f"no C++ kernel: {reason}")
@@ -124,7 +126,8 @@ class _Emitter:
 
     def _config(self) -> str:
         a, double = self.a, self.p.double
-        narrow = not double and not self.wide and fits_32_bits(a, a.score, a.mask, a.weight, *([a.sink] if a.sink else []))
+        roots = (a.score, a.mask, a.weight, *([a.sink] if a.sink else []))
+        narrow = not double and not self.wide and fits_32_bits(a, *roots)
         wide = isinstance(a.e.extent, Const) and int(a.e.extent.value) >= 128
         spans = [n for x in self.bounds.intervals for n in x.expressions]
         defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles, wide=wide) | {

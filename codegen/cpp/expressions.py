@@ -324,8 +324,8 @@ def _vector_op(name: str, x: Op, args: list[str]) -> str:
     return simple[name].format(*args)
 
 
-#: The entry refuses sizes beyond it, so that 32-bit lanes hold what `fits_32_bits` proves; kernels made for larger sizes
-#: have 64-bit lanes.
+#: The entry refuses sizes beyond it, so that 32-bit lanes hold what `fits_32_bits` proves; kernels made for larger
+#: sizes have 64-bit lanes.
 INDEX_BOUND, WIDE_BOUND = 2**24, 2**40
 _LOAD_BOUND = {"i64": 2**63, "i32": 2**31 - 1, "i16": 2**15, "i8": 2**7, "u8": 2**8, "bool": 1}
 

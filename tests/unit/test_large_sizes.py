@@ -57,7 +57,8 @@ def compare(spec: str, batch: int, rows: int, period: int = 4) -> None:
     (out,) = torch.ops.attncc.attention([q, k.expand(batch, 3, 1), v.expand(batch, 3, 1)], [batch, rows], spec)
     i, b, j = torch.arange(rows)[None, :, None], torch.arange(batch)[:, None, None], torch.arange(3)
     for rows_at, batch_at in ((slice(0, 50), slice(0, 50)), (slice(-50, None), slice(-50, None))):
-        scores = (q[batch_at, rows_at] @ k.mT).masked_fill((i[:, rows_at] + b[batch_at] + j) % period == 0, float("-inf"))
+        hidden = (i[:, rows_at] + b[batch_at] + j) % period == 0
+        scores = (q[batch_at, rows_at] @ k.mT).masked_fill(hidden, float("-inf"))
         torch.testing.assert_close(out[batch_at, rows_at], scores.softmax(-1) @ v)
 
 

@@ -100,7 +100,7 @@ def test_who_waited_for_a_build_that_failed_does_not_try_it_again(tmp_path: Path
 def test_a_compiler_that_fails_costs_the_kernel_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, says: str
 ) -> None:
-    if isinstance(find_toolchain(), str):
+    if find_toolchain() is None:
         pytest.skip("no C++ compiler")
     monkeypatch.setenv("ATTNCC_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("ATTNCC_CXX", str(faulty(tmp_path, fault)))
