@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -23,7 +24,7 @@ from attncc.ir import Access, Attention, Axis, Bounds, Expr, Index, Kind, Load, 
 from attncc.ir.affine import poly
 from attncc.ir.analysis import scaled
 from attncc.ir.build import TRUE
-from attncc.ir.evaluate import DTYPE_OF, Evaluator
+from attncc.ir.evaluate import DTYPE_OF, NAME_OF, Evaluator
 from attncc.ir.interpret import equal_scores
 
 #: Elements of one block's scores: 4 MiB in float32 on a CPU, so that a block stays near the caches (measured best of
@@ -94,6 +95,27 @@ def run_blocked(
     for level in reversed(range(split)):
         part = partial(_along, a.batch[level], level, 1, inner=part)
     return part(whole)
+
+
+def run_part(
+    a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int], ranges: Ranges, *,
+    compute: torch.dtype | None = None,
+) -> list[torch.Tensor]:  # fmt: skip
+    """The outputs at the batch points and rows in `ranges`, in one block. With `compute` everything is computed, and
+    given, in that type. An index outside of its tensor raises IndexError."""
+    if compute is not None:
+        name = NAME_OF[compute]
+        a = replace(a, tensors=tuple(replace(t, dtype=name) if t.kind == "float" else t for t in a.tensors), dtype=name)
+    named = {t.name: x for t, x in zip(a.tensors, tensors, strict=True)}
+    table = dict(zip(a.sizes, sizes, strict=True))
+    cut = {**whole_ranges(a, table), **ranges}
+    ev = Blocks(a, named, table, cut)
+    ev.checked = True
+    for access, *_ in operands(a):
+        if any(bool((ev(x) < 0).any()) for x in access.index):
+            raise IndexError(f"a negative index of {access.tensor}")
+    q, k, v = (operand(ev, a, *x).to(ev.compute) for x in operands(a))
+    return _block(a, table, cut, None, tuple(named), q, k, v, *tensors, checked=True)
 
 
 def whole_ranges(a: Attention, table: Mapping[Size, int]) -> dict[Axis, tuple[int, int]]:
@@ -243,10 +265,11 @@ def _hides_a_row(
 
 def _block(
     a: Attention, table: Mapping[Size, int], ranges: Ranges, keys: torch.Tensor | None, names: Sequence[str],
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tensors: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tensors: torch.Tensor, checked: bool = False,
 ) -> list[torch.Tensor]:  # fmt: skip
     """The outputs of one block, each with all its axes."""
     ev = Blocks(a, dict(zip(names, tensors, strict=True)), table, ranges, keys)
+    ev.checked = checked
     full = [ranges[x][1] - ranges[x][0] for x in (*a.batch, a.i)] + [k.shape[-2]]
 
     def over_ij(x: Expr) -> torch.Tensor:

@@ -10,10 +10,8 @@ import ctypes
 import os
 import platform
 import re
-import shutil
-import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -21,6 +19,12 @@ from pathlib import Path
 import torch
 
 from attncc.ir import Attention
+from attncc.runtime import compilers
+from attncc.runtime.compilers import CompileError
+from attncc.runtime.libraries import LibraryError, damage, load
+from attncc.runtime.store_files import read
+
+__all__ = ["CompileError", "CppKernel", "CppKernelError", "CppToolchain", "detect_isa"]
 
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 #: The processor flags each instruction set needs, best first; `neon` goes by the machine's name.
@@ -45,11 +49,8 @@ _COMMON = (
     "-std=c++17", *_OPTIMISED, "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
     "-ffp-contract=fast", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-w",
 )  # fmt: skip
-_ERRORS = {1: "out of memory", 2: "a size beyond 2^24", 3: "Linux does not let this process use AMX"}
-
-
-class CompileError(RuntimeError):
-    """The compiler refused the source; the message is the compiler's, with its command."""
+_TOO_LARGE = 2
+_ERRORS = {1: "out of memory", _TOO_LARGE: "a size beyond 2^24", 3: "Linux does not let this process use AMX"}
 
 
 class CppKernelError(RuntimeError):
@@ -76,7 +77,7 @@ def usable_isas(machine: str, vendor: str, flags: frozenset[str]) -> list[str]:
 def detect_isa() -> str:
     """The best instruction set that this machine, its kernel and the compiler share; `ATTNCC_ISA` overrides it.
 
-    Raises CppKernelError where there is none."""
+    Raises CppKernelError where there is none, CompileError where the compiler cannot be run."""
     chosen = os.environ.get("ATTNCC_ISA")
     if chosen:
         if chosen not in _FLAGS:
@@ -89,9 +90,12 @@ def detect_isa() -> str:
 def _detected(toolchain: CppToolchain | None) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     vendor, flags = processor(cpuinfo.read_text()) if cpuinfo.exists() else ("", frozenset[str]())
-    for isa in usable_isas(platform.machine(), vendor, flags):
-        if (isa != "amx" or _matrix_unit_allowed()) and (toolchain is None or toolchain.speaks(isa)):
+    usable = [isa for isa in usable_isas(platform.machine(), vendor, flags) if isa != "amx" or _matrix_unit_allowed()]
+    for isa in usable:
+        if toolchain is None or toolchain.speaks(isa):
             return isa
+    if usable and toolchain is not None:
+        raise CppKernelError(f"{' '.join(toolchain.command)} compiles for none of {', '.join(usable)}")
     raise CppKernelError(f"no kernels for this {platform.machine()} processor; they need at least AVX2 or NEON")
 
 
@@ -100,44 +104,91 @@ def _matrix_unit_allowed() -> bool:
     return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
+#: Seconds that a compiler may take to say what it is.
+_PROBE_S = 20.0
+ENTRY = "attncc_run"
+
+
 @dataclass(frozen=True)
 class CppToolchain:
-    """A C++ compiler that speaks gcc's command line."""
+    """A C++ compiler that speaks gcc's command line: a program, and words that come first (`ccache g++`). `note` says
+    what was asked for in vain."""
 
     path: str
+    words: tuple[str, ...] = ()
+    note: str = ""
 
     @staticmethod
     def find() -> CppToolchain | None:
         """The compiler that `ATTNCC_CXX` or `CXX` names, else g++ or clang++; None where there is none."""
-        for name in (os.environ.get("ATTNCC_CXX"), os.environ.get("CXX"), "g++", "clang++"):
-            path = shutil.which(name) if name else None
-            if path is not None:
-                return CppToolchain(path)
-        return None
+        found = CppToolchain.find_or_reason()
+        return None if isinstance(found, str) else found
+
+    @staticmethod
+    def find_or_reason() -> CppToolchain | str:
+        """The same, or why there is none."""
+        found = compilers.find()
+        return found if isinstance(found, str) else CppToolchain(found.words[0], found.words[1:], found.note)
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return (self.path, *self.words)
 
     @cached_property
     def version(self) -> str:
-        """One line that tells compilers apart, for cache keys."""
-        done = subprocess.run([self.path, "--version"], capture_output=True, text=True, check=False)
-        return (done.stdout.splitlines() or ["unknown"])[0]
+        """One line that tells compilers apart, for cache keys. Raises CompileError where it cannot be run."""
+        _, said = compilers.run([*self.command, "--version"], seconds=min(_PROBE_S, compilers.timeout_s()))
+        return (said.splitlines() or ["unknown"])[0]
+
+    @property
+    def identity(self) -> str:
+        """What tells a program from another one in its place: paths, sizes and times."""
+        found: list[str] = []
+        for word in self.command:
+            path = Path(word)
+            if path.is_absolute() and path.exists():
+                state = path.stat()
+                found.append(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}")
+            else:
+                found.append(word)
+        return "; ".join(found)
 
     def flags(self, isa: str) -> tuple[str, ...]:
         return (*_COMMON, *_FLAGS[isa])
 
     def speaks(self, isa: str) -> bool:
-        """Whether the compiler knows the instruction set."""
-        command = [self.path, *self.flags(isa), "-x", "c++", "-fsyntax-only", "-"]
-        return subprocess.run(command, input="", capture_output=True, text=True, check=False).returncode == 0
+        """Whether the compiler knows the instruction set. Raises CompileError where it cannot be run."""
+        command = [*self.command, *self.flags(isa), "-x", "c++", "-fsyntax-only", os.devnull]
+        return compilers.run(command, seconds=min(_PROBE_S, compilers.timeout_s()))[0] == 0
 
     def compile(self, source: str, isa: str, out: Path) -> None:
-        """Builds the shared library `out` from `source`. Raises CompileError with the compiler's message."""
-        with tempfile.TemporaryDirectory(prefix="attncc-") as folder:
+        """Builds the shared library `out` from `source`, in the folder of `out`. Raises CompileError with the
+        compiler's message, or with what is wrong with the library."""
+        with tempfile.TemporaryDirectory(prefix="compiling-", dir=out.parent) as folder:
             unit = Path(folder) / "kernel.cpp"
             unit.write_text(source)
-            command = [self.path, *self.flags(isa), str(unit), "-o", str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise CompileError(f"{' '.join(command)}\n{done.stderr}")
+            command = [*self.command, *self.flags(isa), str(unit), "-o", str(out)]
+            status, said = compilers.run(command, scratch=Path(folder))
+        if status != 0:
+            raise CompileError(f"{' '.join(command)}\n{said.strip() or f'error: exit status {status}'}")
+
+
+def whole(path: Path) -> None:
+    """See that a compiler wrote a library with the entry. Raises CompileError where it did not."""
+    try:
+        why = damage(read(path, 1 << 30), ENTRY)
+    except OSError as error:
+        why = f"cannot be read: {error}" if os.path.lexists(path) else "is not there"
+    if why is not None:
+        raise CompileError(f"error: what the compiler should have written {why}")
+
+
+def loaded(binary: bytes) -> ctypes.CDLL:
+    """The library that a compiler made. Raises CompileError where it is none, or is not whole."""
+    try:
+        return load(binary, "what the compiler wrote", ENTRY)
+    except LibraryError as error:
+        raise CompileError(f"error: {error}") from error
 
 
 _Words = ctypes.c_int64
@@ -150,10 +201,13 @@ class CppKernel:
     Outputs have their logical shapes, (*batch, i, e) and (*batch, i), in any strides. The arrays that carry strides are
     kept by the strides' values, so a call in a loop only writes its pointers."""
 
-    def __init__(self, path: Path, a: Attention) -> None:
+    def __init__(self, path: Path, a: Attention, binary: bytes | None = None) -> None:
+        """`binary` is what `path` held when it was checked. Raises CompileError where that is no library."""
         self.path, self.attention = path, a
-        self._library = ctypes.CDLL(str(path))
-        self._run = self._library.attncc_run
+        #: The kernel for calls with sizes that this one refuses, made when the first of them comes.
+        self.larger: Callable[[], Callable[..., None]] | None = None
+        self._library = loaded(path.read_bytes() if binary is None else binary)
+        self._run = self._library[ENTRY]
         self._run.restype = ctypes.c_int32
         self._run.argtypes = [_Pointers] * 5
         self._layouts: dict[tuple[object, ...], tuple[object, ...]] = {}
@@ -173,7 +227,9 @@ class CppKernel:
             in_type(*[t.data_ptr() for t in tensors]), in_strides, size_array,  # type: ignore[operator]
             out_type(*[t.data_ptr() for t in outputs]), out_strides,  # type: ignore[operator]
         )  # fmt: skip
-        if failed:
+        if failed == _TOO_LARGE and self.larger is not None:
+            self.larger()(tensors, sizes, outputs)
+        elif failed:
             raise CppKernelError(f"{self.path.name}: {_ERRORS.get(failed, failed)}")
 
     def _layout(

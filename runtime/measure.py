@@ -15,11 +15,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from threading import RLock
 from typing import Any, cast
 
 import torch
 
+from attncc.runtime.forks import Guard
 from attncc.runtime.store import Store, key
 
 #: Candidates whose times differ by less than this are equally fast: it is what repeated runs of one kernel differ by.
@@ -36,7 +36,7 @@ Call = Callable[[], object]
 #: (call, repeats) -> seconds of one call
 Sampler = Callable[[Call, int], float]
 
-_measuring = RLock()
+_measuring = Guard(again=True)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def compare(candidates: Mapping[str, Call], budget_s: float, sample: Sampler = o
     warms up."""
     failed: dict[str, str] = {}
     samples: dict[str, list[float]] = {}
-    with _measuring:
+    with _measuring():
         repeats: dict[str, int] = {}
         for name, call in candidates.items():
             try:

@@ -1,61 +1,63 @@
 """The kernel store: what was built once is found again, by content, in every later process.
 
-    <root>/store-1/causal-bf16-d64-1f9a30c2b7d84e65/    one entry: what a build wrote, and manifest.json with checksums
-    <root>/store-1/.records/<key>.json                  measurements
-    <root>/store-1/.locks/  .building/  .quarantine/
+    <root>/store-2/causal-bf16-d64-1f9a30c2b7d84e65/    one entry: what a build wrote, and manifest.json with checksums
+    <root>/store-2/.records/<key>.json                  measurements and checks
+    <root>/store-2/.key  .locks/  .building/  .quarantine/
 
 An entry appears whole or not at all: it is built in a folder of its own and renamed into place, under a lock of its
-key. Code is loaded from here, so folders are the owner's alone, and checksums are verified before a process first uses
-an entry; what does not match is put aside and built again.
+key. Code is loaded from here, so folders are the owner's alone, entries and records bear the seal of the store
+(`attncc.runtime.store_seals`), and what is read is held against the manifest each time; what does not match is put
+aside and built again.
 """
 
 from __future__ import annotations
 
-import atexit
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from threading import Lock
 from typing import Any, cast
 
-import filelock
 import platformdirs
+
+from attncc.runtime.forks import Guard
+from attncc.runtime.notices import notice
+from attncc.runtime.store_files import distrust, parsed, read, way_is_safe, write
+from attncc.runtime.store_locks import turn
+from attncc.runtime.store_pruning import Entry, Pruning, entry_of, folders
+from attncc.runtime.store_seals import Opened
+from attncc.runtime.store_temporary import temporary
+
+__all__ = ["VARIABLE", "BuildError", "Entry", "Store", "StoreError", "key"]
 
 VARIABLE = "ATTNCC_CACHE_DIR"
 LIMIT_BYTES = 2 << 30
-#: Longer than any build: who waits longer than this for another process stops waiting.
-PATIENCE_S = 600.0
-#: Entries used within the last hour are never pruned, and builds younger than this never swept: they may be in use.
-RECENT_S = 3600.0
-#: How long damaged entries are kept for whoever wants to know why.
-QUARANTINE_S = 7 * 24 * 3600.0
-_MANIFEST = "manifest.json"
+#: Longer than a build: who waits longer than this for another process goes ahead without it.
+PATIENCE_S = 90.0
+#: The name says what was written by which format: a version with another one does not read it.
+FOLDER = "store-2"
+MANIFEST = "manifest.json"
+#: Bytes of a file of an entry at most.
+_LARGE = 1 << 30
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_log = logging.getLogger(__name__)
 
 
 class StoreError(RuntimeError):
     """The store cannot do what was asked; the message says where, why, and what to do."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One build: its readable name, full key, folder, size in bytes, and when it was last used (seconds since 1970)."""
-
-    name: str
-    key: str
-    path: Path
-    size: int
-    used: float
+class BuildError(RuntimeError):
+    """A build that would fail again now: those who wait for it are told the same, and do not try it one by one."""
 
 
 def key(parts: Mapping[str, object]) -> str:
@@ -88,36 +90,61 @@ class Store:
     """A folder of builds and measurements, shared by all processes of one user.
 
     `root` is by default the folder that ATTNCC_CACHE_DIR names, else the user's cache folder. Where it cannot be used,
-    a folder for this process alone takes its place and `note` says why."""
+    a folder for this process alone takes its place (`apart`); `note` says why, or why what was kept before is not
+    used."""
 
     def __init__(self, root: Path | None = None, *, limit: int = LIMIT_BYTES) -> None:
         wanted = root or Path(os.environ.get(VARIABLE) or platformdirs.user_cache_dir("attncc"))
         self.limit = limit
         self.note: str | None = None
+        self.apart = False
+        self._guard = Guard()
+        self._files: dict[Path, dict[str, str]] = {}  # of entries that were found: digests by name
         try:
-            self.root = _opened(wanted)
+            self._open(_below(wanted))
         except OSError as error:
             self.note = f"the cache folder {wanted} cannot be used ({error}); kernels of this process are kept apart"
-            self.root = _opened(_temporary())
-        self._verified: set[Path] = set()
-        self._guard = Lock()
+            notice(self.note)
+            self.apart = True
+            self._open(temporary() / FOLDER)
 
-    def get_or_build(self, key: str, name: str, build: Callable[[Path], None]) -> Path:
+    def _open(self, root: Path) -> None:
+        opened = Opened(root)
+        self.root, self._seal, self._opened = root, opened.seal, opened
+        self.pruning = Pruning(root, self.limit)
+        with self._guard():
+            self._files.clear()
+        if opened.emptied is not None:
+            self.note = f"{opened.emptied}, so nothing that was kept there is used any more"
+            notice(self.note)
+
+    def _checked(self) -> None:
+        """See that nobody else can write here. Raises OSError where that cannot be had."""
+        if self._opened.out_of_order:
+            self._open(self.root)
+
+    def get_or_build(
+        self, key: str, name: str, build: Callable[[Path], None], *, patience_s: float | None = None
+    ) -> Path:
         """The folder of the entry `key`, made by `build(empty folder)` if it is not there. `name` is for readers.
 
-        Whatever `build` raises passes through and leaves nothing behind. Raises StoreError if the disk is full or
-        another process holds the key for too long."""
+        Whatever `build` raises passes through and leaves nothing behind; a BuildError is raised by all who waited for
+        it. Who waits longer than `patience_s` builds for itself. Raises StoreError if the disk is full."""
         entry = self.find(key, name)
         if entry is not None:
             return entry
         try:
+            self._checked()
             if not (self.root / ".building").is_dir():  # someone emptied the cache folder by hand
-                _opened(self.root.parent)
-            with self._locked(key):
+                self._open(self.root)
+            since = time.time()
+            lock = self.root / ".locks" / f"{key[:16]}.lock"
+            with turn(lock, PATIENCE_S if patience_s is None else patience_s):
                 entry = self.find(key, name)
                 if entry is None:
+                    self._raise_failure(key, since)
                     entry = self._build(key, name, build)
-            self.prune()
+            self.pruning.if_due()
         except OSError as error:
             if error.errno in _FULL:
                 raise StoreError(f"no space left for {self.root}: free some, or set {VARIABLE}") from error
@@ -127,19 +154,45 @@ class Store:
     def find(self, key: str, name: str) -> Path | None:
         """The folder of the entry `key`, or None if it is not there or not what was written."""
         path = self._path(key, name)
-        with self._guard:
-            known = path in self._verified
-        if not known and not _intact(path, key):
-            return None
         try:
-            os.utime(path / _MANIFEST)
-        except FileNotFoundError:  # removed since it was verified
+            self._checked()
+        except OSError:
             return None
-        except OSError:  # a full disk or a read-only one: only the order of pruning suffers
-            pass
-        with self._guard:
-            self._verified.add(path)
+        files = self._intact(path, key)
+        if files is None:
+            return None
+        with suppress(OSError):  # a full disk or a read-only one: only the order of pruning suffers
+            os.utime(path / MANIFEST)
+        with self._guard():
+            self._files[path] = files
         return path
+
+    def read(self, entry: Path, name: str) -> bytes:
+        """What a build wrote into a file of an entry that was found. Raises StoreError where it no longer holds that;
+        the entry is then put aside."""
+        with self._guard():
+            want = self._files.get(entry, {}).get(name)
+        try:
+            data = read(entry / name, _LARGE)
+        except OSError as error:
+            data, why = None, str(error)
+        else:
+            why = "it is not what was built"
+        if data is None or want is None or hashlib.sha256(data).hexdigest() != want:
+            self.discard(entry)
+            raise StoreError(f"{entry / name}: {why}")
+        return data
+
+    def discard(self, entry: Path) -> None:
+        """Put an entry aside, without what would make it one again."""
+        with self._guard():
+            self._files.pop(entry, None)
+        try:
+            aside = self._put_aside(entry)
+            if aside is not None:
+                (aside / MANIFEST).unlink(missing_ok=True)
+        except OSError:
+            _log.debug("%s could not be put aside", entry, exc_info=True)
 
     def _path(self, key: str, name: str) -> Path:
         readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80]
@@ -147,213 +200,167 @@ class Store:
 
     def _build(self, key: str, name: str, build: Callable[[Path], None]) -> Path:
         path = self._path(key, name)
-        with self._guard:
-            self._verified.discard(path)
-        self._put_aside(path)
+        with self._guard():
+            self._files.pop(path, None)
         folder = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=self.root / ".building"))
         try:
             build(folder)
-            _seal(folder, key, name)
-            folder.rename(path)
+            files, size = self._manifest(folder, key, name)
+            files = self._appear(folder, path, key, files)
+        except BuildError as error:
+            self.remember(_failure(key), {"at": time.time(), "why": str(error)})
+            raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # nothing is there after the rename
-        with self._guard:
-            self._verified.add(path)
+        with self._guard():
+            self._files[path] = files
+        self.pruning.written += size
         return path
 
-    def _put_aside(self, path: Path) -> None:
-        """Move an entry that failed its checks out of the way."""
-        if os.path.lexists(path):
-            aside = self.root / ".quarantine" / f"{path.name}-{time.time_ns()}"
-            path.rename(aside)
-            os.utime(aside, follow_symlinks=False)
+    def _appear(self, folder: Path, path: Path, key: str, files: dict[str, str]) -> dict[str, str]:
+        """Put a built folder in its place; the digests of the files that are there then."""
+        for _ in range(2):
+            quicker = self._intact(path, key)  # someone who did not wait was
+            if quicker is not None:
+                return quicker
+            self._put_aside(path)
+            try:
+                folder.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
+            else:
+                return files
+        raise StoreError(f"{path} does not become what was built")
 
-    @contextmanager
-    def _locked(self, key: str) -> Generator[None]:
-        lock = filelock.FileLock(self.root / ".locks" / f"{key[:16]}.lock", timeout=PATIENCE_S, mode=0o600)
+    def _raise_failure(self, key: str, since: float) -> None:
+        """Raises BuildError if another process failed at this after `since`."""
+        failure = self.recall(_failure(key))
+        if failure is not None and float(failure.get("at", 0.0)) >= since:
+            raise BuildError(str(failure.get("why")))
+
+    def _manifest(self, folder: Path, key: str, name: str) -> tuple[dict[str, str], int]:
+        """Permissions of every file, and the manifest; the digests and the bytes of all files."""
+        files: dict[str, str] = {}
+        size = 0
+        for path in sorted(folder.rglob("*")):
+            if path.is_symlink():
+                raise StoreError(f"a build made the link {path.name}; entries hold files alone")
+            path.chmod(0o700 if path.is_dir() else 0o600)
+            if path.is_dir():
+                continue
+            data = read(path, _LARGE)
+            files[path.relative_to(folder).as_posix()] = hashlib.sha256(data).hexdigest()
+            size += len(data)
+        write(folder / MANIFEST, self._seal.sealed({"key": key, "name": name, "files": files}), folder)
+        return files, size
+
+    def _intact(self, path: Path, key: str) -> dict[str, str] | None:
+        """The digests of the files of an entry, if every one is what its build wrote. Files that came later do not
+        count."""
         try:
-            with lock:
-                yield
-        except filelock.Timeout as error:
-            raise StoreError(f"another process has held {lock.lock_file} for {PATIENCE_S:.0f} s") from error
+            if distrust(path.lstat()) is not None:
+                return None
+            manifest = self._seal.opened(parsed(read(path / MANIFEST)))
+            if manifest is None or manifest.get("key") != key or not isinstance(manifest.get("files"), dict):
+                return None
+            files = cast(dict[str, str], manifest["files"])
+            if not files:
+                return None
+            right = all(hashlib.sha256(read(path / n, _LARGE)).hexdigest() == want for n, want in files.items())
+            return files if right else None
+        except OSError:
+            return None
+
+    def verify(self, entry: Entry) -> str | None:
+        """What is wrong with an entry, None where every file is what its build wrote."""
+        if self._intact(entry.path, entry.key) is not None:
+            return None
+        try:
+            return distrust(entry.path.lstat()) or "is not what was built, or was not built by this user"
+        except OSError as error:
+            return str(error)
+
+    def _put_aside(self, path: Path) -> Path | None:
+        """Move an entry that failed its checks out of the way; where it lies now."""
+        if not os.path.lexists(path):
+            return None
+        aside = self.root / ".quarantine" / f"{path.name}-{time.time_ns()}"
+        path.rename(aside)
+        os.utime(aside, follow_symlinks=False)
+        return aside
 
     def remember(self, key: str, record: Mapping[str, object]) -> bool:
         """Keep a record of plain values under `key`, in place of any before. False if the disk refused.
 
         Raises TypeError for values that do not come back as they were."""
         plain = _stable(record, "record")
-        text = json.dumps({"key": key, "digest": _digest_of(plain), "record": plain}, indent=1)
         try:
-            handle, written = tempfile.mkstemp(prefix=key[:16], dir=self.root / ".building")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write(text)
-                Path(written).replace(self._record(key))
-            finally:
-                Path(written).unlink(missing_ok=True)
+            self._checked()
+            if self._record(key).is_dir():
+                self.pruning.remove(self._record(key))
+            write(self._record(key), self._seal.sealed({"key": key, "record": plain}), self.root / ".building")
         except OSError:
             return False
         return True
 
     def recall(self, key: str) -> dict[str, Any] | None:
-        """The record kept under `key`, or None if there is none or it was damaged."""
+        """The record kept under `key`, or None if there is none or it is not what was written."""
         try:
-            read = cast(object, json.loads(self._record(key).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            self._checked()
+            found = self._seal.opened(parsed(read(self._record(key))))
+        except OSError:
             return None
-        if not isinstance(read, dict):
+        if found is None or found.get("key") != key or not isinstance(found.get("record"), dict):
             return None
-        read = cast(dict[str, object], read)
-        record = read.get("record")
-        if not isinstance(record, dict) or read.get("key") != key:
-            return None
-        record = cast(dict[str, Any], record)
-        return record if read.get("digest") == _digest_of(record) else None
+        return cast(dict[str, Any], found["record"])
+
+    def forget(self, key: str) -> None:
+        """Keep no record under `key` any more."""
+        self._record(key).unlink(missing_ok=True)
 
     def _record(self, key: str) -> Path:
         return self.root / ".records" / f"{key}.json"
 
+    def records(self) -> int:
+        """How many records are kept."""
+        return sum(1 for _ in (self.root / ".records").iterdir())
+
     def entries(self) -> list[Entry]:
-        """All entries by name. Their checksums are not verified."""
-        found: list[Entry] = []
-        for path in sorted(self.root.iterdir()):
-            manifest = None if path.name.startswith(".") else _manifest(path)
-            if manifest is not None:
-                try:
-                    used = (path / _MANIFEST).stat().st_mtime
-                    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-                except FileNotFoundError:  # pruned by another process meanwhile
-                    continue
-                found.append(Entry(str(manifest["name"]), str(manifest["key"]), path, size, used))
-        return found
+        """All entries by name. Neither seals nor checksums are verified."""
+        found = (entry_of(path) for path in sorted(folders(self.root)))
+        return [entry for entry in found if entry is not None]
 
     def clear(self) -> int:
         """Remove every entry, record and leftover; how many entries there were."""
         count = len(self.entries())
-        with self._guard:
-            self._verified.clear()
-        for path in self.root.iterdir():
-            if not path.name.startswith("."):
-                self._remove(path)
-        for folder in (".quarantine", ".records"):
-            for path in (self.root / folder).iterdir():
-                self._remove(path)
-        self._sweep()
+        with self._guard():
+            self._files.clear()
+        self.pruning.clear()
         return count
 
     def prune(self) -> int:
-        """Remove the entries used longest ago until the rest is under the limit; how many were removed."""
-        entries = self.entries()
-        excess = sum(e.size for e in entries) - self.limit
-        removed = 0
-        for entry in sorted(entries, key=lambda e: e.used):
-            if excess <= 0 or time.time() - entry.used < RECENT_S:
-                break
-            with self._guard:
-                self._verified.discard(entry.path)
-            self._remove(entry.path)
-            excess -= entry.size
-            removed += 1
-        self._sweep()
-        return removed
-
-    def _remove(self, path: Path) -> None:
-        """Out of sight first, so that no one finds half of it."""
-        hidden = self.root / ".building" / f"removed-{path.name}-{time.time_ns()}"
-        try:
-            path.rename(hidden)
-        except OSError:  # another process was quicker
-            return
-        _delete(hidden)
-
-    def _sweep(self) -> None:
-        """What killed processes left, and damaged entries of long ago."""
-        for folder, kept_s in ((".building", RECENT_S), (".quarantine", QUARANTINE_S)):
-            for path in (self.root / folder).iterdir():
-                try:
-                    old = time.time() - path.lstat().st_mtime > kept_s
-                except FileNotFoundError:
-                    continue
-                if old:
-                    _delete(path)
+        """Remove the entries used longest ago until the rest is under the limit, and leftovers; how many entries were
+        removed."""
+        removed = self.pruning.all()
+        with self._guard():
+            for path in removed:
+                self._files.pop(path, None)
+        return len(removed)
 
 
-def _opened(wanted: Path) -> Path:
-    """The store's own folder below `wanted`, made if need be. Raises OSError where it cannot be used."""
+def _below(wanted: Path) -> Path:
+    """The store's own folder in the folder that was asked for, which is made if need be."""
     wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-    root = wanted.absolute() / "store-1"
-    for path in (root, *(root / name for name in (".records", ".locks", ".building", ".quarantine"))):
-        path.mkdir(mode=0o700, exist_ok=True)
-        if hasattr(os, "getuid") and path.lstat().st_uid != os.getuid():
-            raise PermissionError(f"{path} belongs to someone else")
-        path.chmod(0o700)
-    handle, probe = tempfile.mkstemp(dir=root / ".building")
+    home = wanted.resolve()
+    why = way_is_safe(home)
+    if why is not None:
+        raise PermissionError(why)
+    handle, probe = tempfile.mkstemp(dir=home)  # a folder that cannot be written to is of no use
     os.close(handle)
     Path(probe).unlink()
-    return root
+    return home / FOLDER
 
 
-def _temporary() -> Path:
-    """A folder that lives as long as this process."""
-    path, owner = Path(tempfile.mkdtemp(prefix="attncc-")), os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == owner:  # a forked child must not take its parent's kernels away
-            shutil.rmtree(path, ignore_errors=True)
-
-    atexit.register(remove)
-    return path
-
-
-def _seal(folder: Path, key: str, name: str) -> None:
-    """Permissions of every file, and the manifest."""
-    files: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            raise StoreError(f"a build made the link {path.name}; entries hold files alone")
-        path.chmod(0o700 if path.is_dir() else 0o600)
-        if path.is_file():
-            files[path.relative_to(folder).as_posix()] = _digest(path)
-    text = json.dumps({"key": key, "name": name, "files": files}, indent=1)
-    handle = os.open(folder / _MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def _manifest(path: Path) -> dict[str, object] | None:
-    """The manifest of an entry, if it is there and has the right form."""
-    try:
-        read = cast(object, json.loads((path / _MANIFEST).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(read, dict):
-        return None
-    read = cast(dict[str, object], read)
-    return read if {"key", "name", "files"} <= set(read) and isinstance(read["files"], dict) else None
-
-
-def _intact(path: Path, key: str) -> bool:
-    """Whether every file of the entry is what its build wrote. Files that came later do not count."""
-    manifest = _manifest(path)
-    if manifest is None or manifest["key"] != key:
-        return False
-    try:
-        return all(_digest(path / n) == want for n, want in cast(dict[str, str], manifest["files"]).items())
-    except OSError:
-        return False
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _failure(key: str) -> str:
+    return f"failed-{key}"

@@ -9,12 +9,12 @@ import hashlib
 import os
 import statistics
 from collections.abc import Callable, MutableMapping, Sequence
-from threading import Lock
 from types import ModuleType
 from typing import Any, cast
 
 import torch
 
+from attncc.runtime.forks import Guard
 from attncc.runtime.measure import on_cuda
 from attncc.runtime.recent import Recent
 from attncc.runtime.triton_module import load_module
@@ -55,7 +55,7 @@ class TritonKernel:
         self._names = tuple(hashlib.sha256(s.encode()).hexdigest()[:16] for s in self._sources)
         self._remember = remember
         self._chosen = Recent[str, int](MOST_SHAPES)
-        self._tuning = Lock()
+        self._tuning = Guard()
         self._device_names: dict[torch.device, str] = {}
         self.timer: Timer = median_on_cuda
 
@@ -103,7 +103,7 @@ class TritonKernel:
             return self._chosen[where]
         if not tuning_allowed(device):
             return 0  # not kept: a later call may measure
-        with self._tuning:
+        with self._tuning():
             if where not in self._chosen:
                 self._chosen[where] = self._fastest(tensors, sizes, outputs, device)
                 if self._remember is not None:

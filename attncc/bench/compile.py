@@ -6,6 +6,9 @@ realistic, inputs short: the time to compile does not depend on them. The models
 
 Times are the processor's, of that process alone, which what else the machine does hardly changes. The first call is
 given by the clock too, with the C++ compilers that Inductor waits for: the share is of that, which a user waits.
+
+A warm start is the same first call in a later process, which finds everything in the caches, beside that of Inductor's
+own backend with its caches full.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import importlib
 import json as json_format
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +34,8 @@ OWN = ("reading the graph", "finding attention", "editing the graph")
 REST = "compiling the rest with Inductor"
 MODELS = ("llama", "bert", "gpt2", "vit", "t5", "gemma3", "swin")
 _WIDTH, _HEADS, _TOKENS = 512, 8, 96
+#: Warm starts with each backend, by turns.
+_WARM_STARTS = 3
 
 
 def run(quick: bool = False, json: Path | None = None, *, only: str = "") -> dict[str, Any]:
@@ -59,20 +65,35 @@ def cases(depths: tuple[int, ...]) -> list[str]:
 def _apart(name: str) -> dict[str, Any]:
     """The row of a case, measured in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "ATTNCC_CACHE_DIR": f"{folder}/attncc"}
-        command = [sys.executable, "-m", "attncc.bench.compile", name]
-        done = subprocess.run(command, env={**os.environ, **caches}, capture_output=True, text=True, check=False)
+        row = _process(folder, name)
+        if "failed" in row:
+            return row
+        _process(folder, name, "inductor")
+        starts = [(_process(folder, name), _process(folder, name, "inductor")) for _ in range(_WARM_STARTS)]
+    if any("failed" in x for pair in starts for x in pair):
+        return row
+    for at, backend in enumerate(("attncc", "inductor")):
+        for what, key in (("first call", "warm"), ("wall", "warm wall")):
+            row.setdefault(key, {})[backend] = statistics.median(pair[at][what] for pair in starts)
+    return row
+
+
+def _process(folder: str, name: str, backend: str = "attncc") -> dict[str, Any]:
+    """What a new process measures, with caches in `folder`."""
+    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "ATTNCC_CACHE_DIR": f"{folder}/attncc"}
+    command = [sys.executable, "-m", "attncc.bench.compile", name, backend]
+    done = subprocess.run(command, env={**os.environ, **caches}, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["no word"])[-1][:200]}
     return json_format.loads(done.stdout.splitlines()[-1])
 
 
-def measured(name: str) -> dict[str, Any]:
+def measured(name: str, backend: str = "attncc") -> dict[str, Any]:
     """Seconds of the first call, of each step of attncc's own, and of building and measuring, in this process; and how
     long the first call took by the clock on the wall."""
     model_name, layers, spelling, shapes = name.split()
     model, args, kwargs = _model(model_name, int(layers), spelling)
-    compiled = torch.compile(model.eval(), backend="attncc", dynamic=shapes == "dynamic")
+    compiled = torch.compile(model.eval(), backend=backend, dynamic=shapes == "dynamic")
     clock, start = _Clock(), time.perf_counter()
     with torch.no_grad(), listening(clock.step):
         compiled(*args, **kwargs)
@@ -131,24 +152,33 @@ def line(name: str, row: dict[str, Any]) -> str:
         return f"{name}: failed, {row['failed']}"
     own = sum(row["own"].values())
     parts = ", ".join(f"{text} {s:.2f}" for text, s in row["own"].items())
-    return (f"{name}: {row['wall']:.0f} s by the clock, {row['first call']:.1f} s of the processor, own {own:.2f} s "
+    text = (f"{name}: {row['wall']:.0f} s by the clock, {row['first call']:.1f} s of the processor, own {own:.2f} s "
             f"({own / row['wall']:.1%}; {parts}), kernels, measuring {row['kernels and measuring']:.1f} s")  # fmt: skip
+    return text + (f", warm {_warm(row)}" if "warm" in row else "")
+
+
+def _warm(row: dict[str, Any]) -> str:
+    """Processor seconds of a warm start with attncc and with Inductor alone, and what the first is above the second."""
+    if "warm" not in row:
+        return ""
+    own, other = row["warm"]["attncc"], row["warm"]["inductor"]
+    return f"{own:.1f} / {other:.1f} ({own / other - 1:+.1%})"
 
 
 def table(report: dict[str, Any]) -> str:
     """Markdown: one line a row."""
-    lines = ["| model | by the clock, s | processor, s | reading | finding | editing | own / clock | own / processor |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| model | by the clock, s | processor, s | reading | finding | editing | own / clock | own / processor "
+             "| warm, attncc / Inductor |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, row in report["rows"].items():
         if "failed" in row:
-            lines.append(f"| {name} | {row['failed']} | | | | | | |")
+            lines.append(f"| {name} | {row['failed']} | | | | | | | |")
             continue
         own = [row["own"][text] for text in OWN]
         cells = [f"{row['wall']:.0f}", f"{row['first call']:.1f}", *(f"{s:.2f}" for s in own),
-                 f"{sum(own) / row['wall']:.1%}", f"{sum(own) / row['first call']:.1%}"]  # fmt: skip
+                 f"{sum(own) / row['wall']:.1%}", f"{sum(own) / row['first call']:.1%}", _warm(row)]  # fmt: skip
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(json_format.dumps(measured(sys.argv[1])))
+    print(json_format.dumps(measured(*sys.argv[1:])))

@@ -37,7 +37,7 @@ def demo(
 
 app.command()(bench)
 app.command()(opt)
-app.command()(cache)
+app.add_typer(cache, name="cache")
 
 
 def main() -> None:

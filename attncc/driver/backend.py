@@ -17,7 +17,7 @@ from attncc.driver.sign_bits import may_write, signed_inputs, with_their_numbers
 from attncc.errors import log, unforeseen
 from attncc.ir.reasons import because
 from attncc.progress import step, waiting
-from attncc.runtime import sharding
+from attncc.runtime import notices, sharding
 from attncc.runtime.recent import Recent
 from attncc.torch_private.compiling import trace_through_sdp_kernel
 from attncc.torch_private.distributed import is_distributed
@@ -53,6 +53,7 @@ def attncc_backend(
             torch_private.ask_for_known_floats(gm)
             rewrite(gm, example_inputs, found, edits, measure=chosen.measure)
         compiled = _compiled(gm, example_inputs, chosen.config, found, edits) if chosen.inductor else gm.forward
+    found.notes += notices.taken()
     for note in found.notes:
         _say_once(note)
     outer = collecting.get()

@@ -108,6 +108,7 @@ class Editor:
         self.idle.drop_unread()
         self.idle.drop_empty_vmaps()
         self.graph.lint()
+        torch_private.give_examples(self.graph)
         return self.graph
 
     def place(self, shadow: fx.Node) -> fx.Node:

@@ -10,6 +10,7 @@ expression syntax, parenthesised only where precedence needs it.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from threading import Lock
@@ -21,6 +22,10 @@ Scalar = bool | int | float
 
 _interned: WeakValueDictionary[tuple[object, ...], Expr] = WeakValueDictionary()
 _interning = Lock()
+if hasattr(os, "register_at_fork"):  # a child must not begin in the middle of another thread's addition
+    os.register_at_fork(
+        before=_interning.acquire, after_in_parent=_interning.release, after_in_child=_interning.release
+    )
 E = TypeVar("E", bound="Expr")
 
 

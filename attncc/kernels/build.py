@@ -6,14 +6,15 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
 
 from attncc.codegen import cpp, torch_backward, torch_form, triton
 from attncc.ir import Attention, Bounds, parse_attention, print_attention
+from attncc.kernels.compiled import compiled
+from attncc.kernels.first_use import Extra
 from attncc.kernels.skip_tables import BySize, Tabled
 from attncc.kernels.tile_order import TileOrdered, movable
 from attncc.passes.bounds.area import Area
@@ -22,9 +23,9 @@ from attncc.passes.rewrites.drop_rounding import drop_rounding
 from attncc.passes.rewrites.fold_predicates import fold_predicates
 from attncc.passes.rewrites.forward_only import forward_only
 from attncc.passes.rewrites.tile_choice import InTiles, in_tiles
-from attncc.passes.tables.spans import reads_by_key, spanned
-from attncc.progress import step
-from attncc.runtime.cpp import CompileError, CppKernel, CppKernelError, CppToolchain, detect_isa
+from attncc.passes.tables.spans import Spanned, reads_by_key, spanned, tables
+from attncc.runtime import compilers
+from attncc.runtime.cpp import CompileError, CppKernelError, CppToolchain, detect_isa
 from attncc.runtime.op import Kernel
 from attncc.runtime.store import VARIABLE, Store, StoreError, key
 from attncc.runtime.triton_launch import TritonKernel, capability_of
@@ -121,11 +122,10 @@ def target_of(device: torch.device) -> Target:
         return Target(device.type, missing=f"no emitter for device {device.type}")
     toolchain = find_toolchain()
     if toolchain is None:
-        return Target("cpu", missing="no C++ compiler found (set CXX, or install g++ or clang++)")
-    try:
-        return Target("cpu", _isa(toolchain, os.environ.get("ATTNCC_ISA")), toolchain)
-    except CppKernelError as error:
-        return Target("cpu", missing=str(error))
+        found = _toolchain(*_environment())
+        return Target("cpu", missing=found if isinstance(found, str) else "no C++ compiler found")
+    arch, missing = _isa(toolchain, os.environ.get("ATTNCC_ISA"))
+    return Target("cpu", arch, toolchain, missing=missing)
 
 
 def build_all(wanted: Iterable[tuple[str, str]]) -> None:
@@ -133,7 +133,12 @@ def build_all(wanted: Iterable[tuple[str, str]]) -> None:
     todo = list(dict.fromkeys(wanted))
     if len(todo) > 1:
         with ThreadPoolExecutor(max_workers=min(len(todo), os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda pair: built(*pair), todo))
+            try:
+                list(pool.map(lambda pair: built(*pair), todo))
+            except BaseException:  # interrupted: nobody waits for what is being compiled
+                pool.shutdown(wait=False, cancel_futures=True)
+                compilers.stop()
+                raise
 
 
 def build(a: Attention, spec: str, device: torch.device) -> Kernel:
@@ -165,15 +170,15 @@ def _skipping(a: Attention, target: Target, plain: Built) -> Built:
         return plain
     kernel, found = plain.kernel, spanned(a, by_looking="none")
     if found.spans or found.maps:
-        kernel = Tabled(kernel, found, partial(_cpp_kernel, found.attention, found.bounds, target))
+        kernel = Tabled(kernel, found, partial(_tabled_kernel, found, target))
     if found.more_by_looking:
         found = spanned(a, by_looking="quick")
-        kernel = Tabled(kernel, found, partial(_cpp_kernel, found.attention, found.bounds, target))
+        kernel = Tabled(kernel, found, partial(_tabled_kernel, found, target))
     return replace(plain, kernel=kernel)
 
 
-def _cpp_kernel(a: Attention, bounds: Bounds, target: Target) -> Kernel:
-    return _cpp(a, bounds, target).kernel
+def _tabled_kernel(found: Spanned, target: Target) -> Kernel:
+    return _cpp(found.attention, found.bounds, target, partial(tables, found)).kernel
 
 
 def _in_tiles(a: Attention, bounds: Bounds, target: Target, plain: Built) -> Built:
@@ -184,11 +189,16 @@ def _in_tiles(a: Attention, bounds: Bounds, target: Target, plain: Built) -> Bui
     if isinstance(found, InTiles):
         found = movable(a) or found
     if found is None or isinstance(found, str):
-        return replace(plain, note=f"not in tile order: {found}" if found else "")
-    tiled = _cpp(found.attention, found.bounds, target)
+        return replace(plain, note=_joined(plain.note, f"not in tile order: {found}" if found else ""))
+    table = {found.attention.tensors[-1].name: found.table}
+    tiled = _cpp(found.attention, found.bounds, target, lambda *_: table)
     if tiled.language == "torch":
-        return replace(plain, note=f"not in tile order: {tiled.reason}")
+        return replace(plain, note=_joined(plain.note, f"not in tile order: {tiled.reason}"))
     return replace(plain, kernel=TileOrdered(a, plain.kernel, found, tiled.kernel, default_store), source=tiled.source)
+
+
+def _joined(*notes: str) -> str:
+    return ", ".join(filter(None, notes))
 
 
 def _listed(a: Attention, bounds: Bounds, target: Target, plain: Built) -> Built:
@@ -202,25 +212,31 @@ def _torch(a: Attention, reason: str) -> Built:
     return Built(TorchKernel(a), print_attention(a), "torch", "plain torch", reason)
 
 
-def _cpp(a: Attention, bounds: Bounds, target: Target) -> Built:
+def _cpp(
+    a: Attention, bounds: Bounds, target: Target, extra: Extra | None = None, *, wide: bool = False
+) -> Built:  # fmt: skip
+    """The C++ kernel of `a`; `extra` makes the tensors that its bounds alone read. Calls with sizes beyond 2^24 get a
+    `wide` one."""
     reason = cpp.unsupported(a)
     if reason is not None:
         return _torch(a, reason)
     assert target.toolchain is not None  # else the target would lack it
     try:
-        source = cpp.emit(a, bounds, target.arch)
-        folder = _compiled(source, target.arch, target.toolchain, kernel_name(a))
-        kernel = CppKernel(folder / "kernel.so", a)
+        source = cpp.emit(a, bounds, target.arch, wide=wide)
+        name, store = kernel_name(a), default_store()
+        larger = cache(lambda: _cpp(a, bounds, target, extra, wide=True).kernel) if a.sizes and not wide else None
+        plain = partial(TorchKernel, a)
+        kernel = compiled(a, source, target.arch, target.toolchain, name, store, extra, plain, larger)
     except CompileError as error:
         return _torch(a, f"the C++ compiler failed: {_first_error(str(error))}")
     except (CppKernelError, StoreError, OSError) as error:
         return _torch(a, str(error))
-    return Built(kernel, source, "cpp", f"C++ {target.arch} kernel")
+    return Built(kernel, source, "cpp", f"C++ {target.arch} kernel", note=target.toolchain.note)
 
 
 def _first_error(message: str) -> str:
-    lines = message.strip().splitlines()
-    return next((line for line in lines if "error" in line), lines[-1])
+    lines = message.strip().splitlines() or ["no word"]
+    return next((line.removeprefix("error: ") for line in lines if "error" in line), lines[-1])
 
 
 def _triton(a: Attention, bounds: Bounds, target: Target, *, lists: bool = False) -> Built:
@@ -248,18 +264,6 @@ class Remembered(dict[str, str]):
         self.store.remember(key({"kind": "tuning", "name": name}), {"choice": choice})
 
 
-def _compiled(source: str, isa: str, toolchain: CppToolchain, name: str) -> Path:
-    """The store's folder that holds `kernel.so` built from `source`."""
-    parts = {"source": source, "isa": isa, "compiler": toolchain.version, "flags": " ".join(toolchain.flags(isa))}
-
-    def make(folder: Path) -> None:
-        step(f"compiling {name} for {isa}")
-        (folder / "kernel.cpp").write_text(source)
-        toolchain.compile(source, isa, folder / "kernel.so")
-
-    return default_store().get_or_build(key(parts), name, make)
-
-
 def kernel_name(a: Attention) -> str:
     """A readable name: `masked-softmax-f32-d64`."""
     mask = "dense" if repr(a.mask) == "True" else "masked"
@@ -268,17 +272,26 @@ def kernel_name(a: Attention) -> str:
 
 def find_toolchain() -> CppToolchain | None:
     """The C++ compiler, looked for once for each environment."""
-    return _toolchain(*map(os.environ.get, ("ATTNCC_CXX", "CXX", "PATH")))
+    found = _toolchain(*_environment())
+    return None if isinstance(found, str) else found
+
+
+def _environment() -> list[str | None]:
+    return [os.environ.get(name) for name in ("ATTNCC_CXX", "CXX", "PATH")]
 
 
 @lru_cache(maxsize=8)
-def _toolchain(*_environment: str | None) -> CppToolchain | None:
-    return CppToolchain.find()
+def _toolchain(*_environment: str | None) -> CppToolchain | str:
+    return CppToolchain.find_or_reason()
 
 
 @lru_cache(maxsize=8)
-def _isa(_toolchain: CppToolchain, _chosen: str | None) -> str:
-    return detect_isa()
+def _isa(_toolchain: CppToolchain, _chosen: str | None) -> tuple[str, str]:
+    """The instruction set to compile for, or what keeps all of them from it."""
+    try:
+        return detect_isa(), ""
+    except (CppKernelError, CompileError) as error:
+        return "", _first_error(str(error))
 
 
 def default_store() -> Store:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor,
 )
 from torch.fx.experimental.symbolic_shapes import guard_scalar
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attncc.torch_private.attention_patterns import guarded
 from attncc.torch_private.distributed import whole_fake
@@ -132,6 +134,17 @@ def gradients_off() -> Iterator[None]:
             torch._C._set_grad_enabled(before)
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, operations on tensors made there do what they do in a plain program: no trace, no transform, no mode, no
+    autocast and no gradients of whoever is compiling or calling has a part in them."""
+    with (
+        _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch(),
+        torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False),
+    ):  # fmt: skip
+        yield
+
+
 def traced_constant(x: object) -> bool:
     """Whether the trace in progress knows the data of a tensor, or does not know the tensor."""
     mode = get_proxy_mode()
@@ -234,6 +247,54 @@ def ask_for_known_floats(gm: fx.GraphModule) -> None:
         TensorifyState.specialize(name)
     if asked:
         raise TensorifyScalarRestartAnalysis
+
+
+def give_examples(graph: fx.Graph) -> None:
+    """Let nodes that were put into a Dynamo graph have example values, as its own nodes have them: AOTAutograd's cache
+    on disk passes over a graph with a method of anything else, and a warm start then lowers all of it again.
+
+    What cannot be worked out stays without."""
+    modes = (getattr(n.meta.get("example_value"), "fake_mode", None) for n in graph.nodes)
+    mode: Any = next((m for m in modes if m is not None), None)
+    if mode is None:
+        return
+    quiet = nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
+    with mode, quiet, torch.no_grad(), unobserved():
+        for n in graph.nodes:
+            if n.op not in ("call_function", "call_method") or n.meta.get("example_value") is not None:
+                continue
+            if _computes(n.target):
+                with suppress(Exception):
+                    n.meta["example_value"] = _example(n)
+
+
+def _computes(target: Any) -> bool:
+    """Whether a node of this target makes a value and does nothing else."""
+    if isinstance(target, str):
+        return not target.endswith("_")
+    if isinstance(target, torch._ops.OpOverload):
+        return not target._schema.is_mutable
+    if getattr(target, "__module__", None) == "_operator":
+        return target.__name__ in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "truediv")
+    name = getattr(target, "__name__", "")
+    public = isinstance(target, BuiltinFunctionType) and getattr(torch, name, None) is target
+    return public and not name.startswith(("_", "set_")) and not name.endswith("_")
+
+
+class _Unknown(Exception):
+    """A node without an example value."""
+
+
+def _example(n: fx.Node) -> Any:
+    def value(x: fx.Node) -> Any:
+        found = x.meta.get("example_value")
+        if found is None:
+            raise _Unknown(x.name)
+        return found
+
+    args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), value)  # type: ignore[misc]
+    call: Any = getattr(args[0], n.target) if isinstance(n.target, str) else n.target
+    return call(*args[1:], **kwargs) if isinstance(n.target, str) else call(*args, **kwargs)
 
 
 def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:

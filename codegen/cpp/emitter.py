@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from attncc.codegen.cpp import prepared
-from attncc.codegen.cpp.expressions import Level, Printer, fits_32_bits, literal
+from attncc.codegen.cpp.expressions import INDEX_BOUND, WIDE_BOUND, Level, Printer, fits_32_bits, literal
 from attncc.codegen.cpp.fold import folded, may_be_huge, spread
 from attncc.codegen.cpp.isa import TABLE, machine
 from attncc.codegen.cpp.operands import NotAffine, Operand, operand
@@ -51,14 +51,16 @@ def unsupported(a: Attention) -> str | None:
     return None
 
 
-def emit(a: Attention, bounds: Bounds, isa: str) -> str:
-    """The C++ source of `a` for `isa`. Raises ValueError where `unsupported(a)` has a reason."""
+def emit(a: Attention, bounds: Bounds, isa: str, *, wide: bool = False) -> str:
+    """The C++ source of `a` for `isa`; `wide` where a call may have sizes beyond 2^24.
+
+    Raises ValueError where `unsupported(a)` has a reason."""
     reason = unsupported(a)
     if reason is not None:
         raise ValueError(f"no C++ kernel: {reason}")
     if isa not in TABLE:
         raise ValueError(f"no such instruction set {isa!r}; it is one of {', '.join(TABLE)}")
-    return _Emitter(a, bounds, isa).source()
+    return _Emitter(a, bounds, isa, wide=wide).source()
 
 
 def _operands(a: Attention) -> tuple[Operand, Operand, Operand]:
@@ -71,7 +73,8 @@ def _library(name: str) -> str:
 
 
 class _Emitter:
-    def __init__(self, a: Attention, bounds: Bounds, isa: str) -> None:
+    def __init__(self, a: Attention, bounds: Bounds, isa: str, *, wide: bool) -> None:
+        self.wide = wide
         a = replace(a, score=folded(a.score), weight=folded(a.weight))
         self.hidden = (Interval(Const(0), a.j.extent),) if bounds.hidden is None else bounds.hidden
         bounds = replace(bounds, full=(), full_parts=(), residue=None, hidden=self.hidden)  # what find_spans works out
@@ -123,7 +126,8 @@ class _Emitter:
 
     def _config(self) -> str:
         a, double = self.a, self.p.double
-        narrow = not double and fits_32_bits(a, a.score, a.mask, a.weight, *([a.sink] if a.sink else []))
+        roots = (a.score, a.mask, a.weight, *([a.sink] if a.sink else []))
+        narrow = not double and not self.wide and fits_32_bits(a, *roots)
         wide = isinstance(a.e.extent, Const) and int(a.e.extent.value) >= 128
         spans = [n for x in self.bounds.intervals for n in x.expressions]
         defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles, wide=wide) | {
@@ -325,7 +329,8 @@ class _Emitter:
         a = self.a
         lines = ["(void)sizes; (void)outputs; (void)out_strides;", "Call c;"]
         for n, s in enumerate(a.sizes):
-            lines += [f"if (sizes[{n}] > {2**24}) return TOO_LARGE;", f"c.z_{s.name} = sizes[{n}];"]
+            most = WIDE_BOUND if self.wide else INDEX_BOUND
+            lines += [f"if (sizes[{n}] > {most}) return TOO_LARGE;", f"c.z_{s.name} = sizes[{n}];"]
         for n, t in enumerate(a.tensors):
             lines.append(f"c.t_{t.name} = (const {_ELEMENT[t.dtype]}*)tensors[{n}];")
             lines += [f"c.s_{t.name}[{d}] = strides[{n}][{d}];" for d in range(len(t.shape))]

@@ -324,16 +324,20 @@ def _vector_op(name: str, x: Op, args: list[str]) -> str:
     return simple[name].format(*args)
 
 
-_INDEX_BOUND = 2**24  # the entry refuses sizes beyond it, so that 32-bit lanes hold what `fits_32_bits` proves
+#: The entry refuses sizes beyond it, so that 32-bit lanes hold what `fits_32_bits` proves; kernels made for larger
+#: sizes have 64-bit lanes.
+INDEX_BOUND, WIDE_BOUND = 2**24, 2**40
 _LOAD_BOUND = {"i64": 2**63, "i32": 2**31 - 1, "i16": 2**15, "i8": 2**7, "u8": 2**8, "bool": 1}
 
 
 def fits_32_bits(a: Attention, *roots: Expr) -> bool:
-    """Whether every integer below the roots fits a 32-bit lane, sizes and indices being at most 2^24."""
+    """Whether every integer below the roots fits a 32-bit lane, sizes that a call decides being at most 2^24."""
     dtypes = {t.name: t.dtype for t in a.tensors}
-    most: dict[Expr, int] = {}
+    most: dict[Expr, int] = {
+        x.index: int(x.extent.value) if isinstance(x.extent, Const) else INDEX_BOUND for x in a.axes
+    }
     for n in walk(*roots):
-        if n.kind == "int":
+        if n.kind == "int" and n not in most:
             most[n] = _magnitude(n, most, dtypes)
     return all(m < 2**31 for m in most.values())
 
@@ -343,7 +347,7 @@ def _magnitude(n: Expr, most: dict[Expr, int], dtypes: dict[str, str]) -> int:
         case Const(value):
             return abs(int(value))
         case Index() | Size():
-            return _INDEX_BOUND
+            return INDEX_BOUND
         case Load(tensor, _):
             return _LOAD_BOUND.get(dtypes[tensor], 2**63)
         case Op("add" | "sub", (x, y)):

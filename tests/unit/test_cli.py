@@ -1,6 +1,7 @@
 """The command line around the driver: what it prints, and how bad input ends. The driver itself is replaced here."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -211,19 +212,65 @@ def test_no_site_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no attention was found" in run("inspect", "attncc_cli_target:factory", "--kernel", "0").stderr
 
 
-def test_cache_shows_and_clears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store with two kernels and a record."""
     monkeypatch.setenv("ATTNCC_CACHE_DIR", str(tmp_path / "kernels"))
-    assert "0 kernels" in run("cache").stdout
+    store = Store()
+    for name in ("dense-f32", "causal-f32"):
 
-    def build(folder: Path) -> None:
-        (folder / "kernel.so").write_bytes(b"12345")
+        def build(folder: Path, name: str = name) -> None:
+            (folder / "kernel.so").write_bytes(b"12345")
+            (folder / "kernel.cpp").write_text(f"// {name}\nint x;\n")
 
-    Store().get_or_build(key({"source": "x"}), "dense-f32", build)
-    shown = run("cache").stdout
-    assert "dense-f32" in shown
-    assert "1 kernel," in shown
-    assert run("cache", "--clear").stdout.startswith("removed 1 kernel ")
-    assert "0 kernels" in run("cache").stdout
+        store.get_or_build(key({"source": name}), name, build)
+    store.remember(key({"a": 1}), {"winner": "cpp"})
+    return store
+
+
+@pytest.mark.parametrize("command", [("cache",), ("cache", "list")])
+def test_cache_lists(kernels: Store, command: tuple[str, ...]) -> None:
+    shown = run(*command).stdout
+    assert "dense-f32" in shown and "causal-f32" in shown
+    assert f"2 kernels, 0.0 MiB, and 1 records, in {kernels.root}" in shown
+
+
+def test_cache_shows_one(kernels: Store) -> None:
+    entry = next(x for x in kernels.entries() if x.name == "dense-f32")
+    for name in ("dense-f32", entry.path.name, entry.key[:8]):
+        shown = run("cache", "show", name).stdout
+        assert entry.key in shown and "every file is what was built" in shown
+        assert "kernel.cpp, kernel.so, manifest.json" in shown
+    assert run("cache", "show", "dense-f32", "--source").stdout == "// dense-f32\nint x;\n"
+    missing = run("cache", "show", "absent")
+    assert missing.exit_code == 2 and "there is no kernel absent" in missing.stderr
+
+
+def test_cache_verifies_and_prunes(kernels: Store) -> None:
+    assert run("cache", "verify").stdout == "2 kernels, all in order\n"
+    entry = next(x for x in kernels.entries() if x.name == "dense-f32")
+    (entry.path / "kernel.so").write_bytes(b"123456")
+    result = run("cache", "verify")
+    assert result.exit_code == 1
+    assert f"{entry.path.name}: is not what was built" in result.stdout and "2 kernels, 1 not in order" in result.stdout
+    assert run("cache", "prune").stdout.startswith("removed 1 kernel ")
+    assert run("cache", "verify").stdout == "1 kernel, all in order\n"
+    assert run("cache", "prune", "--limit", "0").stdout.startswith("removed 0 kernels ")  # used within the hour
+    os.utime(kernels.entries()[0].path / "manifest.json", (0, 0))
+    assert run("cache", "prune", "--limit", "0").stdout.startswith("removed 1 kernel ")
+
+
+def test_cache_clears(kernels: Store) -> None:
+    assert run("cache", "clear").stdout.startswith("removed 2 kernels ")
+    assert "0 kernels, 0.0 MiB, and 0 records" in run("cache").stdout
+    assert kernels.recall(key({"a": 1})) is None
+
+
+def test_cache_says_what_others_could_write_to(kernels: Store) -> None:
+    kernels.root.chmod(0o777)
+    result = run("cache")
+    assert result.exit_code == 0 and "0 kernels" in result.stdout
+    assert f"others could write to {kernels.root}" in result.stderr
 
 
 def test_cache_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def test_the_store_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_the_mode_of_the_first_user_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the default device nor inference mode decide where a kernel's own tables lie."""
 
-    def compiled(a: Attention, bounds: Bounds, target: Target) -> Built:
+    def compiled(a: Attention, bounds: Bounds, target: Target, *_: object) -> Built:
         return Built(TorchKernel(a), "", "cpp", "stands for a C++ kernel")
 
     monkeypatch.setattr(build, "_cpp", compiled)

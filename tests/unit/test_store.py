@@ -19,6 +19,7 @@ import pytest
 
 from attncc.runtime import store as store_module
 from attncc.runtime.store import Store, StoreError, key
+from attncc.runtime.store_seals import Opened
 
 KEY = key({"ir": "attention", "target": "avx2", "level": 3})
 
@@ -108,19 +109,22 @@ def test_everything_is_the_owners_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX permissions")
-def test_a_folder_open_to_others_is_closed_and_the_users_own_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_seen_by_others_is_closed_and_the_users_own_is_left_alone(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
-    Store(tmp_path).root.chmod(0o777)
-    assert stat.S_IMODE(Store(tmp_path).root.stat().st_mode) == 0o700
+    entry = Store(tmp_path).get_or_build(KEY, "k", writes("x"))
+    entry.parent.chmod(0o755)
+    store = Store(tmp_path)
+    assert stat.S_IMODE(store.root.stat().st_mode) == 0o700
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    assert store.find(KEY, "k") == entry and store.note is None
 
 
 def test_a_folder_of_someone_else_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Store(tmp_path)
+    root = Store(tmp_path).root
     mine = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: mine + 1)
     with pytest.raises(PermissionError, match="belongs to someone else"):
-        store_module._opened(tmp_path)
+        Opened(root)
 
 
 def damaged(entry: Path) -> list[Callable[[], object]]:
@@ -197,7 +201,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str)
 
     with monkeypatch.context() as patch:
         if when == "in the manifest":
-            patch.setattr(store_module, "_seal", full)
+            patch.setattr(store_module.Store, "_manifest", full)
         elif when == "at the rename":
             patch.setattr(Path, "rename", full)
         elif when == "at the start":
@@ -304,16 +308,17 @@ def test_a_process_killed_in_the_middle_leaves_nothing_visible(tmp_path: Path) -
     assert leftovers(store) == [] and store.find(KEY, "k") == entry
 
 
-def test_who_waits_too_long_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_too_long_goes_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "PATIENCE_S", 0.05)
-    store = Store(tmp_path)
+    store, count = Store(tmp_path), list[int]()
 
     def meanwhile(folder: Path) -> None:
-        with pytest.raises(StoreError, match=r"another process has held .*\.lock"):
-            Store(tmp_path).get_or_build(KEY, "k", writes("y"))
-        writes("x")(folder)
+        assert (Store(tmp_path).get_or_build(KEY, "k", writes("y", count)) / "kernel.c").read_text() == "y"
+        writes("x", count)(folder)
 
-    assert (store.get_or_build(KEY, "k", meanwhile) / "kernel.c").read_text() == "x"
+    entry = store.get_or_build(KEY, "k", meanwhile)
+    assert len(count) == 2 and (entry / "kernel.c").read_text() == "y"  # what others use already stays
+    assert store.read(entry, "kernel.c") == b"y" and leftovers(store) == []
 
 
 def test_an_unusable_folder_is_replaced_for_this_process(tmp_path: Path) -> None:

@@ -55,7 +55,12 @@ static int64_t area(const Call& c, const Plan& p, int64_t n) {
     return sum;
 }
 
-// One thread's working memory, kept between calls.
+// One thread's working memory, kept between calls and given back when the thread ends.
+struct Held {
+    char* memory = nullptr;
+    size_t size = 0;
+    ~Held() { free(memory); }
+};
 struct Scratch {
     Tile* tiles;
     real *scores, *weights, *k, *v, *q, *o;
@@ -63,20 +68,19 @@ struct Scratch {
 };
 static size_t round_up(size_t n) { return (n + 127) / 128 * 128; }
 static bool reserve(const Call& c, Scratch& s) {
-    static thread_local char* memory = nullptr;
-    static thread_local size_t held = 0;
+    static thread_local Held held;
     const size_t column = GROUP_TILES * QUERIES * sizeof(real);
     const size_t sizes[] = {GROUP_TILES * sizeof(Tile), KEYS * QUERIES * sizeof(real), p_scratch(), k_scratch(c),
                             v_scratch(c), column * q_rows(c), column * o_rows(c), slanted_size()};
     size_t total = 0;
     for (size_t n : sizes) total += round_up(n) + 128;
-    if (total > held) {
-        free(memory);
-        memory = (char*)aligned_alloc(4096, (total + 4095) / 4096 * 4096);
-        held = memory ? total : 0;
-        if (!memory) return false;
+    if (total > held.size) {
+        free(held.memory);
+        held.memory = (char*)aligned_alloc(4096, (total + 4095) / 4096 * 4096);
+        held.size = held.memory ? total : 0;
+        if (!held.memory) return false;
     }
-    char* at = memory;
+    char* at = held.memory;
     auto take = [&](size_t n) { char* p = at; at += round_up(n) + 128; return p; };
     s.tiles = (Tile*)take(sizes[0]);
     s.scores = (real*)take(sizes[1]);

@@ -1,0 +1,73 @@
+"""Warm starts: AOTAutograd's cache takes the graphs that attncc edits; the store finds without compiling or checking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from failing_programs import PROGRAMS
+from torch import fx
+from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache, check_node_safe
+
+from attncc import torch_private
+from attncc.driver import backend, selection
+from attncc.kernels import build, compiled
+
+#: What these hold besides attention, AOTAutograd's cache does not take.
+UNCACHED = {"checkpoint", "vmap", "torch.func.grad", "autocast"}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in UNCACHED])
+def test_what_is_edited_can_be_cached(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, *_: Any) -> Callable[..., Any]:
+        seen.append(gm)
+        return gm.forward
+
+    monkeypatch.setattr(torch_private, "inductor", keep)
+    program = PROGRAMS[name]
+    run, given = program.make()
+    given = tuple(x.requires_grad_(program.grad and x.is_floating_point()) for x in given)
+    with torch.set_grad_enabled(program.grad):
+        torch.compile(run, backend="attncc", dynamic=program.dynamic, options={"measure": False})(*given)
+    fused = [n for gm in seen for n in gm.graph.nodes if n.target is torch.ops.attncc.attention.default]
+    assert fused or name == "other sites"
+    for gm in seen:
+        for n in gm.graph.nodes:
+            try:
+                check_node_safe(n)
+            except BypassAOTAutogradCache as error:
+                pytest.fail(f"{n.format_node()}: {error}")
+
+
+@pytest.mark.slow
+def test_a_warm_start_neither_compiles_nor_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if build.find_toolchain() is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("ATTNCC_CACHE_DIR", str(tmp_path))
+    done: list[str] = []
+    compile_, check = compiled.CppToolchain.compile, compiled.wrong
+    monkeypatch.setattr(
+        compiled.CppToolchain, "compile", lambda self, *args: done.append("compiled") or compile_(self, *args)
+    )
+    monkeypatch.setattr(compiled, "wrong", lambda *args: done.append("checked") or check(*args))
+    program = PROGRAMS["two sites"]
+    run, given = program.make()
+    for _ in range(2):
+        build._built.cache_clear()
+        selection._decided.clear()
+        torch._dynamo.reset()
+        torch.compile(run, backend=backend.attncc_backend, options={"measure": False, "inductor": False})(*given)
+    assert sorted(done) == ["checked", "checked", "compiled", "compiled"]

@@ -1,0 +1,1 @@
+"""Compilers that fail: scripts that stand in the place of g++."""
