@@ -16,14 +16,14 @@ from pathlib import Path
 
 from attncc.codegen.cpp import prepared
 from attncc.codegen.cpp.expressions import Level, Printer, fits_32_bits, literal
-from attncc.codegen.cpp.fold import folded, may_be_huge, spread
+from attncc.codegen.cpp.fold import folded, spread
 from attncc.codegen.cpp.isa import TABLE, machine
 from attncc.codegen.cpp.operands import NotAffine, Operand, operand
 from attncc.codegen.cpp.prepared import function
 from attncc.ir import Attention, Axis, Bounds, Const, Expr, Interval, Op, S, W, print_attention
 from attncc.ir.analysis import folded_axes, keeps_nan, linear_factor, scaled, zero_at_zero
 from attncc.ir.bounds import Bits
-from attncc.ir.build import TRUE, mul
+from attncc.ir.build import TRUE
 from attncc.ir.expr import free, loads, walk
 
 _ELEMENT = {
@@ -96,7 +96,7 @@ class _Emitter:
 
     def _plain_scale(self) -> float | None:
         """c > 0 with score = s * c, which needs no pass of its own."""
-        if self.a.normalizer != "softmax" or self.early:
+        if self.a.normalizer != "softmax":
             return None
         x, scale = scaled(self.a.score)
         return scale if x is S else None
@@ -107,8 +107,8 @@ class _Emitter:
         parts = [self._header(), self._config(), *map(_library, ("vector", "integers", "convert", "layout"))]
         parts += [_library("matrix_unit" if self.tiles else "product")]
         parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), prepared.slots(self.p)]
-        parts += [_library("spans"), _library("tile"), prepared.fills(self.p), *hooks, prepared.staged(self.p)]
-        parts += [self._rows()]
+        parts += [*map(_library, ("spans", "tile", "peak")), prepared.fills(self.p), *hooks]
+        parts += [prepared.staged(self.p), self._rows()]
         parts += [_library("pairs" if self.pairs else "plain"), _library("few")]
         parts += [*([_library("few_tiles")] if self.tiles else []), _library("few_attend")]
         return "\n".join([*parts, *map(_library, ("begin", "slanted", "attend", "run")), self._entry()])
@@ -136,8 +136,8 @@ class _Emitter:
             "HAS_OUT": int("out" in a.outputs), "HAS_LSE": int("lse" in a.outputs), "HAS_SINK": int(a.sink is not None),
             "IS_SOFTMAX": int(a.normalizer == "softmax"), "NORMALIZED_EARLY": int(self.early),
             "EMPTY_ZERO": 0, "EMPTY_MEAN": 1, "EMPTY_NAN": 2, "EMPTY": f"EMPTY_{a.empty.upper()}",
-            "PLAIN": int(self.scale is not None), "SCALE": self._real(self._log2e(self.scale)),
-            "MAY_BE_HUGE": int(may_be_huge(a.score)), "HAS_NEAR": int(self.near),
+            "SCALE": self._real(self._log2e(self.scale)), "LOG2E": self._real(math.log2(math.e)),
+            "HAS_NEAR": int(self.near),
             "MOST_FEW": self._most_few,
             "FEW_ALONE": int(self.scale is not None and self.factor == Const(1.0)),
             "SUMS_ROUNDED": int(self.factor == Const(1.0) and "lse" not in a.outputs),
@@ -317,7 +317,7 @@ class _Emitter:
     def _sink(self) -> str:
         body = "splat(-INFINITY)"
         if self.a.sink is not None:
-            body = self.p.row_code(_times(self.a.sink, math.log2(math.e)))
+            body = self.p.row_code(self.a.sink)
         head = "static vreal first_logit(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at)"
         return function(head, ["(void)c; (void)b; (void)u; (void)t; (void)at;", f"return {body};"])
 
@@ -367,15 +367,6 @@ def _shown(x: Interval) -> str:
         for b, verb in zip(x.bits, verbs, strict=True)
     )
     return f"{x.lo!r} <= j < {x.hi!r}{stripes}{bits}"
-
-
-def _times(x: Expr, by: float) -> Expr:
-    """x * by, into the constant that x may already end with."""
-    if isinstance(x, Op) and x.name == "mul":
-        for n, m in ((0, 1), (1, 0)):
-            if isinstance(k := x.args[n], Const):
-                return mul(x.args[m], Const(float(k.value) * by))
-    return mul(x, Const(by))
 
 
 def _equation(a: Attention) -> list[str]:

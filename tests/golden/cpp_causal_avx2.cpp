@@ -45,6 +45,7 @@
 #define REAL_IS_DOUBLE 0
 #define BIAS 127
 #define MANTISSA 23
+#define LARGEST __FLT_MAX__
 #define LN2 0.69314718055994530942f
 #define LN2_HIGH 0.693359375f
 #define LN2_LOW -2.12194440e-4f
@@ -72,9 +73,8 @@
 #define EMPTY_MEAN 1
 #define EMPTY_NAN 2
 #define EMPTY EMPTY_ZERO
-#define PLAIN 0
 #define SCALE 1.0f
-#define MAY_BE_HUGE 1
+#define LOG2E 1.4426950408889634f
 #define HAS_NEAR 0
 #define MOST_FEW 16
 #define FEW_ALONE 0
@@ -161,6 +161,8 @@ struct Tile;
 /* lib/spans.h */
 
 /* lib/tile.h */
+
+/* lib/peak.h */
 
 static Uniform uniform(const Call& c, const Batch& b, const Tile& t) {
     (void)c; (void)b; (void)t;
