@@ -82,8 +82,14 @@ INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, S
     }
 }
 
-// `part` of the same against maxima some of which are far. A sum becomes NaN by an infinite logit too, so NaN is noted apart.
-static void weigh_far(const Column& x, int64_t n, const Base& base, real part, real* p, Sums& sums, vmask& nan) {
+// `part` of the same against maxima some of which are far, of which the tile keeps the logits. A sum becomes NaN by an infinite
+// logit too, so NaN is noted apart. Gives what earlier sums are worth then.
+static __attribute__((noinline)) vreal weigh_far(const Column& x, Tile& t, int64_t lane, int64_t n, Peak& peak, real* p, Sums& sums) {
+    const Peak old = peak_of(t, lane);
+    const Base base = base_of(peak);
+    const vreal before = load(t.l + lane);
+    const real part = t.lifted ? LIFTED : 1;
+    vmask nan = (before != before) & (old.m != splat(INFINITY));
     vreal w[2];
     for (int64_t k = 0; k < n; k += 2) {
         w[1] = vreal{};
@@ -94,6 +100,9 @@ static void weigh_far(const Column& x, int64_t n, const Base& base, real part, r
         }
         put_weights(p, k, w[0], w[1]);
     }
+    store(t.top + lane, peak.top);
+    peak.m = pick(nan, splat(NAN), peak.m);
+    return factor_of(old, base);
 }
 
 // Scores in `s` become weights where they need no running maximum: pointwise normalisers and known sums.
@@ -172,14 +181,14 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
         store(keep, splat(1));
         return;
     }
-    Peak old = peak_of(t, lane), peak = old;
-    const vreal m_old = old.m, l_old = load(t.l + lane);
+    const vreal m_old = load(t.m + lane), l_old = load(t.l + lane);
     vreal m = pick(m_old == splat(-INFINITY), vreal{}, m_old), factor, sum;
     Sums sums;
     bool again = false, far = false;
+    Peak peak;
     auto raise = [&] {
         const vreal least = splat(-INFINITY);
-        peak = higher(old, highest<true>(x, to, n, highest<false>(x, from, to, highest<true>(x, 0, from, least))));
+        peak = higher(peak_of(t, lane), highest<true>(x, to, n, highest<false>(x, from, to, highest<true>(x, 0, from, least))));
         m = peak.m;
         far = t.lifted || !none(is_far(m) & (m != least));
     };
@@ -194,11 +203,8 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
         for (int i = 0; i < 4; ++i) sums.part[i] = vreal{};
         sums.seen = *(const vmask*)(t.seen + lane);
         if (far) {
-            vmask nan = (l_old != l_old) & (m_old != splat(INFINITY));
-            const Base base = base_of(peak);
-            weigh_far(x, n, base, t.lifted ? LIFTED : 1, p, sums, nan);
-            m = pick(nan, splat(NAN), peak.m);
-            factor = factor_of(old, base);
+            factor = weigh_far(x, t, lane, n, peak, p, sums);
+            m = peak.m;
             sum = sums.part[0] + sums.part[1];
             break;
         }
@@ -229,7 +235,6 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
     m = pick(sums.seen | (m_old != splat(-INFINITY)), m, m_old);
     if (!PRODUCT_KEEPS && !lies_in_rows(t) && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
     store(t.m + lane, m);
-    store(t.top + lane, peak.top);
     store(t.l + lane, l_old * factor + sum);
     store(keep, factor);
     *(vmask*)(t.seen + lane) = sums.seen;
