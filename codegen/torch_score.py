@@ -131,8 +131,8 @@ class Block:
         return x.masked_fill(~seen, 0.0)
 
     def _highest(self, s: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-        """The highest score of each row, in the place of the log of its sum. A row that sees nothing keeps that, as does
-        one whose is NaN."""
+        """The highest score of each row, in the place of the log of its sum; that where the row sees nothing or is NaN.
+        """
         top = s.amax(-1, keepdim=True)
         if self.a.sink is not None:
             with torch.enable_grad():

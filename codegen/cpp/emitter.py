@@ -1,7 +1,7 @@
 """From an attention to one C++ translation unit: the hooks that the skeleton in `lib/` calls, and the skeleton itself.
 
     q, k, v         -> query_at, key_at, value_at: pointer + sum of stride * index
-    score, mask     -> logit (in powers of two for softmax), masked keys -inf
+    score, mask     -> logit (without its constant factor, for softmax), masked keys -inf
     sink            -> first_logit, the maximum a row starts with
     weight          -> linear_weight where linear in w, else weight after a first pass for the sums
     bounds          -> find_spans, the keys a tile visits and those of them that it must mask
@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 
 from attncc.codegen.cpp import prepared
-from attncc.codegen.cpp.expressions import Level, Printer, fits_32_bits, literal
-from attncc.codegen.cpp.fold import folded, spread
+from attncc.codegen.cpp.expressions import Printer, fits_32_bits, literal
+from attncc.codegen.cpp.fold import folded
 from attncc.codegen.cpp.isa import TABLE, machine
 from attncc.codegen.cpp.operands import NotAffine, Operand, operand
 from attncc.codegen.cpp.prepared import function
@@ -31,6 +31,7 @@ _ELEMENT = {
     "i16": "int16_t", "i8": "int8_t", "u8": "uint8_t", "bool": "bool",
 }  # fmt: skip
 _INDENT = "    "
+_LOG2E = math.log2(math.e)
 _FEW = 16  # rows of a matrix unit's tile, the most that are few
 
 
@@ -88,18 +89,9 @@ class _Emitter:
         self.pairs = bf16 and self.isa.pairs
         self.tiles = self.pairs and self.isa.tiles
         self.near = self.pairs and any(isinstance(x, Op) and x.name == "tanh" for x in walk(a.score))
-        self.scale = self._plain_scale()
-        self.base_two = None
-        if a.normalizer == "softmax" and self.scale is None:
-            most = float.fromhex("0x1.fffffffffffffp1023" if self.p.double else "0x1.fffffep127")
-            self.base_two = spread(a.score, math.log2(math.e), self._apart, most)
-
-    def _plain_scale(self) -> float | None:
-        """c > 0 with score = s * c, which needs no pass of its own."""
-        if self.a.normalizer != "softmax":
-            return None
-        x, scale = scaled(self.a.score)
-        return scale if x is S else None
+        # raw * scale is the logit to base 2 where there is a softmax: the kernel takes the maximum of raw.
+        self.raw, factor = scaled(a.score) if a.normalizer == "softmax" else (a.score, 1.0)
+        self.scale = factor * _LOG2E if a.normalizer == "softmax" else 1.0
 
     def source(self) -> str:
         hooks = [self._bounds(), self._logit(), self._weights(), self._sink()]
@@ -136,10 +128,10 @@ class _Emitter:
             "HAS_OUT": int("out" in a.outputs), "HAS_LSE": int("lse" in a.outputs), "HAS_SINK": int(a.sink is not None),
             "IS_SOFTMAX": int(a.normalizer == "softmax"), "NORMALIZED_EARLY": int(self.early),
             "EMPTY_ZERO": 0, "EMPTY_MEAN": 1, "EMPTY_NAN": 2, "EMPTY": f"EMPTY_{a.empty.upper()}",
-            "SCALE": self._real(self._log2e(self.scale)), "LOG2E": self._real(math.log2(math.e)),
+            "SCALE": self._real(self.scale), "LOG2E": self._real(_LOG2E),
             "HAS_NEAR": int(self.near),
             "MOST_FEW": self._most_few,
-            "FEW_ALONE": int(self.scale is not None and self.factor == Const(1.0)),
+            "FEW_ALONE": int(a.normalizer == "softmax" and self.raw is S and self.factor == Const(1.0)),
             "SUMS_ROUNDED": int(self.factor == Const(1.0) and "lse" not in a.outputs),
             "CAN_SPLIT": int(a.normalizer == "softmax" and not self.early and a.empty != "mean"),
             "EVEN_AREA": int(not (free(*spans) - {*a.sizes} or loads(*spans))),
@@ -162,17 +154,6 @@ class _Emitter:
         extents = [x.extent for x in (self.a.i, *self.folded)]
         known = [int(x.value) for x in extents if isinstance(x, Const)]
         return min(math.prod(known), _FEW) if len(known) == len(extents) else _FEW
-
-    def _log2e(self, scale: float | None) -> float:
-        if self.a.normalizer != "softmax":
-            return 1.0
-        if scale is not None:
-            return scale * math.log2(math.e)
-        return 1.0 if self.base_two is not None else math.log2(math.e)
-
-    def _apart(self, x: Expr) -> bool:
-        """Whether no pair of row and key has to work `x` out: it is the row's, or their distance's."""
-        return x.kind == "float" and (self.p.level(x) in (Level.UNIFORM, Level.ROW) or self.p.diagonals.tabled(x))
 
     def _real(self, x: float) -> str:
         return literal(Const(float(x)), double=self.p.double)
@@ -285,8 +266,7 @@ class _Emitter:
 
     def _logit(self) -> str:
         a = self.a
-        x = S if self.scale is not None else self.base_two or a.score
-        unmasked = self.p.statements({"x": x}, near=self.near)
+        unmasked = self.p.statements({"x": self.raw}, near=self.near)
         masked = self.p.statements({"seen": a.mask})
         lines = [_UNUSED, "(void)s; (void)visible; (void)reach;"]
         if a.mask is not TRUE:

@@ -264,7 +264,7 @@ class Block:
         rounded m * rate, so that the largest is off by that rounding. Where it would be large the rate is a power of
         two, which rounds nothing; neighbours of the largest score lie too far below it there to weigh anything."""
         far = number(2.0 ** math.ceil(math.log2(self.c2)))
-        if self.c2 > 1.0 and self.p.value_type != "f16":  # lest it pass the largest number
+        if self.c2 > 1.0:  # lest it pass the largest number
             far = f"tl.where(tl.abs({m}) < {2.0**64!r}, {far}, {2.0**-16!r})"
         rate = f"rate = tl.where(tl.abs({m}) < {number(self.far)}, {number(self.c2)}, {far})"
         return [rate, f"base = {_rounded(f'{m} * rate')}"]

@@ -1,4 +1,4 @@
-"""docs/numbers.md, held: scores and values of every size, infinities and NaN, in C++ kernels of every instruction set."""
+"""docs/numbers.md, held by C++ kernels of every instruction set: scores and values of every size, infinities, NaN."""
 
 from __future__ import annotations
 

@@ -70,7 +70,8 @@ def hold_gradients(a: Attention, t: Tensors, sizes: Sequence[int], what: str) ->
             off, own = (x.double().sub(w.double())[fine].abs().max() for x in (g, e))
             unit = torch.finfo(e.dtype).eps
             # the weights' differences are lost in their roundings, of which no score is too large for
-            size = max(float(w[fine].abs().max()), float(t["k" if name == "q" else "q"].double().nan_to_num().abs().max()))
+            other = t["k" if name == "q" else "q"].double().nan_to_num(0.0, 0.0, 0.0)
+            size = max(float(w[fine].abs().max()), float(other.abs().max()))
             assert off <= 4 * own + 64 * unit * size, f"{what}: gradient of {name} is off by {off}, of {size}"
 
 

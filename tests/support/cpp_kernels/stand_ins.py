@@ -1,5 +1,5 @@
-"""Kernels for machines that are not here, by the host's compiler: NEON's skeleton in 16-byte vectors, and AMX with its matrix
-unit written out in C++."""
+"""Kernels for machines that are not here, by the host's compiler: NEON's skeleton in 16-byte vectors, and AMX with its
+matrix unit written out in C++."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def runnable(isa: str) -> bool:
     return isa in every or AS.get(isa) in every
 
 
-def run_as(a: Attention, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int], isa: str) -> dict[str, torch.Tensor]:
+def run_as(
+    a: Attention, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int], isa: str
+) -> dict[str, torch.Tensor]:
     """Outputs by name of the kernel for `isa`, by its stand-in where this machine has no such instructions."""
     if isa in host_isas(every=True):
         return run(a, tensors, sizes, isa)
