@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from cpp_kernels.cases import FORMS, case, tensors_of
 from cpp_kernels.stand_ins import run_as, runnable
 from edge_numbers.edges import edges_of, hold
+from parameters.thinned import thinned
 
 from attncc.codegen.cpp.isa import ISAS
 
@@ -75,3 +77,42 @@ def test_every_nan_stays_one(payload: int, isa: str) -> None:
     t["bias"][1, 5, 7] = torch.tensor(payload, dtype=torch.int64).to(torch.int32).view(torch.float32)
     out = run_as(a, t, [20, 40], isa)["out"]
     assert out.isnan().any(-1).nonzero().tolist() == [[0, 0, 1, 5], [1, 0, 1, 5]]
+
+
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
+
+
+def hidden(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return (q @ k.mT * 0.25).masked_fill(bias < 0, -1e10).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(("model", "size"), thinned([plain, biased, hidden], [1e30, 1e4, 1.0]))
+def test_models_and_their_gradients(model: Callable[..., torch.Tensor], size: float) -> None:
+    """Scores of a size, an added -1e9 throughout some rows and on half of others, and one pair that is NaN."""
+    r = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 70, 16, generator=r) * size**0.5 for _ in "qk")
+    v = torch.randn(1, 2, 70, 16, generator=r)
+    bias = torch.where(torch.rand(70, 70, generator=r) < 0.5, -1e9, 0.0)
+    bias[:5], bias[9, 3] = -1e9, math.nan
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="attncc", options={"measure": False, "inductor": False})
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = compiled(*leaves, bias)
+    exact = model(*(x.double() for x in (q, k, v, bias)))
+    eager_leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    eager = model(*eager_leaves, bias)
+    assert torch.equal(out.isnan(), eager.isnan())
+    fine = ~eager.isnan()
+    if size < 1e30:  # beyond, one score is all, but which of two that are close is up to how they are summed
+        assert (out - exact)[fine].abs().max() <= 4 * (eager - exact)[fine].abs().max() + 1e-5
+    (out * fine).nan_to_num().sum().backward()
+    (eager * fine).nan_to_num().sum().backward()
+    assert all(x.grad is not None for x in leaves)
+    for x, y in zip(leaves, eager_leaves, strict=True):
+        assert x.grad is not None and y.grad is not None
+        assert x.grad[y.grad.isfinite()].isfinite().all()

@@ -54,7 +54,7 @@ def hold_gradients(a: Attention, t: Tensors, sizes: Sequence[int], what: str) ->
     a = replace(a, outputs=("out", "lse"))
     assert kept(a) is not None
     given = [t[x.name] for x in a.tensors]
-    outputs = dict(zip(a.outputs, run_blocked(a, given, sizes), strict=True))
+    outputs: dict[str, torch.Tensor] = dict(zip(a.outputs, run_blocked(a, given, sizes), strict=True))
     seeds = [seed_of(outputs["out"]), torch.zeros_like(outputs["lse"])]
     wanted = [x.name in "qkv" for x in a.tensors]
     found = backward(a, seeds, given, outputs, sizes, wanted, bounds=loop_bounds(a, rows=True))
