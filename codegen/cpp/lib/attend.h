@@ -82,9 +82,10 @@ INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, S
     }
 }
 
-// `part` of the same against maxima some of which are far, of which the tile keeps the logits. A sum becomes NaN by an infinite
-// logit too, so NaN is noted apart. Gives what earlier sums are worth then.
-static __attribute__((noinline)) vreal weigh_far(const Column& x, Tile& t, int64_t lane, int64_t n, Peak& peak, real* p, Sums& sums) {
+// The same against maxima some of which are far: the tile keeps their logits. A sum becomes NaN by an infinite logit too, so
+// NaN is noted apart. Gives what earlier sums are worth then.
+static __attribute__((noinline)) vreal weigh_far(const Column& x, Tile& t, int64_t lane, int64_t n, Peak& peak, real* p,
+                                                 Sums& sums) {
     const Peak old = peak_of(t, lane);
     const Base base = base_of(peak);
     const vreal before = load(t.l + lane);
@@ -188,7 +189,8 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
     Peak peak;
     auto raise = [&] {
         const vreal least = splat(-INFINITY);
-        peak = higher(peak_of(t, lane), highest<true>(x, to, n, highest<false>(x, from, to, highest<true>(x, 0, from, least))));
+        const vreal top = highest<true>(x, to, n, highest<false>(x, from, to, highest<true>(x, 0, from, least)));
+        peak = higher(peak_of(t, lane), top);
         m = peak.m;
         far = t.lifted || !none(is_far(m) & (m != least));
     };
@@ -233,7 +235,8 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
     store(t.level + lane, level);
     store(t.expected + lane, level + pick((risen > vreal{}) & (risen < splat(STEEPEST)), risen, vreal{}));
     m = pick(sums.seen | (m_old != splat(-INFINITY)), m, m_old);
-    if (!PRODUCT_KEEPS && !lies_in_rows(t) && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
+    // Far maxima may differ where their roundings do not.
+    if (!PRODUCT_KEEPS && !lies_in_rows(t) && !t.fresh && (far || !none(m != m_old))) rescale(c, t, v, factor);
     store(t.m + lane, m);
     store(t.l + lane, l_old * factor + sum);
     store(keep, factor);

@@ -3,6 +3,7 @@
 // the maximum, as m is its rounded product, which does no harm while that rounding is small. Beyond, a row is far: from the
 // logit its maximum is subtracted first, which is exact for those that count.
 constexpr real FAR_FROM = 1048576;
+// What weights are multiplied by where the sum of weighted values would leave the range.
 constexpr real LIFTED = 1 / 18446744073709551616.0;
 INLINE vmask is_far(vreal m) { return ~(absolute(m) < splat(FAR_FROM)); }
 
@@ -14,7 +15,9 @@ INLINE Peak peak_of(const Tile& t, int64_t lane) { return {load(t.m + lane), loa
 INLINE vreal limited(vreal y, vreal x) {
     return pick(absolute(x) == splat(INFINITY), y, low(splat(LARGEST), high(splat(-LARGEST), y)));
 }
-INLINE vmask is_above(const Peak& a, const Peak& b) { return (a.m > b.m) | ((a.m == b.m) & is_far(a.m) & (a.top > b.top)); }
+INLINE vmask is_above(const Peak& a, const Peak& b) {
+    return (a.m > b.m) | ((a.m == b.m) & is_far(a.m) & (a.top > b.top));
+}
 INLINE Peak highest_of(const Peak& a, const Peak& b) {
     const vmask above = is_above(b, a);
     return {pick(above, b.m, a.m), pick(above, b.top, a.top)};

@@ -68,6 +68,13 @@ def added(fill: float, share: float, size: float = 1.0) -> Edge:
     return put
 
 
+def _climbing(t: Tensors, r: torch.Generator) -> None:
+    """Scores of 2e9 that climb by their last bit, which not all multiples of theirs have."""
+    t["q"], t["k"] = torch.zeros_like(t["q"]), torch.zeros_like(t["k"])
+    t["q"][..., 0], t["k"][..., 0] = 2.0**15, 2.0**15 * 1.9375
+    t["q"][..., 1], t["k"][..., 1] = 2.0**7, torch.arange(t["k"].shape[-2]).div(16, rounding_mode="floor") % 120
+
+
 #: What floats of 32 bits and bfloat16 hold.
 WIDE: dict[str, Edge] = {
     "scores of 1e6": scores(1e6),
@@ -76,6 +83,7 @@ WIDE: dict[str, Edge] = {
     "scores near the largest": scores(2.0**120),
     "scores of -1e6": scores(1e6, -1),
     "scores of -1e13": scores(1e13, -1),
+    "scores that climb by their last bit": _climbing,
     "values near the largest": values(3e38),
 }
 #: What every type holds.
