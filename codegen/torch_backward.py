@@ -30,8 +30,8 @@ from attncc.ir.expr import free, loads
 
 #: Elements of a block's scores for each thread: a megabyte in float32, twice, beside the keys that it reads.
 BUDGET = 1 << 18
-#: From here on the sum of a row is known too roughly to make weights of scores: a mask that adds the lowest number
-#: leaves nothing of the logarithm.
+#: From here on the sum of a row is known too roughly to make weights of scores, which are summed in another order than
+#: the forward's: a mask that adds the lowest number leaves nothing of the logarithm.
 _ROUGH = 1e3
 #: Rows of a block: fewer visit fewer hidden keys, more make better products.
 ROWS = 64
@@ -74,7 +74,8 @@ def backward(
     seed = made["out"].expand(*batch, *made["out"].shape[-2:]).reshape(prod(own), group, *made["out"].shape[-2:])
     # torch's kernel knows the gradient of the output, not that of the sums
     plain = _by_library(a) and "out" in outputs and group == 1 and q.is_cpu and k.shape[-2] > 0
-    if plain and not made["lse"].any():
+    rough = a.normalizer == "softmax" and (not q.is_cpu or _rough(outputs["lse"]))  # another device would be waited for
+    if plain and not rough and not made["lse"].any():
         found = dict(zip("qkv", _library(a, q, k, v, seed, outputs["out"], outputs["lse"], batch), strict=True))
         return _to_tensors(names, leaves, {"q": q, "k": k, "v": v}, found, {})
     run = _Run(a, named, table, whole, bounds, names, wide, own, group)
@@ -83,14 +84,18 @@ def backward(
     run.seed = seed
     if a.normalizer == "softmax":
         run.lse = outputs["lse"].reshape(prod(own), group, -1).to(wide)
-        # asking another device would wait for it
-        run.rough = not q.is_cpu or bool((run.lse.abs() > _ROUGH).logical_and(run.lse.isfinite()).any())
-        if a.empty == "zero":
+        run.lse = run.lse.masked_fill(run.lse == float("inf"), float("nan"))  # such a row is NaN, every weight of it
+        run.rough, run.lost = rough, q.is_cpu and a.mask is not TRUE and bool(run.lse.isnan().any())
+        if a.empty == "zero" and a.mask is not TRUE:
             run.lse = run.lse.masked_fill(run.lse == float("-inf"), float("inf"))
     if "lse" in made and a.normalizer == "softmax":
         run.dlse = made["lse"].reshape(prod(own), group, -1).to(wide)
     found = run.all_rows()
     return _to_tensors(names, leaves, {"q": q, "k": k, "v": v}, found, run.sums)
+
+
+def _rough(lse: torch.Tensor) -> bool:
+    return bool((lse.abs() > _ROUGH).logical_and(lse.isfinite()).any())
 
 
 def _shared(batch: Sequence[int], k: torch.Tensor, v: torch.Tensor) -> int:
@@ -166,7 +171,7 @@ class _Run:
         self.wants: dict[str, bool] = {}
         self.seed = torch.empty(0)
         self.lse: torch.Tensor | None = None
-        self.rough = False
+        self.rough = self.lost = False
         self.dlse: torch.Tensor | None = None
         self.sums: dict[str, torch.Tensor] = {}
         self.held: dict[int, torch.Tensor] = {}
@@ -197,7 +202,7 @@ class _Run:
             if skipping and not by_box:
                 keys = self._keys(cut)
             widest = keys[1] - keys[0] if isinstance(keys, tuple) else len(keys)
-            scores = Scores(a, self.named, self.table, self.learned, rough=self.rough)
+            scores = Scores(a, self.named, self.table, self.learned, rough=self.rough, lost=self.lost)
             for part, points in self._boxes(cut, widest):
                 if by_box:
                     keys = self._keys(part)

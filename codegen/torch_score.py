@@ -52,13 +52,14 @@ def linear(score: Expr) -> tuple[float, Expr] | None:
 
 class Scores:
     """What the blocks of some rows share. `learned` are the tensors whose gradients are wanted. With `rough` sums of
-    rows, weights are made to sum to one again: a block has all keys of its rows."""
+    rows, weights are made to sum to one again: a block has all keys of its rows. `lost`: some row is NaN, which the
+    keys that it does not see know nothing of."""
 
     def __init__(
         self, a: Attention, named: Mapping[str, torch.Tensor], table: Mapping[Size, int], learned: Sequence[str],
-        *, rough: bool = False,
+        *, rough: bool = False, lost: bool = False,
     ) -> None:  # fmt: skip
-        self.a, self.named, self.table, self.rough = a, named, table, rough
+        self.a, self.named, self.table, self.rough, self.lost = a, named, table, rough, lost
         found = linear(a.score) if a.normalizer == "softmax" and a.weight is W else None
         self.linear = found if found is not None and found[0] != 0.0 else None
         self.learned = [x for x in loads(*weights_of(a)) if x.tensor in learned]
@@ -106,7 +107,7 @@ class Block:
         self.lse = lse
         view = s.view(*self.shape, s.shape[-1])
         if self.scores.linear is None:
-            return self._any(view, lse).reshape(s.shape)
+            return self._kept(self._any(view, lse).reshape(s.shape))
         self.rest = None
         if self.scores.linear[1] is not _NOTHING:
             with torch.enable_grad():
@@ -114,11 +115,30 @@ class Block:
             view.add_(self.rest.detach())
         self._hide(view)
         assert lse is not None
+        if self.scores.rough:
+            lse = self.lse = self._highest(s, lse)
         self.p = s.sub_(lse).exp_()
         if self.scores.rough:
             self.total = self._total(self.p, lse)
             self.p.div_(self.total)
-        return self.p
+        return self._kept(self.p)
+
+    def _kept(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`, zero where hidden, NaN or not."""
+        if self.visible is None or not self.scores.lost:
+            return x
+        seen = self.visible.expand(*self.shape, x.shape[-1]).reshape(x.shape)
+        return x.masked_fill(~seen, 0.0)
+
+    def _highest(self, s: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """The highest score of each row, in the place of the log of its sum; that where the row sees nothing or is NaN.
+        """
+        top = s.amax(-1, keepdim=True)
+        if self.a.sink is not None:
+            with torch.enable_grad():
+                value = over_ij(self.ev, self.a.sink)
+            top = torch.maximum(top, value.detach().expand(*self.shape, 1).reshape(top.shape))
+        return torch.where(lse.isnan() | (top == float("-inf")), lse, top)
 
     def _total(self, p: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """What the weights of each row sum to, with the weight of the sink; one where there are none."""
@@ -158,6 +178,8 @@ class Block:
                 assert lse is not None
                 score = self.score.detach()
                 hidden = score if visible is None else score.masked_fill(~visible, float("-inf"))
+                if self.scores.rough:
+                    lse = self.lse = self._highest(hidden.reshape(*lse.shape[:-1], -1), lse)
                 p = (hidden - lse.view(*self.shape, 1)).exp()
                 if self.scores.rough:
                     self.total = self._total(p, lse)
@@ -196,7 +218,8 @@ class Block:
         if self.scores.linear is None:
             (more,) = self._differentiate(self.score, [self.s], t.view(self.score.shape))
             whole = more if ds is None else ds if more is None else ds + more
-            return _full(whole, dw)
+            return self._kept(_full(whole, dw))
+        t = self._kept(t)
         if self.rest is not None:
             self._differentiate(self.rest, [], t.view(*self.shape, t.shape[-1]).sum_to_size(self.rest.shape))
         return t

@@ -1,7 +1,7 @@
 """From an attention to one C++ translation unit: the hooks that the skeleton in `lib/` calls, and the skeleton itself.
 
     q, k, v         -> query_at, key_at, value_at: pointer + sum of stride * index
-    score, mask     -> logit (in powers of two for softmax), masked keys -inf
+    score, mask     -> logit (without its constant factor, for softmax), masked keys -inf
     sink            -> first_logit, the maximum a row starts with
     weight          -> linear_weight where linear in w, else weight after a first pass for the sums
     bounds          -> find_spans, the keys a tile visits and those of them that it must mask
@@ -15,15 +15,15 @@ from functools import cache
 from pathlib import Path
 
 from attncc.codegen.cpp import prepared
-from attncc.codegen.cpp.expressions import INDEX_BOUND, WIDE_BOUND, Level, Printer, fits_32_bits, literal
-from attncc.codegen.cpp.fold import folded, may_be_huge, spread
+from attncc.codegen.cpp.expressions import INDEX_BOUND, WIDE_BOUND, Printer, fits_32_bits, literal
+from attncc.codegen.cpp.fold import folded
 from attncc.codegen.cpp.isa import TABLE, machine
 from attncc.codegen.cpp.operands import NotAffine, Operand, operand
 from attncc.codegen.cpp.prepared import function
 from attncc.ir import Attention, Axis, Bounds, Const, Expr, Interval, Op, S, W, print_attention
 from attncc.ir.analysis import folded_axes, keeps_nan, linear_factor, scaled, zero_at_zero
 from attncc.ir.bounds import Bits
-from attncc.ir.build import TRUE, mul
+from attncc.ir.build import TRUE
 from attncc.ir.expr import free, loads, walk
 
 _ELEMENT = {
@@ -31,6 +31,7 @@ _ELEMENT = {
     "i16": "int16_t", "i8": "int8_t", "u8": "uint8_t", "bool": "bool",
 }  # fmt: skip
 _INDENT = "    "
+_LOG2E = math.log2(math.e)
 _FEW = 16  # rows of a matrix unit's tile, the most that are few
 
 
@@ -91,18 +92,9 @@ class _Emitter:
         self.pairs = bf16 and self.isa.pairs
         self.tiles = self.pairs and self.isa.tiles
         self.near = self.pairs and any(isinstance(x, Op) and x.name == "tanh" for x in walk(a.score))
-        self.scale = self._plain_scale()
-        self.base_two = None
-        if a.normalizer == "softmax" and self.scale is None:
-            most = float.fromhex("0x1.fffffffffffffp1023" if self.p.double else "0x1.fffffep127")
-            self.base_two = spread(a.score, math.log2(math.e), self._apart, most)
-
-    def _plain_scale(self) -> float | None:
-        """c > 0 with score = s * c, which needs no pass of its own."""
-        if self.a.normalizer != "softmax" or self.early:
-            return None
-        x, scale = scaled(self.a.score)
-        return scale if x is S else None
+        # raw * scale is the logit to base 2 where there is a softmax: the kernel takes the maximum of raw.
+        self.raw, factor = scaled(a.score) if a.normalizer == "softmax" else (a.score, 1.0)
+        self.scale = factor * _LOG2E if a.normalizer == "softmax" else 1.0
 
     def source(self) -> str:
         hooks = [self._bounds(), self._logit(), self._weights(), self._sink()]
@@ -110,8 +102,8 @@ class _Emitter:
         parts = [self._header(), self._config(), *map(_library, ("vector", "integers", "convert", "layout"))]
         parts += [_library("matrix_unit" if self.tiles else "product")]
         parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), prepared.slots(self.p)]
-        parts += [_library("spans"), _library("tile"), prepared.fills(self.p), *hooks, prepared.staged(self.p)]
-        parts += [self._rows()]
+        parts += [*map(_library, ("spans", "tile", "peak")), prepared.fills(self.p), *hooks]
+        parts += [prepared.staged(self.p), self._rows()]
         parts += [_library("pairs" if self.pairs else "plain"), _library("few")]
         parts += [*([_library("few_tiles")] if self.tiles else []), _library("few_attend")]
         return "\n".join([*parts, *map(_library, ("begin", "slanted", "attend", "run")), self._entry()])
@@ -140,10 +132,10 @@ class _Emitter:
             "HAS_OUT": int("out" in a.outputs), "HAS_LSE": int("lse" in a.outputs), "HAS_SINK": int(a.sink is not None),
             "IS_SOFTMAX": int(a.normalizer == "softmax"), "NORMALIZED_EARLY": int(self.early),
             "EMPTY_ZERO": 0, "EMPTY_MEAN": 1, "EMPTY_NAN": 2, "EMPTY": f"EMPTY_{a.empty.upper()}",
-            "PLAIN": int(self.scale is not None), "SCALE": self._real(self._log2e(self.scale)),
-            "MAY_BE_HUGE": int(may_be_huge(a.score)), "HAS_NEAR": int(self.near),
+            "SCALE": self._real(self.scale), "LOG2E": self._real(_LOG2E),
+            "HAS_NEAR": int(self.near),
             "MOST_FEW": self._most_few,
-            "FEW_ALONE": int(self.scale is not None and self.factor == Const(1.0)),
+            "FEW_ALONE": int(a.normalizer == "softmax" and self.raw is S and self.factor == Const(1.0)),
             "SUMS_ROUNDED": int(self.factor == Const(1.0) and "lse" not in a.outputs),
             "CAN_SPLIT": int(a.normalizer == "softmax" and not self.early and a.empty != "mean"),
             "EVEN_AREA": int(not (free(*spans) - {*a.sizes} or loads(*spans))),
@@ -166,17 +158,6 @@ class _Emitter:
         extents = [x.extent for x in (self.a.i, *self.folded)]
         known = [int(x.value) for x in extents if isinstance(x, Const)]
         return min(math.prod(known), _FEW) if len(known) == len(extents) else _FEW
-
-    def _log2e(self, scale: float | None) -> float:
-        if self.a.normalizer != "softmax":
-            return 1.0
-        if scale is not None:
-            return scale * math.log2(math.e)
-        return 1.0 if self.base_two is not None else math.log2(math.e)
-
-    def _apart(self, x: Expr) -> bool:
-        """Whether no pair of row and key has to work `x` out: it is the row's, or their distance's."""
-        return x.kind == "float" and (self.p.level(x) in (Level.UNIFORM, Level.ROW) or self.p.diagonals.tabled(x))
 
     def _real(self, x: float) -> str:
         return literal(Const(float(x)), double=self.p.double)
@@ -289,8 +270,7 @@ class _Emitter:
 
     def _logit(self) -> str:
         a = self.a
-        x = S if self.scale is not None else self.base_two or a.score
-        unmasked = self.p.statements({"x": x}, near=self.near)
+        unmasked = self.p.statements({"x": self.raw}, near=self.near)
         masked = self.p.statements({"seen": a.mask})
         lines = [_UNUSED, "(void)s; (void)visible; (void)reach;"]
         if a.mask is not TRUE:
@@ -321,7 +301,7 @@ class _Emitter:
     def _sink(self) -> str:
         body = "splat(-INFINITY)"
         if self.a.sink is not None:
-            body = self.p.row_code(_times(self.a.sink, math.log2(math.e)))
+            body = self.p.row_code(self.a.sink)
         head = "static vreal first_logit(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at)"
         return function(head, ["(void)c; (void)b; (void)u; (void)t; (void)at;", f"return {body};"])
 
@@ -372,15 +352,6 @@ def _shown(x: Interval) -> str:
         for b, verb in zip(x.bits, verbs, strict=True)
     )
     return f"{x.lo!r} <= j < {x.hi!r}{stripes}{bits}"
-
-
-def _times(x: Expr, by: float) -> Expr:
-    """x * by, into the constant that x may already end with."""
-    if isinstance(x, Op) and x.name == "mul":
-        for n, m in ((0, 1), (1, 0)):
-            if isinstance(k := x.args[n], Const):
-                return mul(x.args[m], Const(float(k.value) * by))
-    return mul(x, Const(by))
 
 
 def _equation(a: Attention) -> list[str]:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
-from attncc.ir import Const, Expr, Load, Op, S
-from attncc.ir.build import mul, op, where
-from attncc.ir.expr import walk
+from attncc.ir import Const, Expr, Op
+from attncc.ir.build import mul, op
 
 _HUGE = 1e30
 
@@ -43,39 +39,3 @@ def _scaled(y: Expr, by: float) -> Expr:
             if isinstance(c, Const) and 1 / _HUGE < abs(float(c.value) * by) < _HUGE:
                 return mul(z, Const(float(c.value) * by))
     return mul(y, Const(by))
-
-
-def spread(x: Expr, by: float, apart: Callable[[Expr], bool], most: float) -> Expr | None:
-    """x * by, the factor taken into terms where it costs nothing: constants, the score, and what is `apart`, computed
-    outside the loop over keys and rows. None where some term would need a product of its own.
-
-    What is apart and may be huge stays within `most`, the largest finite number, unless it is infinite."""
-
-    def inside(x: Expr) -> Expr | None:
-        if apart(x):
-            return _within(mul(x, Const(by)), x, most) if may_be_huge(x) else mul(x, Const(by))
-        if x is S:
-            return mul(x, Const(by))
-        if not isinstance(x, Op):
-            return None
-        if x.name == "mul" and any(isinstance(a, Const) for a in x.args):
-            return _scaled(x, by)
-        if x.name in ("add", "sub", "neg"):
-            args = [inside(a) for a in x.args]
-            return op(x.name, *(a for a in args if a is not None)) if None not in args else None
-        return None
-
-    return inside(x)
-
-
-def _within(x: Expr, original: Expr, most: float) -> Expr:
-    limited = op("max", op("min", x, Const(most)), Const(-most))
-    return where(op("eq", op("abs", original), Const(math.inf)), original, limited)
-
-
-def may_be_huge(x: Expr) -> bool:
-    """Whether `x` can reach numbers that stand for minus infinity: it loads floats, or names one."""
-    return any(
-        (isinstance(n, Load) and n.kind == "float") or (isinstance(n, Const) and abs(float(n.value)) > _HUGE)
-        for n in walk(x)
-    )

@@ -47,6 +47,7 @@ def machine(isa: Isa, name: str, *, double: bool, pairs: bool, tiles: bool, wide
         "TILE_ROWS": isa.tile_rows, "TILE_VECTORS": isa.tile_vectors,
         "PAIRS": int(pairs), "TILES": int(tiles), "LAZY": 8 if tiles else 0,
         "REAL_IS_DOUBLE": int(double), "BIAS": 1023 if double else 127, "MANTISSA": 52 if double else 23,
+        "LARGEST": "__DBL_MAX__" if double else "__FLT_MAX__",
         "LN2": "0.69314718055994530942" if double else "0.69314718055994530942f",
         "LN2_HIGH": "6.93147180369123816490e-01" if double else "0.693359375f",
         "LN2_LOW": "1.90821492927058770002e-10" if double else "-2.12194440e-4f",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from attncc.codegen.triton.expressions import Scope
+from attncc.codegen.triton.expressions import LARGEST, Scope
 from attncc.codegen.triton.frame import Frame
 from attncc.codegen.triton.schedule import TL_TYPES
 from attncc.codegen.triton.segments import Striped
@@ -21,6 +21,11 @@ Mode = Literal["online", "stats", "apply", "plain"]
 LOG2E = math.log2(math.e)
 
 
+def _rounded(product: str) -> str:
+    """A product that nothing is fused with, minus infinity as the lowest number."""
+    return f"tl.maximum({product}, -{LARGEST!r})"
+
+
 def number(x: float) -> str:
     return repr(x)
 
@@ -32,7 +37,7 @@ class Block:
         self.f, self.p = frame, frame.p
         self.j = frame.names.fresh(self.p.a.j.name)
         self.gathered = self.boxed = False
-        self.c2 = number(self.p.scale * LOG2E)  # from units of `raw` to powers of two
+        self.c2 = self.p.scale * LOG2E  # from units of `raw` to powers of two
 
     @property
     def accumulators(self) -> list[str]:
@@ -229,12 +234,9 @@ class Block:
         x = self._pair(scope, p.raw)
         lines.append(f"x = tl.where({visible}, {x}, float(\"-inf\"))" if visible else f"x = {x}")
         if mode in ("online", "stats"):
-            lines.append("m_new = tl.maximum(m, tl.max(x, 1))")
-            lines.append('m_use = tl.where(m_new == float("-inf"), 0.0, m_new)')
-            lines.append(f"p = tl.exp2(x * {self.c2} - (m_use * {self.c2})[:, None])")
-            lines.append(f"shrink = tl.exp2((m - m_use) * {self.c2})")
+            lines += self.raised("tl.max(x, 1)")
+            lines.append("p = tl.exp2(x * rate[:, None] - base[:, None])")
             lines.append("l = l * shrink + tl.sum(p, 1)")
-            lines.append("m = m_new")
         if mode == "online":
             lines += [f"{acc} = {acc} * shrink[:, None]" for acc in self.accumulators]
             factor = p.factor
@@ -244,8 +246,33 @@ class Block:
                 keep = visible and not isinstance(factor, Const)
                 lines.append(f"p = tl.where({visible}, {text}, 0.0)" if keep else f"p = {text}")
         if mode == "apply":
-            lines.append(f"p = tl.exp2(x * {self.c2} - norm)")
+            lines.append("p = tl.exp2(x * rate[:, None] - base[:, None]) * inverse")
             self._apply(scope, visible)
+
+    @staticmethod
+    def nothing_yet(rows: str) -> list[str]:
+        """The largest score of each row, and the sum of weights over it."""
+        return [f'm = tl.full([{rows}], float("-inf"), tl.float32)', f"l = tl.zeros([{rows}], tl.float32)"]
+
+    def raised(self, largest: str) -> list[str]:
+        """Lines that raise `m` to what `largest` is, `shrink` being what earlier sums are worth then."""
+        new = [f"m_new = tl.maximum(m, {largest})", *self.against("m_new")]
+        return [*new, f"shrink = tl.exp2({_rounded('m * rate')} - base)", "m = m_new"]
+
+    def against(self, m: str) -> list[str]:
+        """What weights are taken against: a weight is 2^(x * rate - base), one fused multiply-add, and `base` the
+        rounded m * rate, so that the largest is off by that rounding. Where it would be large the rate is a power of
+        two, which rounds nothing; neighbours of the largest score lie too far below it there to weigh anything."""
+        far = number(2.0 ** math.ceil(math.log2(self.c2)))
+        if self.c2 > 1.0:  # lest it pass the largest number
+            far = f"tl.where(tl.abs({m}) < {2.0**64!r}, {far}, {2.0**-16!r})"
+        rate = f"rate = tl.where(tl.abs({m}) < {number(self.far)}, {number(self.c2)}, {far})"
+        return [rate, f"base = {_rounded(f'{m} * rate')}"]
+
+    @property
+    def far(self) -> float:
+        """The score from which on the largest weight would be off by too much: 2^32, or what float16 holds."""
+        return 2.0 ** (26 if self.p.value_type == "f16" else 30) / self.c2
 
     def _apply(self, scope: Scope, visible: str) -> None:
         p, lines = self.p, scope.lines
@@ -302,8 +329,7 @@ class Block:
         """Nothing seen yet."""
         f = self.f
         if self.p.softmax:
-            f.line(f'm = tl.full([{f.rows}], float("-inf"), tl.float32)')
-            f.line(f"l = tl.zeros([{f.rows}], tl.float32)")
+            f.scope.lines += self.nothing_yet(f.rows)
         for acc, (width, _) in zip(self.accumulators, self.p.e_chunks, strict=True):
             f.line(f"{acc} = tl.zeros([{f.rows}, {width}], tl.float32)")
 

@@ -27,7 +27,7 @@ _HELPERS = {
 }  # fmt: skip
 
 
-_LARGEST = 3.4028234663852886e38  # of float32, in which all float arithmetic happens
+LARGEST = 3.4028234663852886e38  # of float32, in which all float arithmetic happens
 
 
 class Names:
@@ -179,7 +179,7 @@ class Scope:
 
 def literal(x: Const) -> tuple[str, int]:
     value = x.value
-    if isinstance(value, float) and abs(value) > _LARGEST:
+    if isinstance(value, float) and abs(value) > LARGEST:
         value = math.copysign(math.inf, value)
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")', _ATOM

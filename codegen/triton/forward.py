@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from attncc.codegen.triton.block import LOG2E, Block, number
+from attncc.codegen.triton.expressions import LARGEST
 from attncc.codegen.triton.frame import Frame, Parameter
 from attncc.codegen.triton.kernel import BLOCK_COUNT, LISTS, PARTS, Kernel, kernel
 from attncc.codegen.triton.loops import find_lists, visit
@@ -30,7 +31,7 @@ def forward(p: Schedule) -> Kernel:
     if p.two_pass:
         visit(block, p.runs, "stats")
         _finish_statistics(f, block)
-        f.line("norm = tl.where(empty_row, 0.0, top + tl.log2(total))")
+        f.line(f"inverse = tl.where(empty_row, 1.0, {'shrink / ' if p.a.sink is not None else '1.0 / '}total)")
         wide = "weights" in p.a.outputs or p.empty != "zero"
         visit(block, p.every if wide else p.runs, "apply")
         _store(f, block, divided=True)
@@ -74,14 +75,16 @@ def _indent(lines: list[str]) -> list[str]:
 
 def _finish_statistics(f: Frame, block: Block) -> None:
     """From running statistics to `top`, the largest logit as a power of two, `total`, the sum of weights over it, and
-    `empty_row`. A sink joins the sum."""
+    `empty_row`. A sink joins the sum; `shrink` is what sums without it are worth then."""
     p = f.p
-    f.line(f"top = (m * {block.c2})[:, None]")
+    f.scope.lines += block.against("m")
+    f.line(f"far = tl.abs(m) >= {number(block.far)}")
+    limited = f"tl.maximum(tl.minimum(m * {number(block.c2)}, {LARGEST!r}), -{LARGEST!r})"
+    f.line(f"top = tl.where(far, {limited}, base)[:, None]")
     f.line("total = l[:, None]")
     if p.a.sink is not None:
         sink = f.scope.name("sink", f"{f.scope.atom(p.a.sink)} * {number(LOG2E)}")
         f.line(f"peak = tl.maximum(top, {sink})")
-        f.line('peak = tl.where(peak == float("-inf"), 0.0, peak)')
         f.line("shrink = tl.exp2(top - peak)")
         f.line(f"total = total * shrink + tl.exp2({sink} - peak)")
         f.line("top = peak")
@@ -118,6 +121,11 @@ def _store(f: Frame, block: Block, *, divided: bool) -> None:
     if "lse" in p.a.outputs:
         at = f.output("lse", (*p.points, *p.folded, p.a.i))
         value = f"(top + tl.log2(total)) * {number(LN2)}" if p.softmax else f"tl.zeros([{f.rows}, 1], tl.float32)"
+        if p.softmax and p.a.sink is None:  # a score near the largest number is beyond it as a power of two
+            alone = f"(m * {number(p.scale)} + tl.log2(l) * {number(LN2)})[:, None]"
+            value = f"tl.where(far[:, None], {alone}, {value})"
+        if p.softmax:
+            value = f'tl.where((m == float("inf"))[:, None], float("inf"), {value})'
         f.line(f"tl.store({at} + tl.zeros([{f.rows}, 1], tl.int32), {value}, mask=row_ok)")
 
 
@@ -151,7 +159,7 @@ def _store_parts(f: Frame, block: Block) -> None:
         column = f"{e} - {start} + {_before(p, n)}" if start else e
         f.line(f"tl.store(part_ptr + at * {_width(p)} + {column}, {acc}, mask=row_ok)")
     if p.softmax:
-        f.line(f"tl.store(stat_ptr + at, (m * {block.c2})[:, None], mask=row_ok)")
+        f.line("tl.store(stat_ptr + at, m[:, None], mask=row_ok)")
         f.line(f"tl.store(stat_ptr + splits.to(tl.int64) * {_points(f)} * rows + at, l[:, None], mask=row_ok)")
 
 
@@ -176,22 +184,18 @@ def join(p: Schedule) -> Kernel:
     f.line(f"at = {f.wide(f.point_index)} * rows + tile")
     f.line(f"step = {f.wide(f.point_count)} * rows")
     if p.softmax:
-        f.line('m = tl.full([1], float("-inf"), tl.float32)')
-        f.line("l = tl.zeros([1], tl.float32)")
+        f.scope.lines += block.nothing_yet("1")
     for acc, (width, _) in zip(block.accumulators, p.e_chunks, strict=True):
         f.line(f"{acc} = tl.zeros([1, {width}], tl.float32)")
     f.line("for s0 in range(0, splits, 16):")
     inner = ["s = s0 + tl.arange(0, 16)", "s_ok = s < splits", "s_at = at + s * step"]
     if p.softmax:
         inner += [
-            'ms = tl.load(stat_ptr + s_at, mask=s_ok, other=float("-inf"))',
+            "ms = tl.load(stat_ptr + s_at, mask=s_ok, other=0.0)",
             "ls = tl.load(stat_ptr + splits * step + s_at, mask=s_ok, other=0.0)",
-            "m_new = tl.maximum(m, tl.max(ms, 0))",
-            'm_use = tl.where(m_new == float("-inf"), 0.0, m_new)',
-            "share = tl.exp2(ms - m_use)",
-            "shrink = tl.exp2(m - m_use)",
+            *block.raised('tl.max(tl.where(s_ok, ms, float("-inf")), 0)'),
+            'share = tl.exp2(tl.where(s_ok, ms * rate, float("-inf")) - base)',
             "l = l * shrink + tl.sum(ls * share, 0)",
-            "m = m_new",
         ]
     for n, (acc, (_, start)) in enumerate(zip(block.accumulators, p.e_chunks, strict=True)):
         e = "e" if len(p.e_chunks) == 1 else f"e{n}"
@@ -202,6 +206,5 @@ def join(p: Schedule) -> Kernel:
         else:
             inner.append(f"{acc} += tl.sum({load}, 0)[None, :]")
     f.scope.lines += _indent(inner)
-    block.c2 = "1.0"
     _epilogue(f, block)
     return kernel(f, "join", (*PARTS, Parameter("splits", "i32", "splits")))

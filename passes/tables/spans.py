@@ -23,7 +23,7 @@ import torch
 
 from attncc.ir import Attention, Bounds, Expr, Load, Op, Tensor, W
 from attncc.ir.analysis import blocks_of, comparison_sides
-from attncc.ir.build import FALSE, ONE, TRUE, ZERO, add, and_, const, le, lt
+from attncc.ir.build import FALSE, ONE, TRUE, ZERO, add, and_, const, le, lt, op, where
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
 from attncc.ir.rewrite import rewrite, substitute
@@ -154,7 +154,7 @@ def _fills(a: Attention) -> list[Expr]:
             added = x if added is None else add(added, x)
     if added is None:
         return []
-    literal = lt(const(FILL), added)
+    literal = lt(const(FILL), where(op("isnan", added), const(0.0), added))  # NaN weighs
     return [substitute(literal, {a.i.index: ZERO}) if a.i.extent is ONE else literal]
 
 

@@ -73,6 +73,15 @@ def test_numbers_and_keys(score: str, rows: int, fill: float) -> None:
     assert found.bounds.hidden == ()
 
 
+def test_nan_is_no_fill() -> None:
+    """Among keys that are left out, it has its row NaN, as in eager."""
+    a, tensors = attention("s * 0.25 + bias[b, 0, i, j]"), data(N, LOWEST)
+    tensors["bias"][0, 0, 7, 200], tensors["bias"][1, 0, 100, 0] = float("nan"), float("nan")
+    found = spanned(a)
+    out = check(found.attention, tensors | tables(found, tensors), [], host_isas()[0], found.bounds)["out"]
+    assert out.isnan().all(-1).nonzero().tolist() == [[b, h, i] for b, i in ((0, 7), (1, 100)) for h in (0, 1)]
+
+
 def test_a_mask_or_another_normaliser_is_left_alone() -> None:
     a = attention("s + bias[b, 0, i, j]")
     assert spanned(a).maps

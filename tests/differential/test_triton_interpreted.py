@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a process of its own, from test_triton.py", allow_module_level=True)
 
 import torch
+from edge_numbers.edges import edges_of, hold
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from random_ir.programs import Program, programs
@@ -230,6 +231,29 @@ def test_random_programs_with_tables(program: Program) -> None:
         return
     more = {**tensors, **tables(found, tensors, sizes)}
     check(Program(found.attention, more, sizes), SMALL, bounds=found.bounds)
+
+
+#: Edges in the order of their names; a few of them on every change.
+EDGES = ("causal", "unscaled", "bias by pair", "decode with sink", "squared weights", "weights", "padding", "alibi")
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("name", EDGES)
+def test_edges_of_numbers(name: str, dtype: str) -> None:
+    """docs/numbers.md: all but values so large that the sum of a few leaves the range of floats."""
+    at = 3 * EDGES.index(name) + ("f32", "bf16", "f16").index(dtype)
+    config = (SMALL, SPLIT)[at % 2]
+    case = {"unscaled": Case("j <= i", score="s", give="out, lse"),
+            "bias by pair": Case(score="s * SCALE + bias[hk * G + g, i, j]", tensors=("bias: f32[HQ, N, M]",),
+                                 give="out, lse")}.get(name) or CASES[name]  # fmt: skip
+    a, given, sizes = case_of(case, dtype=dtype, batch=1, rows=min(case.rows, 20), keys=40)
+    edges = [(n, x) for n, x in edges_of(a).items() if not n.startswith("values")]
+    for n, edge in edges if EXAMPLES >= 400 else edges[at % 9 :: 9]:
+        tensors = dict(given)
+        edge(tensors, torch.Generator().manual_seed(1))
+        split = {"splits": 2} if config.split and schedule(a, loop_bounds(a), config).split else {}
+        got = interpreter.run(a, loop_bounds(a, rows=True), config, tensors, sizes, **split)
+        hold(a, tensors, sizes, got, f"{n}, {name}, {dtype}", rounds=True)
 
 
 def test_masked_values_are_never_read() -> None:

@@ -47,6 +47,7 @@
 #define REAL_IS_DOUBLE 0
 #define BIAS 127
 #define MANTISSA 23
+#define LARGEST __FLT_MAX__
 #define LN2 0.69314718055994530942f
 #define LN2_HIGH 0.693359375f
 #define LN2_LOW -2.12194440e-4f
@@ -75,9 +76,8 @@
 #define EMPTY_MEAN 1
 #define EMPTY_NAN 2
 #define EMPTY EMPTY_ZERO
-#define PLAIN 0
-#define SCALE 1.0f
-#define MAY_BE_HUGE 1
+#define SCALE 1.4426950408889634f
+#define LOG2E 1.4426950408889634f
 #define HAS_NEAR 0
 #define MOST_FEW 16
 #define FEW_ALONE 0
@@ -165,6 +165,8 @@ struct Tile;
 
 /* lib/tile.h */
 
+/* lib/peak.h */
+
 static Uniform uniform(const Call& c, const Batch& b, const Tile& t) {
     (void)c; (void)b; (void)t;
     Uniform u;
@@ -195,7 +197,7 @@ INLINE vreal logit(const Call& c, const Uniform& u, const RowValues& r, int64_t 
         const vmask seen = (narrow(splat_int(j) <= r.r0) & narrow(r.r1 == splat_int(value(c.t_doc[u.u0 * c.s_doc[0] + j * c.s_doc[1]]))));
         visible = seen;
     }
-    const vreal x = ((s * splat(0.18033688011112042f)) - load(u.slanted + 0 * SLANT_ROOM + (j - u.j0) * u.slant));
+    const vreal x = ((s * splat(0.125f)) - load(u.slanted + 0 * SLANT_ROOM + (j - u.j0) * u.slant));
     return x;
 }
 
@@ -224,8 +226,7 @@ static vreal first_logit(const Call& c, const Batch& b, const Uniform& u, const 
 INLINE void slanted_at(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at,
                        vint distance, real* to) {
     (void)c; (void)b; (void)u; (void)t; (void)at; (void)distance; (void)to;
-    const vreal y0 = (gather_real(c.t_slope, to_long((splat_int(u.u1) + lane_values(t, 1, at))) * c.s_slope[0]) * to_real(distance));
-    const vreal x0 = pick((absolute(y0) == splat(real(INFINITY))), y0, maximum(minimum((y0 * splat(1.4426950408889634f)), splat(3.4028234663852886e+38f)), splat(-3.4028234663852886e+38f)));
+    const vreal x0 = (gather_real(c.t_slope, to_long((splat_int(u.u1) + lane_values(t, 1, at))) * c.s_slope[0]) * to_real(distance));
     store(to + 0 * SLANT_ROOM, x0);
 }
 

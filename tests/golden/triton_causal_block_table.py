@@ -81,11 +81,12 @@ def attention(
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         x = s
         m_new = tl.maximum(m, tl.max(x, 1))
-        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(x * 0.36067376022224085 - (m_use * 0.36067376022224085)[:, None])
-        shrink = tl.exp2((m - m_use) * 0.36067376022224085)
-        l = l * shrink + tl.sum(p, 1)
+        rate = tl.where(tl.abs(m_new) < 2977044471.819572, 0.36067376022224085, 0.5)
+        base = tl.maximum(m_new * rate, -3.4028234663852886e+38)
+        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) - base)
         m = m_new
+        p = tl.exp2(x * rate[:, None] - base[:, None])
+        l = l * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         v_block = v_at + j0.to(tl.int64) * v_s2
         v = tl.load(v_block + v_in)
@@ -105,16 +106,20 @@ def attention(
         visible = j_ok & ((j <= i) & table)
         x = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, 1))
-        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(x * 0.36067376022224085 - (m_use * 0.36067376022224085)[:, None])
-        shrink = tl.exp2((m - m_use) * 0.36067376022224085)
-        l = l * shrink + tl.sum(p, 1)
+        rate = tl.where(tl.abs(m_new) < 2977044471.819572, 0.36067376022224085, 0.5)
+        base = tl.maximum(m_new * rate, -3.4028234663852886e+38)
+        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) - base)
         m = m_new
+        p = tl.exp2(x * rate[:, None] - base[:, None])
+        l = l * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         v_block = v_at + j0.to(tl.int64) * v_s2
         v = tl.load(v_block + v_in, mask=jv_ok, other=0)
         acc = tl.dot(p.to(tl.bfloat16), v, acc, input_precision="ieee")
-    top = (m * 0.36067376022224085)[:, None]
+    rate = tl.where(tl.abs(m) < 2977044471.819572, 0.36067376022224085, 0.5)
+    base = tl.maximum(m * rate, -3.4028234663852886e+38)
+    far = tl.abs(m) >= 2977044471.819572
+    top = tl.where(far, tl.maximum(tl.minimum(m * 0.36067376022224085, 3.4028234663852886e+38), -3.4028234663852886e+38), base)[:, None]
     total = l[:, None]
     empty_row = total == 0.0
     acc = tl.where(empty_row, 0.0, acc / total)

@@ -82,11 +82,12 @@ def attention(
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         x = s
         m_new = tl.maximum(m, tl.max(x, 1))
-        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(x * 0.36067376022224085 - (m_use * 0.36067376022224085)[:, None])
-        shrink = tl.exp2((m - m_use) * 0.36067376022224085)
-        l = l * shrink + tl.sum(p, 1)
+        rate = tl.where(tl.abs(m_new) < 2977044471.819572, 0.36067376022224085, 0.5)
+        base = tl.maximum(m_new * rate, -3.4028234663852886e+38)
+        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) - base)
         m = m_new
+        p = tl.exp2(x * rate[:, None] - base[:, None])
+        l = l * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         v_block = v_at + j0.to(tl.int64) * v_s2
         v = tl.load(v_block + v_in)
@@ -106,11 +107,12 @@ def attention(
         visible = j_ok & (j < length)
         x = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, 1))
-        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(x * 0.36067376022224085 - (m_use * 0.36067376022224085)[:, None])
-        shrink = tl.exp2((m - m_use) * 0.36067376022224085)
-        l = l * shrink + tl.sum(p, 1)
+        rate = tl.where(tl.abs(m_new) < 2977044471.819572, 0.36067376022224085, 0.5)
+        base = tl.maximum(m_new * rate, -3.4028234663852886e+38)
+        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) - base)
         m = m_new
+        p = tl.exp2(x * rate[:, None] - base[:, None])
+        l = l * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         v_block = v_at + j0.to(tl.int64) * v_s2
         v = tl.load(v_block + v_in, mask=jv_ok & (jv < length), other=0)
@@ -118,10 +120,13 @@ def attention(
     if PARTIAL:
         at = (split.to(tl.int64) * (B * 2) + (b * 2 + hk)) * rows + row
         tl.store(part_ptr + at * 16 + e, acc, mask=row_ok)
-        tl.store(stat_ptr + at, (m * 0.36067376022224085)[:, None], mask=row_ok)
+        tl.store(stat_ptr + at, m[:, None], mask=row_ok)
         tl.store(stat_ptr + splits.to(tl.int64) * (B * 2) * rows + at, l[:, None], mask=row_ok)
     else:
-        top = (m * 0.36067376022224085)[:, None]
+        rate = tl.where(tl.abs(m) < 2977044471.819572, 0.36067376022224085, 0.5)
+        base = tl.maximum(m * rate, -3.4028234663852886e+38)
+        far = tl.abs(m) >= 2977044471.819572
+        top = tl.where(far, tl.maximum(tl.minimum(m * 0.36067376022224085, 3.4028234663852886e+38), -3.4028234663852886e+38), base)[:, None]
         total = l[:, None]
         empty_row = total == 0.0
         acc = tl.where(empty_row, 0.0, acc / total)
@@ -160,16 +165,20 @@ def join(
         s = s0 + tl.arange(0, 16)
         s_ok = s < splits
         s_at = at + s * step
-        ms = tl.load(stat_ptr + s_at, mask=s_ok, other=float("-inf"))
+        ms = tl.load(stat_ptr + s_at, mask=s_ok, other=0.0)
         ls = tl.load(stat_ptr + splits * step + s_at, mask=s_ok, other=0.0)
-        m_new = tl.maximum(m, tl.max(ms, 0))
-        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
-        share = tl.exp2(ms - m_use)
-        shrink = tl.exp2(m - m_use)
-        l = l * shrink + tl.sum(ls * share, 0)
+        m_new = tl.maximum(m, tl.max(tl.where(s_ok, ms, float("-inf")), 0))
+        rate = tl.where(tl.abs(m_new) < 2977044471.819572, 0.36067376022224085, 0.5)
+        base = tl.maximum(m_new * rate, -3.4028234663852886e+38)
+        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) - base)
         m = m_new
+        share = tl.exp2(tl.where(s_ok, ms * rate, float("-inf")) - base)
+        l = l * shrink + tl.sum(ls * share, 0)
         acc = acc * shrink[:, None] + tl.sum(tl.load(part_ptr + s_at[:, None] * 16 + e, mask=s_ok[:, None], other=0.0) * share[:, None], 0)[None, :]
-    top = (m * 1.0)[:, None]
+    rate = tl.where(tl.abs(m) < 2977044471.819572, 0.36067376022224085, 0.5)
+    base = tl.maximum(m * rate, -3.4028234663852886e+38)
+    far = tl.abs(m) >= 2977044471.819572
+    top = tl.where(far, tl.maximum(tl.minimum(m * 0.36067376022224085, 3.4028234663852886e+38), -3.4028234663852886e+38), base)[:, None]
     total = l[:, None]
     empty_row = total == 0.0
     acc = tl.where(empty_row, 0.0, acc / total)

@@ -72,11 +72,12 @@ def attention(
         table = tl.load(table_ptr + (tl.minimum(tl.maximum(j - i, -8), 8) + 8) * table_s0 + hk.to(tl.int64) * table_s1, mask=row_ok, other=0).to(tl.float32)
         x = s + table
         m_new = tl.maximum(m, tl.max(x, 1))
-        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(x * 1.4426950408889634 - (m_use * 1.4426950408889634)[:, None])
-        shrink = tl.exp2((m - m_use) * 1.4426950408889634)
-        l = l * shrink + tl.sum(p, 1)
+        rate = tl.where(tl.abs(m_new) < 744261117.954893, 1.4426950408889634, tl.where(tl.abs(m_new) < 1.8446744073709552e+19, 2.0, 1.52587890625e-05))
+        base = tl.maximum(m_new * rate, -3.4028234663852886e+38)
+        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) - base)
         m = m_new
+        p = tl.exp2(x * rate[:, None] - base[:, None])
+        l = l * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         v_block = v_at + j0.to(tl.int64) * v_s2
         v = tl.load(v_block + v_in)
@@ -95,16 +96,20 @@ def attention(
         table0 = tl.load(table_ptr + (tl.minimum(tl.maximum(j - i, -8), 8) + 8) * table_s0 + hk.to(tl.int64) * table_s1, mask=row_ok & j_ok, other=0).to(tl.float32)
         x = tl.where(visible, s + table0, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, 1))
-        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(x * 1.4426950408889634 - (m_use * 1.4426950408889634)[:, None])
-        shrink = tl.exp2((m - m_use) * 1.4426950408889634)
-        l = l * shrink + tl.sum(p, 1)
+        rate = tl.where(tl.abs(m_new) < 744261117.954893, 1.4426950408889634, tl.where(tl.abs(m_new) < 1.8446744073709552e+19, 2.0, 1.52587890625e-05))
+        base = tl.maximum(m_new * rate, -3.4028234663852886e+38)
+        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) - base)
         m = m_new
+        p = tl.exp2(x * rate[:, None] - base[:, None])
+        l = l * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         v_block = v_at + j0.to(tl.int64) * v_s2
         v = tl.load(v_block + v_in, mask=jv_ok, other=0)
         acc = tl.dot(p.to(tl.bfloat16), v, acc, input_precision="ieee")
-    top = (m * 1.4426950408889634)[:, None]
+    rate = tl.where(tl.abs(m) < 744261117.954893, 1.4426950408889634, tl.where(tl.abs(m) < 1.8446744073709552e+19, 2.0, 1.52587890625e-05))
+    base = tl.maximum(m * rate, -3.4028234663852886e+38)
+    far = tl.abs(m) >= 744261117.954893
+    top = tl.where(far, tl.maximum(tl.minimum(m * 1.4426950408889634, 3.4028234663852886e+38), -3.4028234663852886e+38), base)[:, None]
     total = l[:, None]
     empty_row = total == 0.0
     acc = tl.where(empty_row, tl.where(N > 0, float("nan"), 0.0), acc / total)

@@ -2,26 +2,6 @@
 // Stages: online softmax (or a pointwise normaliser) in one go; sums alone; weights from known sums; rows without keys.
 enum Stage { ONLINE, SUMS, WEIGHTS, EMPTIES };
 
-// Logits to base 2. A score that loads what stands for minus infinity may hold the lowest finite value: it stays finite,
-// and is rounded before anything is subtracted, so that equal scores differ by nothing (a fused multiply-add would keep the
-// rounding).
-INLINE vreal scaled(vreal x) {
-    if (PLAIN || SCALE == 1) return x;
-    if (!MAY_BE_HUGE) return x * SCALE;
-#ifdef WIDE_512
-    return __builtin_ia32_mulps512_mask(x, splat(SCALE), x, -1, 11);  // towards zero: it saturates
-#else
-    x = pick(x == splat(-INFINITY), x, high(x, splat(REAL_IS_DOUBLE ? -1.2e308 : -2.3e38f))) * SCALE;
-#if defined(__aarch64__)
-    __asm__("" : "+w"(x));
-#else
-    __asm__("" : "+x"(x));
-#endif
-    return x;
-#endif
-}
-static constexpr real LATE = PLAIN ? SCALE : 1;  // what `scaled` leaves to do
-
 template <bool VALUE> struct Known {
     constexpr bool operator()() const { return VALUE; }
 };
@@ -52,13 +32,13 @@ struct Column {
 };
 template <bool MASKED, bool NEAR> INLINE vreal logit_at(const Column& x, int64_t k, vmask& seen, vreal& reach) {
     vmask visible = splat_mask(true);
-    vreal y = scaled(logit<MASKED, NEAR>(x.c, x.u, x.r, x.j0 + k, load(x.s + k * LANES), visible, reach));
+    const vreal y = logit<MASKED, NEAR>(x.c, x.u, x.r, x.j0 + k, load(x.s + k * LANES), visible, reach);
     if (!MASKED) return y;
     seen |= visible;
     return pick(visible, y, splat(-INFINITY));
 }
 
-// The highest logit of keys [from, to), -inf where none is visible.
+// The highest logit of keys [from, to) and `most`, -inf where none is visible. NaN is passed over.
 template <bool MASKED> INLINE vreal highest(const Column& x, int64_t from, int64_t to, vreal most) {
     vmask seen;
     vreal reach;
@@ -66,8 +46,8 @@ template <bool MASKED> INLINE vreal highest(const Column& x, int64_t from, int64
     int64_t k = from;
     for (; k + 4 <= to; k += 4)
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) top[n] = high(logit_at<MASKED, false>(x, k + n, seen, reach) * LATE, top[n]);
-    for (; k < to; ++k) top[0] = high(logit_at<MASKED, false>(x, k, seen, reach) * LATE, top[0]);
+        for (int n = 0; n < 4; ++n) top[n] = high(logit_at<MASKED, false>(x, k + n, seen, reach), top[n]);
+    for (; k < to; ++k) top[0] = high(logit_at<MASKED, false>(x, k, seen, reach), top[0]);
     return high(high(top[0], top[1]), high(top[2], top[3]));
 }
 
@@ -76,11 +56,13 @@ struct Sums {
     vreal part[4], reach;
     vmask seen;
 };
-template <bool MASKED, bool NEAR> INLINE vreal weight_of(const Column& x, int64_t k, vreal m, vreal& sum, Sums& all) {
-    vreal w = exp2_weight(logit_at<MASKED, NEAR>(x, k, all.seen, all.reach) * LATE - m);
+INLINE vreal summed(const Column& x, int64_t k, vreal w, vreal& sum) {
     if (SUMS_ROUNDED) w = rounded(w);
     sum += w;
     return SUMS_ROUNDED ? w : rounded(linear_weight(x.c, x.u, x.r, x.j0 + k, w));
+}
+template <bool MASKED, bool NEAR> INLINE vreal weight_of(const Column& x, int64_t k, vreal m, vreal& sum, Sums& all) {
+    return summed(x, k, exp2_weight(logit_at<MASKED, NEAR>(x, k, all.seen, all.reach) * SCALE - m), sum);
 }
 template <bool MASKED, bool NEAR>
 INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, Sums& sums, Soon& soon) {
@@ -100,14 +82,38 @@ INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, S
     }
 }
 
+// The same against maxima some of which are far: the tile keeps their logits. A sum becomes NaN by an infinite logit too, so
+// NaN is noted apart. Gives what earlier sums are worth then.
+static __attribute__((noinline)) vreal weigh_far(const Column& x, Tile& t, int64_t lane, int64_t n, Peak& peak, real* p,
+                                                 Sums& sums) {
+    const Peak old = peak_of(t, lane);
+    const Base base = base_of(peak);
+    const vreal before = load(t.l + lane);
+    const real part = t.lifted ? LIFTED : 1;
+    vmask nan = (before != before) & (old.m != splat(INFINITY));
+    vreal w[2];
+    for (int64_t k = 0; k < n; k += 2) {
+        w[1] = vreal{};
+        for (int64_t next = 0; next < 2 && k + next < n; ++next) {
+            const vreal y = settled(logit_at<true, false>(x, k + next, sums.seen, sums.reach));
+            nan |= y != y;
+            w[next] = summed(x, k + next, exp2_weight(exponent(y, base)) * part, sums.part[next]);
+        }
+        put_weights(p, k, w[0], w[1]);
+    }
+    store(t.top + lane, peak.top);
+    peak.m = pick(nan, splat(NAN), peak.m);
+    return factor_of(old, base);
+}
+
 // Scores in `s` become weights where they need no running maximum: pointwise normalisers and known sums.
-template <bool MASKED>
-INLINE void weights(const Column& x, int64_t from, int64_t to, vreal m, vreal inverse, real* s) {
+template <bool MASKED, bool FAR>
+INLINE void weights(const Column& x, int64_t from, int64_t to, const Base& base, vreal inverse, real* s) {
     for (int64_t k = from; k < to; ++k) {
         const vreal raw = load(s + k * LANES);
         vmask visible = splat_mask(true);
         vreal reach, w = logit<MASKED, false>(x.c, x.u, x.r, x.j0 + k, raw, visible, reach);
-        if (IS_SOFTMAX) w = exp2_of(scaled(w) * LATE - m) * inverse;
+        if (IS_SOFTMAX) w = exp2_of(FAR ? exponent(settled(w), base) : w * SCALE - base.then) * inverse;
         w = weight(x.c, x.u, x.r, x.j0 + k, raw, w);
         store(s + k * LANES, MASKED ? pick(visible, w, vreal{}) : w);
     }
@@ -135,20 +141,23 @@ INLINE void full_run(const Tile& t, int64_t j0, int64_t count, int64_t& from, in
 static void weigh_known(const Column& x, const Tile& t, int64_t from, int64_t to, int64_t n, int64_t v, Stage stage,
                         real* s, real* p) {
     const int64_t lane = v * LANES;
-    const vreal m = load(t.m + lane);
     if (stage == EMPTIES) {
         // Finite additive masks make all keys of such a row equal: weight 1 / M each, here or in `finish`.
         const vmask seen = *(const vmask*)(t.seen + lane);
         for (int64_t k = 0; k < n; ++k) {
             real* at = s + k * LANES;
-            store(at, pick(seen, vreal{}, empty_weight(x.c, x.u, x.r, x.j0 + k, load(at))));
+            const vreal w = empty_weight(x.c, x.u, x.r, x.j0 + k, load(at));
+            store(at, pick(seen, vreal{}, t.lifted ? w * LIFTED : w));
         }
     } else {
-        const vreal safe = m == -INFINITY ? vreal{} : m;
+        const Base base = base_of(peak_of(t, lane));
         const vreal inverse = 1 / load(t.l + lane);
-        weights<true>(x, 0, from, safe, inverse, s);
-        weights<false>(x, from, to, safe, inverse, s);
-        weights<true>(x, to, n, safe, inverse, s);
+        if (IS_SOFTMAX && !none(base.first != 0)) weights<true, true>(x, 0, n, base, inverse, s);
+        else {
+            weights<true, false>(x, 0, from, base, inverse, s);
+            weights<false, false>(x, from, to, base, inverse, s);
+            weights<true, false>(x, to, n, base, inverse, s);
+        }
     }
     int64_t k = 0;
     for (; k + 2 <= n; k += 2) put_weights(p, k, rounded(load(s + k * LANES)), rounded(load(s + (k + 1) * LANES)));
@@ -176,17 +185,31 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
     const vreal m_old = load(t.m + lane), l_old = load(t.l + lane);
     vreal m = pick(m_old == splat(-INFINITY), vreal{}, m_old), factor, sum;
     Sums sums;
-    auto top = [&] { return highest<true>(x, to, n, highest<false>(x, from, to, highest<true>(x, 0, from, m_old))); };
+    bool again = false, far = false;
+    Peak peak;
+    auto raise = [&] {
+        const vreal least = splat(-INFINITY);
+        const vreal top = highest<true>(x, to, n, highest<false>(x, from, to, highest<true>(x, 0, from, least)));
+        peak = higher(peak_of(t, lane), top);
+        m = peak.m;
+        far = t.lifted || !none(is_far(m) & (m != least));
+    };
     const vreal expected = load(t.expected + lane);
     const vmask climbing = expected - m > splat(CLIMB);
-    bool again = false;
-    if (!none(climbing)) {
-        again = to - from < n;  // masked keys may be those it climbs to
-        m = again ? top() : pick(climbing, expected, m);
+    if (t.lifted || !none(climbing | is_far(m))) {
+        again = t.lifted || to - from < n;  // masked keys may be those it climbs to
+        if (!again) m = pick(climbing, expected, m);
+        if (again || !none(is_far(m))) raise();
     }
     for (;;) {
         for (int i = 0; i < 4; ++i) sums.part[i] = vreal{};
         sums.seen = *(const vmask*)(t.seen + lane);
+        if (far) {
+            factor = weigh_far(x, t, lane, n, peak, p, sums);
+            m = peak.m;
+            sum = sums.part[0] + sums.part[1];
+            break;
+        }
         const vreal safe = pick(m == splat(-INFINITY), vreal{}, m);
         auto weigh_all = [&](auto near) {
             sums.reach = vreal{};
@@ -204,7 +227,7 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
         if (again || none((sum > splat(LARGE)) | (sums.seen & (l_old * factor + sum < splat(SMALL))))) break;
         if (WEIGHTS_OVERWRITE && lies_in_rows(t)) few_score_product(c, b, t, at, s);
         else if (WEIGHTS_OVERWRITE) score_product(c, t, v, 1, at, s);
-        m = top();
+        raise();
         again = true;
     }
     end_weights(p, n);
@@ -212,7 +235,8 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
     store(t.level + lane, level);
     store(t.expected + lane, level + pick((risen > vreal{}) & (risen < splat(STEEPEST)), risen, vreal{}));
     m = pick(sums.seen | (m_old != splat(-INFINITY)), m, m_old);
-    if (!PRODUCT_KEEPS && !lies_in_rows(t) && !t.fresh && !none(m != m_old)) rescale(c, t, v, factor);
+    // Far maxima may differ where their roundings do not.
+    if (!PRODUCT_KEEPS && !lies_in_rows(t) && !t.fresh && (far || !none(m != m_old))) rescale(c, t, v, factor);
     store(t.m + lane, m);
     store(t.l + lane, l_old * factor + sum);
     store(keep, factor);
@@ -224,7 +248,7 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
     int64_t from, to;
     full_run(t, at.j0, at.count, from, to);
     const bool all_seen = from == 0 && to == at.count;
-    if (lies_in_rows(t) && FEW_ALONE && stage == ONLINE && all_seen) return few_attention(c, b, t, at, scores);
+    if (lies_in_rows(t) && FEW_ALONE && stage == ONLINE && all_seen && !t.lifted) return few_attention(c, b, t, at, scores);
     // Ranges meet at multiples of four keys.
     from = (from + 3) / 4 * 4;
     to = to == at.count ? to : to / 4 * 4;

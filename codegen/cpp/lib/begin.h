@@ -1,7 +1,7 @@
 // ---- tiles: where their rows lie, what they begin with, what they give ---------------------------------------------
-// The state of a tile, as the parts of a split key range leave it: m, l, seen, then o.
+// The state of a tile, as the parts of a split key range leave it: m, l, top, seen, then o.
 static size_t part_size(const Call& c) {
-    return QUERIES * (2 * sizeof(real) + sizeof(mask_int) + o_rows(c) * sizeof(real));
+    return QUERIES * (3 * sizeof(real) + sizeof(mask_int) + o_rows(c) * sizeof(real));
 }
 
 // How the rows of one batch point fall into tiles: few rows a group are folded, several groups to a tile.
@@ -47,8 +47,9 @@ INLINE void next_row(const Call& c, const Tile& t, Row& r) {
 }
 
 // Loads the queries of a placed tile and everything of its rows that no key changes.
-static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
+static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink, bool lifted) {
     t.fresh = t.near = true;
+    t.lifted = lifted;
     t.few = MOST_FEW > 0 && is_few(c, t.rows);
     Row at = first_row(c, t);
     for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
@@ -66,33 +67,38 @@ static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink) {
     for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
         t.values[v / LANES] = row_values(c, b, u, t, v);
         const vreal sink = with_sink ? first_logit(c, b, u, t, v) : splat(-INFINITY);
-        const vreal safe = sink == -INFINITY ? vreal{} : sink;
-        store(t.m + v, sink);
+        const vreal m = limited(sink * LOG2E, sink), safe = pick(m == splat(-INFINITY), vreal{}, m);
+        store(t.m + v, m);
+        store(t.top + v, limited(sink * (LOG2E / SCALE), sink));
         store(t.level + v, splat(NAN));
         store(t.expected + v, splat(NAN));
-        store(t.l + v, exp2_of(sink - safe));
+        store(t.l + v, exp2_of(m - safe) * (lifted ? LIFTED : 1));
         *(vmask*)(t.seen + v) = vmask{};
     }
 }
 
-INLINE real log_of_sum(real m, real l) {
+INLINE real log_of_sum(real m, real top, real l) {
     if (!IS_SOFTMAX) return 0;
-    return m == INFINITY ? m : (m + FN(__builtin_log2)(l)) * LN2;
+    if (m == INFINITY) return m;
+    if (absolute(m) < FAR_FROM) return (m + FN(__builtin_log2)(l)) * LN2;
+    return m != m ? m : top * (SCALE * LN2) + FN(__builtin_log2)(l) * LN2;
 }
 
-// Writes what a finished tile gives: out and, if asked, the log of the sum.
-static void finish(const Call& c, const Batch& b, Tile& t) {
+// Writes what a finished tile gives: out and, if asked, the log of the sum. False where a sum of weighted values has left the
+// range of floats, in which its quotient may lie.
+static bool finish(const Call& c, const Batch& b, Tile& t) {
+    bool finite = true;
     if (t.fresh) memset(t.o, 0, o_rows(c) * t.columns * LANES * sizeof(real));
     Row at = first_row(c, t);
     for (int64_t v = 0; v < t.columns * LANES; v += LANES) {
         const vmask seen = *(const vmask*)(t.seen + v);
-        const vreal l = load(t.l + v), m = load(t.m + v);
+        const vreal l = load(t.l + v), m = load(t.m + v), top = load(t.top + v);
         out_element* rows[LANES];
         for (int64_t n = 0; n < LANES; ++n) {
             rows[n] = nullptr;
             if (v + n >= t.rows) continue;
             if (HAS_OUT) rows[n] = out_at(c, b, at.g, at.i);
-            if (HAS_LSE) *lse_at(c, b, at.g, at.i) = log_of_sum(m[n], l[n]);
+            if (HAS_LSE && !t.lifted) *lse_at(c, b, at.g, at.i) = log_of_sum(m[n], top[n], l[n]);
             next_row(c, t, at);
         }
         vmask keep = splat_mask(true);
@@ -102,8 +108,11 @@ static void finish(const Call& c, const Batch& b, Tile& t) {
             if (EMPTY == EMPTY_ZERO || HAS_SINK) keep = seen;
             else if (c.M == 0) scale = splat(0);
             else if (EMPTY == EMPTY_NAN) scale = pick(seen, scale, splat(NAN));
-            else scale = pick(seen, scale, splat(NORMALIZED_EARLY ? 1 : 1 / (real)c.M));
+            else scale = pick(seen, scale, splat(NORMALIZED_EARLY ? 1 : (t.lifted ? 1 / LIFTED : 1) / (real)c.M));
         }
-        if (HAS_OUT) from_lanes(t.o + v * o_rows(c), scale, keep, rows, c.out_e, c.E);
+        if (!HAS_OUT) continue;
+        const vmask whole = from_lanes(t.o + v * o_rows(c), scale, keep, rows, c.out_e, c.E);
+        finite &= none(~whole & (EMPTY == EMPTY_MEAN ? ~((l == 0) & seen) & (l == l) : l > 0));
     }
+    return finite || !IS_SOFTMAX || NORMALIZED_EARLY;
 }

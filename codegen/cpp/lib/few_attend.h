@@ -3,22 +3,27 @@
 template <int R> static void attend_few(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
     few_scores<R>(c, t.q, key_at(c, b) + at.j0 * c.k_j, at.count, s);
     const int64_t end = at.count * R;
-    alignas(64) real flat[LANES], safe[LANES], keep[LANES];
+    alignas(64) real flat[LANES], keep[LANES];
     for (int64_t n = end; n % LANES; ++n) s[n] = -INFINITY;
     vreal top = splat(-INFINITY);
     for (int64_t n = 0; n < end; n += LANES) top = high(load(s + n), top);
-    store(flat, top * SCALE);
-    const vreal m_old = load(t.m);
-    alignas(64) real m[LANES];
-    store(m, m_old);
-    for (int l = 0; l < LANES; ++l) m[l % R] = flat[l] > m[l % R] ? flat[l] : m[l % R];
-    const vreal m_new = load(m), base = m_new == -INFINITY ? vreal{} : m_new;
-    store(m, base);
-    for (int l = 0; l < LANES; ++l) safe[l] = m[l % R];
-    const vreal less = load(safe), factor = exp2_of(m_old - base);
+    store(flat, top);
+    alignas(64) real tops[LANES];
+    store(tops, splat(-INFINITY));
+    for (int l = 0; l < LANES; ++l) tops[l % R] = flat[l] > tops[l % R] ? flat[l] : tops[l % R];
+    const Peak old = peak_of(t, 0), peak = higher(old, load(tops));
+    const Base base = base_of(peak);
+    const vreal factor = factor_of(old, base);
+    auto repeated = [](vreal x) {
+        alignas(64) real rows[LANES], every[LANES];
+        store(rows, x);
+        for (int l = 0; l < LANES; ++l) every[l] = rows[l % R];
+        return load(every);
+    };
+    const Base every = {repeated(base.first), repeated(base.then)};
     vreal sum[2] = {};
     for (int64_t n = 0; n < end; n += LANES) {
-        const vreal w = exp2_weight(load(s + n) * SCALE - less);
+        const vreal w = exp2_weight(exponent(load(s + n), every));
         sum[n / LANES % 2] += w;
         store(s + n, w);
     }
@@ -26,7 +31,8 @@ template <int R> static void attend_few(const Call& c, const Batch& b, Tile& t, 
     alignas(64) real l_new[LANES];
     store(l_new, load(t.l) * factor);
     for (int l = 0; l < LANES; ++l) l_new[l % R] += flat[l];
-    store(t.m, m_new);
+    store(t.m, peak.m);
+    store(t.top, peak.top);
     store(t.l, load(l_new));
     store(keep, factor);
     *(vmask*)t.seen = splat_mask(true);

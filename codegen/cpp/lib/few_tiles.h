@@ -158,29 +158,29 @@ template <int R> static void attend_short_block(const Call& c, const Batch& b, T
     }
     for (int r = 0; r < R; ++r)
         for (int64_t j = at.count; j % 16; ++j) s[r * FEW_KEYS + j] = -INFINITY;
-    alignas(64) real m[LANES], l[LANES], keep[LANES];
-    const vreal m_old = load(t.m);
-    store(m, m_old);
-    for (int r = 0; r < R; ++r) {
-        const real x = highest(top[r]) * SCALE;
-        m[r] = x > m[r] ? x : m[r];
-    }
-    const vreal m_new = load(m), base = m_new == -INFINITY ? vreal{} : m_new, factor = exp2_of(m_old - base);
-    store(m, base);
+    alignas(64) real tops[LANES], first[LANES], then[LANES], l[LANES], keep[LANES];
+    store(tops, splat(-INFINITY));
+    for (int r = 0; r < R; ++r) tops[r] = highest(top[r]);
+    const Peak old = peak_of(t, 0), peak = higher(old, load(tops));
+    const Base base = base_of(peak);
+    const vreal factor = factor_of(old, base);
+    store(first, base.first);
+    store(then, base.then);
     store(keep, factor);
     store(l, load(t.l) * factor);
     for (int r = 0; r < R; ++r) {
         ask(c, ahead, ASK_WEIGHTS / R);
         vreal sum = {};
-        const vreal less = splat(m[r]);
+        const Base each = {splat(first[r]), splat(then[r])};
         for (int64_t j = 0; j < at.count; j += 16) {
-            const vreal w = exp2_weight(load(s + r * FEW_KEYS + j) * SCALE - less);
+            const vreal w = exp2_weight(exponent(load(s + r * FEW_KEYS + j), each));
             sum += w;
             put_tile_weights(weights[j / 16], r, w);
         }
         l[r] += sum_of(sum);
     }
-    store(t.m, m_new);
+    store(t.m, peak.m);
+    store(t.top, peak.top);
     store(t.l, load(l));
     *(vmask*)t.seen = splat_mask(true);
     add_tile_values<R>(c, b, t, at, weights, ahead, keep);

@@ -29,24 +29,28 @@ static void to_lanes(const T* const (&rows)[LANES], int64_t stride, int64_t colu
         for (int l = 0; l < LANES; ++l) out[n * LANES + l] = rows[l] ? value(rows[l][n * stride]) : 0;
 }
 
-// rows[lane][column] = in[column][lane] * scale[lane] for the rows that are not null.
+// rows[lane][column] = in[column][lane] * scale[lane] for the rows that are not null; the lanes where all are finite.
 template <class T>
-static void from_lanes(const real* in, vreal scale, vmask keep, T* const (&rows)[LANES], int64_t stride,
-                       int64_t columns) {
+static vmask from_lanes(const real* in, vreal scale, vmask keep, T* const (&rows)[LANES], int64_t stride,
+                        int64_t columns) {
     int64_t n = 0;
+    vreal finite = {};
     if (stride == 1)
         for (; n + LANES <= columns; n += LANES) {
             vreal x[LANES];
             for (int l = 0; l < LANES; ++l) x[l] = pick(keep, load(in + (n + l) * LANES) * scale, vreal{});
+            for (int l = 0; l < LANES; ++l) finite += x[l] * 0;
             transpose(x);
             for (int l = 0; l < LANES; ++l)
                 if (rows[l]) put_row(rows[l] + n, x[l]);
         }
     for (; n < columns; ++n) {
         const vreal x = pick(keep, load(in + n * LANES) * scale, vreal{});
+        finite += x * 0;
         for (int l = 0; l < LANES; ++l)
             if (rows[l]) put(rows[l] + n * stride, x[l]);
     }
+    return finite == 0;
 }
 
 // out[r][column], `columns` apart, as the compute type.

@@ -144,6 +144,24 @@ static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stag
     }
 }
 
+// Rows without keys that take the mean of all values.
+static void add_empties(const Call& c, const Item& x, Tile* tiles, int64_t count, Scratch& w) {
+    if (!IS_SOFTMAX || EMPTY != EMPTY_MEAN || HAS_SINK) return;
+    bool any = false;
+    for (int64_t n = 0; n < count; ++n)
+        for (int64_t r = 0; r < tiles[n].rows; ++r) any |= !tiles[n].seen[r];
+    if (any) sweep(c, x, tiles, count, EMPTIES, w);
+}
+
+// Once more for a tile whose sums of weighted values were too large.
+static __attribute__((noinline, cold)) void run_lifted(const Call& c, const Item& x, Tile& t, Scratch& w) {
+    begin(c, x.b, t, true, true);
+    sweep(c, x, &t, 1, ONLINE, w);
+    add_empties(c, x, &t, 1, w);
+    if (lies_in_rows(t) && !t.fresh) end_few(c, t);
+    finish(c, x.b, t);
+}
+
 static void run_item(const Call& c, const Plan& p, int64_t number, Scratch& w, char* parts) {
     const Item x = item_at(c, p, number);
     const int64_t count = x.last - x.first;
@@ -153,64 +171,64 @@ static void run_item(const Call& c, const Plan& p, int64_t number, Scratch& w, c
         t.q = w.q + n * QUERIES * q_rows(c);
         t.o = w.o + n * QUERIES * o_rows(c);
         place(c, p.tiling, x.b, x.first + n, x.from, x.to, t);
-        begin(c, x.b, t, x.split == 0);
+        begin(c, x.b, t, x.split == 0, false);
     }
     if (NORMALIZED_EARLY) sweep(c, x, w.tiles, count, SUMS, w);
     sweep(c, x, w.tiles, count, NORMALIZED_EARLY ? WEIGHTS : ONLINE, w);
-    if (IS_SOFTMAX && EMPTY == EMPTY_MEAN && !HAS_SINK) {
-        bool any = false;
-        for (int64_t n = 0; n < count; ++n)
-            for (int64_t r = 0; r < w.tiles[n].rows; ++r) any |= !w.tiles[n].seen[r];
-        if (any) sweep(c, x, w.tiles, count, EMPTIES, w);
-    }
+    add_empties(c, x, w.tiles, count, w);
     for (int64_t n = 0; n < count; ++n) {
         Tile& t = w.tiles[n];
         if (lies_in_rows(t) && !t.fresh) end_few(c, t);
         if (p.splits == 1) {
-            finish(c, x.b, t);
+            if (!finish(c, x.b, t)) run_lifted(c, x, t, w);
             continue;
         }
         char* part = parts + ((x.batch * p.tiling.count + x.first + n) * p.splits + x.split) * part_size(c);
         if (t.fresh) memset(t.o, 0, o_rows(c) * t.columns * LANES * sizeof(real));
         memcpy(part, t.m, sizeof t.m);
         memcpy(part += sizeof t.m, t.l, sizeof t.l);
-        memcpy(part += sizeof t.l, t.seen, sizeof t.seen);
+        memcpy(part += sizeof t.l, t.top, sizeof t.top);
+        memcpy(part += sizeof t.top, t.seen, sizeof t.seen);
         memcpy(part + sizeof t.seen, t.o, o_rows(c) * t.columns * LANES * sizeof(real));
     }
 }
 
 // Joins the parts of a split tile: each is weighed by 2^(its maximum - the common maximum).
 static void join(const Call& c, const Plan& p, int64_t number, Scratch& w, const char* parts) {
-    const Batch b = batch_at(c, number / p.tiling.count);
+    const Item whole = {batch_at(c, number / p.tiling.count), 0, 0, 1, 0, c.M, 0};
     Tile& t = w.tiles[0];
+    w.slants.group = -1;
+    t.q = w.q;
     t.o = w.o;
-    place(c, p.tiling, b, number % p.tiling.count, 0, c.M, t);
-    t.fresh = false;
+    place(c, p.tiling, whole.b, number % p.tiling.count, 0, c.M, t);
+    t.fresh = t.lifted = false;
     parts += number * p.splits * part_size(c);
     for (int64_t lane = 0; lane < t.columns * LANES; lane += LANES) {
-        vreal m = splat(-INFINITY), l = vreal{};
+        auto part_at = [&](int64_t s) { return (const real*)(parts + s * part_size(c)); };
+        auto peak_at = [&](int64_t s) { return Peak{load(part_at(s) + lane), load(part_at(s) + 2 * QUERIES + lane)}; };
+        Peak peak = peak_at(0);
+        vreal l = vreal{};
         vmask seen = vmask{};
         for (int64_t s = 0; s < p.splits; ++s) {
-            const real* part = (const real*)(parts + s * part_size(c));
-            m = high(load(part + lane), m);
-            seen |= *(const vmask*)((const mask_int*)(part + 2 * QUERIES) + lane);
+            peak = highest_of(peak, peak_at(s));
+            seen |= *(const vmask*)((const mask_int*)(part_at(s) + 3 * QUERIES) + lane);
         }
-        const vreal safe = m == -INFINITY ? vreal{} : m;
+        const Base base = base_of(peak);
         for (int64_t s = 0; s < p.splits; ++s) {
-            const real* part = (const real*)(parts + s * part_size(c));
-            const vreal factor = exp2_of(load(part + lane) - safe);
-            l += load(part + QUERIES + lane) * factor;
-            const real* o = (const real*)((const mask_int*)(part + 2 * QUERIES) + QUERIES);
+            const vreal factor = factor_of(peak_at(s), base);
+            l += load(part_at(s) + QUERIES + lane) * factor;
+            const real* o = (const real*)((const mask_int*)(part_at(s) + 3 * QUERIES) + QUERIES);
             for (int64_t n = lane * o_rows(c); n < (lane + LANES) * o_rows(c); n += LANES) {
                 const vreal x = load(o + n) * factor;
                 store(t.o + n, s ? load(t.o + n) + x : x);
             }
         }
-        store(t.m + lane, m);
+        store(t.m + lane, peak.m);
+        store(t.top + lane, peak.top);
         store(t.l + lane, l);
         *(vmask*)(t.seen + lane) = seen;
     }
-    finish(c, b, t);
+    if (!finish(c, whole.b, t)) run_lifted(c, whole, t, w);
 }
 
 static int32_t run(const Call& c) {

@@ -8,9 +8,11 @@ struct Tile {
     bool few;    // its queries lie in rows: see few.h
     bool near;   // every argument of tanh so far was within what tanh_near is right for
     bool fresh;  // no key block has been added yet, so `o` is not set
+    bool lifted;  // its weights are LIFTED times what they are elsewhere, as its values are near the largest number
     real *q, *o; // [columns][D][LANES] and [columns][E][LANES]
     RowValues values[QUERIES / LANES];
     alignas(128) real m[QUERIES], l[QUERIES];     // running maximum and sum, in powers of two
+    alignas(128) real top[QUERIES];               // the maximum as a logit, where m is far
     alignas(128) real level[QUERIES], expected[QUERIES];  // of the logits of the last block and of the next, about
     alignas(128) mask_int seen[QUERIES];          // whether any key was visible
     alignas(128) lane_int lane[ROW_AXES][QUERIES];  // i, then the folded batch axes

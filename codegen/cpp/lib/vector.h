@@ -215,12 +215,11 @@ INLINE vreal exp2_weight(vreal x) {
     return __builtin_ia32_scalefps512_mask(p, x, vreal{}, __builtin_ia32_cmpps512_mask(x, splat(-100), 5, -1, 4), 4);
 #endif
 #else
-    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const float shift = 12582912.0f + 127;  // 1.5 * 2^23 + BIAS: adding it rounds to an integer in the low bits, an exponent
     const vreal c = low(splat(126), high(splat(-126), x));
     const vreal n = c + shift;
     const vreal f = c - (n - shift);
-    const vreal p = exp2_small(f);
-    return x < -100 ? vreal{} : (vreal)((vmask)p + ((vmask)n << 23));
+    return x < -100 ? vreal{} : exp2_small(f) * (vreal)((vmask)n << 23);  // a product, which keeps every NaN
 #endif
 }
 
