@@ -66,12 +66,14 @@ def test_who_waited_for_a_build_that_failed_does_not_try_it_again(tmp_path: Path
 
     def failing(folder: Path) -> None:
         tries.append(1)
-        time.sleep(0.3)
+        time.sleep(1.0)
         raise BuildError("the compiler hangs")
 
     said: list[str] = []
+    together = threading.Barrier(5)
 
     def run() -> None:
+        together.wait()
         try:
             Store(tmp_path).get_or_build(KEY, "k", failing)
         except BuildError as error:
