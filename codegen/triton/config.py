@@ -109,6 +109,8 @@ def registers(a: Attention, rows: Rows, c: TritonConfig, m: Machine) -> int:
     tiles = c.block_m * (sum(n for n, _ in parts[1]) + c.block_n) // (c.warps * m.lanes) + elements // 2
     tiles += elements * 7 // 4 * (len(_pair_loads(a, rows)) + ("weights" in a.outputs))
     tiles += elements // 2 * _computes_pairs(a, rows)
+    if m.outer and any(a.j.index in free(x) for x in loads(a.weight)):
+        tiles += elements // 4  # what weights are multiplied with is laid out anew beside the accumulator
     for size, found in zip(sizes, parts, strict=True):
         wide = 40 if m.copies and size > 128 and found[-1][0] < 64 else 16  # narrow copies keep more addresses
         tiles += (len(found) - 1) * wide
