@@ -144,7 +144,7 @@ def _reason(error: Exception, at: fx.Node) -> tuple[str, fx.Node]:
         return error.reason, error.node
     if isinstance(error, VerifyError):
         return f"the IR cannot say it: {error}", at
-    return f"reading it failed, which is a bug in attncc: {unforeseen('reading a site', error)}", at
+    return f"it could not be read: {unforeseen('reading a site', error)}", at
 
 
 def _without_softmax(f: Facts, n: fx.Node, product: Contraction, left: bool) -> list[Lifted | Refusal]:

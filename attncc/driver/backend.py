@@ -48,6 +48,7 @@ def attncc_backend(
             torch_private.ask_for_known_floats(gm)
             rewrite(gm, example_inputs, found, edits, measure=chosen.measure)
         compiled = _compiled(gm, example_inputs, chosen.config, found, edits) if chosen.inductor else gm.forward
+    torch_private.forget_asked_floats()
     for note in found.notes:
         _say_once(note)
     outer = collecting.get()

@@ -138,8 +138,9 @@ def made_up(fake: torch.Tensor, generator: torch.Generator, dtype: torch.dtype |
     return real.fill_(real.dtype == torch.bool)
 
 
-def _number(x: int | torch.SymInt) -> int:
-    found = example(x)
+def _number(x: Any) -> Any:
+    held: Any = x.node if isinstance(x, torch.SymFloat) else None
+    found = example(x) if held is None else held.hint if held.has_hint() else None
     if found is None:
         raise Untimeable("a size that only the data decides")
     return found

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from attncc import torch_private
 from attncc.driver.library_calls import in_place_of
 from attncc.driver.repeats import Repeats
+from attncc.driver.scalar_functions import without_items
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.softmax.flex import FLEX
 from attncc.torch_private.state import Modes, autocasts, modes
@@ -118,7 +119,7 @@ class _Shadow(fx.Interpreter):
             return written_out(*args, **kwargs)
         if n.target is FLEX:  # its graph of gradients is not read, and cannot be traced twice
             with torch_private.gradients_off():
-                return super().run_node(n)
+                return FLEX(*without_items(args), **kwargs)
         if self.repeats is None:
             return super().run_node(n)
         return self.repeats.run(n, args, kwargs, lambda: super(_Shadow, self).run_node(n))

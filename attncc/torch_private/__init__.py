@@ -200,28 +200,32 @@ def like(x: torch.Tensor) -> torch.Tensor:
 
 
 def known_number(n: fx.Node) -> float | int | bool | None:
-    """The number that Dynamo wrapped in a tensor (`dynamic=True` does so with floats), where this node unwraps it.
-
-    Taking it specialises: Dynamo guards on the value and compiles again for another one."""
+    """The number that Dynamo wrapped in a tensor, where this node unwraps one that is fixed: an integer, or a float
+    whose value is guarded on already."""
     if n.target != "item" or not isinstance(n.args[0], fx.Node) or n.args[0].op != "placeholder":
         return None
-    value = n.meta.get("example_value")
-    if isinstance(value, torch.SymFloat | torch.SymInt | torch.SymBool) and value.node.has_hint():
-        return guard_scalar(value)
-    return None
+    value: Any = n.meta.get("example_value")
+    if not isinstance(value, torch.SymFloat | torch.SymInt | torch.SymBool) or not value.node.has_hint():
+        return None
+    if isinstance(value, torch.SymFloat) and not value.node.expr.is_number:
+        return None
+    return guard_scalar(value)
 
 
 def ask_for_known_floats(gm: fx.GraphModule) -> None:
-    """Have Dynamo trace again with the floats as numbers that `dynamic=True` made inputs of a graph, if there are any.
+    """Have Dynamo trace again with the floats as numbers that it made inputs of a graph and that are fixed all the
+    same, if there are any: those that an operation takes as numbers only, and those that `dynamic=True` made inputs and
+    nobody has seen to change, as the attributes of modules are. The others stay inputs.
 
-    Taking their values while reading comes to the same, as Inductor then asks for it: after this graph was read, edited
-    and traced in vain."""
+    Inductor asks for the first kind too: after this graph was read, edited and traced in vain."""
     unknown: set[str] = set()
     for n in gm.graph.nodes:
         if n.target == "item" and isinstance(n.args[0], fx.Node) and n.args[0].op == "placeholder":
-            value = n.meta.get("example_value")
-            symbol: Any = value.node._expr if isinstance(value, torch.SymFloat) and value.node.has_hint() else None
-            if symbol is not None and symbol.is_symbol and all(user.target == "item" for user in n.args[0].users):
+            value: Any = n.meta.get("example_value")
+            symbol = value.node._expr if isinstance(value, torch.SymFloat) and value.node.has_hint() else None
+            if symbol is None or not symbol.is_symbol or any(user.target != "item" for user in n.args[0].users):
+                continue
+            if value.node.expr.is_number or not seen_to_change(n.args[0]):
                 unknown.add(symbol.name)
     if not unknown:
         return
@@ -233,6 +237,31 @@ def ask_for_known_floats(gm: fx.GraphModule) -> None:
         TensorifyState.specialize(name)
     if asked:
         raise TensorifyScalarRestartAnalysis
+
+
+def forget_asked_floats() -> None:
+    """Forget which floats a compilation that is done was to have as numbers. Dynamo goes by the names of symbols, which
+    are the same in the next compilation, and would have the same floats as numbers there, whatever asks for them."""
+    from torch._dynamo.symbolic_convert import TensorifyState  # noqa: PLC0415 - Dynamo takes a second to import
+
+    TensorifyState.clear()
+
+
+def seen_to_change(placeholder: fx.Node) -> bool:
+    """Whether an input that holds a number had another value when Dynamo compiled the same code before."""
+    if torch._dynamo.config.assume_static_by_default:
+        return True  # or it would be no input
+    from torch._dynamo.pgo import CodeId, auto_dynamic, get_code_state  # noqa: PLC0415 - as above
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # noqa: PLC0415 - as above
+
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", None)
+    try:
+        tx: Any = InstructionTranslator.current_tx()
+        state = get_code_state()[CodeId.make(tx.f_code, tx.closure)].automatic_dynamic
+    except AttributeError:  # nothing is being compiled
+        return True
+    return not isinstance(name, str) or name not in state or state[name].scalar is auto_dynamic
 
 
 def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:

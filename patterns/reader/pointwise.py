@@ -42,7 +42,7 @@ def input_at(r: Values, n: fx.Node, x: Any, at: Point) -> Expr | None:
     """An argument of `n` at the point: a tensor broadcast to the result, or a number, which sizes may decide."""
     if isinstance(x, fx.Node) and r.facts.is_tensor(x):
         return r.value_at(x, broadcast(r.facts, x, at), r.facts.order[n])
-    return number(r.facts, x)
+    return number(r.facts, x, n)
 
 
 def _together(*xs: Expr) -> tuple[Expr, ...]:

@@ -255,7 +255,7 @@ def _sources(f: Facts, n: fx.Node) -> list[fx.Node]:
         if not inner:
             found.append(n)
             continue
-        held = [a for a in n.all_input_nodes if not f.is_size(a)]
+        held = [a for a in n.all_input_nodes if not f.is_number(a)]
         fresh = [a for a in held if a not in seen and a.op != "get_attr" and a not in f.parameters]
         seen.update(fresh)
         stack += fresh

@@ -29,6 +29,7 @@ from attncc.patterns.site import (
     Unreadable,
     assembled,
     fitted,
+    number,
     operand,
     stored,
 )
@@ -59,7 +60,10 @@ def lift_flex(f: Facts, n: fx.Node) -> Lifted | None:
     def source(x: Any, *own: Expr) -> Source:
         return operand(f, x, (*_heads(f, n, x, (b, h), extents), *own), extents, read=use, use=use)
 
-    scaled = mul(S, const(float(scale)))
+    factor = number(f, scale, node)
+    if factor is None:
+        raise Unreadable(n, "a scale that is not known when compiling")
+    scaled = mul(S, cast(factor, "float"))
     score = _scalar(reader, n, score_mod, (scaled, b, h, i, j), score_extra, "score_mod")
     mask = cast(_scalar(reader, n, blocks[-1], (b, h, i, j), mask_extra, "mask_mod"), "bool")
     _check_blocks(f, n, mask, blocks)
