@@ -139,8 +139,11 @@ def made_up(fake: torch.Tensor, generator: torch.Generator, dtype: torch.dtype |
 
 
 def _number(x: Any) -> Any:
-    held: Any = x.node if isinstance(x, torch.SymFloat) else None
-    found = example(x) if held is None else held.hint if held.has_hint() else None
+    if isinstance(x, torch.SymFloat):
+        held: Any = x.node
+        found = held.hint if held.has_hint() else None
+    else:
+        found = example(x)
     if found is None:
         raise Untimeable("a size that only the data decides")
     return found
