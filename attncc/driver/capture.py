@@ -90,8 +90,8 @@ class _Shadow(fx.Interpreter):
         last, off = self._last(), not torch.is_grad_enabled()
         result = self._run(n)
         made = torch_private.traced_node(result)
-        if made is None and n.op == "call_function" and isinstance(result, FakeTensor):  # out of a `torch.vmap`
-            result = torch_private.like(result)
+        if n.op == "call_function" and isinstance(result, torch.Tensor) and _leaves_transform(n):
+            result = torch_private.like(n.meta["example_value"])
             made = torch_private.traced_node(result)
         if made is not None and n.op != "output":
             self.pairs.append((made, n))
@@ -120,9 +120,19 @@ class _Shadow(fx.Interpreter):
         if n.target is FLEX:  # its graph of gradients is not read, and cannot be traced twice
             with torch_private.gradients_off():
                 return FLEX(*without_items(args), **kwargs)
+        if "example_value" in n.meta and (torch_private.inside_transform() or n.target is torch_private.AUTOGRAD_GRAD):
+            return self._transformed(n)
         if self.repeats is None:
             return super().run_node(n)
         return self.repeats.run(n, args, kwargs, lambda: super(_Shadow, self).run_node(n))
+
+    def _transformed(self, n: fx.Node) -> Any:
+        """A node inside a transform of `torch.func`, whose tensors a trace does not show and may fail on (a gradient of
+        a product with a number): new tensors then, as nothing is found there in any case."""
+        try:
+            return super().run_node(n)
+        except Exception:
+            return tree_map_only(torch.Tensor, torch_private.like, n.meta["example_value"])
 
     def _opaque(self, n: fx.Node) -> Any:
         """New tensors for what a higher-order operator gives. Its body, if it has one of its own, is read by itself."""
@@ -172,6 +182,12 @@ def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
     wanted = dict(zip(given, inputs, strict=False))
     reading.graded = frozenset(n for n in traced.graph.nodes if _requires_grad(reading, n, wanted.get(n)))
     return reading
+
+
+def _leaves_transform(n: fx.Node) -> bool:
+    """Whether a node takes a tensor out of a transform of `torch.func`. It is one that the graph outside may use, as
+    none inside is, whatever a trace makes of it."""
+    return getattr(n.target, "__name__", "") in ("_unwrap_for_grad", "_remove_batch_dim")
 
 
 def _requires_grad(reading: Reading, n: fx.Node, given: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
@@ -23,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from attncc.torch_private.attention_patterns import guarded
+from attncc.torch_private.batched_gradients import with_batched_gradients
 
 
 def fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
@@ -160,6 +162,8 @@ def _can_be_made(tracer: Any, x: Any) -> bool:
     return x.func in _sympy_handlers() and pairs and all(_can_be_made(tracer, a) for a in x.args)
 
 
+#: What a graph calls where a transform of `torch.func` takes a gradient.
+AUTOGRAD_GRAD = torch._functorch.eager_transforms._autograd_grad
 ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
 
@@ -189,7 +193,13 @@ def storage(x: torch.Tensor) -> int:
 def like(x: torch.Tensor) -> torch.Tensor:
     """A tensor, made inside the trace in progress, of the shape, strides, dtype and device of a Dynamo fake.
 
-    The trace knows symbolic sizes and not what strides are made of them: there, a dense tensor of the same order."""
+    The trace knows symbolic sizes and not what strides are made of them: there, a dense tensor of the same order. It is
+    no tensor of a transform's, inside of one either."""
+    with temporarily_clear_interpreter_stack():
+        return _like(x)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
     strides = x.stride()
     if all(isinstance(s, int) for s in strides):
         return torch.empty_strided(x.size(), strides, dtype=x.dtype, device=x.device)
@@ -269,7 +279,8 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) 
     from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 - Inductor takes a second to import
 
     compiled: Any = compile_fx(gm, list(inputs), config_patches=guarded(config))
-    return compiled
+    learns = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    return with_batched_gradients(compiled) if learns else compiled
 
 
 def inductor_rewrites(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

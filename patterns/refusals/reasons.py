@@ -148,8 +148,10 @@ def of_quotient(f: Facts, n: fx.Node) -> str:
 
 def under_transform(f: Facts, scores: fx.Node) -> str | None:
     """Why scores are not read that are made of the tensors of a transform, which a trace holds as constants."""
-    held = (getattr(f.graph.owning_module, str(x.target), None) for x in _behind(scores) if x.op == "get_attr")
+    behind = _behind(scores)
+    held = (getattr(f.graph.owning_module, str(x.target), None) for x in behind if x.op == "get_attr")
     kind = next((x for x in map(transform_of, held) if x is not None), None)
+    kind = "jvp" if kind is None and any(_name(x) == "_make_dual" for x in behind) else kind
     return None if kind is None else f"under torch.func.{kind}, whose tensors a trace does not show"
 
 

@@ -1,0 +1,86 @@
+"""Batches of gradients: `torch.autograd.grad(..., is_grads_batched=True)`, as vectorised Jacobians and batched checks of
+gradients ask for them. Private torch API, like `torch_private`.
+
+torch maps over such a batch by means of its own, older than `torch.vmap`: its tensors have no memory to speak of. Code
+that reads memory (a kernel, a backward that Inductor compiled) is called once for each gradient instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+_C: Any = torch._C
+_batched: Callable[[torch.Tensor], bool] = _C._functorch.is_legacy_batchedtensor
+_remove: Callable[..., torch.Tensor] = torch._remove_batch_dim  # type: ignore[attr-defined]
+_add: Callable[..., torch.Tensor] = torch._add_batch_dim  # type: ignore[attr-defined]
+
+#: How far behind the outputs of a compiled graph its node in autograd's graph may be: some are views of its own.
+_DEPTH = 3
+
+
+def each_of_a_batch(args: Sequence[Any], call: Callable[[list[Any]], Sequence[Any]]) -> list[Any]:
+    """One call for each gradient of the batch that some of `args` are of; the results as a batch, each in the strides
+    that it was given in."""
+    level = _C._vmapmode_increment_nesting() - 1
+    _C._vmapmode_decrement_nesting()
+    held = [isinstance(x, torch.Tensor) and _batched(x) for x in args]
+    first = args[held.index(True)]
+    count = _remove(first, level, 1, 0).shape[0]
+    opened = [_remove(x, level, count, 0) if own else x for x, own in zip(args, held, strict=True)]
+    results = [
+        call([x[at] if own else x for x, own in zip(opened, held, strict=True)]) for at in range(count)
+    ]
+    return [_together(same, level) for same in zip(*results, strict=True)]
+
+
+def _together(same: Sequence[Any], level: int) -> Any:
+    first = same[0]
+    if not isinstance(first, torch.Tensor):
+        return first
+    room = 1 + sum((n - 1) * step for n, step in zip(first.shape, first.stride(), strict=True))
+    made = first.new_empty_strided((len(same), *first.shape), (max(room, 0), *first.stride()))
+    for at, x in enumerate(same):
+        made[at] = x
+    return _add(made, 0, level)
+
+
+def with_batched_gradients(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph that AOTAutograd compiled, whose backward takes batches of gradients too."""
+    known = False
+
+    def call(*args: Any) -> Any:
+        nonlocal known
+        out = run(*args)
+        if not known:
+            known = _let_take_batches(out)
+        return out
+
+    return call
+
+
+def _let_take_batches(out: Any) -> bool:
+    """Change what the backward of a compiled graph does with batches of gradients. Whether there was one to change."""
+    outputs = out if isinstance(out, tuple | list) else (out,)
+    nodes = {x.grad_fn for x in outputs if isinstance(x, torch.Tensor) and x.grad_fn is not None}
+    for _ in range(_DEPTH):
+        for function in {getattr(n, "_forward_cls", None) for n in nodes}:
+            plain = getattr(function, "_backward_impl", None)
+            if plain is not None:
+                if not hasattr(plain, "takes_batches"):
+                    function._backward_impl = staticmethod(_taking_batches(plain))
+                return True
+        nodes = {n for x in nodes for n, _ in x.next_functions if n is not None}
+    return False
+
+
+def _taking_batches(plain: Callable[[Any, list[Any]], Sequence[Any]]) -> Callable[[Any, list[Any]], Sequence[Any]]:
+    def backward(ctx: Any, args: list[Any]) -> Sequence[Any]:
+        if not any(isinstance(x, torch.Tensor) and _batched(x) for x in args):
+            return plain(ctx, args)
+        return each_of_a_batch(args, lambda given: plain(ctx, given))
+
+    backward.takes_batches = True  # type: ignore[attr-defined]
+    return backward
