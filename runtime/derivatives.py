@@ -7,21 +7,10 @@ attention does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
-from torch.autograd import forward_ad
 
 from attncc.ir import Attention, interpret
-
-_forward_ad = cast(Any, forward_ad)
-
-
-def has_tangents(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether forward mode differentiates with respect to any of some tensors."""
-    if _forward_ad._current_level < 0:
-        return False
-    return any(_forward_ad.unpack_dual(t).tangent is not None for t in tensors if t.is_floating_point())
 
 
 def outputs_of(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:

@@ -28,12 +28,11 @@ from attncc.ir import Attention
 from attncc.runtime.derivatives import (
     gradients_of,
     gradients_of_gradients,
-    has_tangents,
     outputs_of,
 )
 from attncc.runtime.outputs import Plan, plan_of
 from attncc.runtime.recent import Recent
-from attncc.torch_private.batched_gradients import each_of_a_batch
+from attncc.torch_private.derivatives import each_of_a_batch, has_tangents
 
 
 class Kernel(Protocol):

@@ -44,7 +44,9 @@ def attncc_backend(
         _say_once("a graph that writes to a conjugate's view runs uncompiled: Inductor does not see its sign")
         return gm.forward
     with waiting():
-        if not plain(gm):
+        if torch_private.are_fake(example_inputs):
+            found.notes.append("a model that is called with fake tensors is compiled as it is: there is nothing to time")
+        elif not plain(gm):
             torch_private.ask_for_known_floats(gm)
             rewrite(gm, example_inputs, found, edits, measure=chosen.measure)
         compiled = _compiled(gm, example_inputs, chosen.config, found, edits) if chosen.inductor else gm.forward

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from attncc import torch_private
@@ -71,6 +70,11 @@ class Body:
     module: fx.GraphModule
     arguments: list[Any]
     modes: Modes
+
+
+#: Operators whose bodies take other tensors than they are given themselves, or of which there are several: a choice of
+#: two, loops. What the bodies take is known of their own graphs.
+_WITH_BODIES = {"cond", "while_loop", "scan", "map_impl"}
 
 
 class _Shadow(fx.Interpreter):
@@ -135,8 +139,14 @@ class _Shadow(fx.Interpreter):
             return tree_map_only(torch.Tensor, torch_private.like, n.meta["example_value"])
 
     def _opaque(self, n: fx.Node) -> Any:
-        """New tensors for what a higher-order operator gives. Its body, if it has one of its own, is read by itself."""
+        """New tensors for what a higher-order operator gives. Bodies that it has of its own are read by themselves."""
         args, _ = self.fetch_args_kwargs_from_env(n)
+        if str(n.target) in _WITH_BODIES:
+            for body in (x for x in args if isinstance(x, fx.GraphModule)):
+                given = [p.meta.get("example_value") for p in body.graph.find_nodes(op="placeholder")]
+                if all(x is not None for x in given):
+                    self.bodies.append(Body(body, given, modes()))
+            return tree_map_only(torch.Tensor, torch_private.like, n.meta["example_value"])
         first = next((at for at, x in enumerate(args) if isinstance(x, fx.GraphModule)), len(args))
         bodies = [x for x in args[first:] if isinstance(x, fx.GraphModule)]
         if str(n.target) == "autograd_function_apply":  # its backward takes other arguments

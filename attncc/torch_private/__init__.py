@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from attncc.torch_private.attention_patterns import guarded
-from attncc.torch_private.batched_gradients import with_batched_gradients
+from attncc.torch_private.derivatives import with_derivatives
 
 
 def fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
@@ -43,6 +43,13 @@ def fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
         return mode.from_tensor(x, symbolic_context=context, source=getattr(context, "tensor_source", None))
 
     return mode, [fake(x) for x in inputs]
+
+
+def are_fake(inputs: Sequence[Any]) -> bool:
+    """Whether a model is called with fake tensors of the caller's own, and not with those of a compilation."""
+    context = TracingContext.try_get()
+    known = None if context is None else context.fake_mode
+    return any(isinstance(x, FakeTensor) and x.fake_mode is not known for x in inputs)
 
 
 #: Operations that change what shape a tensor itself has: Dynamo's fakes then show the last one.
@@ -280,7 +287,7 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) 
 
     compiled: Any = compile_fx(gm, list(inputs), config_patches=guarded(config))
     learns = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
-    return with_batched_gradients(compiled) if learns else compiled
+    return with_derivatives(compiled, gm.forward, learns=learns)
 
 
 def inductor_rewrites(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -1,8 +1,11 @@
-"""Batches of gradients: `torch.autograd.grad(..., is_grads_batched=True)`, as vectorised Jacobians and batched checks of
-gradients ask for them. Private torch API, like `torch_private`.
+"""Derivatives that code which reads memory (a kernel, what Inductor compiled) does not know: private torch API, like
+`torch_private`.
 
-torch maps over such a batch by means of its own, older than `torch.vmap`: its tensors have no memory to speak of. Code
-that reads memory (a kernel, a backward that Inductor compiled) is called once for each gradient instead.
+Batches of gradients, `torch.autograd.grad(..., is_grads_batched=True)`, as vectorised Jacobians and batched checks of
+gradients ask for them: torch maps over such a batch by means of its own, older than `torch.vmap`, and its tensors have
+no memory to speak of. The code is called once for each gradient instead.
+
+Forward mode: a compiled graph reads the values of its inputs and loses their tangents. The graph itself is run instead.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _C: Any = torch._C
+_forward_ad: Any = forward_ad
 _batched: Callable[[torch.Tensor], bool] = _C._functorch.is_legacy_batchedtensor
 _remove: Callable[..., torch.Tensor] = torch._remove_batch_dim  # type: ignore[attr-defined]
 _add: Callable[..., torch.Tensor] = torch._add_batch_dim  # type: ignore[attr-defined]
@@ -47,12 +52,23 @@ def _together(same: Sequence[Any], level: int) -> Any:
     return _add(made, 0, level)
 
 
-def with_batched_gradients(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A graph that AOTAutograd compiled, whose backward takes batches of gradients too."""
-    known = False
+def has_tangents(args: Sequence[Any]) -> bool:
+    """Whether forward mode differentiates with respect to any of some tensors."""
+    if _forward_ad._current_level < 0:
+        return False
+    floats = (x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point())
+    return any(_forward_ad.unpack_dual(x).tangent is not None for x in floats)
+
+
+def with_derivatives(run: Callable[..., Any], graph: Callable[..., Any], *, learns: bool) -> Callable[..., Any]:
+    """`run`, which Inductor compiled from `graph`, where nobody asks for a derivative that it does not know. `learns`:
+    its inputs require gradients, of which it may be given batches."""
+    known = not learns
 
     def call(*args: Any) -> Any:
         nonlocal known
+        if _forward_ad._current_level >= 0 and has_tangents(args):
+            return graph(*args)
         out = run(*args)
         if not known:
             known = _let_take_batches(out)
