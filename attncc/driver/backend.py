@@ -45,7 +45,7 @@ def attncc_backend(
         return gm.forward
     with waiting():
         if torch_private.are_fake(example_inputs):
-            found.notes.append("a model that is called with fake tensors is compiled as it is: there is nothing to time")
+            found.notes.append("a model that is called with fake tensors is compiled as it is: nothing can be timed")
         elif not plain(gm):
             torch_private.ask_for_known_floats(gm)
             rewrite(gm, example_inputs, found, edits, measure=chosen.measure)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -170,7 +171,7 @@ def _can_be_made(tracer: Any, x: Any) -> bool:
 
 
 #: What a graph calls where a transform of `torch.func` takes a gradient.
-AUTOGRAD_GRAD = torch._functorch.eager_transforms._autograd_grad
+AUTOGRAD_GRAD = eager_transforms._autograd_grad
 ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
 

@@ -82,7 +82,8 @@ def _let_take_batches(out: Any) -> bool:
     outputs = out if isinstance(out, tuple | list) else (out,)
     nodes = {x.grad_fn for x in outputs if isinstance(x, torch.Tensor) and x.grad_fn is not None}
     for _ in range(_DEPTH):
-        for function in {getattr(n, "_forward_cls", None) for n in nodes}:
+        functions: set[Any] = {getattr(n, "_forward_cls", None) for n in nodes}
+        for function in functions:
             plain = getattr(function, "_backward_impl", None)
             if plain is not None:
                 if not hasattr(plain, "takes_batches"):

@@ -259,4 +259,4 @@ def test_tensors_without_data() -> None:
     finally:
         collecting.reset(token)
     assert len(found.sites) == 1
-    assert found.notes == ["a model that is called with fake tensors is compiled as it is: there is nothing to time"]
+    assert found.notes == ["a model that is called with fake tensors is compiled as it is: nothing can be timed"]
