@@ -17,7 +17,7 @@ from attncc.driver.sign_bits import may_write, signed_inputs, with_their_numbers
 from attncc.errors import log, unforeseen
 from attncc.progress import step, waiting
 from attncc.runtime.recent import Recent
-from attncc.torch_private.compiling import trace_through_sdp_kernel
+from attncc.torch_private.compiling import trace_through_breaks
 
 __all__ = ["Collected", "attncc_backend", "collecting", "rewrite"]
 
@@ -37,7 +37,7 @@ def attncc_backend(
     run the edited graph as it is, and `measure=False` to fuse every site without measuring it against the model's own
     operations. Raises RuntimeError for an unknown mode or option."""
     chosen = options_of(mode, options)
-    trace_through_sdp_kernel(attncc_backend)  # for the frames to come, where this was not asked for by its name
+    trace_through_breaks(attncc_backend)  # for the frames to come, where this was not asked for by its name
     found, edits = Collected(), GraphEdits()
     signed = signed_inputs(example_inputs) if chosen.inductor else ()
     if signed and may_write(gm.graph):
