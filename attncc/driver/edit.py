@@ -55,11 +55,12 @@ class Editor:
             raise EditError("another site has taken what it reads")
         if site.in_pieces:  # what is computed from the first products moves behind the last
             at = max(placed, key=self.position)
-            self._move_behind(placed, at)
+            self._move_behind(placed, at, "one product of a softmax is computed from another")
         else:
             at = min(placed, key=self.position)
             if at is not target and any(self.position(self._node(n)) > self.position(at) for n in given):
-                raise EditError("the sums of its rows are used before its values are computed")
+                at = target  # what is computed from the sums of the rows moves behind it
+                self._move_behind(placed, at, "its values are computed from the sums of its rows")
         with self.graph.inserting_before(at), self._as_given(self.facts.value(site.outputs[0]).device):
             every = zip(site.inputs, site.dtypes, site.stopped, strict=True)
             inputs = [self._cast(self._read(n, stopped=stopped), n, dtype) for n, dtype, stopped in every]
@@ -84,19 +85,20 @@ class Editor:
     def position(self, n: fx.Node) -> int:
         return self.order.get(n, len(self.order))
 
-    def _move_behind(self, targets: Sequence[fx.Node], last: fx.Node) -> None:
-        """Move what is computed from the products before the last of them behind it. Nothing may write in between, but
-        to what moves itself: every view of that moves with it."""
+    def _move_behind(self, targets: Sequence[fx.Node], last: fx.Node, cyclic: str) -> None:
+        """Move what is computed from the products, or the sums of the rows, before the last of them behind it. Nothing
+        may write in between, but to what moves itself: every view of that moves with it. `cyclic` is the reason where
+        the last needs the first."""
         nodes = list(self.graph.nodes)
         between = nodes[nodes.index(min(targets, key=self.position)) : nodes.index(last)]
         moved: dict[fx.Node, None] = dict.fromkeys(n for n in targets if n is not last)
         for n in between:
             if n in self.effects and not (n in self.writes and n.args[0] in moved):
-                raise EditError("the model writes to memory between the products of one softmax")
+                raise EditError("the model writes to memory between the results of one softmax")
             if n not in moved and any(a in moved for a in n.all_input_nodes):
                 moved[n] = None
         if any(a in moved for a in last.all_input_nodes):
-            raise EditError("one product of a softmax is computed from another")
+            raise EditError(cyclic)
         at = last
         for n in moved:
             if n not in targets:

@@ -13,6 +13,7 @@ from zoo.guards import GUARDS
 from zoo.images import IMAGES
 from zoo.joint import JOINT
 from zoo.memory import MEMORY
+from zoo.reported import REPORTED
 from zoo.sizes import SIZES
 from zoo.sliding import SLIDING
 from zoo.spellings import SPELLINGS
@@ -22,10 +23,10 @@ from zoo.wild import WILD
 NARROW = frozenset({"in-float32", "lowest-maximum", "differential"})
 #: What the driver does while it reads: functions under `torch.vmap`, and einsums of several factors taken apart.
 BY_DYNAMO = frozenset({"by-vmap", "three-factors"})
-CASES = [
-    case for case in (*SPELLINGS, *GUARDS, *WILD, *FORMS, *JOINT, *IMAGES, *MEMORY, *SLIDING, *BLOCKED, *SIZES)
-    if case.name not in BY_DYNAMO
-]  # fmt: skip
+FORMS_OF_ALL = (
+    *SPELLINGS, *GUARDS, *WILD, *FORMS, *JOINT, *IMAGES, *MEMORY, *SLIDING, *BLOCKED, *SIZES, *REPORTED,
+)
+CASES = [case for case in FORMS_OF_ALL if case.name not in BY_DYNAMO]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
