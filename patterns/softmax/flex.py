@@ -2,9 +2,9 @@
 
     score_mod(q_i . k_j * scale, b, h, i, j) where mask_mod(b, h, i, j), over the keys, times v
 
-A row that sees nothing gives zeros. The tensors of the block mask are not read: they say again, block by block, what
-`mask_mod` says, and eager `flex_attention` does not look at them either. Where the blocks may say more than the
-function does, the site is refused.
+A row that sees nothing gives zeros. The tensors of the block mask are read where it has no function (`noop_mask`).
+Where it has one they are not: they say again, block by block, what `mask_mod` says, and eager `flex_attention` does not
+look at them either. Where the blocks may say more than the function does, the site is refused.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from attncc.patterns.site import (
     operand,
     stored,
 )
+from attncc.patterns.softmax.block_tables import mask_of_blocks
 
 FLEX = torch.ops.higher_order.flex_attention
 #: A block of this size or more is the whole of any tensor: what a call without a block mask is given.
@@ -66,7 +67,12 @@ def lift_flex(f: Facts, n: fx.Node) -> Lifted | None:
     scaled = mul(S, cast(factor, "float"))
     score = _scalar(reader, n, score_mod, (scaled, b, h, i, j), score_extra, "score_mod")
     mask = cast(_scalar(reader, n, blocks[-1], (b, h, i, j), mask_extra, "mask_mod"), "bool")
-    _check_blocks(f, n, mask, blocks)
+    shown = _check_blocks(f, n, mask, blocks)
+    if shown is not None:
+        found = mask_of_blocks(f, blocks, (b, h, i, j), extents[j], use)
+        if found is None:
+            raise shown
+        mask = found
     parts = Parts(
         facts=f, out=out, out_shape=shape, i=None if i is ZERO else i, j=j, d=d, e=None if e is ZERO else e,
         extents=extents, q=source(q, i, d), k=source(k, j, d), v=source(v, j, e), score=cast(score, "float"),
@@ -129,16 +135,18 @@ def _spelled(f: Facts, x: Load) -> str:
     return x.tensor if node is None else str(node.target).removesuffix(".default").removeprefix("aten.")
 
 
-def _check_blocks(f: Facts, n: fx.Node, mask: Expr, blocks: Any) -> None:
-    """Raises where the block mask may hide more than its function does."""
+def _check_blocks(f: Facts, n: fx.Node, mask: Expr, blocks: Any) -> Unreadable | None:
+    """Raises where the block mask may hide more than its function does. A reason where it has no function, and is to
+    be read of its tables."""
     *_, rows, columns, _ = blocks
     if isinstance(rows, int) and isinstance(columns, int) and min(rows, columns) >= WHOLE:
-        return
+        return None
     if mask is TRUE:
-        raise Unreadable(n, "its block mask hides keys by blocks alone: it has no mask function")
+        return Unreadable(n, "its block mask hides keys by blocks alone, and its tables do not list each block of keys")
     tables = [x for x in blocks[2:] if isinstance(x, fx.Node) and f.is_tensor(x)]
     if any(_computed(f, x) for x in tables):
         raise Unreadable(n, "its block mask is put together from tables that the model computes")
+    return None
 
 
 def _computed(f: Facts, n: fx.Node) -> bool:
