@@ -11,7 +11,16 @@ from torch import fx
 from attncc.errors import unforeseen
 from attncc.ir.verify import VerifyError
 from attncc.patterns.linear import Recognised, linear_attentions, recurrences
-from attncc.patterns.refusals import DROPS, dropping, of_quotient, of_use, under_transform, unknown_weights
+from attncc.patterns.refusals import (
+    DROPS,
+    compares,
+    dropping,
+    meets,
+    of_quotient,
+    of_use,
+    under_transform,
+    unknown_weights,
+)
 from attncc.patterns.site import (
     Contraction,
     Data,
@@ -246,6 +255,8 @@ def _unused(f: Facts, anchor: Anchor, used: Uses) -> Refusal:
         (product, *_) = used.others
         dropped = dropping(f, product)
         reason = "the softmax runs over another axis than the product sums over" if dropped is None else DROPS
+        if dropped is None and compares(f, anchor.scores) and meets(f, product):
+            reason = "its weights are mixed by a product with another computed tensor before they meet the values"
         return Refusal(reason, dropped or product, anchor.node)
     at = used.escapes[0] if used.escapes else anchor.node
     if (used.each and not used.products) or weighs_components(f, anchor.node, anchor.dim, at):

@@ -19,6 +19,7 @@ from attncc.patterns.reader import (
     unexpanded,
     written_out,
 )
+from attncc.patterns.refusals.hindrances import before_softmax, before_values
 
 _STEPS = 40
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
@@ -44,6 +45,9 @@ def of_scores(f: Facts, scores: fx.Node) -> str:
     picked = _picked(f, scores)
     if picked is not None:
         return picked
+    hindered = before_softmax(f, scores)
+    if hindered is not None:
+        return hindered
     layers = [x for x in sources if _name(x) in _LAYERS or any(a in f.parameters for a in x.all_input_nodes)]
     if "cdist" in names or "_cdist_forward" in names:
         return f"{_NONE}: its scores are distances (cdist)"
@@ -197,6 +201,9 @@ def of_use(f: Facts, scores: fx.Node, weights: fx.Node, at: fx.Node) -> str:
     picked = _picked(f, scores)
     if picked is not None:
         return picked
+    hindered = before_values(f, at) if compares(f, scores) else None
+    if hindered is not None:
+        return hindered
     name = "the output" if at.op == "output" else op_name(at) or at.name
     if name in ("topk", "sort") and compares(f, scores):
         return f"only the largest of its weights are kept ({name}), and which they are no score says alone"
