@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attncc.driver import backend
 from attncc.driver.backend import Collected, collecting
-from attncc.torch_private.compiling import trace_through_sdp_kernel
+from attncc.torch_private.compiling import trace_through_breaks
 
 if TYPE_CHECKING:
     from attncc.driver.backend import attncc_backend
@@ -19,5 +19,5 @@ __all__ = ["Collected", "attncc_backend", "collecting"]
 def __getattr__(name: str) -> Any:
     if name != "attncc_backend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    trace_through_sdp_kernel(backend.attncc_backend)
+    trace_through_breaks(backend.attncc_backend)
     return backend.attncc_backend

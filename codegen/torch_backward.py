@@ -143,7 +143,9 @@ def _library(
     heads = batch[-1] if len(batch) > 1 else prod(batch)
 
     def four(x: torch.Tensor) -> torch.Tensor:
-        return x.detach().reshape(-1, heads, *x.shape[-2:])
+        """(batch, heads, rows, channels); the kernel takes the channels of a row to lie side by side."""
+        x = x.detach().reshape(-1, heads, *x.shape[-2:])
+        return x if x.stride(-1) == 1 else x.contiguous()
 
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         four(seed).to(q.dtype), four(q[:, 0]), four(k), four(v), four(out), lse.reshape(-1, heads, lse.shape[-1]), 0.0,

@@ -12,7 +12,15 @@ from attncc.errors import unforeseen
 from attncc.ir.reasons import Reason, because
 from attncc.ir.verify import VerifyError
 from attncc.patterns.linear import Recognised, linear_attentions, recurrences
-from attncc.patterns.refusals import dropping, of_quotient, of_use, under_transform, unknown_weights
+from attncc.patterns.refusals import (
+    compares,
+    dropping,
+    meets,
+    of_quotient,
+    of_use,
+    under_transform,
+    unknown_weights,
+)
 from attncc.patterns.site import (
     Contraction,
     Data,
@@ -244,6 +252,8 @@ def _unused(f: Facts, anchor: Anchor, used: Uses) -> Refusal:
         (product, *_) = used.others
         dropped = dropping(f, product)
         reason = because("other-axis") if dropped is None else because("dropout")
+        if dropped is None and compares(f, anchor.scores) and meets(f, product):
+            reason = because("weights-mixed")
         return Refusal(reason, dropped or product, anchor.node)
     at = used.other_users[0] if used.other_users else anchor.node
     if (used.each and not used.products) or weighs_components(f, anchor.node, anchor.dim, at):

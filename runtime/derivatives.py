@@ -6,23 +6,11 @@ attention does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
 
 import torch
-from torch.autograd import forward_ad
 
 from attncc.ir import Attention, interpret
-
-_C = cast(Any, torch._C)  # pyright: ignore[reportPrivateUsage]
-_forward_ad = cast(Any, forward_ad)
-
-
-def has_tangents(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether forward mode differentiates with respect to any of some tensors."""
-    if _forward_ad._current_level < 0:
-        return False
-    return any(_forward_ad.unpack_dual(t).tangent is not None for t in tensors if t.is_floating_point())
 
 
 def outputs_of(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
@@ -76,23 +64,3 @@ def _differentiated(
         materialize_grads=True,
     )  # fmt: skip
     return list(found)
-
-
-Call = Callable[[list[list[torch.Tensor]]], Sequence[torch.Tensor]]
-
-
-def each_of_a_batch(lists: Sequence[Sequence[torch.Tensor]], call: Call) -> list[torch.Tensor]:
-    """One call for each gradient of a batch of them (`is_grads_batched`), which torch maps over by means of its own,
-    older than `torch.vmap`."""
-    level = _C._vmapmode_increment_nesting() - 1
-    _C._vmapmode_decrement_nesting()
-    batched = _C._functorch.is_legacy_batchedtensor
-    remove = cast(Any, torch)._remove_batch_dim
-    first = next(t for each in lists for t in each if batched(t))
-    count = remove(first, level, 1, 0).shape[0]
-    opened = [[(remove(t, level, count, 0) if batched(t) else None, t) for t in each] for each in lists]
-    results = [
-        call([[t if whole is None else whole[at] for whole, t in each] for each in opened]) for at in range(count)
-    ]
-    add = cast(Any, torch)._add_batch_dim
-    return [add(torch.stack(same), 0, level) for same in zip(*results, strict=True)]

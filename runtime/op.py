@@ -26,14 +26,13 @@ from torch.autograd import function
 
 from attncc.ir import Attention
 from attncc.runtime.derivatives import (
-    each_of_a_batch,
     gradients_of,
     gradients_of_gradients,
-    has_tangents,
     outputs_of,
 )
 from attncc.runtime.outputs import Signature, signature_of
 from attncc.runtime.recent import Recent
+from attncc.torch_private.derivatives import each_of_a_batch, has_tangents
 
 
 class Kernel(Protocol):
@@ -332,14 +331,19 @@ def _mapped_backward(
 
 
 def _each(tensors: list[torch.Tensor], sizes: list[int], spec: str) -> list[torch.Tensor]:
-    return each_of_a_batch([tensors], lambda of: _attention(of[0], sizes, spec))
+    return each_of_a_batch(tensors, lambda given: _attention(given, sizes, spec))
 
 
 def _each_backward(
     grads: list[torch.Tensor], tensors: list[torch.Tensor], outputs: list[torch.Tensor], kept: str, sizes: list[int],
     spec: str, wanted: list[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
-    return each_of_a_batch([grads, tensors, outputs], lambda of: _attention_gradients(*of, kept, sizes, spec, wanted))
+    n, m = len(grads), len(grads) + len(tensors)
+
+    def call(given: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return _attention_gradients(given[:n], given[n:m], given[m:], kept, sizes, spec, wanted)
+
+    return each_of_a_batch([*grads, *tensors, *outputs], call)
 
 
 def _stacked(

@@ -19,7 +19,7 @@ from attncc.ir.reasons import because
 from attncc.progress import step, waiting
 from attncc.runtime import notices, sharding
 from attncc.runtime.recent import Recent
-from attncc.torch_private.compiling import trace_through_sdp_kernel
+from attncc.torch_private.compiling import trace_through_breaks
 from attncc.torch_private.distributed import is_distributed
 
 __all__ = ["Collected", "attncc_backend", "collecting", "rewrite"]
@@ -40,7 +40,7 @@ def attncc_backend(
     run the edited graph as it is, and `measure=False` to fuse every site without measuring it against the model's own
     operations. Raises RuntimeError for an unknown mode or option."""
     chosen = options_of(mode, options)
-    trace_through_sdp_kernel(attncc_backend)  # for the frames to come, where this was not asked for by its name
+    trace_through_breaks(attncc_backend)  # for the frames to come, where this was not asked for by its name
     found, edits = Collected(), GraphEdits()
     if any(is_distributed(x) for x in example_inputs):
         sharding.install()
@@ -49,11 +49,14 @@ def attncc_backend(
         _say_once("a graph that writes to a conjugate's view runs uncompiled: Inductor does not see its sign")
         return gm.forward
     with waiting():
-        if not plain(gm):
+        if torch_private.are_fake(example_inputs):
+            found.notes.append("a model that is called with fake tensors is compiled as it is: nothing can be timed")
+        elif not plain(gm):
             torch_private.ask_for_known_floats(gm)
             rewrite(gm, example_inputs, found, edits, measure=chosen.measure)
         compiled = _compiled(gm, example_inputs, chosen.config, found, edits) if chosen.inductor else gm.forward
     found.notes += notices.taken()
+    torch_private.forget_asked_floats()
     for note in found.notes:
         _say_once(note)
     outer = collecting.get()

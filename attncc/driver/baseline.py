@@ -138,8 +138,12 @@ def made_up(fake: torch.Tensor, generator: torch.Generator, dtype: torch.dtype |
     return real.fill_(real.dtype == torch.bool)
 
 
-def _number(x: int | torch.SymInt) -> int:
-    found = example(x)
+def _number(x: Any) -> Any:
+    if isinstance(x, torch.SymFloat):
+        held: Any = x.node
+        found = held.hint if held.has_hint() else None
+    else:
+        found = example(x)
     if found is None:
         raise Untimeable("a size that only the data decides")
     return found

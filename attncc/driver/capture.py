@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from attncc import torch_private
 from attncc.driver.library_calls import in_place_of
 from attncc.driver.repeats import Repeats
+from attncc.driver.scalar_functions import without_items
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.softmax.flex import FLEX
 from attncc.torch_private.distributed import crosses, is_distributed
@@ -78,6 +78,11 @@ class Body:
     modes: Modes
 
 
+#: Operators whose bodies take other tensors than they are given themselves, or of which there are several: a choice of
+#: two, loops. What the bodies take is known of their own graphs.
+_WITH_BODIES = {"cond", "while_loop", "scan", "map_impl"}
+
+
 class _Shadow(fx.Interpreter):
     """Runs a Dynamo graph under a trace, noting which traced node holds each Dynamo node's result."""
 
@@ -95,8 +100,8 @@ class _Shadow(fx.Interpreter):
         last, off = self._last(), not torch.is_grad_enabled()
         result = self._run(n)
         made = torch_private.traced_node(result)
-        if made is None and n.op == "call_function" and isinstance(result, FakeTensor):  # out of a `torch.vmap`
-            result = torch_private.like(result)
+        if n.op == "call_function" and isinstance(result, torch.Tensor) and _leaves_transform(n):
+            result = torch_private.like(n.meta["example_value"])
             made = torch_private.traced_node(result)
         if made is not None and n.op != "output":
             self.pairs.append((made, n))
@@ -126,14 +131,30 @@ class _Shadow(fx.Interpreter):
             return written_out(*args, **kwargs)
         if n.target is FLEX:  # its graph of gradients is not read, and cannot be traced twice
             with torch_private.gradients_off():
-                return super().run_node(n)
+                return FLEX(*without_items(args), **kwargs)
+        if "example_value" in n.meta and (torch_private.inside_transform() or n.target is torch_private.AUTOGRAD_GRAD):
+            return self._transformed(n)
         if self.repeats is None:
             return super().run_node(n)
         return self.repeats.run(n, args, kwargs, lambda: super(_Shadow, self).run_node(n))
 
+    def _transformed(self, n: fx.Node) -> Any:
+        """A node inside a transform of `torch.func`, whose tensors a trace does not show and may fail on (a gradient of
+        a product with a number): new tensors then, as nothing is found there in any case."""
+        try:
+            return super().run_node(n)
+        except Exception:
+            return tree_map_only(torch.Tensor, torch_private.like, n.meta["example_value"])
+
     def _opaque(self, n: fx.Node) -> Any:
-        """New tensors for what a higher-order operator gives. Its body, if it has one of its own, is read by itself."""
+        """New tensors for what a higher-order operator gives. Bodies that it has of its own are read by themselves."""
         args, _ = self.fetch_args_kwargs_from_env(n)
+        if str(n.target) in _WITH_BODIES:
+            for body in (x for x in args if isinstance(x, fx.GraphModule)):
+                given = [p.meta.get("example_value") for p in body.graph.find_nodes(op="placeholder")]
+                if all(x is not None for x in given):
+                    self.bodies.append(Body(body, given, modes()))
+            return tree_map_only(torch.Tensor, torch_private.like, n.meta["example_value"])
         first = next((at for at, x in enumerate(args) if isinstance(x, fx.GraphModule)), len(args))
         bodies = [x for x in args[first:] if isinstance(x, fx.GraphModule)]
         if str(n.target) == "autograd_function_apply":  # its backward takes other arguments
@@ -179,6 +200,12 @@ def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
     wanted = dict(zip(given, inputs, strict=False))
     reading.graded = frozenset(n for n in traced.graph.nodes if _requires_grad(reading, n, wanted.get(n)))
     return reading
+
+
+def _leaves_transform(n: fx.Node) -> bool:
+    """Whether a node takes a tensor out of a transform of `torch.func`. It is one that the graph outside may use, as
+    none inside is, whatever a trace makes of it."""
+    return getattr(n.target, "__name__", "") in ("_unwrap_for_grad", "_remove_batch_dim")
 
 
 def _requires_grad(reading: Reading, n: fx.Node, given: Any) -> bool:

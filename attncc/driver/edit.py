@@ -18,7 +18,7 @@ from attncc.driver.site_groups import sources
 from attncc.driver.size_nodes import SizeNodes
 from attncc.errors import EditError
 from attncc.ir import Program
-from attncc.ir.reasons import because
+from attncc.ir.reasons import Reason, because
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import argument, written_args
 from attncc.patterns.site.program import SiteProgram
@@ -56,11 +56,12 @@ class Editor:
             raise EditError(because("graph-taken"))
         if site.in_pieces:  # what is computed from the first products moves behind the last
             at = max(placed, key=self.position)
-            self._move_behind(placed, at)
+            self._move_behind(placed, at, because("graph-nested-product"))
         else:
             at = min(placed, key=self.position)
             if at is not target and any(self.position(self._node(n)) > self.position(at) for n in given):
-                raise EditError(because("graph-sums-first"))
+                at = target  # what is computed from the sums of the rows moves behind it
+                self._move_behind(placed, at, because("graph-sums-in-values"))
         with self.graph.inserting_before(at), self._as_given(self.facts.value(site.outputs[0]).device):
             every = zip(site.inputs, site.dtypes, site.stopped, strict=True)
             inputs = [self._cast(self._read(n, stopped=stopped), n, dtype) for n, dtype, stopped in every]
@@ -85,9 +86,10 @@ class Editor:
     def position(self, n: fx.Node) -> int:
         return self.order.get(n, len(self.order))
 
-    def _move_behind(self, targets: Sequence[fx.Node], last: fx.Node) -> None:
-        """Move what is computed from the products before the last of them behind it. Nothing may write in between, but
-        to what moves itself: every view of that moves with it."""
+    def _move_behind(self, targets: Sequence[fx.Node], last: fx.Node, cyclic: Reason) -> None:
+        """Move what is computed from the products, or the sums of the rows, before the last of them behind it. Nothing
+        may write in between, but to what moves itself: every view of that moves with it. `cyclic` is the reason where
+        the last needs the first."""
         nodes = list(self.graph.nodes)
         between = nodes[nodes.index(min(targets, key=self.position)) : nodes.index(last)]
         moved: dict[fx.Node, None] = dict.fromkeys(n for n in targets if n is not last)
@@ -97,7 +99,7 @@ class Editor:
             if n not in moved and any(a in moved for a in n.all_input_nodes):
                 moved[n] = None
         if any(a in moved for a in last.all_input_nodes):
-            raise EditError(because("graph-nested-product"))
+            raise EditError(cyclic)
         at = last
         for n in moved:
             if n not in targets:

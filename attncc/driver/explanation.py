@@ -13,7 +13,7 @@ from attncc import torch_private
 from attncc.driver.backend import Collected, attncc_backend, collecting
 from attncc.ir import print_program
 from attncc.report.model import Report
-from attncc.torch_private.compiling import compiled_apart, trace_through_sdp_kernel
+from attncc.torch_private.compiling import compiled_apart, trace_through_breaks
 from attncc.version import __version__
 
 
@@ -37,7 +37,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     is compiled already, of this model too, stays compiled."""
     found, backend = Collected(), _Explaining()
     token = collecting.set(found)
-    trace_through_sdp_kernel(attncc_backend)
+    trace_through_breaks(attncc_backend)
     before = torch_private.graph_breaks()
     try:
         with compiled_apart(backend) as compiled:

@@ -6,6 +6,8 @@ convolutions), and nothing else sums or is unknown, has none: a perceptron, a re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -18,17 +20,42 @@ _PLAIN = {
     "relu", "relu6", "reshape", "selu", "sigmoid", "silu", "size", "softplus", "split", "squeeze", "sub", "tanh", "to",
     "transpose", "truediv", "type", "unflatten", "unsqueeze", "view",
 }  # fmt: skip
+_ACTS = {"relu", "leaky_relu", "elu", "gelu", "silu", "tanh"}
 #: What contracts with its second argument.
 _WEIGHED = {"linear", "conv1d", "conv2d", "conv3d", "embedding"}
 
 
 def plain(gm: fx.GraphModule) -> bool:
-    """Whether a Dynamo graph holds no attention for certain."""
-    return all(_is_plain(n) for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output"))
+    """Whether a Dynamo graph holds no attention for certain, nor an additive gate, which is reported."""
+    nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    return all(map(_is_plain, nodes)) and not any(map(_gates, nodes))
+
+
+def _gates(n: fx.Node) -> bool:
+    """Whether a node is sigmoid(layer(act(layer(..) + layer(..))))."""
+    if _name(n) != "sigmoid":
+        return False
+    layer = _unnormed(n.args[0])
+    act = layer.args[0] if _name(layer) in _WEIGHED else None
+    total = act.args[0] if isinstance(act, fx.Node) and _name(act) in _ACTS else None
+    if not isinstance(total, fx.Node) or _name(total) not in ("add", "iadd"):
+        return False
+    return all(_name(_unnormed(x)) in _WEIGHED for x in total.args)
+
+
+def _unnormed(n: Any) -> Any:
+    while _name(n) in ("batch_norm", "layer_norm", "group_norm"):
+        n = n.args[0]
+    return n
+
+
+def _name(n: Any) -> str:
+    target = n.target if isinstance(n, fx.Node) and n.op.startswith("call") else ""
+    return (target if isinstance(target, str) else getattr(target, "__name__", "")).rstrip("_")
 
 
 def _is_plain(n: fx.Node) -> bool:
-    name = (n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")).rstrip("_")
+    name = _name(n)
     if name not in _WEIGHED:
         return n.op in ("call_function", "call_method") and name in _PLAIN
     weight = n.args[1] if len(n.args) > 1 else n.kwargs.get("weight")

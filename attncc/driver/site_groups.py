@@ -60,7 +60,7 @@ class _Scores:
         within = set(inside)
         moving = sources(operands(site), facts)
         for n in inside:
-            if n in stops or n in site.nodes[1:] or not any(a in moving for a in n.all_input_nodes) or facts.is_size(n):
+            if n in stops or n in site.nodes[1:] or facts.is_number(n) or moving.isdisjoint(n.all_input_nodes):
                 continue
             moving.add(n)
             product = contraction(facts, n)
@@ -69,7 +69,7 @@ class _Scores:
                 continue
             self.nodes.add(n)
             self.users += [
-                u for u in n.users if u in facts.live and not facts.is_size(u) and (u not in within or u in stops)
+                u for u in n.users if u in facts.live and not facts.is_number(u) and (u not in within or u in stops)
             ]
 
     def reaches(self, other: _Scores) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch import eager_transforms
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
@@ -25,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attncc.torch_private.attention_patterns import guarded
+from attncc.torch_private.derivatives import with_derivatives
 from attncc.torch_private.distributed import whole_fake
 
 
@@ -44,6 +47,13 @@ def fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
         return mode.from_tensor(x, symbolic_context=context, source=getattr(context, "tensor_source", None))
 
     return mode, [fake(x) for x in inputs]
+
+
+def are_fake(inputs: Sequence[Any]) -> bool:
+    """Whether a model is called with fake tensors of the caller's own, and not with those of a compilation."""
+    context = TracingContext.try_get()
+    known = None if context is None else context.fake_mode
+    return any(isinstance(x, FakeTensor) and x.fake_mode is not known for x in inputs)
 
 
 #: Operations that change what shape a tensor itself has: Dynamo's fakes then show the last one.
@@ -174,6 +184,8 @@ def _can_be_made(tracer: Any, x: Any) -> bool:
     return x.func in _sympy_handlers() and pairs and all(_can_be_made(tracer, a) for a in x.args)
 
 
+#: What a graph calls where a transform of `torch.func` takes a gradient.
+AUTOGRAD_GRAD = eager_transforms._autograd_grad
 ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
 
@@ -203,7 +215,13 @@ def storage(x: torch.Tensor) -> int:
 def like(x: torch.Tensor) -> torch.Tensor:
     """A tensor, made inside the trace in progress, of the shape, strides, dtype and device of a Dynamo fake.
 
-    The trace knows symbolic sizes and not what strides are made of them: there, a dense tensor of the same order."""
+    The trace knows symbolic sizes and not what strides are made of them: there, a dense tensor of the same order. It is
+    no tensor of a transform's, inside of one either."""
+    with temporarily_clear_interpreter_stack():
+        return _like(x)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
     strides = x.stride()
     if all(isinstance(s, int) for s in strides):
         return torch.empty_strided(x.size(), strides, dtype=x.dtype, device=x.device)
@@ -214,28 +232,32 @@ def like(x: torch.Tensor) -> torch.Tensor:
 
 
 def known_number(n: fx.Node) -> float | int | bool | None:
-    """The number that Dynamo wrapped in a tensor (`dynamic=True` does so with floats), where this node unwraps it.
-
-    Taking it specialises: Dynamo guards on the value and compiles again for another one."""
+    """The number that Dynamo wrapped in a tensor, where this node unwraps one that is fixed: an integer, or a float
+    whose value is guarded on already."""
     if n.target != "item" or not isinstance(n.args[0], fx.Node) or n.args[0].op != "placeholder":
         return None
-    value = n.meta.get("example_value")
-    if isinstance(value, torch.SymFloat | torch.SymInt | torch.SymBool) and value.node.has_hint():
-        return guard_scalar(value)
-    return None
+    value: Any = n.meta.get("example_value")
+    if not isinstance(value, torch.SymFloat | torch.SymInt | torch.SymBool) or not value.node.has_hint():
+        return None
+    if isinstance(value, torch.SymFloat) and not value.node.expr.is_number:
+        return None
+    return guard_scalar(value)
 
 
 def ask_for_known_floats(gm: fx.GraphModule) -> None:
-    """Have Dynamo trace again with the floats as numbers that `dynamic=True` made inputs of a graph, if there are any.
+    """Have Dynamo trace again with the floats as numbers that it made inputs of a graph and that are fixed all the
+    same, if there are any: those that an operation takes as numbers only, and those that `dynamic=True` made inputs and
+    nobody has seen to change, as the attributes of modules are. The others stay inputs.
 
-    Taking their values while reading comes to the same, as Inductor then asks for it: after this graph was read, edited
-    and traced in vain."""
+    Inductor asks for the first kind too: after this graph was read, edited and traced in vain."""
     unknown: set[str] = set()
     for n in gm.graph.nodes:
         if n.target == "item" and isinstance(n.args[0], fx.Node) and n.args[0].op == "placeholder":
-            value = n.meta.get("example_value")
-            symbol: Any = value.node._expr if isinstance(value, torch.SymFloat) and value.node.has_hint() else None
-            if symbol is not None and symbol.is_symbol and all(user.target == "item" for user in n.args[0].users):
+            value: Any = n.meta.get("example_value")
+            symbol = value.node._expr if isinstance(value, torch.SymFloat) and value.node.has_hint() else None
+            if symbol is None or not symbol.is_symbol or any(user.target != "item" for user in n.args[0].users):
+                continue
+            if value.node.expr.is_number or not seen_to_change(n.args[0]):
                 unknown.add(symbol.name)
     if not unknown:
         return
@@ -295,6 +317,29 @@ def _example(n: fx.Node) -> Any:
     args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), value)  # type: ignore[misc]
     call: Any = getattr(args[0], n.target) if isinstance(n.target, str) else n.target
     return call(*args[1:], **kwargs) if isinstance(n.target, str) else call(*args, **kwargs)
+def forget_asked_floats() -> None:
+    """Forget which floats a compilation that is done was to have as numbers. Dynamo goes by the names of symbols, which
+    are the same in the next compilation, and would have the same floats as numbers there, whatever asks for them."""
+    from torch._dynamo.symbolic_convert import TensorifyState  # noqa: PLC0415 - Dynamo takes a second to import
+
+    TensorifyState.clear()
+
+
+def seen_to_change(placeholder: fx.Node) -> bool:
+    """Whether an input that holds a number had another value when Dynamo compiled the same code before."""
+    if torch._dynamo.config.assume_static_by_default:
+        return True  # or it would be no input
+    from torch._dynamo.pgo import CodeId, auto_dynamic, get_code_state  # noqa: PLC0415 - as above
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # noqa: PLC0415 - as above
+
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", None)
+    try:
+        tx: Any = InstructionTranslator.current_tx()
+        state = get_code_state()[CodeId.make(tx.f_code, tx.closure)].automatic_dynamic
+    except AttributeError:  # nothing is being compiled
+        return True
+    return not isinstance(name, str) or name not in state or state[name].scalar is auto_dynamic
 
 
 def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
@@ -302,7 +347,8 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) 
     from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 - Inductor takes a second to import
 
     compiled: Any = compile_fx(gm, list(inputs), config_patches=guarded(config))
-    return compiled
+    learns = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    return with_derivatives(compiled, gm.forward, learns=learns)
 
 
 def inductor_rewrites(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -21,6 +21,12 @@ def is_backend(compiler: object, backend: Backend) -> bool:
     return compiler is backend or getattr(compiler, "compiler_fn", None) is backend
 
 
+def trace_through_breaks(backend: Backend) -> None:
+    """Let Dynamo trace what it leaves the graph for in torch's own attention modules, where `backend` compiles."""
+    trace_through_sdp_kernel(backend)
+    trace_through_transformers(backend)
+
+
 def trace_through_sdp_kernel(backend: Backend) -> None:
     """Let Dynamo trace the deprecated `torch.backends.cuda.sdp_kernel` as the context manager that took its place,
     where `backend` compiles. It breaks the graph there for other backends, and goes on to do so."""
@@ -44,6 +50,47 @@ def trace_through_sdp_kernel(backend: Backend) -> None:
 
     handlers = TorchInGraphFunctionVariable._get_handlers()
     handlers.setdefault(torch.backends.cuda.sdp_kernel, entered)
+
+
+def trace_through_transformers(backend: Backend) -> None:
+    """Let Dynamo trace two helpers of `nn.Transformer`'s modules and of `nn.MultiheadAttention` without what it leaves
+    the graph for, where `backend` compiles: one compares a mask with the causal one, to tell kernels of it (attncc
+    reads what a mask is); the other warns of masks of two types. It breaks the graph there for other backends, which
+    for these modules is to run them uncompiled, and goes on to do so."""
+    from torch._dynamo.trace_rules import get_torch_obj_rule_map  # noqa: PLC0415 - Dynamo takes a second
+    from torch._dynamo.variables.functions import UserFunctionVariable  # noqa: PLC0415 - as above
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable  # noqa: PLC0415 - as above
+    from torch.nn import functional  # noqa: PLC0415 - beside the others
+    from torch.nn.modules import transformer  # noqa: PLC0415 - beside the others
+
+    rules, handlers = get_torch_obj_rule_map(), TorchInGraphFunctionVariable._get_handlers()
+
+    def inlined(own: Callable[..., Any], by: Callable[..., Any]) -> None:
+        def entered(_: object, tx: Any, *args: Any, **kwargs: Any) -> Any:
+            chosen = by if is_backend(tx.output.compiler_fn, backend) else own
+            return UserFunctionVariable(chosen).call_function(tx, list(args), kwargs)
+
+        if own not in rules:
+            rules[own] = TorchInGraphFunctionVariable
+            handlers[own] = entered
+
+    inlined(transformer._detect_is_causal_mask, _told_causal)
+    inlined(functional._canonical_mask, _canonical_mask)
+
+
+def _told_causal(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
+
+
+def _canonical_mask(
+    mask: Any, mask_name: str, other_type: Any, other_name: str, target_type: torch.dtype, check_other: bool = True
+) -> Any:
+    """Added to scores: zero, or -inf where a mask of truth values hides."""
+    if mask is None or torch.is_floating_point(mask):
+        return mask
+    if mask.dtype != torch.bool:
+        raise AssertionError(f"only bool and floating types of {mask_name} are supported")
+    return torch.zeros_like(mask, dtype=target_type).masked_fill_(mask, float("-inf"))
 
 
 @contextmanager

@@ -148,8 +148,9 @@ class Facts:
     def is_tensor(self, n: object) -> bool:
         return isinstance(n, fx.Node) and isinstance(self.value(n), torch.Tensor)
 
-    def is_size(self, n: fx.Node) -> bool:
-        return isinstance(self.value(n), torch.SymInt)
+    def is_number(self, n: fx.Node) -> bool:
+        """Whether a node holds a size or another number that is no tensor."""
+        return isinstance(self.value(n), torch.SymInt | torch.SymFloat | torch.SymBool)
 
     def shape(self, n: fx.Node) -> tuple[Expr, ...]:
         found = self._shapes.get(n)

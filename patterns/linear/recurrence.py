@@ -111,7 +111,7 @@ def _chains(f: Facts) -> list[list[Update]]:
     data = Data(f)
     chains: dict[fx.Node, list[Update]] = {}  # by the last state
     for n in f.graph.nodes:
-        if n in f.live and n in data and op_name(n) in ("add", "add_") and f.rank(n) >= 2:
+        if n in f.live and n in data and op_name(n) in ("add", "add_") and f.is_tensor(n) and f.rank(n) >= 2:
             update = _update(f, n, data, chains)
             if update is not None:
                 chains[n] = [*chains.pop(update.before, []), update]

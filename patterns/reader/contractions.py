@@ -89,7 +89,7 @@ def _baddbmm(f: Facts, n: fx.Node) -> Contraction | None:
     b: Any = n.args[2]
     alpha, beta = argument(n, "alpha"), argument(n, "beta")
     if isinstance(alpha, fx.Node):
-        alpha = number(f, alpha)
+        alpha = number(f, alpha, n)
     if not isinstance(alpha, int | float | Expr) or not isinstance(beta, int | float):
         return None
 

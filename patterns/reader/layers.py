@@ -19,6 +19,8 @@ class Data(Container[fx.Node]):
         self._made = f.made
         self._found: set[fx.Node] = set()
         for n in f.graph.nodes:
+            if f.is_number(n):
+                continue
             given = n.op == "placeholder" and n not in f.parameters and f.is_tensor(n)
             made_of = n.all_input_nodes[:1] if picks_matrices(f, n) else n.all_input_nodes
             if given or any(x in self._found for x in made_of):

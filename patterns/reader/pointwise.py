@@ -31,6 +31,7 @@ from attncc.ir.build import (
 from attncc.ir.expr import Const, Expr, Kind
 from attncc.ir.gradients import with_plain_ties
 from attncc.patterns.reader import activations
+from attncc.patterns.reader.bits import bits, shifted
 from attncc.patterns.reader.rules import Point, Rule, Values, argument, has_argument, op_name, takes_tensors
 from attncc.patterns.reader.size_arithmetic import number
 from attncc.patterns.reader.view_ops import broadcast
@@ -42,7 +43,7 @@ def input_at(r: Values, n: fx.Node, x: Any, at: Point) -> Expr | None:
     """An argument of `n` at the point: a tensor broadcast to the result, or a number, which sizes may decide."""
     if isinstance(x, fx.Node) and r.facts.is_tensor(x):
         return r.value_at(x, broadcast(r.facts, x, at), r.facts.order[n])
-    return number(r.facts, x)
+    return number(r.facts, x, n)
 
 
 def _together(*xs: Expr) -> tuple[Expr, ...]:
@@ -91,9 +92,19 @@ def _binary(f: Callable[[Expr, Expr], Expr], *, swapped: bool = False) -> Rule:
 def _logical(f: Callable[[Expr, Expr], Expr], *, bitwise: bool) -> Rule:
     def rule(r: Values, n: fx.Node, at: Point) -> Expr | None:
         args = _args(r, n, at, 2)
-        if args is None or (bitwise and any(a.kind != "bool" for a in args)):
+        if args is not None and bitwise and any(a.kind != "bool" for a in args):
+            return bits(f, *args)
+        if args is None:
             return None
         return f(cast(args[0], "bool"), cast(args[1], "bool"))
+
+    return rule
+
+
+def _shift(way: int) -> Rule:
+    def rule(r: Values, n: fx.Node, at: Point) -> Expr | None:
+        args = _args(r, n, at, 2)
+        return None if args is None else shifted(args[0], args[1], way)
 
     return rule
 
@@ -338,16 +349,28 @@ _RULES: dict[str, Rule] = {
     "logical_xor": _logical(_xor, bitwise=False),
     "bitwise_and": _logical(and_, bitwise=True), "bitwise_or": _logical(or_, bitwise=True),
     "bitwise_xor": _logical(_xor, bitwise=True), "__and__": _logical(and_, bitwise=True),
-    "__or__": _logical(or_, bitwise=True), "logical_not": _not, "bitwise_not": _not,
+    "__or__": _logical(or_, bitwise=True), "__xor__": _logical(_xor, bitwise=True),
+    "logical_not": _not, "bitwise_not": _not,
     "masked_fill": _masked_fill, "nan_to_num": _nan_to_num, "dropout": _dropout, "tril": _tri(le), "triu": _tri(ge),
     "lerp": _lerp, "fill": _fill, "zero": lambda r, n, at: const(0), "copy": _copy,
 }  # fmt: skip
+
+#: Operators of other libraries, by name: attention-gym's is one instruction of a GPU.
+_CUSTOM: dict[str, Rule] = {"approx::tanh": _RULES["tanh"]}
+
+
+def element_rule(target: Any) -> Rule | None:
+    """The rule of an operator that computes element by element, None where it has none."""
+    return ELEMENTS.get(target) or _CUSTOM.get(getattr(getattr(target, "_schema", None), "name", ""))
+
 
 ELEMENTS: dict[object, Rule] = {
     **{target: rule for name, rule in _RULES.items() for x in (name, f"special_{name}") for target in _both(x, *_TS)},
     **dict.fromkeys([aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar], _where),
     **dict.fromkeys([aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default,
                      aten._to_copy.default], _identity),
+    **dict.fromkeys([aten.__rshift__.Scalar, aten.bitwise_right_shift.Tensor_Scalar], _shift(-1)),
+    **dict.fromkeys([aten.__lshift__.Scalar, aten.bitwise_left_shift.Tensor_Scalar], _shift(1)),
     **dict.fromkeys([aten.min.other], _binary(minimum)),
     **dict.fromkeys([aten.max.other], _binary(maximum)),
 }  # fmt: skip

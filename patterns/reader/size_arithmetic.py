@@ -1,4 +1,4 @@
-"""Numbers that a graph computes from its sizes, as expressions over these.
+"""Numbers that a graph computes from its sizes and from numbers of the call, as expressions over these.
 
     q @ k.mT / math.sqrt(n)       scores * math.log(n) / 3       scaled_dot_product_attention(..., scale=n ** -0.5)
 """
@@ -14,6 +14,7 @@ from torch import fx
 from attncc.ir.build import add, cast, const, maximum, minimum, mul, op
 from attncc.ir.expr import Expr
 from attncc.patterns.reader import activations
+from attncc.patterns.reader.call_numbers import call_number
 from attncc.patterns.reader.rules import Facts, formula
 
 _FOLDS = {"Add": add, "Mul": mul, "Max": maximum, "Min": minimum}
@@ -21,15 +22,15 @@ _FUNCTIONS = ("sqrt", "exp", "log", "sin", "cos", "tanh")
 _ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}
 
 
-def number(f: Facts, x: Any) -> Expr | None:
-    """A number, a symbolic one or a node that holds one; None where it is none, or one that the IR cannot say."""
-    if isinstance(x, fx.Node):
-        x = f.value(x)
-    if isinstance(x, torch.SymInt):
-        return f.size(x)
-    if isinstance(x, torch.SymFloat):
-        return _float(f, formula(x))
-    return const(x) if isinstance(x, bool | int | float) else None
+def number(f: Facts, x: Any, reader: fx.Node) -> Expr | None:
+    """A number that the operation `reader` takes, a symbolic one or a node that holds one; None where it is none."""
+    value = f.value(x) if isinstance(x, fx.Node) else x
+    if isinstance(value, torch.SymInt):
+        return f.size(value)
+    if isinstance(value, torch.SymFloat):
+        known = _float(f, formula(value))
+        return call_number(f, x, reader) if known is None and isinstance(x, fx.Node) else known
+    return const(value) if isinstance(value, bool | int | float) else None
 
 
 def _float(f: Facts, x: Any) -> Expr | None:

@@ -23,7 +23,7 @@ from attncc.ir.reasons import Reason, because
 from attncc.patterns.reader.assumptions import Context, Reach
 from attncc.patterns.reader.contractions import DOT, ROUNDED, Contraction, contraction
 from attncc.patterns.reader.creation import SOURCES
-from attncc.patterns.reader.pointwise import ELEMENTS
+from attncc.patterns.reader.pointwise import element_rule
 from attncc.patterns.reader.ranges import wraps
 from attncc.patterns.reader.relative import by_distance
 from attncc.patterns.reader.rules import Facts, Gradients, Point, hint, written_args
@@ -241,7 +241,7 @@ class Reader:
         if product is not None:
             spread = self._spread(product, at)
             return product.value(self, at) if spread is None else self._typed(n, spread)
-        rule = ELEMENTS.get(n.target) or SOURCES.get(n.target)
+        rule = element_rule(n.target) or SOURCES.get(n.target)
         result = None if rule is None else rule(self, n, at)
         if result is None or not wraps(self, n, result, at):
             return None if result is None else self._typed(n, result)

@@ -20,6 +20,7 @@ from attncc.patterns.reader import (
     unexpanded,
     written_out,
 )
+from attncc.patterns.refusals.hindrances import before_softmax, before_values
 
 _STEPS = 40
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
@@ -42,6 +43,9 @@ def of_scores(f: Facts, scores: fx.Node) -> Reason:
     picked = _picked(f, scores)
     if picked is not None:
         return picked
+    hindered = before_softmax(f, scores)
+    if hindered is not None:
+        return hindered
     layers = [x for x in sources if _name(x) in _LAYERS or any(a in f.parameters for a in x.all_input_nodes)]
     if "cdist" in names or "_cdist_forward" in names:
         return because("scores-distances")
@@ -146,8 +150,10 @@ def of_quotient(f: Facts, n: fx.Node) -> Reason:
 
 def under_transform(f: Facts, scores: fx.Node) -> Reason | None:
     """Why scores are not read that are made of the tensors of a transform, which a trace holds as constants."""
-    held = (getattr(f.graph.owning_module, str(x.target), None) for x in _behind(scores) if x.op == "get_attr")
+    behind = _behind(scores)
+    held = (getattr(f.graph.owning_module, str(x.target), None) for x in behind if x.op == "get_attr")
     kind = next((x for x in map(transform_of, held) if x is not None), None)
+    kind = "jvp" if kind is None and any(_name(x) == "_make_dual" for x in behind) else kind
     return None if kind is None else because("transform", kind)
 
 
@@ -188,6 +194,9 @@ def of_use(f: Facts, scores: fx.Node, weights: fx.Node, at: fx.Node) -> Reason:
     picked = _picked(f, scores)
     if picked is not None:
         return picked
+    hindered = before_values(f, at) if compares(f, scores) else None
+    if hindered is not None:
+        return hindered
     name = "the output" if at.op == "output" else op_name(at) or at.name
     if name in ("topk", "sort") and compares(f, scores):
         return because("keeps-largest", name)
@@ -247,7 +256,7 @@ def _sources(f: Facts, n: fx.Node) -> list[fx.Node]:
         if not inner:
             found.append(n)
             continue
-        held = [a for a in n.all_input_nodes if not f.is_size(a)]
+        held = [a for a in n.all_input_nodes if not f.is_number(a)]
         fresh = [a for a in held if a not in seen and a.op != "get_attr" and a not in f.parameters]
         seen.update(fresh)
         stack += fresh

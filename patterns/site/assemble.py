@@ -151,8 +151,8 @@ def _not_hidden_by_data(p: Parts, x: Expr) -> Expr:
 
 
 def _learned(p: Parts, x: Load) -> bool:
-    """Whether a tensor holds parameters, products, or values computed from them alone: then nothing in it is -inf by
-    intent."""
+    """Whether a tensor holds parameters, products, numbers of a call, or values computed from them alone: then nothing
+    in it is -inf by intent."""
     seen: set[fx.Node] = set()
     stack = [p.facts.by_name[x.tensor]]
     while stack:
@@ -163,6 +163,8 @@ def _learned(p: Parts, x: Load) -> bool:
         if contraction(p.facts, n) is not None:
             continue
         value = p.facts.value(n)
+        if isinstance(value, torch.SymFloat):
+            continue
         floats = isinstance(value, torch.Tensor) and value.is_floating_point()
         if n.op == "placeholder" and floats and n not in p.facts.parameters:
             return False

@@ -21,6 +21,7 @@ from attncc.patterns.site import (
     argument,
     compares,
     exponent,
+    is_maximum,
     one_dim,
     reduction,
     scattered,
@@ -35,6 +36,7 @@ _LOGS = (aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softm
 _SUBS = (aten.sub.Tensor, aten.sub_.Tensor)
 _ADDS = (aten.add.Tensor, aten.add_.Tensor)
 _CLAMPS = (aten.clamp.default, aten.clamp_min.default, aten.clamp_.default)
+_LARGER = (aten.maximum.default, aten.max.other)
 _RELUS = (aten.relu.default, aten.relu_.default)
 DIVISIONS = (aten.div.Tensor, aten.div_.Tensor)
 #: What keeps a denominator away from zero.
@@ -47,9 +49,10 @@ _SCALINGS = (aten.mul.Tensor, aten.mul_.Tensor, *DIVISIONS, aten.where.self, ate
 class Anchor:
     """`node` holds the normalised weights of `scores` along `dim`, as `reader` (if not `node` itself) sees them.
     `invariant` are nodes that are constant along `dim` and cancel in the quotient (a row maximum). `empty` overrides
-    what a row of all -inf gives. `sink` is the logit of what the denominator has beside the exponentials. `ratio` says
-    what the weights are shares of a sum of: powers of a `base` (None: the natural one) with the scores as exponents,
-    the scores themselves, or these (all, or those above zero) with the sum taken of their magnitudes."""
+    what a row of all -inf gives. `sink` is the logit of what the denominator has beside the exponentials, a number or
+    the node that holds it for each row. `ratio` says what the weights are shares of a sum of: powers of a `base`
+    (None: the natural one) with the scores as exponents, the scores themselves, or these (all, or those above zero)
+    with the sum taken of their magnitudes."""
 
     node: fx.Node
     scores: fx.Node
@@ -58,7 +61,7 @@ class Anchor:
     empty: Empty | None = None
     invariant: frozenset[fx.Node] = frozenset()
     reader: fx.Node | None = None
-    sink: float | None = None
+    sink: float | fx.Node | None = None
     ratio: Literal["powers", "plain", "signed", "clipped"] = "powers"
     base: float | None = None
 
@@ -126,10 +129,11 @@ def _between(a: Anchor) -> set[fx.Node]:
 
 def _inside(a: Anchor) -> set[fx.Node]:
     seen: set[fx.Node] = set()
-    stack = [x for x in a.node.all_input_nodes if x is not a.scores]
+    ends = {a.scores, a.sink}
+    stack = [x for x in a.node.all_input_nodes if x not in ends]
     while stack:
         n = stack.pop()
-        if n not in seen and n is not a.scores and n.op == "call_function" and n not in a.invariant:
+        if n not in seen and n not in ends and n.op == "call_function" and n not in a.invariant:
             seen.add(n)
             stack += n.all_input_nodes
     return seen
@@ -186,12 +190,13 @@ class Denominator:
     total: fx.Node
     of: fx.Node
     dim: int
-    sink: float | None = None
+    sink: float | fx.Node | None = None
     invariant: frozenset[fx.Node] = frozenset()
 
 
 def denominator(f: Facts, n: fx.Node, x: fx.Node | None, base: float | None = None) -> Denominator | None:
-    """What a sum of powers with exponents `x` is: alone, with a number or base^-maximum added, or above a number."""
+    """What a sum of powers with exponents `x` is: alone, with a number or base^(sink - maximum) added, or above a
+    number."""
     reduced = reduction(f, n, SUMS)
     if reduced is not None:
         return Denominator(*reduced)
@@ -212,12 +217,32 @@ def denominator(f: Facts, n: fx.Node, x: fx.Node | None, base: float | None = No
             return Denominator(*reduced, sink=math.log(more))
         inverse = skip_casts(tensor(more))
         power = None if inverse is None else exponent(inverse)
-        if power is None or power[1] != base or power[0].target is not aten.neg.default or highest is None or x is None:
+        if power is None or power[1] != base or highest is None or x is None:
             continue
-        below, (subtracted, dim) = power[0], highest
-        if dim == reduced[2] and alike(f, below.args[0], below, subtracted, x):  # type: ignore[arg-type]
-            return Denominator(*reduced, sink=0.0, invariant=frozenset({subtracted}))
+        difference, (subtracted, dim) = _difference(power[0]), highest
+        if difference is None or dim != reduced[2]:
+            continue
+        sink, below = difference
+        if alike(f, below, power[0], subtracted, x):
+            return Denominator(*reduced, sink=sink, invariant=frozenset({subtracted}))
     return None
+
+
+def _difference(n: fx.Node) -> tuple[float | fx.Node, fx.Node] | None:
+    """(a, b) where a node is a - b."""
+    given: tuple[Any, ...] = n.args
+    if n.target is aten.neg.default:
+        given = (0.0, *given)
+    elif n.target is aten.rsub.Scalar:
+        given = given[::-1]
+    elif n.target not in _SUBS:
+        return None
+    if n.kwargs.get("alpha", 1) != 1 or len(given) != 2:
+        return None
+    first, second = given
+    if not isinstance(second, fx.Node) or not isinstance(first, int | float | fx.Node):
+        return None
+    return (first if isinstance(first, fx.Node) else float(first)), second
 
 
 def _maximum_of(f: Facts, x: fx.Node | None) -> tuple[fx.Node, int] | None:
@@ -233,8 +258,20 @@ def _maximum_of(f: Facts, x: fx.Node | None) -> tuple[fx.Node, int] | None:
 
 
 def _unclamped(n: fx.Node | None) -> fx.Node | None:
-    """What a node keeps from below."""
-    return tensor(n.args[0]) if n is not None and n.target in _CLAMPS and len(n.args) == 2 else n
+    """The maximum that a node keeps from below by a number or, for each row, by another tensor."""
+    n = skip_casts(n) if n is not None and skip_casts(n).target in _LARGER else n  # type: ignore[union-attr]
+    if n is not None and n.target in _CLAMPS and len(n.args) == 2:
+        return tensor(n.args[0])
+    if n is not None and n.target in _LARGER:
+        return next((a for a in n.all_input_nodes if _is_reduced(a)), n)
+    return n
+
+
+def _is_reduced(n: fx.Node) -> bool:
+    """Whether a node is the maximum along a dimension, which may be put back."""
+    n = skip_casts(n) or n
+    n = skip_casts(tensor(n.args[0])) or n if n.target is aten.unsqueeze.default else n
+    return is_maximum(n)
 
 
 def without_maximum(f: Facts, a: Anchor) -> Anchor:
@@ -250,10 +287,11 @@ def without_maximum(f: Facts, a: Anchor) -> Anchor:
 
 
 def _down_to(n: fx.Node, reduction: fx.Node) -> list[fx.Node]:
-    """The nodes from `n` down to the reduction that it moves the result of."""
+    """The nodes from `n` down to the reduction that it moves the result of, and keeps from below."""
     found = [n]
     while n is not reduction:
-        n = n.all_input_nodes[0]
+        inner = _unclamped(n)
+        n = n.all_input_nodes[0] if inner is None or inner is n else inner
         found.append(n)
     return found
 

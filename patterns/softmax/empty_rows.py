@@ -119,7 +119,7 @@ class _Guard:
         if op_name(n) in ("logical_not", "bitwise_not"):
             return self._compares(n.all_input_nodes[0], n, at, dim, hidden=not hidden)
         limit: Any = n.args[1] if len(n.args) > 1 else -math.inf
-        found = (op_name(n) in (("eq", "isneginf") if hidden else ("ne", "gt"))) and limit == -math.inf
+        found = (op_name(n) in (("eq", "isneginf", "isinf") if hidden else ("ne", "gt"))) and limit == -math.inf
         return found and self._is_scores(n.all_input_nodes[0], n, at, dim)
 
     def _is_maximum(self, load: Load) -> bool:

@@ -2,9 +2,10 @@
 
     score_mod(q_i . k_j * scale, b, h, i, j) where mask_mod(b, h, i, j), over the keys, times v
 
-A row that sees nothing gives zeros. The tensors of the block mask are not read: they say again, block by block, what
-`mask_mod` says, and eager `flex_attention` does not look at them either. Where the blocks may say more than the
-function does, the site is refused.
+A row that sees nothing gives zeros. The tensors of the block mask are read where it has no function (`noop_mask`): what
+is compiled sees the blocks that they list, whatever eager `flex_attention` makes of them.
+Where it has one they are not: they say again, block by block, what `mask_mod` says, and eager `flex_attention` does not
+look at them either. Where the blocks may say more than the function does, the site is refused.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from attncc.ir.affine import divide
+from attncc.ir.affine import divide, poly
 from attncc.ir.attention import S
-from attncc.ir.build import ONE, TRUE, ZERO, cast, const, mul
+from attncc.ir.build import FALSE, ONE, TRUE, ZERO, add, cast, const, floordiv, mul, or_
 from attncc.ir.expr import Const, Expr, Index, Load, rewrite
 from attncc.ir.reasons import because
 from attncc.patterns.site import (
@@ -30,10 +31,12 @@ from attncc.patterns.site import (
     Unreadable,
     assembled,
     fitted,
+    number,
     operand,
     stored,
 )
 
+aten = torch.ops.aten
 FLEX = torch.ops.higher_order.flex_attention
 #: A block of this size or more is the whole of any tensor: what a call without a block mask is given.
 WHOLE = 1 << 30
@@ -60,10 +63,18 @@ def lift_flex(f: Facts, n: fx.Node) -> Lifted | None:
     def source(x: Any, *own: Expr) -> Source:
         return operand(f, x, (*_heads(f, n, x, (b, h), extents), *own), extents, read=use, use=use)
 
-    scaled = mul(S, const(float(scale)))
+    factor = number(f, scale, node)
+    if factor is None:
+        raise Unreadable(n, because("unknown-scale"))
+    scaled = mul(S, cast(factor, "float"))
     score = _scalar(reader, n, score_mod, (scaled, b, h, i, j), score_extra, "score_mod")
     mask = cast(_scalar(reader, n, blocks[-1], (b, h, i, j), mask_extra, "mask_mod"), "bool")
-    _check_blocks(f, n, mask, blocks)
+    shown = _check_blocks(f, n, mask, blocks)
+    if shown is not None:
+        found = _of_blocks(f, blocks, (b, h, i, j), extents[j], use)
+        if found is None:
+            raise shown
+        mask = found
     parts = Parts(
         facts=f, out=out, out_shape=shape, i=None if i is ZERO else i, j=j, d=d, e=None if e is ZERO else e,
         extents=extents, q=source(q, i, d), k=source(k, j, d), v=source(v, j, e), score=cast(score, "float"),
@@ -126,16 +137,56 @@ def _spelled(f: Facts, x: Load) -> str:
     return x.tensor if node is None else str(node.target).removesuffix(".default").removeprefix("aten.")
 
 
-def _check_blocks(f: Facts, n: fx.Node, mask: Expr, blocks: Any) -> None:
-    """Raises where the block mask may hide more than its function does."""
+def _check_blocks(f: Facts, n: fx.Node, mask: Expr, blocks: Any) -> Unreadable | None:
+    """Raises where the block mask may hide more than its function does. A reason where it has no function, and is to
+    be read of its tables."""
     *_, rows, columns, _ = blocks
     if isinstance(rows, int) and isinstance(columns, int) and min(rows, columns) >= WHOLE:
-        return
+        return None
     if mask is TRUE:
-        raise Unreadable(n, because("flex-no-mask-function"))
+        return Unreadable(n, because("flex-no-mask-function"))
     tables = [x for x in blocks[2:] if isinstance(x, fx.Node) and f.is_tensor(x)]
     if any(_computed(f, x) for x in tables):
         raise Unreadable(n, because("flex-computed-blocks"))
+    return None
+
+
+def _of_blocks(f: Facts, blocks: Any, at: Point, keys: Expr, use: int) -> Expr | None:
+    """Which keys the blocks of a node show at (b, h, i, j), for one whose mask has no function; None where their tables
+    do not list every block of keys, or their sizes are not known.
+
+    The first `kv_num_blocks[b, h, i // R]` of `kv_indices[b, h, i // R]` are the blocks of keys that a block of R rows
+    sees. The kernel reads a table of truth values, one for each pair of blocks."""
+    *_, rows, columns, _ = blocks
+    if not isinstance(rows, int) or not isinstance(columns, int):
+        return None
+    count = floordiv(add(keys, const(columns - 1)), const(columns))
+    seen: Expr = FALSE
+    for numbers, indices in ((blocks[2], blocks[3]), (blocks[4], blocks[5])):
+        if numbers is None or indices is None:
+            continue
+        if not (f.is_tensor(numbers) and f.is_tensor(indices)) or f.rank(indices) != 4 or f.rank(numbers) != 3:
+            return None
+        if poly(f.shape(indices)[-1]) != poly(count):
+            return None
+        table = f.make_once(("blocks", numbers, indices), lambda a=numbers, b=indices: _shown(f, a, b, use))
+        batch = fitted(f.shape(table)[:2], at[:2])
+        place = (*batch, *(floordiv(x, const(size)) for x, size in zip(at[2:], (rows, columns), strict=True)))
+        place = tuple(ZERO if s is ONE else x for x, s in zip(place, f.shape(table), strict=True))
+        seen = or_(seen, Load(table.name, place, "bool"))
+    return seen
+
+
+def _shown(f: Facts, number: fx.Node, indices: fx.Node, use: int) -> fx.Node:
+    """A truth value for each pair of blocks: (batch, heads, blocks of queries, blocks of keys)."""
+    every = f.make(aten.ones_like.default, (indices,), use)
+    place = f.make(aten.cumsum.default, (every, -1), use)
+    listed = f.make(aten.le.Tensor, (place, f.make(aten.unsqueeze.default, (number, -1), use)), use)
+    listed = f.make(aten.to.dtype, (listed, torch.int32), use)
+    where = f.make(aten.to.dtype, (indices, torch.int64), use)
+    none = f.make(aten.zeros_like.default, (listed,), use)
+    shown = f.make(aten.scatter_reduce.two, (none, -1, where, listed, "amax"), use)
+    return f.make(aten.to.dtype, (shown, torch.bool), use)
 
 
 def _computed(f: Facts, n: fx.Node) -> bool:

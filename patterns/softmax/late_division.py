@@ -31,9 +31,10 @@ from attncc.patterns.site import (
     exponent,
     framed,
     one_dim,
+    reduction,
     skip_casts,
 )
-from attncc.patterns.softmax.anchors import DIVISIONS, Anchor, without_maximum
+from attncc.patterns.softmax.anchors import DIVISIONS, Anchor, Denominator, denominator, without_maximum
 from attncc.patterns.softmax.sums_of_softmaxes import Term
 
 
@@ -51,25 +52,42 @@ def divided(f: Facts) -> Iterator[tuple[Frame, Term, fx.Node]]:
             yield (*site, found[0])
 
 
-def _sum_below(f: Facts, n: Any) -> tuple[fx.Node, fx.Node, int, fx.Node] | None:
-    """(sum, what it sums, along which dimension, the weights) where a denominator is made of one sum alone."""
+def _sum_below(f: Facts, n: Any) -> tuple[fx.Node, fx.Node, int, fx.Node, Denominator | None] | None:
+    """(sum, what it sums, along which dimension, the weights) where a denominator is made of one sum alone, or has an
+    exponential of each row beside it, which the last says."""
     while isinstance(n, fx.Node) and f.is_tensor(n) and n.op == "call_function":
         if n.target in SUMS:
             of: Any = n.args[0]
             dim, exps = one_dim(f, of, argument(n, "dim")), skip_casts(of)
             if dim is None or exps is None or not (exps.target in EXPS or compares(f, exps)):
                 return None
-            return n, of, dim, exps
+            return n, of, dim, exps, None
         inputs = [a for a in n.all_input_nodes if f.is_tensor(a)]
+        if len(inputs) == 2:
+            return _beside(f, n, inputs)
         if len(inputs) != 1 or not (n.target in VIEW_OPS or n.target in ELEMENTS):
             return None
         n = inputs[0]
     return None
 
 
+def _beside(
+    f: Facts, n: fx.Node, inputs: list[fx.Node]
+) -> tuple[fx.Node, fx.Node, int, fx.Node, Denominator | None] | None:  # fmt: skip
+    """The same of a sum of exponentials and one more."""
+    for side in inputs:
+        reduced = reduction(f, side, SUMS)
+        exps = None if reduced is None else skip_casts(reduced[1])
+        power = None if exps is None else exponent(exps)
+        found = None if power is None else denominator(f, n, *power)
+        if found is not None and exps is not None:
+            return found.total, found.of, found.dim, exps, found
+    return None
+
+
 def _quotient(
-    f: Facts, n: fx.Node, total: fx.Node, of: fx.Node, dim: int, exps: fx.Node
-) -> tuple[Frame, Term] | None:
+    f: Facts, n: fx.Node, total: fx.Node, of: fx.Node, dim: int, exps: fx.Node, beside: Denominator | None
+) -> tuple[Frame, Term] | None:  # fmt: skip
     shape = f.shape(n)
     out = tuple(ZERO if s is ONE else Index(f"o{d}") for d, s in enumerate(shape))
     extents: dict[Expr, Expr] = {x: s for x, s in zip(out, shape, strict=True) if x is not ZERO}
@@ -82,11 +100,16 @@ def _quotient(
         below, more = _bare(bottom.args[0]), bottom.args[1]
     if isinstance(bottom, Op) and bottom.name == "add" and isinstance(bottom.args[0], Const):
         below, more = _bare(bottom.args[1]), bottom.args[0]
+    if beside is not None and isinstance(bottom, Op) and bottom.name == "add":
+        below = next((y for x in bottom.args if isinstance(y := _bare(x), Load) and y.tensor == total.name), below)
     if not isinstance(top, Load) or not top.tensor.startswith(DOT):
         return None
     if not isinstance(below, Load) or below.tensor != total.name:
         return None
-    sink = None if more is None else math.log(more.value) if more.value > 0 else math.nan
+    sink: float | fx.Node | None = None if more is None else math.log(more.value) if more.value > 0 else math.nan
+    invariant = frozenset[fx.Node]()
+    if beside is not None:
+        sink, invariant = beside.sink, beside.invariant
     product = contraction(f, f.by_name[top.tensor.removeprefix(DOT)])
     assert product is not None
     keeps = len(below.index) == f.rank(of)
@@ -103,7 +126,8 @@ def _quotient(
             if power is None:
                 return frame, Term(Anchor(exps, exps, keys, sink=sink, ratio="plain"), weight.index, W, {})
             x, base = power
-            anchor = without_maximum(f, Anchor(exps, x, keys, reader=exps, sink=sink, base=base))
+            plain = Anchor(exps, x, keys, reader=exps, sink=sink, base=base, invariant=invariant)
+            anchor = without_maximum(f, plain)
             return frame, Term(anchor, weight.index, W, {})
     return None
 

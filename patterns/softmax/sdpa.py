@@ -74,7 +74,7 @@ def _scale(f: Facts, n: fx.Node, q: fx.Node) -> Expr:
     if scale is None:
         width = f.shape(q)[-1]
         return const(float(width.value) ** -0.5) if isinstance(width, Const) else op("rsqrt", cast(width, "float"))
-    known = number(f, scale)
+    known = number(f, scale, n)
     if known is None:
         raise Unreadable(n, because("unknown-scale"))
     return cast(known, "float")

@@ -27,6 +27,7 @@ from attncc.patterns.site import (
     Product,
     Unreadable,
     assembled,
+    broadcast,
     is_maximum,
     of_scores,
     products_in,
@@ -89,7 +90,7 @@ def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
     empty: Empty = "zero" if bare is not None else anchor.empty or "nan"
     return replace(
         frame.parts(found, frozen_score(score), half=anchor.scores, empty=empty), normalizer=anchor.normalizer,
-        sink=None if anchor.sink is None else Const(anchor.sink),
+        sink=_sink_beside(frame, term),
         weight=frozen_weight(weight if bare is None else bare),
         summed=tuple(term.mixed), zeroed=again is not None,
     )  # fmt: skip
@@ -218,6 +219,18 @@ def _without(score: Expr, invariant: frozenset[fx.Node]) -> Expr:
         return None
 
     return rewrite(score, rule) if names else score
+
+
+def _sink_beside(frame: Frame, term: Term) -> Expr | None:
+    """The logit of what the sum of a softmax has beside its exponentials."""
+    f, anchor = frame.facts, term.anchor
+    if not isinstance(anchor.sink, fx.Node):
+        return None if anchor.sink is None else Const(anchor.sink)
+    row = tuple(ZERO if d == anchor.dim else x for d, x in enumerate(term.at))
+    value = frame.reader().value_at(anchor.sink, broadcast(f, anchor.sink, row), f.order[anchor.node])
+    if frame.c in free(value) or any(x.tensor.startswith(DOT) for x in loads(value)):
+        raise Unreadable(anchor.node, because("other-keys"))
+    return rewrite(value, lambda x: stored(f, x, frame.use, frame.extents))
 
 
 def _sink(frame: Frame, term: Term, offset: int) -> Expr:

@@ -31,10 +31,6 @@ def block_attention(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return x * torch.sigmoid(m.one(x))
 
 
-def additive_gate(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
-    return x * torch.sigmoid(m.one(F.relu(m.lin(x) + m.lin(x.flip(1)))))
-
-
 def contrastive(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     logits = q.flatten(0, 2) @ k.flatten(0, 2).T
     return F.cross_entropy(logits, torch.arange(logits.shape[0]))
@@ -58,7 +54,7 @@ def chosen_layers(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
 
 
 SILENT = [
-    chosen_layers, masked_mean, squeeze_excite, block_attention, additive_gate, contrastive, adapter, pooled_product,
+    chosen_layers, masked_mean, squeeze_excite, block_attention, contrastive, adapter, pooled_product,
 ]  # fmt: skip
 
 

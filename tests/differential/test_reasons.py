@@ -246,9 +246,37 @@ def dropped_inside(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
 
 
+def function_of_scores(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return (torch.special.i0(q @ k.mT / D) * 0.5).softmax(-1) @ v
+
+
+def function_of_weights(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return torch.digamma((q @ k.mT).softmax(-1) + 1) @ v
+
+
+def double_mask(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """The mask lifts the softmax of a float32 product into float64."""
+    mask = torch.zeros(N, N, dtype=torch.float64).masked_fill(torch.ones(N, N).triu(1).bool(), -1e9)
+    return (q @ k.mT + mask).softmax(-1).to(v.dtype) @ v
+
+
+def mixed_by_data(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    mixing = x.mean(1)[:, : H * H].reshape(B, H, H)
+    return torch.einsum("bhij,bhg->bgij", (q @ k.mT).softmax(-1), mixing) @ v
+
+
+def additive_gate(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return x * torch.sigmoid(m.one(F.relu(m.lin(x) + m.lin(x.flip(1)))))
+
+
 @pytest.mark.parametrize(
     ("core", "reason"),
     [
+        (function_of_scores, because("scores-function", "special_i0")),
+        (function_of_weights, because("weights-through", "digamma")),
+        (double_mask, because("scores-widened", "f32")),
+        (mixed_by_data, because("weights-mixed")),
+        (additive_gate, because("no-softmax", because("additive-gate"))),
         (dropped, because("dropout")),
         (dropped_shares, because("no-softmax", because("dropout"))),
         (dropped_inside, because("dropout")),

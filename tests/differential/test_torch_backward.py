@@ -127,6 +127,41 @@ def test_a_plain_attention_by_torchs_own_backward(mask: str, of_sums: bool, monk
     assert calls == ([] if of_sums else ["called"])
 
 
+CHANNELS_FIRST = """attention
+size   B, N
+batch  b = B, h = 3
+axis   i = N, j = N, d = 16, e = 16
+tensor q: f64[B, 3, 16, N]
+tensor k: f64[B, 3, 16, N]
+tensor v: f64[B, 3, 16, N]
+q      q[b, h, d, i]
+k      k[b, h, d, j]
+v      v[b, h, e, j]
+score  s * 0.25
+mask   True
+norm   softmax
+empty  zero
+weight w
+give   out, lse
+dtype  f64
+"""
+
+
+def test_torchs_own_backward_of_channels_that_lie_apart() -> None:
+    """Its kernel takes the channels of a row, and of a gradient, to lie side by side."""
+    random = torch.Generator().manual_seed(4)
+    tensors = {n: torch.randn(2, 3, 16, 20, generator=random, dtype=torch.float64) for n in "qkv"}
+    a = parse_attention(CHANNELS_FIRST)
+    got, want = both(a, tensors, [2, 20], skip=True, wanted=[True] * 3, of_sums=False)
+    close(got, want, torch.finfo(torch.float64).eps)
+    outputs = dict(zip(a.outputs, run_blocked(a, list(tensors.values()), [2, 20]), strict=True))
+    seeds = [torch.ones(1, dtype=torch.float64).expand_as(outputs["out"]), torch.zeros_like(outputs["lse"])]
+    whole = [s.contiguous() for s in seeds]
+    results = [backward(a, x, list(tensors.values()), outputs, [2, 20], [True] * 3) for x in (seeds, whole)]
+    assert results[0] is not None and results[1] is not None
+    close(results[0], results[1], torch.finfo(torch.float64).eps)
+
+
 LOW = PLAIN.replace("score  s * 0.25", "score  s * 0.25 - float(i - j) * 0.125 * slope[h]").replace(
     "q      q[b", "tensor slope: f32[3]\nq      q[b"
 )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._dynamo.convert_frame import input_codes
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
 import attncc
@@ -68,6 +69,7 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+_HELPERS = (torch.nn.modules.transformer._detect_is_causal_mask, F._canonical_mask)
 X = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 IMPORTED = """
@@ -87,8 +89,10 @@ import attncc.dynamo, attncc.driver.backend, attncc.driver.explanation
 assert state() == before, "import attncc.dynamo"
 attncc.backend
 rules, handlers, settings, backends = state()
-assert (rules, settings, backends) == (before[0], before[2], before[3]), "attncc.backend"
-assert handlers.keys() - before[1].keys() == {torch.backends.cuda.sdp_kernel}
+assert (settings, backends) == (before[2], before[3]), "attncc.backend"
+helpers = {torch.nn.modules.transformer._detect_is_causal_mask, torch.nn.functional._canonical_mask}
+assert rules.keys() - before[0].keys() == helpers
+assert handlers.keys() - before[1].keys() == {torch.backends.cuda.sdp_kernel, *helpers}
 """
 
 
@@ -97,32 +101,57 @@ def test_imports_change_no_rule() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_other_backends_break_the_graph_where_they_did() -> None:
-    handlers = TorchInGraphFunctionVariable._get_handlers()
-    assert attncc.backend and torch.backends.cuda.sdp_kernel in handlers
+def masked_encoder(*, training: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A mask that torch compares with a causal one; in training also one of another type, which it warns of."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).train(training)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    hidden = torch.tensor([[False, False, False, True, True], [False] * 5]) if training else None
+    return lambda x: encoder(x[0], mask=mask, src_key_padding_mask=hidden)
+
+
+BREAKING = {
+    "old context": (lambda: old_context, ()),
+    "encoder": (lambda: masked_encoder(training=False), (_HELPERS[0],)),
+    "encoder in training": (lambda: masked_encoder(training=True), _HELPERS),
+}
+
+
+@pytest.mark.parametrize("name", BREAKING)
+def test_other_backends_break_the_graph_where_they_did(name: str) -> None:
+    handlers, rules = TorchInGraphFunctionVariable._get_handlers(), get_torch_obj_rule_map()
+    assert attncc.backend
+    make, helpers = BREAKING[name]
+    changed = [*helpers] or [torch.backends.cuda.sdp_kernel]
+    model = make()
 
     def graphs() -> tuple[int, int]:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         backend = Counting()
-        result = torch.compile(old_context, backend=backend)(X)
-        torch.testing.assert_close(result, old_context(X))
+        result = torch.compile(model, backend=backend)(X)
+        torch.testing.assert_close(result, model(X))
         return backend.graphs, sum(torch._dynamo.utils.counters["graph_break"].values())
 
     here = graphs()
-    handler = handlers.pop(torch.backends.cuda.sdp_kernel)
+    taken = [(handlers.pop(x), rules.pop(x) if helpers else None) for x in changed]
     try:
         assert here == graphs()
     finally:
-        handlers[torch.backends.cuda.sdp_kernel] = handler
+        for x, (handler, rule) in zip(changed, taken, strict=True):
+            handlers[x] = handler
+            if rule is not None:
+                rules[x] = rule
     assert here[1] > 0
 
 
 @pytest.mark.parametrize("backend", ["attncc", attncc.backend], ids=["by name", "itself"])
-def test_attncc_traces_through_it(backend: Any) -> None:
-    compiled = torch.compile(old_context, backend=backend, fullgraph=True, options={"inductor": False})
-    torch.testing.assert_close(compiled(X), old_context(X))
-    (site,) = attncc.explain(old_context, X).sites
+@pytest.mark.parametrize("name", BREAKING)
+def test_attncc_traces_through_it(backend: Any, name: str) -> None:
+    model = BREAKING[name][0]()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, options={"inductor": False})
+    torch.testing.assert_close(compiled(X), model(X))
+    (site,) = attncc.explain(model, X).sites
     assert site.status != "refused"
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attncc
 from attncc.driver import capture, rewriting
+from attncc.driver.backend import Collected, collecting
 from attncc.torch_private.state import preserved, settings
 
 
@@ -73,7 +74,6 @@ TRANSFORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("lenient")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_inside_a_compiled_function(name: str) -> None:
@@ -82,9 +82,18 @@ def test_transforms_inside_a_compiled_function(name: str) -> None:
     given = [torch.randn(2, 2, 12, 16) for _ in range(3)]
     before = state()
     want = TRANSFORMS[name](*given)
-    have = torch.compile(TRANSFORMS[name], backend="attncc", options={"measure": False})(*given)
+    found = Collected()
+    token = collecting.set(found)
+    try:
+        have = torch.compile(TRANSFORMS[name], backend="attncc", options={"measure": False})(*given)
+    finally:
+        collecting.reset(token)
     torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
     assert state() == before
+    assert not found.notes
+    inside, *outside = found.sites
+    assert inside.status == "refused" and "under torch.func." in (inside.reason or "")
+    assert [site.status for site in outside] == (["fused"] if name == "beside one outside" else [])
 
 
 class Layer(nn.Module):

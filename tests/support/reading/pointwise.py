@@ -11,10 +11,12 @@ from reading.arguments import Arguments, Own, accepted, base_name, by_schema
 from reading.asked import Sample
 
 _DIVISIONS = frozenset({"div", "divide", "true_divide", "floor_divide", "remainder", "addcdiv", "reciprocal"})
+_SHIFTS = ("__rshift__", "__lshift__", "bitwise_right_shift", "bitwise_left_shift")
 #: Operators whose rules read these types and no others.
 _READ = {
     "pow": torch.float32, **dict.fromkeys(("floor_divide", "remainder"), torch.int64),
-    **dict.fromkeys(("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "__and__", "__or__"), torch.bool),
+    **dict.fromkeys(("bitwise_not", "__xor__"), torch.bool), **dict.fromkeys(_SHIFTS, torch.int64),
+    **dict.fromkeys(("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__"), torch.bool),
 }
 _TRIANGLES = frozenset({"tril", "triu"})
 #: Not tried on infinities: `lerp` is read as a form that is linear in both ends, and what eager's gelu of infinity is
@@ -24,6 +26,10 @@ _OWN: dict[str, Own] = {
     "masked_fill": {"mask": lambda a: a.tensor(dtype=torch.bool)},
     "where": {"condition": lambda a: a.tensor(dtype=torch.bool)},
     "dropout": {"p": lambda a: a.random.choice((0.0, 0.3)), "train": lambda a: False},
+    **{
+        name: {"self": lambda a: a.tensor(dtype=torch.int64), "other": lambda a: a.random.randrange(5)}
+        for name in _SHIFTS
+    },
     "prelu": {"weight": lambda a: a.tensor((1,), a.dtype)},
     "gelu": {"approximate": lambda a: a.random.choice(("none", "tanh"))},
     "tril": {"self": lambda a: a.tensor(a.shape), "diagonal": lambda a: a.random.randrange(-3, 4)},

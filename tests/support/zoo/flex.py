@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import (
     and_masks,
     create_block_mask,
     flex_attention,
+    noop_mask,
     or_masks,
 )
 
@@ -131,6 +132,19 @@ def by_function() -> BlockMask:
     return create_block_mask(and_masks(causal, near), None, None, N, N, device="cpu")
 
 
+def everything() -> BlockMask:
+    return create_block_mask(noop_mask, None, None, N, N, device="cpu")
+
+
+def by_bits() -> BlockMask:
+    """Within a row of four, or in the same of four phases."""
+
+    def seen(b: Q, h: Q, i: Q, j: Q) -> Q:
+        return ((i >> 2) == (j >> 2)) | ((i & 3) == (j & 3)) | (((i - j) & 1) == 5)
+
+    return create_block_mask(seen, None, None, N, N, device="cpu")
+
+
 def by_tables() -> BlockMask:
     blocks: Any = torch.ones(1, 1, 1, dtype=torch.int32)
     return BlockMask.from_kv_blocks(blocks, torch.zeros(1, 1, 1, 1, dtype=torch.int32), seq_lengths=(N, N))
@@ -171,5 +185,7 @@ FLEX = (
     Case("flex-dynamic", growing, 1, "lengths known at the call only", dynamic=True, golden=0),
     Case("flex-no-rule", attend(counted), 0, "score_mod does what no rule knows", refused=1),
     Case("flex-chosen-blocks", attend(chosen_blocks), 0, "blocks chosen by data, not by a function", refused=1),
-    Case("flex-by-tables", outside(by_tables), 0, "a block mask without a function", refused=1),
+    Case("flex-by-tables", outside(by_tables), 1, "a block mask without a function"),
+    Case("flex-noop", outside(everything), 1, "a block mask of a function that hides nothing"),
+    Case("flex-bits", outside(by_bits), 1, "a mask function of bits"),
 )  # fmt: skip

@@ -13,6 +13,7 @@ from zoo.joint import JOINT
 from zoo.library import LIBRARY
 from zoo.memory import MEMORY
 from zoo.others import OTHERS
+from zoo.reported import REPORTED
 from zoo.sizes import SIZES
 from zoo.sliding import SLIDING
 from zoo.spellings import SPELLINGS
@@ -22,7 +23,7 @@ from zoo.wild import WILD
 
 CASES: tuple[Case, ...] = (
     *SPELLINGS, *GUARDS, *WILD, *FORMS, *JOINT, *IMAGES, *FLEX, *LIBRARY, *MEMORY, *OTHERS, *SLIDING, *BLOCKED, *TEXT,
-    *VISION, *DIFFUSION, *SIZES,
+    *VISION, *DIFFUSION, *SIZES, *REPORTED,
 )
 
 assert len({case.name for case in CASES}) == len(CASES)

@@ -13,6 +13,7 @@ from zoo.guards import GUARDS
 from zoo.images import IMAGES
 from zoo.joint import JOINT
 from zoo.memory import MEMORY
+from zoo.reported import REPORTED
 from zoo.sizes import SIZES
 from zoo.sliding import SLIDING
 from zoo.spellings import SPELLINGS
@@ -25,10 +26,10 @@ BY_DYNAMO = frozenset({"by-vmap", "three-factors"})
 #: Scores compared with one of themselves: computed twice, which of the two is larger depends on the order of their sums
 #: (and so the driver keeps such a site, whose scores exist anyway).
 TIED = frozenset({"strongest"})
-CASES = [
-    case for case in (*SPELLINGS, *GUARDS, *WILD, *FORMS, *JOINT, *IMAGES, *MEMORY, *SLIDING, *BLOCKED, *SIZES)
-    if case.name not in BY_DYNAMO
-]  # fmt: skip
+FORMS_OF_ALL = (
+    *SPELLINGS, *GUARDS, *WILD, *FORMS, *JOINT, *IMAGES, *MEMORY, *SLIDING, *BLOCKED, *SIZES, *REPORTED,
+)
+CASES = [case for case in FORMS_OF_ALL if case.name not in BY_DYNAMO]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
