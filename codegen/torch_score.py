@@ -210,6 +210,9 @@ class Block:
         assert p is not None
         t = dp.mul_(p)
         total = t.sum(-1, keepdim=True)
+        if self.leaves and a.sink is None:
+            # of what is added to whole rows the gradients cancel, down to how far the weights are from adding up to one
+            total = total / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
         if dlse is not None:
             total = total - dlse
         t.addcmul_(p, total, value=-1.0)
