@@ -238,9 +238,10 @@ def test_gradients_of_gradients() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_wrapper_subclasses(grad: bool) -> None:
-    x = [TwoTensor(torch.randn(2, 2, 12, 16), torch.randn(2, 2, 12, 16)).requires_grad_(grad) for _ in range(3)]
+    made: Any = TwoTensor
+    x = [made(torch.randn(2, 2, 12, 16), torch.randn(2, 2, 12, 16)).requires_grad_(grad) for _ in range(3)]
     out, status = fused(lambda: compiled(attend)(*x))
-    pairs = [(out, attend(*x))]
+    pairs: list[tuple[Any, Any]] = [(out, attend(*x))]
     if grad:
         pairs += zip(gradients(out, x), gradients(attend(*x), x), strict=True)
     for got, want in pairs:
