@@ -191,10 +191,10 @@ def _lifted(f: Facts, found: list[Anchor]) -> tuple[list[Lifted | Refusal], set[
         own = [x for x in held if x.anchor is anchor.node]
         lifted = [x for x in own if isinstance(x, Lifted)]
         failed = [frame.node for frame in used.products if frame.node not in {x.node for x in lifted}]
-        escapes = (*used.escapes, *failed)
+        other_users = (*used.other_users, *failed)
         taken = [x.node for x in used.products if x.node in done]
         other = [Refusal(_OTHER_WEIGHTS, n, anchor.node) for n in taken[:1]] or [_unused(f, anchor, used)]
-        sites += [replace(x, escapes=escapes) for x in lifted] or own[:1] or other
+        sites += [replace(x, other_users=other_users) for x in lifted] or own[:1] or other
     return sites, done | {node for node, _ in products}
 
 
@@ -205,7 +205,7 @@ def _elements(f: Facts, n: fx.Node) -> int:
 def _in_pieces(anchor: Anchor, used: Uses, weights: Weights) -> Sequence[Lifted | Refusal]:
     """The attentions that several products make of one softmax, or why they make none; nothing if they do not."""
     try:
-        return [replace(x, escapes=used.escapes) for x in in_pieces(anchor, used.products, weights) or ()]
+        return [replace(x, other_users=used.other_users) for x in in_pieces(anchor, used.products, weights) or ()]
     except Exception as error:
         return [Refusal(*_reason(error, anchor.node), anchor.node)]
 
@@ -224,12 +224,12 @@ def _divided(frame: Frame, term: Term, total: fx.Node) -> list[Lifted | Refusal]
     node = term.anchor.node
     used = uses(frame.facts, term.anchor, Weights({node.name: term.anchor}))
     others = [x.node for x in used.products if x.node is not frame.product.node]
-    escapes = tuple(x for x in (*used.escapes, *others) if x is not total)
+    other_users = tuple(x for x in (*used.other_users, *others) if x is not total)
     try:
-        return [replace(lift_softmax(frame, term), escapes=escapes)]
+        return [replace(lift_softmax(frame, term), other_users=other_users)]
     except Exception as error:
         reason, _ = _reason(error, frame.node)
-        if term.anchor.shares == "plain":
+        if term.anchor.ratio == "plain":
             return []
         return [Refusal(f"a softmax divided after its product: {reason}", frame.node, node)]
 
@@ -258,7 +258,7 @@ def _unused(f: Facts, anchor: Anchor, used: Uses) -> Refusal:
         if dropped is None and compares(f, anchor.scores) and meets(f, product):
             reason = "its weights are mixed by a product with another computed tensor before they meet the values"
         return Refusal(reason, dropped or product, anchor.node)
-    at = used.escapes[0] if used.escapes else anchor.node
+    at = used.other_users[0] if used.other_users else anchor.node
     if (used.each and not used.products) or weighs_components(f, anchor.node, anchor.dim, at):
         return Refusal(OWN_WEIGHTS, at, anchor.node)
     return Refusal(of_use(f, anchor.scores, anchor.node, at), at, anchor.node)

@@ -30,7 +30,7 @@ from attncc.runtime.derivatives import (
     gradients_of_gradients,
     outputs_of,
 )
-from attncc.runtime.outputs import Plan, plan_of
+from attncc.runtime.outputs import Signature, signature_of
 from attncc.runtime.recent import Recent
 from attncc.torch_private.derivatives import each_of_a_batch, has_tangents
 
@@ -80,7 +80,7 @@ class _Site:
     """One spec: its plan, and its kernel at each place."""
 
     def __init__(self, spec: str) -> None:
-        self.plan: Plan = plan_of(spec)
+        self.signature: Signature = signature_of(spec)
         self.kernels: dict[_Place, Kernel] = {}
         self.building = Lock()
 
@@ -101,7 +101,7 @@ class _Installed:
         site, place = self.site(spec), _place(device)
         with site.building:  # others wait for the one that builds; other specs do not
             if place not in site.kernels:
-                site.kernels[place] = self._build(site.plan.attention, spec, device)
+                site.kernels[place] = self._build(site.signature.attention, spec, device)
             return site.kernels[place]
 
     def kept(self, a: Attention) -> tuple[str, ...]:
@@ -148,11 +148,11 @@ def kernel_of(spec: str, device: torch.device) -> Kernel:
 def _run(tensors: list[torch.Tensor], sizes: list[int], spec: str) -> list[torch.Tensor]:
     installed = _installed
     site = installed.sites.get(spec) or installed.site(spec)
-    outputs = site.plan.allocate(tensors, sizes)
-    device = tensors[site.plan.anchor].device
+    outputs = site.signature.allocate(tensors, sizes)
+    device = tensors[site.signature.anchor].device
     kernel = site.kernels.get(_place(device))
     if kernel is None:
-        site.plan.check(tensors, sizes)  # the first call alone: graphs do not change what they pass
+        site.signature.check(tensors, sizes)  # the first call alone: graphs do not change what they pass
         kernel = installed.kernel(spec, device)
     try:
         kernel(tensors, sizes, outputs)
@@ -171,7 +171,7 @@ def _run_backward(
     if installed.backward is not None:
         given = dict(zip(kept.split(","), outputs, strict=True)) if kept else {}
         with torch.inference_mode(False), torch.no_grad(), _autograd_on():
-            known = installed.backward(plan_of(spec).attention, grads, tensors, given, sizes, wanted)
+            known = installed.backward(signature_of(spec).attention, grads, tensors, given, sizes, wanted)
             if known is not None:
                 return _as_promised(known, tensors, wanted)
     return _recomputed(grads, tensors, sizes, spec, wanted)
@@ -183,7 +183,7 @@ def _recomputed(
     """The same from the tensors alone."""
     with torch.inference_mode(False), torch.enable_grad(), _autograd_on():
         leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
-        outputs = _installed.differentiable(plan_of(spec).attention, leaves, sizes)
+        outputs = _installed.differentiable(signature_of(spec).attention, leaves, sizes)
         sources = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         if not pairs:
@@ -214,7 +214,7 @@ def _autograd_on() -> AbstractContextManager[object]:
 
 
 def _fake(tensors: Sequence[torch.Tensor], sizes: Sequence[int], spec: str) -> list[torch.Tensor]:
-    return plan_of(spec).allocate(tensors, sizes)
+    return signature_of(spec).allocate(tensors, sizes)
 
 
 def _fake_backward(
@@ -232,7 +232,7 @@ class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportP
     def forward(ctx: Any, keys: Any, sizes: list[int], spec: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with _C._AutoDispatchBelowAutograd():
             outputs = tuple(_attention.redispatch(keys, tensors, sizes, spec))
-        a = plan_of(spec).attention
+        a = signature_of(spec).attention
         kept = _installed.kept(a)
         normal = (t.clone() if t.is_inference() else t for t in tensors)
         ctx.save_for_backward(*normal, *(outputs[a.outputs.index(name)] for name in kept))
@@ -267,7 +267,7 @@ class _GradientsDifferentiated(function._SingleLevelFunction):  # pyright: ignor
     def backward(ctx: Any, *seeds: Any) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors
         grads, tensors = saved[: ctx.count], saved[ctx.count :]
-        sources, a = list(ctx.needs_input_grad[7:]), plan_of(ctx.spec).attention
+        sources, a = list(ctx.needs_input_grad[7:]), signature_of(ctx.spec).attention
         found = iter(gradients_of_gradients(a, grads, tensors, ctx.sizes, ctx.wanted, seeds, sources))
         return (None, None, None, None, None, None, None, *(next(found) if w else None for w in sources))
 
@@ -282,7 +282,7 @@ _gradients_differentiated = cast(Callable[..., tuple[torch.Tensor, ...]], cast(A
 def _with_autograd(keys: Any, tensors: list[torch.Tensor], sizes: list[int], spec: str) -> Sequence[torch.Tensor]:
     """The entry of every call outside inference mode; `keys` are the dispatch keys of the tensors and the thread."""
     if has_tangents(tensors):
-        return outputs_of(plan_of(spec).attention, tensors, sizes)
+        return outputs_of(signature_of(spec).attention, tensors, sizes)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         with _single_level() if _C._are_functorch_transforms_active() else nullcontext():
             return _differentiated(keys & _AFTER_AUTOGRAD, sizes, spec, *tensors)
@@ -298,7 +298,7 @@ def _backward_with_autograd(
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     """The same for gradients."""
     if has_tangents((*grads, *tensors)):
-        return gradients_of(plan_of(spec).attention, grads, tensors, sizes, wanted)
+        return gradients_of(signature_of(spec).attention, grads, tensors, sizes, wanted)
     below = keys & _AFTER_AUTOGRAD
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*grads, *tensors)):
         with _single_level() if _C._are_functorch_transforms_active() else nullcontext():

@@ -17,14 +17,14 @@ from attncc.patterns.site.assemble import Lifted
 
 
 @dataclass(frozen=True)
-class Joint:
+class SiteGroup:
     """`sites` in the order of the graph; `user` is who needs their scores or weights, if somebody does."""
 
     sites: tuple[Lifted, ...]
     user: fx.Node | None = None
 
 
-def together(sites: Sequence[Lifted], facts: Facts) -> list[Joint]:
+def together(sites: Sequence[Lifted], facts: Facts) -> list[SiteGroup]:
     """The sites in groups, each to be decided as one."""
     made = {id(s): _Scores(s, facts) for s in sites}
     fused = list(sites)
@@ -41,7 +41,7 @@ def together(sites: Sequence[Lifted], facts: Facts) -> list[Joint]:
         linked = [g for g in groups if any(_linked(made[id(s)], made[id(t)]) for t in g)]
         groups = [g for g in groups if g not in linked] + [[*(t for g in linked for t in g), s]]
     kept = {n: tuple(s for s in sites if s.node is n) for n in blocked}
-    return [*(Joint(tuple(g)) for g in groups), *(Joint(g, blocked[n]) for n, g in kept.items())]
+    return [*(SiteGroup(tuple(g)) for g in groups), *(SiteGroup(g, blocked[n]) for n, g in kept.items())]
 
 
 def _linked(a: _Scores, b: _Scores) -> bool:
@@ -54,7 +54,7 @@ class _Scores:
     def __init__(self, site: Lifted, facts: Facts) -> None:
         self.site = site
         self.nodes: set[fx.Node] = set()
-        self.users: list[fx.Node] = list(site.escapes)
+        self.users: list[fx.Node] = list(site.other_users)
         stops = sources(site.tensors, facts)
         inside = between([site.node], stops, facts)
         within = set(inside)

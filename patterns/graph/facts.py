@@ -89,7 +89,7 @@ class Facts:
     def _unwritten(self, n: fx.Node, known: set[fx.Node]) -> bool:
         return self.storage(n) not in self._writes and known.issuperset(n.all_input_nodes)
 
-    def watched(self, use: int) -> bool:
+    def wants_grad(self, use: int) -> bool:
         """Whether gradients are wanted of what the node at a position gives."""
         g = self.gradients if use < len(self.nodes) else None
         return g is not None and g.follows(self.nodes[use], use + 1)
@@ -129,7 +129,7 @@ class Facts:
         """Nodes of the graph and made ones in an order in which they can be computed."""
         return sorted(nodes, key=lambda n: (self.order[n], n not in self.made, self.made.get(n, 0)))
 
-    def spoilt(self, n: fx.Node, use: int) -> bool:
+    def clobbered(self, n: fx.Node, use: int) -> bool:
         """Whether a made node, computed at `use`, holds something else than at its own place: what it is made of is
         written to in between."""
         stack, seen = [n], {n}

@@ -23,7 +23,7 @@ from attncc.ir.verify import VerifyError
 from attncc.ir.verify_linear import verify_linear
 from attncc.patterns.linear.linear import LEFT, Recognised
 from attncc.patterns.linear.normalisers import factors, value_of
-from attncc.patterns.site import DOT, MOVES, Data, Declared, Facts, Point, Unreadable, contraction, op_name
+from attncc.patterns.site import DOT, VIEW_OPS, Data, Declared, Facts, Point, Unreadable, contraction, op_name
 
 _STEPS = 12
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
@@ -140,13 +140,13 @@ def _state_behind(
             continue
         if n in chains or (n.op == "placeholder" and n not in f.parameters) or op_name(n) in _ZEROS:
             return n
-        if n.op == "call_function" and (n.target in MOVES or op_name(n) in ("mul", "mul_", "to", "_to_copy")):
+        if n.op == "call_function" and (n.target in VIEW_OPS or op_name(n) in ("mul", "mul_", "to", "_to_copy")):
             stack += [a for a in n.all_input_nodes if f.is_tensor(a) and f.rank(a) >= 2]
     return None
 
 
 def _through(f: Facts, n: fx.Node) -> fx.Node:
-    while n.op == "call_function" and (n.target in MOVES or op_name(n) in ("to", "_to_copy")):
+    while n.op == "call_function" and (n.target in VIEW_OPS or op_name(n) in ("to", "_to_copy")):
         n = n.all_input_nodes[0]
     return n
 
@@ -200,7 +200,7 @@ def _reads(f: Facts, n: fx.Node) -> list[fx.Node]:
                 found.append(user)
             elif op_name(user) == "mul":
                 found += [x for x in user.users if op_name(x) == "sum" and x in f.live]
-            elif user.target in MOVES or op_name(user) in ("to", "_to_copy"):
+            elif user.target in VIEW_OPS or op_name(user) in ("to", "_to_copy"):
                 stack.append(user)
     return found
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from attncc.patterns.reader.pointwise import ELEMENTS
 from attncc.patterns.reader.rules import Facts, op_name
-from attncc.patterns.reader.view_ops import MOVES
+from attncc.patterns.reader.view_ops import VIEW_OPS
 
 
 class Data(Container[fx.Node]):
@@ -34,7 +34,7 @@ class Data(Container[fx.Node]):
 def is_learned(f: Facts, n: fx.Node) -> bool:
     """Whether a tensor is a parameter seen through views and casts, or matrices picked out of one (of experts)."""
     while n.op == "call_function" and n.all_input_nodes:
-        if not (n.target in MOVES or n.target in ELEMENTS or picks_matrices(f, n)):
+        if not (n.target in VIEW_OPS or n.target in ELEMENTS or picks_matrices(f, n)):
             break
         n = n.all_input_nodes[0]
     return n in f.parameters or n.op == "get_attr"

@@ -95,7 +95,7 @@ class Reader:
     @cached_property
     def gradients(self) -> Gradients | None:
         """What autograd sees of the graph, where gradients are wanted of what the kernel gives."""
-        return self.facts.gradients if self.given or self.facts.watched(self.use) else None
+        return self.facts.gradients if self.given or self.facts.wants_grad(self.use) else None
 
     def followed(self, n: fx.Node) -> bool:
         """Whether gradients flow into what an operation gives."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from attncc.patterns.reader import ELEMENTS, MOVES, Facts, contraction, op_name
+from attncc.patterns.reader import ELEMENTS, VIEW_OPS, Facts, contraction, op_name
 
 _STEPS = 40
 
@@ -30,7 +30,7 @@ def before_softmax(f: Facts, scores: fx.Node) -> str | None:
                 return reason
             continue
         held = [a for a in n.all_input_nodes if f.is_tensor(a) and f.rank(a) > 0]
-        if n.target in MOVES or n.target in ELEMENTS:
+        if n.target in VIEW_OPS or n.target in ELEMENTS:
             narrow = [a for a in held if f.dtype(a) != torch.float64 and f.dtype(a).is_floating_point]
             if f.dtype(n) == torch.float64 and narrow:
                 reason = reason or f"its scores are computed in float64 from a product in {f.dtype_name(narrow[0])}"
@@ -66,7 +66,7 @@ def meets(f: Facts, n: fx.Node) -> bool:
                 if not seen.isdisjoint(sides) and f.parameters.isdisjoint(sides):
                     return True
                 continue
-            if user.target in MOVES or user.target in ELEMENTS or _name(user) in _JOINING:
+            if user.target in VIEW_OPS or user.target in ELEMENTS or _name(user) in _JOINING:
                 seen.add(user)
                 stack.append(user)
     return False

@@ -7,7 +7,7 @@ from torch import fx
 from attncc.ir.build import ONE
 from attncc.patterns.reader import (
     ELEMENTS,
-    MOVES,
+    VIEW_OPS,
     SUMS_AND_MEANS,
     Facts,
     argument,
@@ -94,7 +94,7 @@ def made_of(f: Facts, n: fx.Node, names: tuple[str, ...]) -> list[fx.Node]:
     while stack and len(found) < _STEPS:
         x = stack.pop(0)
         found.append(x)
-        if x.op != "call_function" or not (x.target in MOVES or x.target in ELEMENTS or _name(x) in names):
+        if x.op != "call_function" or not (x.target in VIEW_OPS or x.target in ELEMENTS or _name(x) in names):
             continue
         fresh = [a for a in x.all_input_nodes if a not in seen and (f.is_tensor(a) or _name(x) == "getitem")]
         seen.update(fresh)
@@ -143,7 +143,7 @@ def of_quotient(f: Facts, n: fx.Node) -> str:
         return "a softmax over groups that are numbered in a tensor (edges of a graph): each row has keys of its own"
     (top, *_) = n.all_input_nodes
     g, at = f.gradients, f.order[n]
-    if g is not None and f.watched(at) and any(g.stopped(x, at) for x in n.all_input_nodes):
+    if g is not None and f.wants_grad(at) and any(g.stopped(x, at) for x in n.all_input_nodes):
         return "a quotient of exponentials and their sum of which the model stops the gradients of one"
     if compares(f, top):
         return "a quotient by a sum that is not that of the same exponentials over the keys"
@@ -243,7 +243,7 @@ def used_by(f: Facts, n: fx.Node) -> str:
         if x.op == "output":
             return "the output"
         like = _name(x).endswith("_like") and not _name(x).startswith("rand")
-        if x.op != "call_function" or not (x.target in MOVES or x.target in ELEMENTS or like):
+        if x.op != "call_function" or not (x.target in VIEW_OPS or x.target in ELEMENTS or like):
             return _name(x) or x.name
         fresh = [u for u in x.users if u not in seen and u in f.live]
         seen.update(fresh)
@@ -260,7 +260,7 @@ def _sources(f: Facts, n: fx.Node) -> list[fx.Node]:
             break
         n = stack.pop(0)
         name = _name(n)
-        inner = n.op == "call_function" and (n.target in MOVES or n.target in ELEMENTS or name in _INNER)
+        inner = n.op == "call_function" and (n.target in VIEW_OPS or n.target in ELEMENTS or name in _INNER)
         if not inner:
             found.append(n)
             continue

@@ -17,7 +17,7 @@ from torch import fx
 from attncc.ir.build import ONE
 from attncc.patterns.reader import (
     ELEMENTS,
-    MOVES,
+    VIEW_OPS,
     SUMS_AND_MEANS,
     Contraction,
     Facts,
@@ -72,7 +72,7 @@ def _between(f: Facts, weights: fx.Node, data: Container[fx.Node]) -> tuple[str,
         if product is not None:
             return reason if reason is not None and _compares(f, product, data) else None
         held = [a for a in n.all_input_nodes if f.is_tensor(a)]
-        if n.target in MOVES or n.target in ELEMENTS or _name(n) == "index_put":
+        if n.target in VIEW_OPS or n.target in ELEMENTS or _name(n) == "index_put":
             divisor = n.args[1] if _name(n) == "div" and len(n.args) > 1 else None
             reduced = _reduction(f, divisor) if isinstance(divisor, fx.Node) else None
             if drops(n):
@@ -112,7 +112,7 @@ def _gate(f: Facts, n: fx.Node, data: Container[fx.Node]) -> fx.Node | None:
     """The sigmoid of a layer over a function of a sum of two layers, that `n` multiplies a tensor with (Oktay et al.,
     2018: arXiv 1804.03999)."""
     for side in n.all_input_nodes:
-        x = _through(f, side, MOVES)
+        x = _through(f, side, VIEW_OPS)
         if _name(x) != "sigmoid" or side not in data:
             continue
         layer = _through(f, x.all_input_nodes[0], _NORMS)
@@ -145,7 +145,7 @@ def _channels(f: Facts, n: fx.Node, data: Container[fx.Node]) -> fx.Node | None:
     sides = [x for x in n.all_input_nodes if f.is_tensor(x)]
     for total, q in (sides, sides[::-1]) if len(sides) == 2 else ():
         x = total
-        while x.op == "call_function" and x.target in MOVES:
+        while x.op == "call_function" and x.target in VIEW_OPS:
             x = x.all_input_nodes[0]
         if x.target not in SUMS_AND_MEANS or contraction(f, x) is not None or q not in data:
             continue
@@ -194,7 +194,7 @@ def _reduction(f: Facts, n: fx.Node) -> fx.Node | None:
         if _name(n) in _REDUCTIONS:
             return n
         held = [a for a in n.all_input_nodes if f.is_tensor(a) and f.rank(a) > 0]
-        if not held or not (n.target in MOVES or n.target in ELEMENTS):
+        if not held or not (n.target in VIEW_OPS or n.target in ELEMENTS):
             return None
         n = held[0]
     return None

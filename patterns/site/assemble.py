@@ -39,7 +39,7 @@ class Lifted:
 
     `tensors` are the graph's nodes for the IR's tensors, in order, to be cast to `dtypes`; `sizes` the expressions,
     over the graph's symbols, of its sizes; `factors` says which sizes are products of others. The IR's output
-    (*batch, i, e), permuted by `order` and viewed in the shape of `node`, is its value. `escapes` are users of the
+    (*batch, i, e), permuted by `order` and viewed in the shape of `node`, is its value. `other_users` are users of the
     weights other than the product with the values. `lse` says where the model has the logarithm of the sums of
     exponentials, if it uses them; a row that sees no key then has `floor`, where the model's masks are finite. Axes of
     the output that are `summed` are summed over first. Several sites with one `node` add up to it. No gradient flows
@@ -53,7 +53,7 @@ class Lifted:
     sizes: tuple[Expr, ...]
     factors: dict[Size, Expr]
     order: tuple[int, ...]
-    escapes: tuple[fx.Node, ...] = ()
+    other_users: tuple[fx.Node, ...] = ()
     lse: Lse | None = None
     summed: tuple[int, ...] = ()
     floor: float | None = None
@@ -67,7 +67,7 @@ class Lifted:
 
 
 def assembled(
-    p: Parts, node: fx.Node, anchor: fx.Node, escapes: tuple[fx.Node, ...] = (), lse: Lse | None = None
+    p: Parts, node: fx.Node, anchor: fx.Node, other_users: tuple[fx.Node, ...] = (), lse: Lse | None = None
 ) -> Lifted:
     """The verified attention that `p` describes, with its place in the graph. Raises Unreadable and VerifyError."""
     p, flow = settled(p, node, lse)
@@ -76,8 +76,8 @@ def assembled(
     names = {x: Index(f"b{n}") for n, x in enumerate(batch)}
     names |= {p.j: Index("j"), p.d: Index("d")}
     names |= {x: Index(n) for x, n in ((p.i, "i"), (p.e, "e")) if x is not None}
-    watched = partial(flow.of, by_name=p.facts.by_name)
-    masked = split_mask(p.score, half=p.half, infinite_empty=p.empty, watched=watched)
+    wants_grad = partial(flow.of, by_name=p.facts.by_name)
+    masked = split_mask(p.score, half=p.half, infinite_empty=p.empty, wants_grad=wants_grad)
     if hides_by_score(masked.score):
         raise Unreadable(anchor, "which keys are hidden depends on the scores themselves, which a mask cannot say")
     mask = and_(masked.mask, p.mask)
@@ -91,7 +91,7 @@ def assembled(
     score, mask, weight = (renamer.expr(x) for x in (masked.score, mask, p.weight))
     sink = None if p.sink is None else renamer.expr(p.sink)
     for n in renamer.nodes:
-        if n in p.facts.made and p.facts.spoilt(n, p.facts.order[node]):
+        if n in p.facts.made and p.facts.clobbered(n, p.facts.order[node]):
             raise Unreadable(node, "a tensor that the model writes to between reading it and the attention")
 
     def axis(name: str, index: Expr | None) -> Axis:
@@ -115,7 +115,7 @@ def assembled(
     attention = replace(attention, slope=_slope(attention, masked, anchor))
     return Lifted(
         verify(attention), node, anchor, tuple(renamer.nodes), tuple(renamer.dtypes), sizes, factors, tuple(order),
-        escapes, lse, tuple(range(len(own), len(batch))), masked.floor, stopped=flow.stopped,
+        other_users, lse, tuple(range(len(own), len(batch))), masked.floor, stopped=flow.stopped,
     )  # fmt: skip
 
 

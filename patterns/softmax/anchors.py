@@ -62,7 +62,7 @@ class Anchor:
     invariant: frozenset[fx.Node] = frozenset()
     reader: fx.Node | None = None
     sink: float | fx.Node | None = None
-    shares: Literal["powers", "plain", "signed", "clipped"] = "powers"
+    ratio: Literal["powers", "plain", "signed", "clipped"] = "powers"
     base: float | None = None
 
     def read_at(self, f: Facts) -> int:
@@ -117,7 +117,7 @@ def stopped_inside(f: Facts, a: Anchor) -> fx.Node | None:
     """Where gradients are stopped between the scores and the weights: then these are a softmax's, and their gradients
     are not."""
     g, use = f.gradients, f.order[a.node]
-    if g is None or not f.watched(use):
+    if g is None or not f.wants_grad(use):
         return None
     return next((n for n in sorted(_inside(a), key=f.order.__getitem__) if g.stopped(n, use)), None)
 
@@ -177,10 +177,10 @@ def _share(f: Facts, n: fx.Node, top: fx.Node, bottom: fx.Node) -> Anchor | None
         of, seen = of.all_input_nodes[0], of
     inside = tensor(top.args[0]) if signed and top.target in _RELUS and not written(f, top, top, n) else None
     if inside is not None and alike(f, of, seen, inside, top) and compares(f, inside):
-        return Anchor(n, inside, found.dim, reader=top, sink=found.sink, shares="clipped")
+        return Anchor(n, inside, found.dim, reader=top, sink=found.sink, ratio="clipped")
     if not alike(f, of, seen, top, n) or not compares(f, top):
         return None
-    return Anchor(n, top, found.dim, sink=found.sink, shares="signed" if signed else "plain")
+    return Anchor(n, top, found.dim, sink=found.sink, ratio="signed" if signed else "plain")
 
 
 @dataclass(frozen=True)

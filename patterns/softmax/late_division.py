@@ -19,7 +19,7 @@ from attncc.patterns.site import (
     DOT,
     ELEMENTS,
     EXPS,
-    MOVES,
+    VIEW_OPS,
     SUMS,
     Facts,
     Frame,
@@ -65,7 +65,7 @@ def _sum_below(f: Facts, n: Any) -> tuple[fx.Node, fx.Node, int, fx.Node, Denomi
         inputs = [a for a in n.all_input_nodes if f.is_tensor(a)]
         if len(inputs) == 2:
             return _beside(f, n, inputs)
-        if len(inputs) != 1 or not (n.target in MOVES or n.target in ELEMENTS):
+        if len(inputs) != 1 or not (n.target in VIEW_OPS or n.target in ELEMENTS):
             return None
         n = inputs[0]
     return None
@@ -124,7 +124,7 @@ def _quotient(
                 return None
             keys, power = weight.index.index(frame.c), exponent(exps)
             if power is None:
-                return frame, Term(Anchor(exps, exps, keys, sink=sink, shares="plain"), weight.index, W, {})
+                return frame, Term(Anchor(exps, exps, keys, sink=sink, ratio="plain"), weight.index, W, {})
             x, base = power
             plain = Anchor(exps, x, keys, reader=exps, sink=sink, base=base, invariant=invariant)
             anchor = without_maximum(f, plain)

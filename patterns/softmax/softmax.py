@@ -83,7 +83,7 @@ def _parts(frame: Frame, term: Term, score: Expr, found: Product) -> Parts:
     weight = rewrite(term.weight, lambda x: stored(f, x, frame.use, frame.extents))
     score, frozen_score = thawed(score, S)
     weight, frozen_weight = thawed(weight, W)
-    score, weight = as_softmax(anchor, score, weight, watched=f.watched(frame.use))
+    score, weight = as_softmax(anchor, score, weight, wants_grad=f.wants_grad(frame.use))
     again = masked_again(weight, score, half=f.dtype(anchor.scores) == torch.float16)
     weight = weight if again is None else again
     bare = unguarded(f, frame.reader(), term, weight, score, frame.c)
