@@ -16,7 +16,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_map_only
 
 from attncc import torch_private
-from attncc.driver.library_calls import in_place_of
+from attncc.driver.library_calls import hooked, in_place_of
 from attncc.driver.repeats import Repeats
 from attncc.driver.scalar_functions import without_items
 from attncc.patterns.graph.facts import Facts
@@ -149,6 +149,8 @@ class _Shadow(fx.Interpreter):
     def _opaque(self, n: fx.Node) -> Any:
         """New tensors for what a higher-order operator gives. Bodies that it has of its own are read by themselves."""
         args, _ = self.fetch_args_kwargs_from_env(n)
+        if str(n.target) == "register_hook":
+            return hooked(args[0])
         if str(n.target) in _WITH_BODIES:
             for body in (x for x in args if isinstance(x, fx.GraphModule)):
                 given = [p.meta.get("example_value") for p in body.graph.find_nodes(op="placeholder")]

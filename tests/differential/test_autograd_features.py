@@ -238,9 +238,10 @@ def test_gradients_of_gradients() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_wrapper_subclasses(grad: bool) -> None:
-    x = [TwoTensor(torch.randn(2, 2, 12, 16), torch.randn(2, 2, 12, 16)).requires_grad_(grad) for _ in range(3)]
+    made: Any = TwoTensor
+    x = [made(torch.randn(2, 2, 12, 16), torch.randn(2, 2, 12, 16)).requires_grad_(grad) for _ in range(3)]
     out, status = fused(lambda: compiled(attend)(*x))
-    pairs = [(out, attend(*x))]
+    pairs: list[tuple[Any, Any]] = [(out, attend(*x))]
     if grad:
         pairs += zip(gradients(out, x), gradients(attend(*x), x), strict=True)
     for got, want in pairs:
@@ -260,3 +261,26 @@ def test_tensors_without_data() -> None:
         collecting.reset(token)
     assert len(found.sites) == 1
     assert found.notes == ["a model that is called with fake tensors is compiled as it is: nothing can be timed"]
+
+
+@pytest.mark.parametrize("of", ["weights", "queries"])
+def test_hooks_on_tensors_inside(of: str) -> None:
+    """A hook sees the gradient of its tensor: weights exist for it, queries do in any case."""
+
+    def model(q: Q, k: Q, v: Q) -> Q:
+        q = q * 2
+        weights = (q @ k.transpose(-1, -2) / 4).softmax(-1)
+        (weights if of == "weights" else q).register_hook(lambda g: g * 3)
+        return weights @ v
+
+    x = tensors()
+    found = Collected()
+    token = collecting.set(found)
+    try:
+        out = compiled(model)(*x)
+    finally:
+        collecting.reset(token)
+    same(gradients(out, x), gradients(model(*x), x))
+    (site,) = found.sites
+    assert site.status == ("refused" if of == "weights" else "fused")
+    assert of == "queries" or "register_hook" in (site.reason or "")
