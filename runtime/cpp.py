@@ -24,7 +24,7 @@ from attncc.runtime.compilers import CompileError
 from attncc.runtime.libraries import LibraryError, damage, load
 from attncc.runtime.store_files import read
 
-__all__ = ["CompileError", "CppKernel", "CppToolchain", "KernelError", "detect_isa"]
+__all__ = ["CompileError", "CppKernel", "CppToolchain", "CppKernelError", "detect_isa"]
 
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 #: The processor flags each instruction set needs, best first; `neon` goes by the machine's name.
@@ -53,7 +53,7 @@ _TOO_LARGE = 2
 _ERRORS = {1: "out of memory", _TOO_LARGE: "a size beyond 2^24", 3: "Linux does not let this process use AMX"}
 
 
-class KernelError(RuntimeError):
+class CppKernelError(RuntimeError):
     """A kernel gave up; the message says why."""
 
 
@@ -77,11 +77,11 @@ def usable_isas(machine: str, vendor: str, flags: frozenset[str]) -> list[str]:
 def detect_isa() -> str:
     """The best instruction set that this machine, its kernel and the compiler share; `ATTNCC_ISA` overrides it.
 
-    Raises KernelError where there is none, CompileError where the compiler cannot be run."""
+    Raises CppKernelError where there is none, CompileError where the compiler cannot be run."""
     chosen = os.environ.get("ATTNCC_ISA")
     if chosen:
         if chosen not in _FLAGS:
-            raise KernelError(f"ATTNCC_ISA={chosen!r} is none of {', '.join(_FLAGS)}")
+            raise CppKernelError(f"ATTNCC_ISA={chosen!r} is none of {', '.join(_FLAGS)}")
         return chosen
     return _detected(CppToolchain.find())
 
@@ -95,8 +95,8 @@ def _detected(toolchain: CppToolchain | None) -> str:
         if toolchain is None or toolchain.speaks(isa):
             return isa
     if usable and toolchain is not None:
-        raise KernelError(f"{' '.join(toolchain.command)} compiles for none of {', '.join(usable)}")
-    raise KernelError(f"no kernels for this {platform.machine()} processor; they need at least AVX2 or NEON")
+        raise CppKernelError(f"{' '.join(toolchain.command)} compiles for none of {', '.join(usable)}")
+    raise CppKernelError(f"no kernels for this {platform.machine()} processor; they need at least AVX2 or NEON")
 
 
 def _matrix_unit_allowed() -> bool:
@@ -210,19 +210,19 @@ class CppKernel:
         self._run = self._library[ENTRY]
         self._run.restype = ctypes.c_int32
         self._run.argtypes = [_Pointers] * 5
-        self._plans: dict[tuple[object, ...], tuple[object, ...]] = {}
+        self._layouts: dict[tuple[object, ...], tuple[object, ...]] = {}
 
     def __call__(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
     ) -> None:
         strides = (*[t.stride() for t in tensors], *sizes, *[t.stride() for t in outputs])
-        plan = self._plans.get(strides)
-        if plan is None:
-            plan = self._plan(tensors, sizes, outputs)
-            if len(self._plans) >= 256:  # shapes that never come back must not pile up
-                self._plans.clear()
-            self._plans[strides] = plan
-        in_type, in_strides, size_array, out_type, out_strides, _ = plan
+        layout = self._layouts.get(strides)
+        if layout is None:
+            layout = self._layout(tensors, sizes, outputs)
+            if len(self._layouts) >= 256:  # shapes that never come back must not pile up
+                self._layouts.clear()
+            self._layouts[strides] = layout
+        in_type, in_strides, size_array, out_type, out_strides, _ = layout
         failed = self._run(
             in_type(*[t.data_ptr() for t in tensors]), in_strides, size_array,  # type: ignore[operator]
             out_type(*[t.data_ptr() for t in outputs]), out_strides,  # type: ignore[operator]
@@ -230,20 +230,20 @@ class CppKernel:
         if failed == _TOO_LARGE and self.larger is not None:
             self.larger()(tensors, sizes, outputs)
         elif failed:
-            raise KernelError(f"{self.path.name}: {_ERRORS.get(failed, failed)}")
+            raise CppKernelError(f"{self.path.name}: {_ERRORS.get(failed, failed)}")
 
-    def _plan(
+    def _layout(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
     ) -> tuple[object, ...]:
         a = self.attention
         if (len(tensors), len(sizes), len(outputs)) != (len(a.tensors), len(a.sizes), len(a.outputs)):
-            raise KernelError(
+            raise CppKernelError(
                 f"the kernel takes {len(a.tensors)} tensors, {len(a.sizes)} sizes and {len(a.outputs)} outputs, got "
                 f"{len(tensors)}, {len(sizes)} and {len(outputs)}"
             )
         ranks = [len(t.shape) for t in a.tensors], [len(a.batch) + (2 if o == "out" else 1) for o in a.outputs]
         if ranks != ([t.ndim for t in tensors], [t.ndim for t in outputs]):
-            raise KernelError(f"the kernel takes tensors and outputs of {ranks[0]} and {ranks[1]} dimensions")
+            raise CppKernelError(f"the kernel takes tensors and outputs of {ranks[0]} and {ranks[1]} dimensions")
         held: list[object] = []
         pointers: list[ctypes.Array[ctypes.c_void_p]] = []
         for group in (tensors, outputs):

@@ -25,7 +25,7 @@ from attncc.passes.rewrites.forward_only import forward_only
 from attncc.passes.rewrites.tile_choice import InTiles, in_tiles
 from attncc.passes.tables.spans import Spanned, reads_by_key, spanned, tables
 from attncc.runtime import compilers
-from attncc.runtime.cpp import CompileError, CppToolchain, KernelError, detect_isa
+from attncc.runtime.cpp import CompileError, CppToolchain, CppKernelError, detect_isa
 from attncc.runtime.op import Kernel
 from attncc.runtime.store import VARIABLE, Store, StoreError, key
 from attncc.runtime.triton_launch import TritonKernel, capability_of
@@ -229,7 +229,7 @@ def _cpp(
         kernel = compiled(a, source, target.arch, target.toolchain, name, store, extra, plain, larger)
     except CompileError as error:
         return _torch(a, f"the C++ compiler failed: {_first_error(str(error))}")
-    except (KernelError, StoreError, OSError) as error:
+    except (CppKernelError, StoreError, OSError) as error:
         return _torch(a, str(error))
     return Built(kernel, source, "cpp", f"C++ {target.arch} kernel", note=target.toolchain.note)
 
@@ -290,7 +290,7 @@ def _isa(_toolchain: CppToolchain, _chosen: str | None) -> tuple[str, str]:
     """The instruction set to compile for, or what keeps all of them from it."""
     try:
         return detect_isa(), ""
-    except (KernelError, CompileError) as error:
+    except (CppKernelError, CompileError) as error:
         return "", _first_error(str(error))
 
 
