@@ -2,7 +2,7 @@
 
 `ATTNCC_CXX` or `CXX` names a program, or a command with words of its own (`ccache g++`). A compiler runs in a process
 group, which is killed as a whole where it takes longer than `ATTNCC_COMPILE_TIMEOUT` seconds (60), or where the user
-interrupts.
+interrupts. On a busy machine, where it works but gets little of the processor, it has longer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakSet
 
 from attncc.runtime.store import BuildError
 
@@ -26,13 +27,20 @@ TIMEOUT_S = 60.0
 #: Bytes of a compiler's messages that are kept.
 _MOST_SAID = 1 << 16
 _running: set[subprocess.Popen[bytes]] = set()
+_stopped: WeakSet[subprocess.Popen[bytes]] = WeakSet()
 #: Programs that did not finish, and until when (on the monotonic clock) they are not waited for again.
 _stuck: dict[str, float] = {}
 _REST_S = 600.0
+#: How often a compiler gets its time again, and the part of that which it must have worked.
+_MORE, _LEAST_WORK = 9, 0.02
 
 
 class CompileError(BuildError):
     """The compiler refused the source, or gave no kernel; the message is the compiler's, with its command."""
+
+
+class Stopped(RuntimeError):
+    """A compiler was stopped before it was done: that says nothing of it, and nothing is remembered."""
 
 
 def timeout_s() -> float:
@@ -95,7 +103,7 @@ def _command(value: str) -> tuple[str, ...] | str:
 def run(command: Sequence[str], *, seconds: float | None = None, scratch: Path | None = None) -> tuple[int, str]:
     """The exit status of a command and what it said. Its temporary files go to `scratch`.
 
-    Raises CompileError where it cannot be run or takes too long."""
+    Raises CompileError where it cannot be run or takes too long, Stopped where `stop` ends it."""
     limit = timeout_s() if seconds is None else seconds
     if time.monotonic() < _stuck.get(command[0], 0.0):
         raise CompileError(f"error: {command[0]} did not finish before, and is not tried again for a while")
@@ -109,10 +117,12 @@ def run(command: Sequence[str], *, seconds: float | None = None, scratch: Path |
         raise CompileError(f"{command[0]} cannot be run: {error.strerror or error}") from error
     _running.add(process)
     try:
-        said = _heard(process, time.monotonic() + limit)
+        said = _heard(process, limit)
         if said is None:
             _stuck[command[0]] = time.monotonic() + _REST_S
             raise CompileError(f"error: {command[0]} did not finish within {limit:g} s ({TIMEOUT} sets how long)")
+        if process in _stopped:
+            raise Stopped(f"{command[0]} was stopped")
         return process.returncode, said
     finally:
         _kill(process)
@@ -122,6 +132,7 @@ def run(command: Sequence[str], *, seconds: float | None = None, scratch: Path |
 def stop() -> None:
     """Kill the compilers that run now: the user interrupts."""
     for process in list(_running):
+        _stopped.add(process)
         _kill(process)
 
 
@@ -130,16 +141,15 @@ def forget() -> None:
     _stuck.clear()
 
 
-def _heard(process: subprocess.Popen[bytes], until: float) -> str | None:
+def _heard(process: subprocess.Popen[bytes], limit: float) -> str | None:
     """What a process says until it ends, None if that is too late. What it started may hold its pipe for longer."""
     assert process.stdout is not None
-    kept = bytearray()
+    kept, patience = bytearray(), _Patience(process, limit)
     with selectors.DefaultSelector() as selector, process.stdout as pipe:
         selector.register(pipe, selectors.EVENT_READ)
         ended = False
         while True:
-            left = until - time.monotonic()
-            if selector.select(max(0.0, min(left, 0.05))):
+            if selector.select(0.05):
                 data = os.read(pipe.fileno(), 1 << 16)
                 kept += data[: _MOST_SAID - len(kept)]
                 if not data:
@@ -147,13 +157,45 @@ def _heard(process: subprocess.Popen[bytes], until: float) -> str | None:
             elif ended:
                 break
             ended = process.poll() is not None
-            if left <= 0 and not ended:
+            if not ended and patience.over():
                 return None
-    try:
-        process.wait(max(0.0, until - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return None
+    while process.poll() is None:  # it closed what it says with, and goes on
+        if patience.over():
+            return None
+        time.sleep(0.005)
     return kept.decode(errors="replace")
+
+
+class _Patience:
+    """When a process has had its time. On a machine that is busy a compiler gets little of the processor: as long as it
+    works on, and has not worked for its time, it is given as much again, a few times."""
+
+    def __init__(self, process: subprocess.Popen[bytes], limit: float) -> None:
+        self.group, self.limit = process.pid, limit
+        self.until, self.worked, self.more = time.monotonic() + limit, 0.0, _MORE
+
+    def over(self) -> bool:
+        if time.monotonic() < self.until:
+            return False
+        worked = _processor_seconds(self.group)
+        if not self.more or worked >= self.limit or worked < self.worked + self.limit * _LEAST_WORK:
+            return True
+        self.more, self.worked, self.until = self.more - 1, worked, time.monotonic() + self.limit
+        return False
+
+
+def _processor_seconds(group: int) -> float:
+    """What the processes of a group have used of the processor, with those they waited for; 0 where that is not known.
+    """
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        if int(fields[2]) == group:
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

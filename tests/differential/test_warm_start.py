@@ -1,5 +1,5 @@
-"""Warm starts: AOTAutograd's cache takes the graphs that attncc edits; the store finds without compiling or checking.
-"""
+"""Warm starts: AOTAutograd's cache takes the graphs that attncc edits, and the store finds kernels without compiling or
+checking them."""
 
 from __future__ import annotations
 

@@ -45,20 +45,19 @@ def writes(text: str) -> Callable[[Path], None]:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
 def test_the_lock_of_a_stuck_owner_is_taken_over(tmp_path: Path) -> None:
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(tmp_path), "0"], stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path), "1"], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None and owner.stdout.readline() == "building\n"
     owner.send_signal(signal.SIGSTOP)
     try:
         start = time.monotonic()
         entry = Store(tmp_path).get_or_build(KEY, "k", writes("quick"), patience_s=0.2)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 20
         assert list((entry.parent / ".locks").iterdir()) == []
-    finally:
         owner.send_signal(signal.SIGCONT)
-    assert owner.communicate(timeout=30)[0] in ("quick\n", "slow\n")  # it may have been stopped after it was done
-    assert owner.returncode == 0
+        assert owner.stdout.readline() in ("quick\n", "slow\n")  # it may have been done before it was stopped
+    finally:
+        owner.kill()
+        owner.wait()
 
 
 def test_who_waited_for_a_build_that_failed_does_not_try_it_again(tmp_path: Path) -> None:
@@ -120,6 +119,33 @@ def test_a_compiler_that_fails_costs_the_kernel_alone(
         assert time.monotonic() - start < 5
     store = build.default_store()
     assert store.entries() == [] and list((store.root / ".building").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_kernels_are_built_is_heard_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was being built is built the next time."""
+    if find_toolchain() is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("ATTNCC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("ATTNCC_CXX", str(faulty(tmp_path, "hangs")))
+    build._built.cache_clear()
+    specs = [print_attention(case("relu", "f32", groups=n)) for n in (1, 2)]
+
+    def interrupt() -> None:
+        until = time.monotonic() + 30
+        while len(compilers._running) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        build.build_all([(spec, "cpu") for spec in specs])
+    thread.join()
+    assert time.monotonic() - start < 20
+    assert build._built.cache_info().currsize == 0 and not compilers._running
+    assert list((build.default_store().root / ".building").iterdir()) == []
 
 
 @pytest.mark.slow
