@@ -7,7 +7,7 @@ from typing import Literal
 
 from attncc.codegen.triton.expressions import LARGEST, Scope
 from attncc.codegen.triton.frame import Frame
-from attncc.codegen.triton.plan import TL_TYPES
+from attncc.codegen.triton.schedule import TL_TYPES
 from attncc.codegen.triton.segments import Striped
 from attncc.ir import Const, Expr, S, W
 from attncc.ir.analysis import members

@@ -9,12 +9,12 @@ from attncc.codegen.triton.expressions import LARGEST
 from attncc.codegen.triton.frame import Frame, Parameter
 from attncc.codegen.triton.kernel import BLOCK_COUNT, LISTS, PARTS, Kernel, kernel
 from attncc.codegen.triton.loops import find_lists, visit
-from attncc.codegen.triton.plan import TL_TYPES, Plan
+from attncc.codegen.triton.schedule import TL_TYPES, Schedule
 
 LN2 = math.log(2.0)
 
 
-def forward(p: Plan) -> Kernel:
+def forward(p: Schedule) -> Kernel:
     f = Frame(p, "BLOCK_M")
     f.begin()
     if p.split:
@@ -58,7 +58,7 @@ def _finish(f: Frame, block: Block) -> None:
     f.scope.lines = [*outer, "if PARTIAL:", *_indent(parts), "else:", *_indent(whole)]
 
 
-def _more(p: Plan) -> tuple[Parameter, ...]:
+def _more(p: Schedule) -> tuple[Parameter, ...]:
     """What the kernel is told beside tensors, sizes and outputs."""
     return (
         *((*PARTS, Parameter("PARTIAL", "constexpr", "splits > 1")) if p.split else ()),
@@ -140,11 +140,11 @@ def _divided(f: Frame, acc: str) -> str:
     return f"tl.where(empty_row, {nothing}, {acc} / total)"
 
 
-def out_type(p: Plan) -> str:
+def out_type(p: Schedule) -> str:
     return TL_TYPES[p.a.dtype]
 
 
-def _width(p: Plan) -> int:
+def _width(p: Schedule) -> int:
     return sum(w for w, _ in p.e_chunks)
 
 
@@ -163,7 +163,7 @@ def _store_parts(f: Frame, block: Block) -> None:
         f.line(f"tl.store(stat_ptr + splits.to(tl.int64) * {_points(f)} * rows + at, l[:, None], mask=row_ok)")
 
 
-def _before(p: Plan, n: int) -> int:
+def _before(p: Schedule, n: int) -> int:
     return sum(w for w, _ in p.e_chunks[:n])
 
 
@@ -175,7 +175,7 @@ def _point_index(f: Frame) -> str:
     return f.scope.atom(f.point_index)
 
 
-def join(p: Plan) -> Kernel:
+def join(p: Schedule) -> Kernel:
     """One row a program: the parts of all splits rescaled to a common largest logit and added."""
     f = Frame(p, "1")
     f.begin()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from attncc.codegen.triton.expressions import Names, Scope, used_twice
 from attncc.codegen.triton.operands import Operand, stride
-from attncc.codegen.triton.plan import TYPES, Plan
+from attncc.codegen.triton.schedule import TYPES, Schedule
 from attncc.ir import Axis, Const, Expr, Interval, Load
 from attncc.ir.bounds import TILE_HI, TILE_LO, RowBound
 from attncc.ir.build import ONE as ONE_
@@ -40,7 +40,7 @@ class Parameter:
 class Frame:
     """One kernel under construction: its names, its outermost scope and its parameters."""
 
-    def __init__(self, p: Plan, rows: str) -> None:
+    def __init__(self, p: Schedule, rows: str) -> None:
         """`rows` is the number of rows a program owns, as text."""
         a = p.a
         self.p, self.rows = p, rows

@@ -19,7 +19,7 @@ from triton_kernels import interpreter
 from triton_kernels.cases import CASES, Case, case_of, make
 
 from attncc.codegen.triton import TritonConfig, unsupported
-from attncc.codegen.triton.plan import plan
+from attncc.codegen.triton.schedule import schedule
 from attncc.ir import Attention, Bounds, W, interpret, print_attention
 from attncc.ir.build import const
 from attncc.ir.evaluate import DTYPE_OF
@@ -85,7 +85,7 @@ def test_random_programs(program: Program) -> None:
 
 
 def _splits(p: Program) -> bool:
-    return plan(p.attention, loop_bounds(p.attention, rows=True), SPLIT).split
+    return schedule(p.attention, loop_bounds(p.attention, rows=True), SPLIT).split
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -157,7 +157,7 @@ def test_block_lists(name: str) -> None:
 
 def listed(p: Program, bounds: Bounds) -> list[tuple[list[int], list[int]]]:
     """The blocks that each tile of 16 rows sees in full and in part, from the mask at every pair."""
-    decided = plan(p.attention, bounds, LISTS)
+    decided = schedule(p.attention, bounds, LISTS)
     ones = replace(p.attention, score=const(1.0), normalizer="none", weight=W, sink=None, outputs=("weights",))
     seen = interpret(ones, p.tensors, p.sizes)["weights"] > 0
     names = [x.name for x in p.attention.batch]
@@ -214,7 +214,7 @@ def test_random_masks(program: Program) -> None:
     check(program, SMALL)
     check(program, LISTS, splits=2)
     a, bounds = program.attention, loop_bounds(program.attention, rows=True)
-    if plan(a, bounds, LISTS).listed:
+    if schedule(a, bounds, LISTS).listed:
         assert interpreter.lists(a, bounds, LISTS, program.tensors, program.sizes) == listed(program, bounds)
 
 
@@ -254,7 +254,7 @@ def test_edges_of_numbers(name: str, dtype: str) -> None:
     for n, edge in edges if EXAMPLES >= 400 else edges[at % 9 :: 9]:
         tensors = dict(given)
         edge(tensors, torch.Generator().manual_seed(1))
-        split = {"splits": 2} if config.split and plan(a, loop_bounds(a), config).split else {}
+        split = {"splits": 2} if config.split and schedule(a, loop_bounds(a), config).split else {}
         got = interpreter.run(a, loop_bounds(a, rows=True), config, tensors, sizes, **split)
         hold(a, tensors, sizes, got, f"{n}, {name}, {dtype}", rounds=True)
 
