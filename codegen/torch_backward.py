@@ -74,7 +74,7 @@ def backward(
     seed = made["out"].expand(*batch, *made["out"].shape[-2:]).reshape(prod(own), group, *made["out"].shape[-2:])
     # torch's kernel knows the gradient of the output, not that of the sums
     plain = _by_library(a) and "out" in outputs and group == 1 and q.is_cpu and k.shape[-2] > 0
-    rough = a.normalizer == "softmax" and (not q.is_cpu or _rough(outputs["lse"]))  # another device would be waited for
+    rough, lost = _kinds(outputs["lse"]) if a.normalizer == "softmax" else (False, False)
     if plain and not rough and not made["lse"].any():
         found = dict(zip("qkv", _library(a, q, k, v, seed, outputs["out"], outputs["lse"], batch), strict=True))
         return _to_tensors(names, leaves, {"q": q, "k": k, "v": v}, found, {})
@@ -84,8 +84,9 @@ def backward(
     run.seed = seed
     if a.normalizer == "softmax":
         run.lse = outputs["lse"].reshape(prod(own), group, -1).to(wide)
-        run.lse = run.lse.masked_fill(run.lse == float("inf"), float("nan"))  # such a row is NaN, every weight of it
-        run.rough, run.lost = rough, q.is_cpu and a.mask is not TRUE and bool(run.lse.isnan().any())
+        run.rough, run.lost = rough, lost and a.mask is not TRUE
+        if lost:  # every weight of such a row is NaN
+            run.lse = run.lse.masked_fill(run.lse == float("inf"), float("nan"))
         if a.empty == "zero" and a.mask is not TRUE:
             run.lse = run.lse.masked_fill(run.lse == float("-inf"), float("inf"))
     if "lse" in made and a.normalizer == "softmax":
@@ -94,8 +95,15 @@ def backward(
     return _to_tensors(names, leaves, {"q": q, "k": k, "v": v}, found, run.sums)
 
 
-def _rough(lse: torch.Tensor) -> bool:
-    return bool((lse.abs() > _ROUGH).logical_and(lse.isfinite()).any())
+def _kinds(lse: torch.Tensor) -> tuple[bool, bool]:
+    """Whether sums of rows are rough, and whether some row is NaN. Another device than the CPU would be waited for."""
+    if not lse.is_cpu or not lse.numel():
+        return not lse.is_cpu, False
+    least, most = (float(x) for x in torch.aminmax(lse))
+    if least >= -_ROUGH and most <= _ROUGH:
+        return False, False
+    rough = bool((lse.abs() > _ROUGH).logical_and(lse.isfinite()).any())
+    return rough, bool((lse.isnan() | (lse == float("inf"))).any())
 
 
 def _shared(batch: Sequence[int], k: torch.Tensor, v: torch.Tensor) -> int:

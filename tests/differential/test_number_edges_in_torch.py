@@ -9,6 +9,7 @@ import pytest
 import torch
 from cpp_kernels.cases import case, tensors_of
 from edge_numbers.edges import Tensors, edges_of, hold
+from parameters.thinned import thinned
 
 from attncc.codegen.torch_backward import backward, kept
 from attncc.codegen.torch_form import run_blocked
@@ -29,8 +30,7 @@ def of_many(a: Attention, n: int, m: int) -> list[tuple[str, Tensors]]:
     return made
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "dtype"), thinned(FORMS, ["f32", "bf16"]))
 def test_edges(form: str, dtype: str) -> None:
     a = case(form, dtype, lse=True)  # without, torch's own kernel is asked for some
     for name, t in of_many(a, 40, 60):
@@ -75,8 +75,9 @@ def hold_gradients(a: Attention, t: Tensors, sizes: Sequence[int], what: str) ->
             assert off <= 4 * own + 64 * unit * size, f"{what}: gradient of {name} is off by {off}, of {size}"
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("form", ["dense", "causal", "window", "bias", "sinks", "softcap"])
+@pytest.mark.parametrize(
+    ("form", "dtype"), thinned(["dense", "causal", "window", "bias", "sinks", "softcap"], ["f32", "bf16"])
+)
 def test_edges_of_gradients(form: str, dtype: str) -> None:
     a = case(form, dtype)
     for name, t in of_many(a, 40, 60):
