@@ -19,6 +19,7 @@ from attncc.ir.reasons import because
 from attncc.progress import step, waiting
 from attncc.runtime import notices, sharding
 from attncc.runtime.recent import Recent
+from attncc.torch_private import floats
 from attncc.torch_private.compiling import trace_through_breaks
 from attncc.torch_private.distributed import is_distributed
 
@@ -52,11 +53,11 @@ def attncc_backend(
         if torch_private.are_fake(example_inputs):
             found.notes.append("a model that is called with fake tensors is compiled as it is: nothing can be timed")
         elif not plain(gm):
-            torch_private.ask_for_known_floats(gm)
+            floats.ask_for_known_floats(gm)
             rewrite(gm, example_inputs, found, edits, measure=chosen.measure)
         compiled = _compiled(gm, example_inputs, chosen.config, found, edits) if chosen.inductor else gm.forward
     found.notes += notices.taken()
-    torch_private.forget_asked_floats()
+    floats.forget_asked_floats()
     for note in found.notes:
         _say_once(note)
     outer = collecting.get()

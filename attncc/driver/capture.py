@@ -22,6 +22,7 @@ from attncc.driver.scalar_functions import without_items
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.softmax.flex import FLEX
 from attncc.torch_private.distributed import crosses, is_distributed
+from attncc.torch_private.floats import known_number
 from attncc.torch_private.state import Modes, autocasts, modes
 
 
@@ -116,7 +117,7 @@ class _Shadow(fx.Interpreter):
             return self._opaque(n)
         if crosses(n):
             return torch_private.like(n.meta["example_value"])
-        number = torch_private.known_number(n)
+        number = known_number(n)
         if number is not None:
             return number
         args, kwargs = self.fetch_args_kwargs_from_env(n)

@@ -24,6 +24,7 @@ from attncc.patterns.graph.operators import argument, written_args
 from attncc.patterns.site.program import SiteProgram
 from attncc.patterns.softmax.anchors import SDPA
 from attncc.patterns.softmax.flex import FLEX
+from attncc.torch_private.examples import give_examples
 from attncc.torch_private.state import without_autocast
 
 _COPIED = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -110,7 +111,7 @@ class Editor:
         self.idle.drop_unread()
         self.idle.drop_empty_vmaps()
         self.graph.lint()
-        torch_private.give_examples(self.graph)
+        give_examples(self.graph)
         return self.graph
 
     def place(self, shadow: fx.Node) -> fx.Node:

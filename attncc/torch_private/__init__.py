@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from types import BuiltinFunctionType
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from torch.fx.experimental.proxy_tensor import (
     set_proxy_slot,
     track_tensor,
 )
-from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attncc.torch_private.attention_patterns import guarded
@@ -229,117 +227,6 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     order = sorted(range(x.ndim), key=lambda d: -hints[d])
     made = torch.empty([x.size(d) for d in order], dtype=x.dtype, device=x.device)
     return made.permute([order.index(d) for d in range(x.ndim)])
-
-
-def known_number(n: fx.Node) -> float | int | bool | None:
-    """The number that Dynamo wrapped in a tensor, where this node unwraps one that is fixed: an integer, or a float
-    whose value is guarded on already."""
-    if n.target != "item" or not isinstance(n.args[0], fx.Node) or n.args[0].op != "placeholder":
-        return None
-    value: Any = n.meta.get("example_value")
-    if not isinstance(value, torch.SymFloat | torch.SymInt | torch.SymBool) or not value.node.has_hint():
-        return None
-    if isinstance(value, torch.SymFloat) and not value.node.expr.is_number:
-        return None
-    return guard_scalar(value)
-
-
-def ask_for_known_floats(gm: fx.GraphModule) -> None:
-    """Have Dynamo trace again with the floats as numbers that it made inputs of a graph and that are fixed all the
-    same, if there are any: those that an operation takes as numbers only, and those that `dynamic=True` made inputs and
-    nobody has seen to change, as the attributes of modules are. The others stay inputs.
-
-    Inductor asks for the first kind too: after this graph was read, edited and traced in vain."""
-    unknown: set[str] = set()
-    for n in gm.graph.nodes:
-        if n.target == "item" and isinstance(n.args[0], fx.Node) and n.args[0].op == "placeholder":
-            value: Any = n.meta.get("example_value")
-            symbol = value.node._expr if isinstance(value, torch.SymFloat) and value.node.has_hint() else None
-            if symbol is None or not symbol.is_symbol or any(user.target != "item" for user in n.args[0].users):
-                continue
-            if value.node.expr.is_number or not seen_to_change(n.args[0]):
-                unknown.add(symbol.name)
-    if not unknown:
-        return
-    from torch._dynamo.exc import TensorifyScalarRestartAnalysis  # noqa: PLC0415 - Dynamo takes a second to import
-    from torch._dynamo.symbolic_convert import TensorifyState  # noqa: PLC0415 - as above
-
-    asked = {name for name in unknown if not TensorifyState.should_specialize(name)}
-    for name in asked:
-        TensorifyState.specialize(name)
-    if asked:
-        raise TensorifyScalarRestartAnalysis
-
-
-def give_examples(graph: fx.Graph) -> None:
-    """Let nodes that were put into a Dynamo graph have example values, as its own nodes have them: AOTAutograd's cache
-    on disk passes over a graph with a method of anything else, and a warm start then lowers all of it again.
-
-    What cannot be worked out stays without."""
-    modes = (getattr(n.meta.get("example_value"), "fake_mode", None) for n in graph.nodes)
-    mode: Any = next((m for m in modes if m is not None), None)
-    if mode is None:
-        return
-    quiet = nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
-    with mode, quiet, torch.no_grad(), unobserved():
-        for n in graph.nodes:
-            if n.op not in ("call_function", "call_method") or n.meta.get("example_value") is not None:
-                continue
-            if _computes(n.target):
-                with suppress(Exception):
-                    n.meta["example_value"] = _example(n)
-
-
-def _computes(target: Any) -> bool:
-    """Whether a node of this target makes a value and does nothing else."""
-    if isinstance(target, str):
-        return not target.endswith("_")
-    if isinstance(target, torch._ops.OpOverload):
-        return not target._schema.is_mutable
-    if getattr(target, "__module__", None) == "_operator":
-        return target.__name__ in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "truediv")
-    name = getattr(target, "__name__", "")
-    public = isinstance(target, BuiltinFunctionType) and getattr(torch, name, None) is target
-    return public and not name.startswith(("_", "set_")) and not name.endswith("_")
-
-
-class _Unknown(Exception):
-    """A node without an example value."""
-
-
-def _example(n: fx.Node) -> Any:
-    def value(x: fx.Node) -> Any:
-        found = x.meta.get("example_value")
-        if found is None:
-            raise _Unknown(x.name)
-        return found
-
-    args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), value)  # type: ignore[misc]
-    call: Any = getattr(args[0], n.target) if isinstance(n.target, str) else n.target
-    return call(*args[1:], **kwargs) if isinstance(n.target, str) else call(*args, **kwargs)
-def forget_asked_floats() -> None:
-    """Forget which floats a compilation that is done was to have as numbers. Dynamo goes by the names of symbols, which
-    are the same in the next compilation, and would have the same floats as numbers there, whatever asks for them."""
-    from torch._dynamo.symbolic_convert import TensorifyState  # noqa: PLC0415 - Dynamo takes a second to import
-
-    TensorifyState.clear()
-
-
-def seen_to_change(placeholder: fx.Node) -> bool:
-    """Whether an input that holds a number had another value when Dynamo compiled the same code before."""
-    if torch._dynamo.config.assume_static_by_default:
-        return True  # or it would be no input
-    from torch._dynamo.pgo import CodeId, auto_dynamic, get_code_state  # noqa: PLC0415 - as above
-    from torch._dynamo.symbolic_convert import InstructionTranslator  # noqa: PLC0415 - as above
-
-    source = getattr(placeholder.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", None)
-    try:
-        tx: Any = InstructionTranslator.current_tx()
-        state = get_code_state()[CodeId.make(tx.f_code, tx.closure)].automatic_dynamic
-    except AttributeError:  # nothing is being compiled
-        return True
-    return not isinstance(name, str) or name not in state or state[name].scalar is auto_dynamic
 
 
 def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:

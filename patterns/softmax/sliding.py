@@ -52,8 +52,7 @@ from attncc.patterns.site import (
 )
 from attncc.patterns.softmax.sums_of_softmaxes import Term
 
-aten = torch.ops.aten
-_PADS = (aten.pad.default, aten.constant_pad_nd.default)
+_PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 _COLUMN, _ROW, _KEY, _DEPTH = Index("t"), Index("row"), Index("key"), Index("d")
 
 
@@ -160,15 +159,13 @@ class _Slide:
         placed = and_(ge(own, ZERO), lt(own, self.columns), lt(row, keys))
         sees = None if visible is None else simplify(and_(placed, substitute(visible, {_COLUMN: own})), self.extents)
         if sees is None or not self.reach.proves((), sees):
-            reason = because("window-empty-row")
-            raise Unreadable(self.term.anchor.node, reason)
+            raise Unreadable(self.term.anchor.node, because("window-empty-row"))
 
     def _read(self, context: Context) -> Expr:
         """The scores of columns of which the conditions are known."""
         anchor, pair = self.term.anchor, frozenset[Expr]({_COLUMN, self.values.rows[-1]})
         reader = Reader(self.f, self.frame.use, dict(self.extents), pair=pair, reach=self.reach, context=context)
-        score = reader.value_at(anchor.scores, self.at, anchor.read_at(self.f))
-        self.lost = reader.lost
+        score, self.lost = reader.value_at(anchor.scores, self.at, anchor.read_at(self.f)), reader.lost
         return score
 
     def _score(self, context: Context) -> tuple[Expr, Product]:
@@ -393,11 +390,10 @@ def _effort(at: Point) -> tuple[int, int]:
 
 def _below_pad(f: Facts, n: fx.Node, at: Point, extents: dict[Expr, Expr]) -> Move | None:
     """Where the element comes from, if it was not filled in."""
-    source: Any = n.args[0]
     pads: Any = argument(n, "pad")
     if has_argument(n, "mode") and argument(n, "mode") != "constant":
         return None
     point = list(at)
     for pair in range(len(pads) // 2):
         point[-1 - pair] = simplify(sub(point[-1 - pair], f.size(pads[2 * pair])), extents)
-    return source, tuple(point)
+    return n.all_input_nodes[0], tuple(point)

@@ -12,8 +12,8 @@ import transformers
 from parameters.thinned import thinned
 from torch import Tensor, fx
 
-from attncc import torch_private
 from attncc.driver import capture, repeats
+from attncc.torch_private import floats
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def shadow(function: Callable[..., Any], *inputs: Any, dynamic: bool | None = No
     found: list[capture.Reading] = []
 
     def backend(gm: fx.GraphModule, arguments: list[Any]) -> Any:
-        torch_private.ask_for_known_floats(gm)
+        floats.ask_for_known_floats(gm)
         found.append(capture.read(gm, arguments))
         return gm.forward
 
