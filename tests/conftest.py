@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from zlib import crc32
@@ -39,6 +40,8 @@ def part(nodeid: str, parts: int) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of what a shell runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("ATTNCC_STRICT", "1")  # an error that nobody foresaw fails the test that meets it
     for line in MARKERS:
         config.addinivalue_line("markers", line)
@@ -47,9 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
 #: The files that take longest, which start first: nothing is left to do beside one that starts last.
 LONGEST = (
     "zoo/test_zoo.py", "differential/test_failures.py", "differential/test_cpp_forms.py", "differential/test_triton.py",
-    "differential/test_lift_random.py", "differential/test_driver.py", "unit/test_triton_compile.py",
-    "differential/test_cpp_decode.py", "differential/test_cpp_levels.py", "differential/test_tile_order.py",
-    "zoo/test_memory.py",
+    "distributed/test_sharded.py", "differential/test_lift_random.py", "differential/test_driver.py",
+    "unit/test_triton_compile.py", "differential/test_cpp_decode.py", "differential/test_cpp_levels.py",
+    "differential/test_tile_order.py", "zoo/test_memory.py",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from attncc.codegen.torch_form import run_part, whole_ranges
 from attncc.ir import Attention, Axis
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.ir.expr import loads
-from attncc.kernels.made_up import MadeUp, attempts, reads_through_data
+from attncc.kernels.made_up import MadeUp, attempts, blank, reads_through_data
 from attncc.runtime.cpp import CppKernelError
 from attncc.runtime.op import Kernel
 from attncc.runtime.outputs import shapes_of
@@ -59,6 +59,7 @@ def wrong(kernel: Kernel, a: Attention, extra: Extra | None = None) -> str | Non
             try:
                 if extra is not None:
                     named |= extra(named, data.sizes)
+                    named |= {t.name: blank(t, data.sizes, a) for t in a.tensors if t.name not in named}
                 tensors = [named[t.name] for t in a.tensors]
                 references = [_Reference(a, tensors, data.sizes, part) for part in parts]
             except (IndexError, ZeroDivisionError, RuntimeError) as error:

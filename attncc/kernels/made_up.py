@@ -53,6 +53,12 @@ def attempts(a: Attention, count: int) -> Iterator[MadeUp]:
             yield MadeUp([draw(t, shape) for t, shape in zip(a.tensors, shapes, strict=False)], list(sizes))
 
 
+def blank(t: Tensor, sizes: Sequence[int], a: Attention) -> torch.Tensor:
+    """A tensor that `a` declares and does not read."""
+    table = dict(zip(a.sizes, sizes, strict=True))
+    return torch.zeros([at_sizes(n, table) for n in t.shape], dtype=DTYPE_OF[t.dtype])
+
+
 def reads_through_data(a: Attention) -> bool:
     """Whether what one tensor holds says where another is read: not everything that is drawn then lies inside it."""
     every = loads(*a.expressions())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters.thinned import thinned
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -86,13 +87,18 @@ def checked(model: Callable[..., Q], dtype: torch.dtype, *, grad: bool, dynamic:
     return found
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("scale", "temperature of a size", "soft cap", "window", "two softmaxes", "product")
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[] if x in QUICK else [pytest.mark.full]) for x in MODELS])
 def test_one_graph_serves_every_value(name: str) -> None:
     checked(MODELS[name], torch.float32, grad=False)
 
 
-@pytest.mark.parametrize("name", ["scale", "slope", "two softmaxes"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    thinned(["scale", "slope", "two softmaxes"], [torch.float32, torch.float64, torch.bfloat16]),
+)
 def test_with_gradients(name: str, dtype: torch.dtype) -> None:
     checked(MODELS[name], dtype, grad=True)
 

@@ -112,7 +112,7 @@ def work(layers: int, windows: tuple[int | None, ...], dynamic: bool, monkeypatc
 @torch.no_grad()
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_more_layers_of_four_kinds_are_no_more_to_trace_or_plan(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    few, many = (work(layers, (5, None), dynamic, monkeypatch) for layers in (8, 24))
+    few, many = (work(layers, (5, None), dynamic, monkeypatch) for layers in (8, 16))
     assert few["call_function"] == many["call_function"] > 0
     assert few["run"] == many["run"] == 4
 
@@ -121,8 +121,8 @@ def test_more_layers_of_four_kinds_are_no_more_to_trace_or_plan(dynamic: bool, m
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_work_grows_with_layers_that_differ_and_no_faster(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer has a window of its own: every further one costs as much as the one before."""
-    counts = [work(n, tuple(range(2, 2 + n)), dynamic, monkeypatch) for n in (4, 8, 12)]
-    assert [c["run"] for c in counts] == [4, 8, 12]
+    counts = [work(n, tuple(range(2, 2 + n)), dynamic, monkeypatch) for n in (4, 6, 8)]
+    assert [c["run"] for c in counts] == [4, 6, 8]
     for name in ("call_function", "_read"):
         first, second = counts[1][name] - counts[0][name], counts[2][name] - counts[1][name]
         assert second <= first, name

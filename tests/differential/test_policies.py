@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from parameters.thinned import thinned
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -242,9 +243,12 @@ def test_sequences_of_a_batch_do_not_see_each_other(policy: Policy, rule: Rule) 
     assert torch.equal(other.flip(0), out)
 
 
-@pytest.mark.parametrize("s", [SITUATIONS[1], SITUATIONS[2], SITUATIONS[4], SITUATIONS[6], SITUATIONS[9]], ids=str)
-@pytest.mark.parametrize(("policy", "rule"), named)
-def test_kernels_run_what_is_kept(policy: Policy, rule: Rule, s: Situation) -> None:
+KERNELS = thinned(range(len(CASES)), [SITUATIONS[at] for at in (1, 2, 4, 6, 9)])
+
+
+@pytest.mark.parametrize(("number", "s"), KERNELS, ids=str)
+def test_kernels_run_what_is_kept(number: int, s: Situation) -> None:
+    policy, rule = CASES[number]
     data = s.tensors()
     p = verify_program(standard().run(applied(policy, s.attention())))
     values = dict(data)

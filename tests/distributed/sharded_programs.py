@@ -66,14 +66,17 @@ def start(rank: int, world: int, folder: str) -> Any:
 
 
 def forms(rank: int, world: int, folder: str, results: Any) -> None:
-    """Each form, each placement, with gradients of everything."""
+    """Each form, with gradients of everything; each placement where there are more than two processes, which are not
+    tried on every change."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor  # noqa: PLC0415 - heavy
 
     from attncc.driver.backend import Collected, collecting  # noqa: PLC0415 - after the environment is set
 
     mesh = start(rank, world, folder)
+    same, batch, heads, rows = Replicate(), Shard(0), Shard(1), Shard(2)
+    places = {"grouped": (batch, heads), "plain": (same, rows), "sigmoid": (heads,)}
     for name, (form, kv) in FORMS.items():
-        for place in (Replicate(), Shard(0), Shard(1), Shard(2)):
+        for place in places[name] if world == 2 else (same, batch, heads, rows):
             torch.manual_seed(0)
             torch._dynamo.reset()
             whole = [torch.randn(world, h * world // 2, 12, 8) for h in (4, kv, kv)] + [torch.randn(12, 12)]

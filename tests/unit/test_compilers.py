@@ -198,7 +198,7 @@ def test_a_file_that_only_looks_like_a_program(monkeypatch: pytest.MonkeyPatch, 
 def test_a_program_that_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNCC_CXX", "/bin/false")
     monkeypatch.delenv("ATTNCC_ISA", raising=False)
-    with pytest.raises(cpp.KernelError, match="/bin/false compiles for none of"):
+    with pytest.raises(cpp.CppKernelError, match="/bin/false compiles for none of"):
         cpp.detect_isa()
 
 

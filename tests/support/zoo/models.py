@@ -53,7 +53,7 @@ QUICK = frozenset({
     "number-of-keys",
     "branches", "sampling", "classifier", "pseudo-inverse", "changed-weights", "slots",
     "llama-eager", "llama-left-padded", "llama-dynamic", "gemma2", "gpt-oss-sinks", "deepseek-v3", "bloom",
-    "bert-eager", "modernbert", "t5", "bart", "swinv2", "wav2vec2-conformer", "unet-plain", "sd3", "sam-vision-sdpa",
+    "bert-eager", "modernbert", "t5", "bart", "swinv2", "sam-vision-sdpa",
 })  # fmt: skip
 
 assert {case.name for case in CASES} >= QUICK
