@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from zlib import crc32
@@ -76,6 +77,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if config.option.shard:
         n, of = config.option.shard
         terminalreporter.write_line(f"of the tests marked `full` these were part {n} of {of}: --shard {n}/{of}")
+
+
+@pytest.fixture(autouse=True)
+def _no_notices_of_others() -> None:
+    """What a kernel of another test left to be said is not said in this one's report."""
+    module = sys.modules.get("attncc.runtime.notices")
+    if module is not None:
+        module.taken()
 
 
 @pytest.fixture
