@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from attncc.ir import Access, Attention, Const, Expr, Size, Tensor, print_attention
+from attncc.ir import Attention, Const, Expr, Size, Tensor, print_attention
 from attncc.ir.analysis import Shard, shardable_axes
 from attncc.ir.build import add
 from attncc.ir.expr import loads, mentions
@@ -137,11 +137,11 @@ def _rows_of(
     first, length = (Size(next(n for k in counter() if (n := f"{word}{k or ''}") not in taken))
                      for word in ("first", "rows"))  # fmt: skip
     part = _number(a.i.extent, numbers) // count
-    q, k, v, read = a.q, a.k, a.v, a.tensor(rows.tensor)
+    read = a.tensor(rows.tensor)
     shape = tuple(length if d == rows.dim else n for d, n in enumerate(read.shape))
     moved = a.substitute({a.i.index: add(a.i.index, first)})
     own = replace(
-        moved, q=Access(q.tensor, q.index), k=k, v=v, i=replace(a.i, extent=length), sizes=(*a.sizes, first, length),
+        moved, q=a.q, i=replace(a.i, extent=length), sizes=(*a.sizes, first, length),
         tensors=tuple(replace(t, shape=shape) if t is read else t for t in a.tensors),
     )  # fmt: skip
     return own, numbers | {first: place * part, length: part}

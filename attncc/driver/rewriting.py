@@ -118,7 +118,7 @@ def _fuse(
 
 def left_alone(site: Site, reason: Reason) -> Site:
     """The record of a site that was fused, or decided on, in a graph that is compiled as it came."""
-    kept = replace(site, reason=str(reason), code=reason.code, became="original graph")
+    kept = replace(site, reason=str(reason), code=reason.codes, became="original graph")
     return site if site.status == "refused" else replace(kept, status="kept")
 
 

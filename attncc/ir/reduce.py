@@ -90,19 +90,16 @@ def interpret_reduce(
         none = ev(a.none).expand([*whole[:-1], 1]).squeeze(-1)
         if type(whole[-1]) is int and whole[-1] == 0:
             return none
-        if a.op == "sum":
-            found = torch.where(seen, value, torch.zeros_like(value)).sum(-1)
-        else:
-            least, most = _limits(value.dtype)
-            found = _REDUCE[a.op](torch.where(seen, value, torch.full_like(value, most if a.op == "min" else least)))
+        found = _REDUCE[a.op](torch.where(seen, value, torch.full_like(value, _neutral(a.op, value.dtype))))
         return torch.where(seen.any(-1), found, none.to(found.dtype))
 
     return {"out": _in_parts(shape, part).to(compute if compute and a.dtype == "f32" else DTYPE_OF[a.dtype])}
 
 
-def _limits(dtype: torch.dtype) -> tuple[float, float]:
+def _neutral(reduction: Reduction, dtype: torch.dtype) -> float:
+    """What changes nothing of a reduction."""
     info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
-    return info.min, info.max
+    return {"min": info.max, "max": info.min, "sum": 0}[reduction]
 
 
 def _in_parts(shape: Sequence[int], part: Callable[[slice | None], torch.Tensor]) -> torch.Tensor:

@@ -30,7 +30,6 @@ class Places:
 
     row: Expr
     key: Expr
-    start: Expr
     length: Expr
     head: Expr | None
     causal: bool
@@ -86,7 +85,7 @@ def places(a: Attention, start: Expr = ZERO, last: Expr | None = None) -> Places
             return None
         row = a.i.index if last is None else minimum(maximum(a.i.index, start), last)
     head = a.batch[-1].index if len(a.batch) > 1 else None
-    return Places(sub(row, start), sub(a.j.index, start), start, sub(a.j.extent, start), head, causal)
+    return Places(sub(row, start), sub(a.j.index, start), sub(a.j.extent, start), head, causal)
 
 
 def no_distance(a: Attention) -> Reason | None:
@@ -107,12 +106,12 @@ def _last_key(a: Attention) -> Expr | None:
     return None
 
 
-def kv_head(a: Attention, head: Expr) -> tuple[Expr, int]:
-    """The number of the head of keys that a query head reads, and how many query heads share one."""
+def kv_head(a: Attention, head: Expr) -> Expr:
+    """The number of the head of keys that a query head reads."""
     for x in a.k.index:
         if isinstance(x, Op) and x.name == "floordiv" and x.args[0] is head and isinstance(x.args[1], Const):
-            return x, int(x.args[1].value)
-    return head, 1
+            return x
+    return head
 
 
 def _end(a: Attention, reduction: Reduction) -> Reduce | None:

@@ -51,6 +51,5 @@ class Strides:
         assert at.head is not None
         (extent,) = (x.extent for x in a.batch if x.index is at.head)
         heads = int(extent.value) if isinstance(extent, Const) else self.stride
-        group, _ = kv_head(a, at.head)
-        shifted = add(keys, mul(group, Const(max(1, self.stride // heads))))
+        shifted = add(keys, mul(kv_head(a, at.head), Const(max(1, self.stride // heads))))
         return or_(lt(sub(rows, keys), local), eq(mod(shifted, stride), ZERO))
