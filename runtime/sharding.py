@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import count as counter
 from typing import Any
 
 import torch
 
 from attncc.ir import Attention, Const, Expr, Size, Tensor, print_attention
 from attncc.ir.analysis import Shard, shardable_axes
+from attncc.ir.attention import fresh_name
 from attncc.ir.build import add
 from attncc.ir.expr import loads, mentions
 from attncc.runtime.outputs import signature_of
@@ -134,8 +134,7 @@ def _rows_of(
 ) -> tuple[Attention, dict[Expr, int]]:  # fmt: skip
     """One part of the rows: expressions see where it begins, a size of the call, so that all parts share a kernel."""
     taken = {x.name for x in (*a.axes, *a.sizes, *a.tensors)}
-    first, length = (Size(next(n for k in counter() if (n := f"{word}{k or ''}") not in taken))
-                     for word in ("first", "rows"))  # fmt: skip
+    first, length = (Size(fresh_name(word, taken)) for word in ("first", "rows"))
     part = _number(a.i.extent, numbers) // count
     read = a.tensor(rows.tensor)
     shape = tuple(length if d == rows.dim else n for d, n in enumerate(read.shape))

@@ -9,7 +9,7 @@ Operands are a source tensor and an access map, so grouped heads, broadcasts and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -143,3 +143,10 @@ class Attention:
             q=access(self.q), k=access(self.k), v=access(self.v), score=on(self.score), mask=on(self.mask),
             sink=None if self.sink is None else on(self.sink), weight=on(self.weight),
         )  # fmt: skip
+
+
+def fresh_name(name: str, taken: Collection[str]) -> str:
+    """`name`, with as many underscores behind it as make it none of `taken`."""
+    while name in taken:
+        name += "_"
+    return name

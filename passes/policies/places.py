@@ -11,12 +11,12 @@ causal mask, rows that are padding themselves stand at the end of the sequence t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Protocol
 
 from attncc.ir import Attention, Expr, Load, Program, Reduce, Step
 from attncc.ir.affine import expr, poly
 from attncc.ir.analysis import members
+from attncc.ir.attention import fresh_name
 from attncc.ir.build import ONE, ZERO, and_, maximum, minimum, sub
 from attncc.ir.expr import Const, Op, free, loads, mentions
 from attncc.ir.reasons import Reason, because
@@ -66,7 +66,7 @@ def _hidden(step: Step, a: Attention, policy: Policy, taken: set[str]) -> list[S
         if node is None:
             break
         made.append(_step(node, step, name, taken))
-        own = _fresh(name, {x.name for x in (*a.axes, *a.sizes, *a.tensors)})
+        own = fresh_name(name, {x.name for x in (*a.axes, *a.sizes, *a.tensors)})
         ends.append(Load(own, tuple(x.index for x in node.axes), "int"))
         a = replace(a, tensors=(*a.tensors, replace(node.gives[0], name=own)))
     at = places(a, *ends)
@@ -129,7 +129,7 @@ def _end(a: Attention, reduction: Reduction) -> Reduce | None:
 def _step(node: Reduce, beside: Step, name: str, taken: set[str]) -> Step:
     """A step that reads what another one does."""
     value = dict(zip((t.name for t in beside.node.tensors), beside.arguments, strict=False))
-    result = _fresh(name, taken)
+    result = fresh_name(name, taken)
     taken.add(result)
     return Step((result,), node, tuple(value[t.name] for t in node.tensors), beside.sizes)
 
@@ -137,8 +137,4 @@ def _step(node: Reduce, beside: Step, name: str, taken: set[str]) -> Step:
 def _bounds_rows(x: Expr, a: Attention) -> bool:
     """Whether a part of a mask is a causal one by positions that are data."""
     return isinstance(x, Op) and x.name in ("le", "lt") and _last_key(replace(a, mask=x)) is not None
-
-
-def _fresh(name: str, taken: set[str]) -> str:
-    return next(x for n in count() if (x := f"{name}{n or ''}") not in taken)
 

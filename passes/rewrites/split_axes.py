@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from attncc.ir import Attention, Axis, Const, Expr, Op, Program, Rearrange, Size, Step, Tensor, kind_of
 from attncc.ir.affine import divide, simplify
+from attncc.ir.attention import fresh_name
 from attncc.ir.build import ONE, ZERO, add, mul
 from attncc.ir.rewrite import substitute
 from attncc.ir.terms import free, walk
@@ -129,7 +130,7 @@ def _split(
     a: Attention, axis: Axis, quotient: Const | Size, by: Const | Size
 ) -> tuple[Attention, tuple[str, str]]:  # fmt: skip
     taken = {x.name for x in a.axes} | {s.name for s in a.sizes} | {t.name for t in a.tensors}
-    outer, inner = (Axis(_fresh(f"{axis.name}{n}", taken), e) for n, e in ((0, quotient), (1, by)))
+    outer, inner = (Axis(fresh_name(f"{axis.name}{n}", taken), e) for n, e in ((0, quotient), (1, by)))
     at = a.batch.index(axis)
     batch = (*a.batch[:at], outer, inner, *a.batch[at + 1 :])
     layout = [n for name in a.layout for n in ((outer.name, inner.name) if name == axis.name else (name,))]
@@ -138,8 +139,3 @@ def _split(
     extents: dict[Expr, Expr] = {x.index: x.extent for x in result.axes}
     return map_expressions(result, lambda x: simplify(x, extents)), (outer.name, inner.name)
 
-
-def _fresh(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    return name

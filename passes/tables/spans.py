@@ -23,6 +23,7 @@ import torch
 
 from attncc.ir import Attention, Bounds, Expr, Load, Op, Tensor, W
 from attncc.ir.analysis import blocks_of, comparison_sides
+from attncc.ir.attention import fresh_name
 from attncc.ir.build import FALSE, ONE, TRUE, ZERO, add, and_, const, le, lt, op, where
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.interpret import extent, size_table
@@ -99,11 +100,11 @@ def spanned(a: Attention, group: int = 64, *, by_looking: Looked = "all") -> Spa
     def find(literal: Expr) -> Expr:
         literals.append(literal)
         if reads(literal, j) and literal not in spans and literal not in maps:
-            span = _span(literal, a, _fresh(f"span{len(spans)}", taken))
+            span = _span(literal, a, fresh_name(f"span{len(spans)}", taken))
             if span is not None:
                 spans[literal] = replace(span, else_all=literal in fills)
             elif not by_pair(literal, a) or by_looking == "all" or (by_looking == "quick" and quick(literal, a)):
-                made = block_map(literal, a, _fresh(f"map{len(maps)}", taken), group)
+                made = block_map(literal, a, fresh_name(f"map{len(maps)}", taken), group)
                 maps[literal] = replace(made, else_all=literal in fills)
             else:
                 left_out.append(literal)
@@ -161,12 +162,6 @@ def _fills(a: Attention) -> list[Expr]:
 def _between(span: Span, first: int, end: int, j: Expr) -> Expr:
     lo, hi = (Load(span.tensor.name, (*span.index, const(n)), "int") for n in (first, end))
     return and_(le(lo, j), lt(j, hi))
-
-
-def _fresh(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    return name
 
 
 def _span(literal: Expr, a: Attention, name: str) -> Span | None:
