@@ -35,3 +35,8 @@ class Choice:
 def settled(fused: bool, speedup: float | None, decision: Decision) -> Choice:
     """What a measurement decided."""
     return Choice(fused, speedup, because("faster" if fused else "slower", decision.reason))
+
+
+def unmeasured(trains: bool, why: str) -> Choice:
+    """What becomes of sites that cannot be measured: fused in inference, kept in training."""
+    return Choice(not trains, None, because("training-not-measured" if trains else "not-measured", why))

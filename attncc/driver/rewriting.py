@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from attncc.driver import capture, describe
-from attncc.driver.candidate import Candidate, Choice
+from attncc.driver.candidate import Candidate, Choice, unmeasured
 from attncc.driver.edit import Editor, source_text
 from attncc.driver.graph_edits import GraphEdits, copied
 from attncc.driver.selection import decide
@@ -282,9 +282,8 @@ def _verdict(
     if not measure:
         return Choice(True, None, because("measuring-off"))
     if spread:
-        trains = any(p.learned for p in proposals)
         why = "its tensors are distributed, and all processes must decide alike"
-        return Choice(not trains, None, because("training-not-measured" if trains else "not-measured", why))
+        return unmeasured(any(p.learned for p in proposals), why)
     parts = [
         Candidate(site, p.final, p.spec, made, p.learned)
         for site, p, made in zip(group.sites, proposals, kernels, strict=True)

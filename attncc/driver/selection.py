@@ -15,7 +15,7 @@ from torch import fx
 
 from attncc import torch_private
 from attncc.driver.baseline import Trial, Untimeable, autocast_at, hint, looks, trial
-from attncc.driver.candidate import Candidate, Choice, settled
+from attncc.driver.candidate import Candidate, Choice, settled, unmeasured
 from attncc.driver.floors import products, too_large
 from attncc.driver.training import Training
 from attncc.driver.training_selection import decide_steps, last_line
@@ -48,7 +48,7 @@ def decide(parts: Sequence[Candidate], facts: Facts, training: Training) -> Choi
             data = trial([p.site for p in parts], facts, training.nodes if trains else ())
             _decided[same] = _measure(parts, spec, data, training.recomputed)
     except Untimeable as error:
-        return Choice(not trains, None, because("training-not-measured" if trains else "not-measured", str(error)))
+        return unmeasured(trains, str(error))
     return _decided[same]
 
 
