@@ -16,7 +16,7 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from attncc import torch_private
-from attncc.ir import Attention, Correct, Expr, Merge, Node, Program, Rearrange, kind_of, print_attention
+from attncc.ir import Attention, Correct, Expr, Merge, Node, Program, Rearrange, Table, kind_of, print_attention
 from attncc.ir.evaluate import DTYPE_OF, int_value
 
 #: A size of a call: a number, or the node that holds it.
@@ -55,7 +55,7 @@ def lower(
 
 def is_direct(node: Node) -> bool:
     """Whether the interpreter of a node only calls methods of its tensors, so that stand-ins can be passed."""
-    return isinstance(node, Merge | Rearrange) or (isinstance(node, Correct) and node.all_views)
+    return isinstance(node, Merge | Rearrange | Table) or (isinstance(node, Correct) and node.all_views)
 
 
 def _node(x: Any) -> Extent:

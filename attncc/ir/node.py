@@ -24,6 +24,7 @@ from attncc.ir.merge import Merge, interpret_merge, parse_merge, print_merge, ve
 from attncc.ir.rearrange import Rearrange, interpret_rearrange, parse_rearrange, print_rearrange, verify_rearrange
 from attncc.ir.reduce import Reduce, interpret_reduce, parse_reduce, print_reduce, verify_reduce
 from attncc.ir.select import Select, interpret_select, parse_select, print_select, verify_select
+from attncc.ir.table import Table, interpret_table, parse_table, print_table, verify_table
 from attncc.ir.verify import verify
 from attncc.ir.verify_linear import verify_linear
 
@@ -76,7 +77,7 @@ def _linear(
     return found if compute else {t.name: found[t.name].to(DTYPE_OF[t.dtype]) for t in _of_linear(a)}
 
 
-def _own(a: Merge | Correct | Layout | Rearrange | Select | Reduce) -> tuple[Tensor, ...]:
+def _own(a: Merge | Correct | Layout | Rearrange | Select | Reduce | Table) -> tuple[Tensor, ...]:
     return a.gives
 
 
@@ -89,6 +90,7 @@ KINDS = (
     Kind("layout", Layout, _own, verify_layout, interpret_layout, print_layout, parse_layout),
     Kind("select", Select, _own, verify_select, interpret_select, print_select, parse_select),
     Kind("reduce", Reduce, _own, verify_reduce, interpret_reduce, print_reduce, parse_reduce),
+    Kind("table", Table, _own, verify_table, interpret_table, print_table, parse_table),
 )
 _BY_TYPE = {kind.type: kind for kind in KINDS}
 _BY_TITLE = {kind.title: kind for kind in KINDS}

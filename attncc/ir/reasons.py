@@ -144,6 +144,7 @@ SENTENCES: dict[str, str] = {
     # --- policies of a plan
     "policy-no-distance": "rows and keys have no positions in common (as in cross attention): it has no distances",
     "policy-no-heads": "it has no axis of heads, which the rule differs over",
+    "policy-other-heads": "it has {} heads, the plan speaks of head {}",
     "policy-other-grid": "its tokens are no grid of {}",
     # --- the driver
     "weights-needed": "its scores or weights are used elsewhere too, by {}, and so must exist",

@@ -11,7 +11,8 @@ from typing import ClassVar
 from attncc.ir import Attention, Const, Expr, Program
 from attncc.ir.build import eq, floordiv
 from attncc.ir.reasons import Reason
-from attncc.passes.policies.places import Places, hide, no_distance
+from attncc.passes.policies.hiding import Form, Hiding, hide
+from attncc.passes.policies.places import no_distance
 from attncc.passes.protocol import Legality
 
 
@@ -28,10 +29,11 @@ class Chunks:
             raise ValueError(f"size is at least 1, not {self.size}")
 
     def __call__(self, p: Program, /) -> Program:
-        return hide(p, self)
+        return hide(p, Form(self))
 
     def applies(self, a: Attention) -> Reason | None:
         return no_distance(a)
 
-    def keep(self, at: Places, a: Attention) -> Expr:
+    def keep(self, site: Hiding) -> Expr:
+        at = site.positions
         return eq(floordiv(at.row, Const(self.size)), floordiv(at.key, Const(self.size)))

@@ -11,12 +11,10 @@ causal mask, rows that are padding themselves stand at the end of the sequence t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-from attncc.ir import Attention, Expr, Load, Program, Reduce, Step
+from attncc.ir import Attention, Expr, Reduce
 from attncc.ir.affine import expr, poly
 from attncc.ir.analysis import members
-from attncc.ir.attention import fresh_name
 from attncc.ir.build import ONE, ZERO, and_, maximum, minimum, sub
 from attncc.ir.expr import Const, Op, free, loads, mentions
 from attncc.ir.reasons import Reason, because
@@ -33,46 +31,6 @@ class Places:
     length: Expr
     head: Expr | None
     causal: bool
-
-
-class Policy(Protocol):
-    """A closed-form rule: which keys a row keeps of those that the model's own mask leaves it."""
-
-    def applies(self, a: Attention) -> Reason | None: ...
-
-    def keep(self, at: Places, a: Attention) -> Expr: ...
-
-
-def hide(p: Program, policy: Policy) -> Program:
-    """mask  ->  mask and keep, in each attention that the policy applies to; `p` itself where there is none."""
-    steps: list[Step] = []
-    taken = set(p.values())
-    for step in p.steps:
-        a = step.node
-        if isinstance(a, Attention) and policy.applies(a) is None:
-            steps += _hidden(step, a, policy, taken)
-        else:
-            steps.append(step)
-    return p if steps == list(p.steps) else replace(p, steps=tuple(steps))
-
-
-def _hidden(step: Step, a: Attention, policy: Policy, taken: set[str]) -> list[Step]:
-    """The attention with its mask, behind the steps that find the ends of the sequences where data decides them."""
-    made: list[Step] = []
-    ends: list[Expr] = []
-    wanted: dict[str, Reduction] = {"start": "min"} if _last_key(a) is not None else {"start": "min", "last": "max"}
-    for name, reduction in wanted.items():
-        node = _end(a, reduction)
-        if node is None:
-            break
-        made.append(_step(node, step, name, taken))
-        own = fresh_name(name, {x.name for x in (*a.axes, *a.sizes, *a.tensors)})
-        ends.append(Load(own, tuple(x.index for x in node.axes), "int"))
-        a = replace(a, tensors=(*a.tensors, replace(node.gives[0], name=own)))
-    at = places(a, *ends)
-    assert at is not None  # or the policy does not apply
-    arguments = (*step.arguments, *(x.results[0] for x in made))
-    return [*made, replace(step, node=replace(a, mask=and_(a.mask, policy.keep(at, a))), arguments=arguments)]
 
 
 def places(a: Attention, start: Expr = ZERO, last: Expr | None = None) -> Places | None:
@@ -114,6 +72,14 @@ def kv_head(a: Attention, head: Expr) -> Expr:
     return head
 
 
+def ends_of(a: Attention) -> dict[str, Reduce]:
+    """The nodes that find `start`, and `last` where no causal mask does, of each sequence; none where no data hides
+    keys."""
+    wanted: dict[str, Reduction] = {"start": "min"} if _last_key(a) is not None else {"start": "min", "last": "max"}
+    nodes = {name: _end(a, reduction) for name, reduction in wanted.items()}
+    return {name: node for name, node in nodes.items() if node is not None}
+
+
 def _end(a: Attention, reduction: Reduction) -> Reduce | None:
     """The first or the last key which data leaves each sequence, or each row of one; None where no data hides keys."""
     parts = [x for x in members("and", a.mask) if loads(x) and mentions(x, a.j.index) and not _bounds_rows(x, a)]
@@ -126,15 +92,6 @@ def _end(a: Attention, reduction: Reduction) -> Reduce | None:
     return Reduce(a.sizes, axes, a.j, tensors, reduction, a.j.index, seen, ZERO)
 
 
-def _step(node: Reduce, beside: Step, name: str, taken: set[str]) -> Step:
-    """A step that reads what another one does."""
-    value = dict(zip((t.name for t in beside.node.tensors), beside.arguments, strict=False))
-    result = fresh_name(name, taken)
-    taken.add(result)
-    return Step((result,), node, tuple(value[t.name] for t in node.tensors), beside.sizes)
-
-
 def _bounds_rows(x: Expr, a: Attention) -> bool:
     """Whether a part of a mask is a causal one by positions that are data."""
     return isinstance(x, Op) and x.name in ("le", "lt") and _last_key(replace(a, mask=x)) is not None
-

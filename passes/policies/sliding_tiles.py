@@ -13,7 +13,8 @@ from typing import ClassVar
 from attncc.ir import Attention, Const, Expr, Program
 from attncc.ir.build import and_, floordiv, le, maximum, minimum, mod, sub
 from attncc.ir.reasons import Reason, because
-from attncc.passes.policies.places import Places, hide, no_distance
+from attncc.passes.policies.hiding import Form, Hiding, hide
+from attncc.passes.policies.places import no_distance
 from attncc.passes.protocol import Legality
 
 
@@ -40,7 +41,7 @@ class SlidingTiles:
             raise ValueError(f"a window is an odd number of tiles a side, not {_by(self.window)}")
 
     def __call__(self, p: Program, /) -> Program:
-        return hide(p, self)
+        return hide(p, Form(self))
 
     def applies(self, a: Attention) -> Reason | None:
         tokens = Const(prod(self.grid))
@@ -48,7 +49,8 @@ class SlidingTiles:
             return because("policy-other-grid", _by(self.grid))
         return no_distance(a)
 
-    def keep(self, at: Places, a: Attention) -> Expr:
+    def keep(self, site: Hiding) -> Expr:
+        at = site.positions
         kept: list[Expr] = []
         step = prod(self.grid)
         for side, tile, window in zip(self.grid, self.tile, self.window, strict=True):

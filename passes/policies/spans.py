@@ -12,7 +12,8 @@ from typing import ClassVar
 from attncc.ir import Attention, Const, Expr, Program
 from attncc.ir.build import ONE, ZERO, add, and_, eq, floordiv, lt, maximum, mul, or_, sub
 from attncc.ir.reasons import Reason
-from attncc.passes.policies.places import Places, hide, no_distance
+from attncc.passes.policies.hiding import Form, Hiding, hide
+from attncc.passes.policies.places import no_distance
 from attncc.passes.protocol import Legality
 
 #: Shares of the length are kept as fractions of at most this denominator, so that they are computed with integers.
@@ -36,12 +37,13 @@ class Spans:
             raise ValueError(f"beta is from 0 to 1 and block at least 1, not {self.beta} and {self.block}")
 
     def __call__(self, p: Program, /) -> Program:
-        return hide(p, self)
+        return hide(p, Form(self))
 
     def applies(self, a: Attention) -> Reason | None:
         return no_distance(a)
 
-    def keep(self, at: Places, a: Attention) -> Expr:
+    def keep(self, site: Hiding) -> Expr:
+        at = site.positions
         part = Fraction(self.beta).limit_denominator(_MOST_PARTS)
         grown = floordiv(mul(at.length, Const(part.numerator)), Const(part.denominator * self.block))
         span = maximum(add(Const(self.alpha // self.block), grown), ONE)

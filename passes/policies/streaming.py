@@ -12,7 +12,8 @@ from typing import ClassVar
 from attncc.ir import Attention, Const, Expr, Program
 from attncc.ir.build import and_, lt, or_, sub
 from attncc.ir.reasons import Reason
-from attncc.passes.policies.places import Places, hide, no_distance
+from attncc.passes.policies.hiding import Form, Hiding, hide
+from attncc.passes.policies.places import no_distance
 from attncc.passes.protocol import Legality
 
 
@@ -30,12 +31,13 @@ class Streaming:
             raise ValueError(f"sinks is at least 0 and window at least 1, not {self.sinks} and {self.window}")
 
     def __call__(self, p: Program, /) -> Program:
-        return hide(p, self)
+        return hide(p, Form(self))
 
     def applies(self, a: Attention) -> Reason | None:
         return no_distance(a)
 
-    def keep(self, at: Places, a: Attention) -> Expr:
+    def keep(self, site: Hiding) -> Expr:
+        at = site.positions
         before, behind = sub(at.row, at.key), sub(at.key, at.row)
         window = Const(self.window)
         near = lt(before, window) if at.causal else and_(lt(before, window), lt(behind, window))

@@ -11,7 +11,8 @@ from typing import ClassVar
 from attncc.ir import Attention, Const, Expr, Program
 from attncc.ir.build import ZERO, add, eq, floordiv, lt, maximum, mod, mul, or_, sub
 from attncc.ir.reasons import Reason, because
-from attncc.passes.policies.places import Places, hide, kv_head, no_distance, places
+from attncc.passes.policies.hiding import Form, Hiding, hide
+from attncc.passes.policies.places import kv_head, no_distance, places
 from attncc.passes.protocol import Legality
 
 
@@ -34,7 +35,7 @@ class Strides:
             raise ValueError("block, local and stride are at least 1")
 
     def __call__(self, p: Program, /) -> Program:
-        return hide(p, self)
+        return hide(p, Form(self))
 
     def applies(self, a: Attention) -> Reason | None:
         found = places(a)
@@ -42,7 +43,8 @@ class Strides:
             return no_distance(a)
         return because("policy-no-heads") if found.head is None else None
 
-    def keep(self, at: Places, a: Attention) -> Expr:
+    def keep(self, site: Hiding) -> Expr:
+        at, a = site.positions, site.attention
         rows, keys = floordiv(at.row, Const(self.block)), floordiv(at.key, Const(self.block))
         local, stride = Const(self.local), Const(self.stride)
         if not at.causal:

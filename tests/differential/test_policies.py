@@ -20,7 +20,7 @@ from attncc.ir.reasons import because
 from attncc.kernels.build import built
 from attncc.passes.pipeline import PASSES, Pipeline, parse_pipeline, standard
 from attncc.passes.policies import Chunks, SlidingTiles, Spans, Streaming, Strides
-from attncc.passes.policies.places import Policy
+from attncc.passes.policies.hiding import Form, Policy, hide, misfit
 from attncc.runtime.outputs import signature_of
 
 B, D = 2, 8
@@ -250,7 +250,13 @@ KERNELS = thinned(range(len(CASES)), [SITUATIONS[at] for at in (1, 2, 4, 6, 9)])
 def test_kernels_run_what_is_kept(number: int, s: Situation) -> None:
     policy, rule = CASES[number]
     data = s.tensors()
-    p = verify_program(standard().run(applied(policy, s.attention())))
+    out = run_kernels(applied(policy, s.attention()), data, s)
+    assert_close(out.double(), masked(data, s, wanted(rule, data, s)), rtol=1e-5, atol=1e-5)
+
+
+def run_kernels(made_by: Program, data: dict[str, Tensor], s: Situation) -> Tensor:
+    """The output of a program after the passes, its attentions by their kernels and the rest by its interpreters."""
+    p = verify_program(standard().run(made_by))
     values = dict(data)
     for step in p.steps:
         given = [values[x] for x in step.arguments]
@@ -265,8 +271,7 @@ def test_kernels_run_what_is_kept(number: int, s: Situation) -> None:
             named_as_read = {t.name: x for t, x in zip(step.node.tensors, given, strict=True)}
             alone = replace(p, steps=(one,), inputs=step.node.tensors, outputs=step.results)
             values |= interpret_program(alone, named_as_read, s.sizes)
-    out = values[p.outputs[0]].reshape(B, s.heads, s.n, D)
-    assert_close(out.double(), masked(data, s, wanted(rule, data, s)), rtol=1e-5, atol=1e-5)
+    return values[p.outputs[0]].reshape(B, s.heads, s.n, D)
 
 
 def test_sliding_tiles() -> None:
@@ -325,3 +330,49 @@ def test_every_policy_is_approximate_and_can_be_named() -> None:
     names = [x for x, kind in PASSES.items() if kind.legality == "approximate"]
     assert names == ["streaming", "spans", "strides", "chunks", "sliding-tiles"]
     assert parse_pipeline("spans{alpha=512,beta=0.25,block=32}") == (Spans(512, 0.25, 32),)
+
+
+def by_head(a: Attention, *forms: Form) -> Program:
+    return verify_program(hide(program_of_node(a), *forms))
+
+
+HEADS = [x for x in SITUATIONS if x.heads > 1]
+
+
+@pytest.mark.parametrize("s", HEADS, ids=str)
+def test_each_head_keeps_what_its_own_form_keeps(s: Situation) -> None:
+    data = s.tensors()
+    forms = Form(Streaming(3, 7), (1,)), Form(Chunks(10), (0, s.heads - 1))
+    mask = kept(by_head(s.attention(), *forms), data, s)
+    rules = dict.fromkeys((0, s.heads - 1), chunks) | {1: streaming}
+    for h in range(s.heads):
+        assert torch.equal(mask[:, h], wanted(rules.get(h, lambda *_: True), data, s)[:, h])
+
+
+@pytest.mark.parametrize("s", thinned(HEADS), ids=str)
+def test_one_kernel_runs_heads_of_different_forms(s: Situation) -> None:
+    data = s.tensors()
+    forms = Form(Streaming(3, 7), (1,)), Form(Chunks(10), (0, s.heads - 1))
+    p = by_head(s.attention(), *forms)
+    out = run_kernels(p, data, s)
+    assert_close(out.double(), masked(data, s, kept(p, data, s)), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_whose_heads_are_decided_differently_share_a_kernel() -> None:
+    a = Situation("causal").attention()
+    one, other = (by_head(a, Form(Streaming(3, 7), heads)) for heads in ((1,), (0, 3)))
+    assert one.steps[-1].node == other.steps[-1].node
+    assert one != other
+
+
+def test_heads_that_all_take_one_form_read_no_table() -> None:
+    a = Situation("causal").attention()
+    assert by_head(a, Form(Chunks(10), (0, 1, 2, 3))) == by_head(a, Form(Chunks(10)))
+
+
+def test_forms_of_heads_that_are_not_there() -> None:
+    a = Situation("causal").attention()
+    assert misfit(a, Form(Chunks(10), (4,))) == because("policy-other-heads", "4", "4")
+    assert by_head(a, Form(Chunks(10), (4,))) == program_of_node(a)
+    one = parse_attention(print_attention(a).replace("b = 2, h = 4", "h = 4").replace("[b, ", "[0, "))
+    assert misfit(one, Form(Chunks(10), (0,))) == because("policy-no-heads")

@@ -1,0 +1,152 @@
+"""Hiding keys: the mask of an attention and what policies keep, one policy for all heads or one for each set of them.
+
+    mask  ->  mask and keep(i, j)                                                      one policy for all heads
+    mask  ->  mask and (form(h) = 0  or  form(h) = 1 and keep_1(h, i, j)  or ...)      one for each set; form 0 is exact
+
+`form` is read from a table, so that layers whose heads differ in their forms alone run one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import ClassVar, Protocol
+
+from attncc.ir import Attention, Axis, Const, Expr, Load, Node, Program, Step, Table, kind_of
+from attncc.ir.attention import fresh_name
+from attncc.ir.build import FALSE, and_, eq, or_
+from attncc.ir.reasons import Reason, because
+from attncc.passes.policies.places import Places, ends_of, places
+from attncc.passes.protocol import Legality
+
+
+class Hiding:
+    """One attention whose keys are being hidden: `attention` as it grows by what the rules read, `at` the positions of
+    its rows and keys, `before` the steps that make what it reads."""
+
+    def __init__(self, step: Step, a: Attention, taken: set[str]) -> None:
+        self.step, self.attention = step, a
+        self.before: list[Step] = []
+        self._arguments = dict(zip((t.name for t in a.tensors), step.arguments, strict=True))
+        self._taken = taken
+        ends = [self.made(node, name) for name, node in ends_of(a).items()]
+        self.at: Places | None = places(a, *ends)
+
+    @property
+    def positions(self) -> Places:
+        """`at`, for rules that apply only where there are positions."""
+        assert self.at is not None  # or the policy does not apply
+        return self.at
+
+    def made(self, node: Node, name: str) -> Load:
+        """A value of the step's own, made before the attention by a node whose tensors are the attention's, by name:
+        as the attention reads it, over the axes of the node that are the attention's as well.
+
+        The first tensor that the node gives counts, and has one dimension per axis of `node.axes`."""
+        return self.load(self.step_of(node, name), tuple(x.index for x in getattr(node, "axes", ())))
+
+    def step_of(self, node: Node, name: str) -> str:
+        """Adds a step before the attention, whose first result the attention reads; the name that it has there."""
+        a = self.attention
+        (first, *_) = kind_of(node).gives(node)
+        result = fresh_name(name, self._taken)
+        self._taken.add(result)
+        arguments = tuple(self._arguments[t.name] for t in node.tensors)
+        table = dict(zip(a.sizes, self.step.sizes, strict=True))
+        self.before.append(Step((result,), node, arguments, tuple(table[s] for s in node.sizes)))
+        own = fresh_name(name, {x.name for x in (*a.axes, *a.sizes, *a.tensors)})
+        self.attention = replace(a, tensors=(*a.tensors, replace(first, name=own)))
+        self._arguments[own] = result
+        return own
+
+    def load(self, name: str, index: tuple[Expr, ...]) -> Load:
+        """A load from a tensor that the attention reads."""
+        return Load(name, index, self.attention.tensor(name).kind)
+
+    def finish(self, keep: Expr) -> list[Step]:
+        """The steps: what is read, and the attention with the rest of its keys hidden."""
+        node = replace(self.attention, mask=and_(self.attention.mask, keep))
+        return [*self.before, replace(self.step, node=node, arguments=tuple(self._arguments.values()))]
+
+
+class Policy(Protocol):
+    """A rule which keys a row keeps of those that the model's own mask leaves it. A frozen dataclass, whose fields are
+    its parameters."""
+
+    name: ClassVar[str]
+    legality: ClassVar[Legality]
+
+    def applies(self, a: Attention) -> Reason | None:
+        """Why the rule means nothing for an attention, or None."""
+        ...
+
+    def keep(self, site: Hiding) -> Expr:
+        """What the rule keeps, a boolean over the batch, i and j; what it reads is made by `site`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Form:
+    """What some heads of an attention do: `heads` by their numbers, or all where it is None."""
+
+    policy: Policy
+    heads: tuple[int, ...] | None = None
+
+
+def hide(p: Program, *forms: Form) -> Program:
+    """The program with keys hidden in each attention that the policies apply to; `p` itself where there is none."""
+    steps: list[Step] = []
+    taken = set(p.values())
+    for step in p.steps:
+        a = step.node
+        hidden = isinstance(a, Attention) and all(misfit(a, form) is None for form in forms)
+        steps += _hidden(Hiding(step, a, taken), forms) if hidden and isinstance(a, Attention) else [step]
+    return p if steps == list(p.steps) else replace(p, steps=tuple(steps))
+
+
+def misfit(a: Attention, form: Form) -> Reason | None:
+    """Why an attention cannot take a form, or None."""
+    if form.heads is not None:
+        if not heads_of(a):
+            return because("policy-no-heads")
+        if any(not 0 <= h < head_count(a) for h in form.heads):
+            return because("policy-other-heads", str(head_count(a)), str(max(form.heads)))
+    return form.policy.applies(a)
+
+
+def heads_of(a: Attention) -> tuple[Axis, ...]:
+    """The axes that the heads of queries are counted through by: the batch axes after the first, where their extents
+    are known; none otherwise."""
+    axes = a.batch[1:]
+    return axes if all(isinstance(x.extent, Const) for x in axes) else ()
+
+
+def head_count(a: Attention) -> int:
+    """How many heads of queries there are; 1 where they cannot be told apart."""
+    return prod(int(x.extent.value) for x in heads_of(a) if isinstance(x.extent, Const))
+
+
+def _hidden(site: Hiding, forms: Sequence[Form]) -> list[Step]:
+    if len(forms) == 1 and forms[0].heads is None:
+        return site.finish(forms[0].policy.keep(site))
+    a = site.attention
+    numbers = _numbers(forms, head_count(a))
+    if 0 not in numbers and len(set(numbers)) == 1:
+        return site.finish(forms[numbers[0] - 1].policy.keep(site))
+    form = site.made(Table(a.sizes, heads_of(a), a.tensors[:1], numbers), "form")
+    kept = eq(form, Const(0)) if 0 in numbers else FALSE
+    for number, each in enumerate(forms, 1):
+        if number in numbers:
+            kept = or_(kept, and_(eq(form, Const(number)), each.policy.keep(site)))
+    return site.finish(kept)
+
+
+def _numbers(forms: Sequence[Form], count: int) -> tuple[int, ...]:
+    """The number of the form of each head, from 1; 0 for heads of none."""
+    numbers = [0] * count
+    for number, form in enumerate(forms, 1):
+        heads: Collection[int] = range(count) if form.heads is None else form.heads
+        for h in heads:
+            numbers[h] = number
+    return tuple(numbers)
