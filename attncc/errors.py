@@ -24,6 +24,10 @@ class EditError(Exception):
         self.reason = reason
 
 
+class PlanError(RuntimeError):
+    """A plan cannot be made, read or applied. The message is one line that names it and says why."""
+
+
 def strict() -> bool:
     """Whether unforeseen errors are to be raised: ATTNCC_STRICT is set, and to something else than 0."""
     return os.environ.get(STRICT, "") not in ("", "0")

@@ -10,8 +10,9 @@ from torch import fx
 
 from attncc import torch_private
 from attncc.driver.graph_edits import GraphEdits
-from attncc.driver.options import options_of
+from attncc.driver.options import Options, options_of
 from attncc.driver.plain import plain
+from attncc.driver.planning import Following, Planner
 from attncc.driver.rewriting import Collected, collecting, left_alone, rewrite
 from attncc.driver.sign_bits import may_write, signed_inputs, with_their_numbers
 from attncc.errors import log, unforeseen
@@ -38,9 +39,17 @@ def attncc_backend(
     """Compile a Dynamo graph: attention by attncc, everything else by Inductor.
 
     `mode` is a `torch.compile` mode of Inductor. `options` are Inductor's configuration entries, `inductor=False` to
-    run the edited graph as it is, and `measure=False` to fuse every site without measuring it against the model's own
-    operations. Raises RuntimeError for an unknown mode or option."""
+    run the edited graph as it is, `measure=False` to fuse every site without measuring it against the model's own
+    operations, and `plan` to run approximate forms: a plan (`attncc.profile`) or the path of its file. Raises
+    RuntimeError for an unknown mode or option, PlanError (which is one) for a plan of another model."""
     chosen = options_of(mode, options)
+    return compile_graph(gm, example_inputs, chosen, None if chosen.plan is None else Following(chosen.plan))
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Options, planner: Planner | None = None
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph, its attentions in the forms that `planner` gives them."""
     trace_through_breaks(attncc_backend)  # for the frames to come, where this was not asked for by its name
     found, edits = Collected(), GraphEdits()
     if any(is_distributed(x) for x in example_inputs):
@@ -54,9 +63,10 @@ def attncc_backend(
             found.notes.append("a model that is called with fake tensors is compiled as it is: nothing can be timed")
         elif not plain(gm):
             floats.ask_for_known_floats(gm)
-            rewrite(gm, example_inputs, found, edits, measure=chosen.measure)
+            rewrite(gm, example_inputs, found, edits, measure=chosen.measure, planner=planner)
         compiled = _compiled(gm, example_inputs, chosen.config, found, edits) if chosen.inductor else gm.forward
     found.notes += notices.taken()
+    found.notes += [] if planner is None else planner.notes
     floats.forget_asked_floats()
     for note in found.notes:
         _say_once(note)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -46,8 +46,9 @@ class Editor:
         self.writes = self.effects - {owner[s] for s in acts if written_args(s) != [*s.args[:1]] or _is_random(s)}
         self.idle = Leftovers(self.graph, self.effects, self.writes)
 
-    def put(self, site: SiteProgram, final: Program) -> None:
+    def put(self, site: SiteProgram, final: Program, called: Callable[[fx.Node], object] = lambda n: None) -> None:
         """Put a program in the place of the nodes whose values it gives; `final` is that of `site` after the passes.
+        `called` sees each call of the operator.
 
         Raises EditError where the graph cannot hold it."""
         placed = [self.place(n) for n in site.outputs]
@@ -67,7 +68,7 @@ class Editor:
             every = zip(site.inputs, site.dtypes, site.stopped, strict=True)
             inputs = [self._cast(self._read(n, stopped=stopped), n, dtype) for n, dtype, stopped in every]
             sizes = [self.sizes.of(x, target) for x in site.sizes]
-            made = lower(final, self.graph, inputs, sizes, mark=partial(_marked, target))
+            made = lower(final, self.graph, inputs, sizes, mark=partial(_called, target, called))
         for old, new in zip(placed, made, strict=True):
             self.replace(old, new)
 
@@ -228,6 +229,11 @@ class Editor:
 
     def _cast(self, n: fx.Node, shadow: fx.Node, dtype: torch.dtype) -> fx.Node:
         return n if self.facts.dtype(shadow) == dtype else self.graph.call_function(torch.ops.aten.to.dtype, (n, dtype))
+
+
+def _called(like: fx.Node, seen: Callable[[fx.Node], object], call: fx.Node) -> None:
+    _marked(like, call)
+    seen(call)
 
 
 def _marked(like: fx.Node, call: fx.Node) -> None:

@@ -5,21 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from attncc import torch_private
+
+if TYPE_CHECKING:
+    from attncc.plans.plan import Plan
 
 
 @dataclass(frozen=True)
 class Options:
-    """Whether Inductor compiles the edited graph, whether kernels are measured, and Inductor's own configuration."""
+    """Whether Inductor compiles the edited graph, whether kernels are measured, the plan to follow, and Inductor's own
+    configuration."""
 
     inductor: bool = True
     measure: bool = True
+    plan: Plan | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
 
-_OWN = ("inductor", "measure")
+_FLAGS = ("inductor", "measure")
+_OWN = (*_FLAGS, "plan")
 
 
 def options_of(mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -27,6 +34,7 @@ def options_of(mode: str | None, options: Mapping[str, Any] | None) -> Options:
     mode or option."""
     given = {str(name).replace("-", "_"): value for name, value in (options or {}).items()}
     own = {name: given.pop(name) for name in _OWN if name in given}
+    plan = _plan_of(own.pop("plan", None))
     for name, value in own.items():
         if not isinstance(value, bool):
             raise RuntimeError(f"attncc: the option {name!r} is True or False, not {value!r}")
@@ -37,7 +45,20 @@ def options_of(mode: str | None, options: Mapping[str, Any] | None) -> Options:
                 f"attncc: there is no option {name!r}{_nearest(name, known)}; the options are {_listed(_OWN)} and the"
                 " entries of torch._inductor.config"
             )
-    return Options(**own, config={**_of_mode(mode), **given})
+    return Options(**own, plan=plan, config={**_of_mode(mode), **given})
+
+
+def _plan_of(value: object) -> Plan | None:
+    """The plan that was given, or that lies in the file that was. Raises PlanError; RuntimeError for another value."""
+    if value is None:
+        return None
+    from attncc.plans.plan import Plan, load  # noqa: PLC0415 msgspec is loaded where there is a plan
+
+    if isinstance(value, Plan):
+        return value
+    if isinstance(value, str | Path):
+        return load(value)
+    raise RuntimeError(f"attncc: the option 'plan' is a plan or the path of a file, not {type(value).__name__}")
 
 
 def _of_mode(mode: str | None) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import fx
@@ -16,10 +16,11 @@ from attncc.driver import capture, describe
 from attncc.driver.candidate import Candidate, Choice, unmeasured
 from attncc.driver.edit import Editor, source_text
 from attncc.driver.graph_edits import GraphEdits, copied
+from attncc.driver.planning import Places, PlannedSite, Planner, parameters_of
 from attncc.driver.selection import decide
 from attncc.driver.site_groups import SiteGroup, together
 from attncc.driver.training import Training, runs_again, training_of
-from attncc.errors import EditError, unforeseen
+from attncc.errors import EditError, PlanError, unforeseen
 from attncc.ir import Attention, Program, print_attention, print_linear, print_program
 from attncc.ir.expr import Expr, Size
 from attncc.ir.reasons import Reason, because
@@ -61,22 +62,28 @@ collecting: ContextVar[Collected | None] = ContextVar("attncc_collecting", defau
 
 def rewrite(
     gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, edits: GraphEdits | None = None, *,
-    measure: bool = True, recomputed: bool = False,
+    measure: bool = True, recomputed: bool = False, planner: Planner | None = None,
 ) -> fx.GraphModule:  # fmt: skip
     """Fuse a graph's attention where that is right, and record every site in `found` and what was replaced in `edits`.
-    `recomputed`: backward runs the graph once more.
+    `recomputed`: backward runs the graph once more. `planner` gives attentions another form.
 
-    Nothing that goes wrong here costs the user the model: the graph then stays as it came, with a note."""
+    Nothing that goes wrong here costs the user the model: the graph then stays as it came, with a note. Raises
+    PlanError where the plan is for another model."""
     edits = GraphEdits() if edits is None else edits
+    way = Way(measure, planner)
     try:
         with preserved():
-            reading = _read(gm, inputs, found, edits, measure, recomputed)
+            reading = _read(gm, inputs, found, edits, way, recomputed)
             with _no_collection(), without_autocast():
                 step("finding attention")
                 facts = reading.facts()
                 lifted = lift_all(facts)
             if lifted:
-                _fuse(gm, reading, facts, lifted, found, edits, measure, training_of(reading, recomputed=recomputed))
+                if planner is not None:
+                    planner.begin(parameters_of(gm, inputs))
+                _fuse(gm, reading, facts, lifted, found, edits, way, training_of(reading, recomputed=recomputed))
+    except PlanError:
+        raise
     except Exception as error:
         reason = unforeseen("reading a graph", error)
         found.notes.append(f"a graph could not be read, Inductor compiles it as it is: {reason}")
@@ -84,7 +91,7 @@ def rewrite(
 
 
 def _read(
-    gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, edits: GraphEdits, measure: bool, recomputed: bool
+    gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, edits: GraphEdits, way: Way, recomputed: bool
 ) -> capture.Reading:
     """The shadow of a graph. The bodies in it, which have graphs of their own, are rewritten."""
     step("reading the graph")
@@ -93,22 +100,26 @@ def _read(
     for body in reading.bodies:
         with under(body.modes):
             again = recomputed or runs_again(gm, body.module)
-            rewrite(body.module, body.arguments, found, edits, measure=measure, recomputed=again)
+            rewrite(
+                body.module, body.arguments, found, edits, measure=way.measure, recomputed=again, planner=way.planner
+            )
     return reading
 
 
 def _fuse(
     gm: fx.GraphModule, reading: capture.Reading, facts: Facts, lifted: list[Lifted | Refusal | Recognised],
-    found: Collected, edits: GraphEdits, measure: bool, training: Training,
+    found: Collected, edits: GraphEdits, way: Way, training: Training,
 ) -> None:  # fmt: skip
     """Let an edited graph take the place of a module's. If that fails, its sites are recorded as kept."""
     settled: list[Site] = []
     try:
-        graph = _edited(reading, facts, lifted, settled, len(found.sites), measure, training)
+        graph = _edited(reading, facts, lifted, settled, len(found.sites), way, training)
         if collecting.get() is not None:
             found.before.append(source_text(gm.graph))
             found.after.append(source_text(graph))
         edits.replace(gm, graph)
+    except PlanError:
+        raise
     except Exception as error:
         reason = because("editing-failed", unforeseen("editing a graph", error))
         found.notes.append(f"a graph is compiled as it is; {reason}")
@@ -136,12 +147,18 @@ def _no_collection() -> Iterator[None]:
 
 def _edited(
     reading: capture.Reading, facts: Facts, lifted: list[Lifted | Refusal | Recognised], settled: list[Site],
-    first: int, measure: bool, training: Training,
+    first: int, way: Way, training: Training,
 ) -> fx.Graph:  # fmt: skip
     """Every site decided, in order: an edited copy of the graph. `settled` grows as it goes."""
     groups = {id(site): group for group in together([s for s in lifted if isinstance(s, Lifted)], facts)
               for site in group.sites}  # fmt: skip
-    prepared = _proposals({id(j): j for j in groups.values()}.values(), facts, training)
+    numbers = Places()
+    places = {
+        id(s): numbers.site(describe.module_path(_place(reading, s)), s, facts)
+        for s in lifted
+        if isinstance(s, Lifted) and way.planner is not None
+    }
+    prepared = _proposals({id(j): j for j in groups.values()}.values(), facts, training, way.planner, places)
     proposals = [prepared.get(id(site)) for site in lifted]
     step("building kernels")
     build_all((p.spec, p.device) for p in proposals if isinstance(p, Proposal))
@@ -151,7 +168,7 @@ def _edited(
     said: set[fx.Node] = set()
     for site, proposal in zip(lifted, proposals, strict=True):
         index = first + len(settled)
-        place = reading.origin.get(site.anchor) or reading.owner[site.anchor]
+        place = _place(reading, site)
         where, path = describe.user_line(place), describe.module_path(place)
         if isinstance(site, Refusal):
             at = reading.origin.get(site.node) or reading.owner.get(site.node)
@@ -168,12 +185,17 @@ def _edited(
             continue
         assert proposal is not None  # every lifted site has one
         if site.node not in verdicts:
-            verdicts |= _settled(groups[id(site)], prepared, facts, editor, measure, training)
+            verdicts |= _settled(groups[id(site)], prepared, facts, editor, way.measure, training)
         if isinstance(proposal, fx.Node) and site.anchor in said:
             continue  # a softmax whose weights go to several products, and must exist
         said.add(site.anchor)
         settled.append(_record(site, proposal, verdicts[site.node], Place(index, path, where), facts))
     return editor.finish()
+
+
+def _place(reading: capture.Reading, site: Lifted | Refusal | Recognised) -> fx.Node:
+    """The node of Dynamo's graph that the softmax of a site stands in."""
+    return reading.origin.get(site.anchor) or reading.owner[site.anchor]
 
 
 def _settled(
@@ -192,7 +214,7 @@ def _settled(
         parts = [(site, proposal) for site, proposal in pairs if _target(site) is place]
         proposal = parts[0][1]
         try:
-            editor.put(proposal.origin, proposal.program)
+            editor.put(proposal.origin, proposal.program, proposal.made)
         except EditError as error:
             found |= dict.fromkeys((site.node for site, _ in parts), replace(verdict, fused=False, reason=error.reason))
     return found
@@ -203,10 +225,15 @@ def _target(site: Lifted) -> fx.Node:
     return site.node if site.piece is None else site.piece.anchor
 
 
+def _unseen(call: fx.Node) -> None:
+    """Nobody asks for the calls that sites become."""
+
+
 @dataclass(frozen=True)
 class Proposal:
     """What a site would become: its program after the passes, shared by the sites of one place, its own attention in
-    there with its text, and the device it runs on. `learned` names the tensors whose gradients are wanted."""
+    there with its text, and the device it runs on. `learned` names the tensors whose gradients are wanted. `planned`:
+    it has the form that a plan gives it; `held` is why it has not, where one meant to."""
 
     origin: SiteProgram
     program: Program
@@ -214,6 +241,17 @@ class Proposal:
     spec: str
     device: str
     learned: tuple[str, ...] = ()
+    planned: bool = False
+    held: Reason | None = None
+    made: Callable[[fx.Node], object] = _unseen
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a graph is rewritten: whether kernels are measured, and who gives attentions another form."""
+
+    measure: bool = True
+    planner: Planner | None = None
 
 
 @dataclass(frozen=True)
@@ -223,7 +261,10 @@ class Place:
     where: str
 
 
-def _proposals(groups: Iterable[SiteGroup], facts: Facts, training: Training) -> dict[int, Proposal | fx.Node]:
+def _proposals(
+    groups: Iterable[SiteGroup], facts: Facts, training: Training, planner: Planner | None,
+    places: Mapping[int, PlannedSite],
+) -> dict[int, Proposal | fx.Node]:  # fmt: skip
     """For each site its proposal, or who needs the weights outside: then the scores exist anyway and nothing is to be
     gained."""
     found: dict[int, Proposal | fx.Node] = {}
@@ -235,12 +276,24 @@ def _proposals(groups: Iterable[SiteGroup], facts: Facts, training: Training) ->
             sites = [site for site in group.sites if _target(site) is place]
             learned = tuple(training.learned(site, facts) for site in sites)
             program = program_of(sites, facts)
+            own = places.get(id(sites[0]))
+            taken = None if planner is None or own is None else _taken(planner, own, program, len(sites))
+            planned = isinstance(taken, Program)
+            program = replace(program, program=taken) if planned else program
+            held = taken if isinstance(taken, Reason) else None
             final = _optimised(program, tuple(map(bool, learned)))
             attentions = [step.node for step in final.steps if isinstance(step.node, Attention)]
             device = str(facts.value(sites[0].node).device)
-            for site, a, own in zip(sites, attentions, learned, strict=True):
-                found[id(site)] = Proposal(program, final, a, _text(a), device, own)
+            made = _unseen if planner is None or own is None else partial(planner.made, own, program.program, final)
+            for site, a, names in zip(sites, attentions, learned, strict=True):
+                found[id(site)] = Proposal(program, final, a, _text(a), device, names, planned, held, made)
     return found
+
+
+def _taken(planner: Planner, place: PlannedSite, site: SiteProgram, count: int) -> Program | Reason | None:
+    """What a planner makes of the sites of one place in the graph: it speaks of single attentions."""
+    taken = planner.take(place, site.program)
+    return because("plan-several") if count > 1 and isinstance(taken, Program) else taken
 
 
 def _optimised(site: SiteProgram, learned: tuple[bool, ...]) -> Program:
@@ -279,6 +332,8 @@ def _verdict(
     slow = next((made for made in kernels if made.language == "torch"), None)
     if slow is not None:
         return Choice(False, None, because("no-kernel", slow.reason))
+    if any(proposal.planned for proposal in proposals):
+        return Choice(True, None, because("planned"))
     if not measure:
         return Choice(True, None, because("measuring-off"))
     if spread:

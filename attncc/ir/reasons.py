@@ -146,7 +146,10 @@ SENTENCES: dict[str, str] = {
     "policy-no-heads": "it has no axis of heads, which the rule differs over",
     "policy-other-heads": "it has {} heads, the plan speaks of head {}",
     "policy-other-grid": "its tokens are no grid of {}",
+    "policy-other-length": "the plan holds for {} to {} keys",
     # --- the driver
+    "planned": "as the plan says",
+    "plan-several": "the plan speaks of single attentions, and several are joined here",
     "weights-needed": "its scores or weights are used elsewhere too, by {}, and so must exist",
     "graph-taken": "another site has taken what it reads",
     "graph-place-taken": "another site has taken its place already",

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import ClassVar, Protocol
 
-from attncc.ir import Attention, Axis, Const, Expr, Load, Node, Program, Step, Table, kind_of
+from attncc.ir import Attention, Const, Expr, Load, Node, Program, Step, Table, kind_of
 from attncc.ir.attention import fresh_name
 from attncc.ir.build import FALSE, and_, eq, or_
 from attncc.ir.reasons import Reason, because
-from attncc.passes.policies.places import Places, ends_of, places
+from attncc.passes.policies.places import Places, ends_of, head_count, heads_of, places
 from attncc.passes.protocol import Legality
 
 
@@ -96,6 +95,8 @@ class Form:
 
 def hide(p: Program, *forms: Form) -> Program:
     """The program with keys hidden in each attention that the policies apply to; `p` itself where there is none."""
+    if not forms:
+        return p
     steps: list[Step] = []
     taken = set(p.values())
     for step in p.steps:
@@ -113,18 +114,6 @@ def misfit(a: Attention, form: Form) -> Reason | None:
         if any(not 0 <= h < head_count(a) for h in form.heads):
             return because("policy-other-heads", str(head_count(a)), str(max(form.heads)))
     return form.policy.applies(a)
-
-
-def heads_of(a: Attention) -> tuple[Axis, ...]:
-    """The axes that the heads of queries are counted through by: the batch axes after the first, where their extents
-    are known; none otherwise."""
-    axes = a.batch[1:]
-    return axes if all(isinstance(x.extent, Const) for x in axes) else ()
-
-
-def head_count(a: Attention) -> int:
-    """How many heads of queries there are; 1 where they cannot be told apart."""
-    return prod(int(x.extent.value) for x in heads_of(a) if isinstance(x.extent, Const))
 
 
 def _hidden(site: Hiding, forms: Sequence[Form]) -> list[Step]:

@@ -11,11 +11,12 @@ causal mask, rows that are padding themselves stand at the end of the sequence t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 
-from attncc.ir import Attention, Expr, Reduce
+from attncc.ir import Attention, Axis, Expr, Reduce
 from attncc.ir.affine import expr, poly
 from attncc.ir.analysis import members
-from attncc.ir.build import ONE, ZERO, and_, maximum, minimum, sub
+from attncc.ir.build import ONE, ZERO, add, and_, maximum, minimum, mul, sub
 from attncc.ir.expr import Const, Op, free, loads, mentions
 from attncc.ir.reasons import Reason, because
 from attncc.ir.reduce import Reduction
@@ -42,8 +43,7 @@ def places(a: Attention, start: Expr = ZERO, last: Expr | None = None) -> Places
         if poly(a.i.extent) != poly(a.j.extent):
             return None
         row = a.i.index if last is None else minimum(maximum(a.i.index, start), last)
-    head = a.batch[-1].index if len(a.batch) > 1 else None
-    return Places(sub(row, start), sub(a.j.index, start), sub(a.j.extent, start), head, causal)
+    return Places(sub(row, start), sub(a.j.index, start), sub(a.j.extent, start), _head(a), causal)
 
 
 def no_distance(a: Attention) -> Reason | None:
@@ -64,11 +64,39 @@ def _last_key(a: Attention) -> Expr | None:
     return None
 
 
-def kv_head(a: Attention, head: Expr) -> Expr:
-    """The number of the head of keys that a query head reads."""
-    for x in a.k.index:
-        if isinstance(x, Op) and x.name == "floordiv" and x.args[0] is head and isinstance(x.args[1], Const):
-            return x
+def heads_of(a: Attention) -> tuple[Axis, ...]:
+    """The axes that the heads of queries are counted through by, where their extents are known: the batch axes that do
+    not index the first dimension of q, which counts sequences. None where q has one such dimension alone."""
+    own = {x.index for x in a.batch}
+    dims = [x for x in a.q.index if x is not a.i.index and x is not a.d.index]
+    if len(dims) < 2:
+        return ()
+    axes = tuple(x for x in a.batch if x.index in own - free(dims[0]))
+    return axes if all(isinstance(x.extent, Const) for x in axes) else ()
+
+
+def head_count(a: Attention) -> int:
+    """How many heads of queries there are; 1 where they cannot be told apart."""
+    return prod(int(x.extent.value) for x in heads_of(a) if isinstance(x.extent, Const))
+
+
+def _head(a: Attention) -> Expr | None:
+    """The number of the query head."""
+    head: Expr | None = None
+    for x in heads_of(a):
+        head = x.index if head is None else add(mul(head, x.extent), x.index)
+    return head
+
+
+def kv_head(a: Attention) -> Expr:
+    """The number of the head of keys that a query head reads. Where k is read by several dimensions of heads, or with
+    its components in one, it is that of the query head."""
+    heads = {x.index for x in heads_of(a)}
+    dims = [x for x in a.k.index if heads & free(x)]
+    if len(dims) == 1 and not mentions(dims[0], a.d.index):
+        return dims[0]
+    head = _head(a)
+    assert head is not None  # asked where there are heads
     return head
 
 

@@ -12,7 +12,7 @@ from attncc.ir import Attention, Const, Expr, Program
 from attncc.ir.build import ZERO, add, eq, floordiv, lt, maximum, mod, mul, or_, sub
 from attncc.ir.reasons import Reason, because
 from attncc.passes.policies.hiding import Form, Hiding, hide
-from attncc.passes.policies.places import kv_head, no_distance, places
+from attncc.passes.policies.places import head_count, kv_head, no_distance, places
 from attncc.passes.protocol import Legality
 
 
@@ -50,8 +50,5 @@ class Strides:
         if not at.causal:
             left, right = (add(sub(sub(x, y), local), Const(1)) for x, y in ((rows, keys), (keys, rows)))
             return eq(mod(add(maximum(left, ZERO), maximum(right, ZERO)), stride), ZERO)
-        assert at.head is not None
-        (extent,) = (x.extent for x in a.batch if x.index is at.head)
-        heads = int(extent.value) if isinstance(extent, Const) else self.stride
-        shifted = add(keys, mul(kv_head(a, at.head), Const(max(1, self.stride // heads))))
+        shifted = add(keys, mul(kv_head(a), Const(max(1, self.stride // head_count(a)))))
         return or_(lt(sub(rows, keys), local), eq(mod(shifted, stride), ZERO))

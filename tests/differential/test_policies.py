@@ -374,5 +374,16 @@ def test_forms_of_heads_that_are_not_there() -> None:
     a = Situation("causal").attention()
     assert misfit(a, Form(Chunks(10), (4,))) == because("policy-other-heads", "4", "4")
     assert by_head(a, Form(Chunks(10), (4,))) == program_of_node(a)
+    merged = print_attention(a).replace("b = 2, h = 4", "bh = 8").replace("[b, h, ", "[bh, ").replace("[2, 4, ", "[8, ")
+    assert misfit(parse_attention(merged), Form(Chunks(10), (0,))) == because("policy-no-heads")
+
+
+def test_heads_of_a_single_sequence() -> None:
+    """A batch of one has no axis of its own."""
+    a = Situation("causal").attention()
     one = parse_attention(print_attention(a).replace("b = 2, h = 4", "h = 4").replace("[b, ", "[0, "))
-    assert misfit(one, Form(Chunks(10), (0,))) == because("policy-no-heads")
+    assert misfit(one, Form(Chunks(10), (3,))) is None
+    p = by_head(one, Form(Streaming(3, 7), (3,)))
+    data = Situation("causal").tensors()
+    both = interpret_program(by_head(a, Form(Streaming(3, 7), (3,))), data, [37, 37])
+    assert torch.equal(interpret_program(p, data, [37, 37])[p.outputs[0]], next(iter(both.values()))[0])

@@ -39,10 +39,12 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
         "passes.tables", "passes.pipeline", "codegen.torch", "codegen.cpp", "codegen.triton", "runtime", "progress",
     ),
     "report": ("passes.bounds",),
-    "driver": ("kernels", "patterns.lift", "report", "torch_private", "errors", "version"),
+    "plans.plan": ("passes.pipeline", "errors"),
+    "driver": ("plans.plan", "kernels", "patterns.lift", "report", "torch_private", "errors", "version"),
     "attncc": ("driver",),
     "frontends": ("attncc",),
-    "cli": ("frontends", "attncc"),
+    "plans": ("driver",),
+    "cli": ("frontends", "attncc", "plans"),
     "bench": ("frontends", "attncc"),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from attncc.driver.options import Options, options_of
 
 
 def test_no_options_are_the_defaults() -> None:
-    assert options_of(None, None) == options_of("default", {}) == Options(True, True, {})
+    assert options_of(None, None) == options_of("default", {}) == Options(True, True, None, {})
 
 
 def test_own_options_and_those_of_inductor_are_told_apart() -> None:

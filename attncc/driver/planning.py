@@ -1,0 +1,164 @@
+"""What a plan makes of the attentions of a graph.
+
+A plan speaks of sites by their module, their number among the attentions of that module in one graph, and the phase.
+What it says holds for the numbers of keys that it was certified for: elsewhere a site runs exact. Where a length is
+symbolic, asking whether it lies in the range adds a guard, so that Dynamo compiles the other case for itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from attncc.driver.describe import equation
+from attncc.errors import PlanError
+from attncc.ir import Attention, Axis, Const, Program
+from attncc.ir.reasons import Reason, because
+from attncc.passes.policies.hiding import Form, hide, misfit
+from attncc.passes.policies.places import head_count
+from attncc.patterns.graph.facts import Facts
+from attncc.patterns.site.assemble import Lifted
+from attncc.plans.plan import Phase, Plan, SitePlan
+
+#: Rows from which on a call fills a cache rather than reads it.
+PREFILL_ROWS = 17
+#: Values of a parameter that its fingerprint reads.
+_SAMPLED = 64
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """An attention as a plan sees it: its module, its number among those of the module in the graph, its node, and how
+    many rows and keys it has in this graph, numbers or symbols."""
+
+    path: str
+    place: int
+    attention: Attention
+    rows: Any
+    keys: Any
+
+    @property
+    def phase(self) -> Phase:
+        return "prefill" if self.rows >= PREFILL_ROWS else "decode"
+
+
+class Planner(Protocol):
+    """Who decides which form the attentions of a graph take. `notes` are what the user should know of that."""
+
+    notes: list[str]
+
+    def begin(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Sees the parameters of a graph, before its sites. Raises PlanError."""
+        ...
+
+    def take(self, site: PlannedSite, p: Program) -> Program | Reason | None:
+        """The program of a site in its form; the reason why it is exact though a form was meant; None where none was.
+        Raises PlanError."""
+        ...
+
+    def made(self, site: PlannedSite, taken: Program, final: Program, call: fx.Node) -> None:
+        """Sees the calls of attncc's operator that a site became: `taken` is its program, `final` that after the
+        passes."""
+        ...
+
+
+class Places:
+    """Numbers the attentions of each module of one graph."""
+
+    def __init__(self) -> None:
+        self._next: dict[str, int] = {}
+
+    def site(self, path: str, lifted: Lifted, facts: Facts) -> PlannedSite:
+        place = self._next.get(path, 0)
+        self._next[path] = place + 1
+        a = lifted.attention
+        return PlannedSite(path, place, a, _extent(lifted, a.i, facts), _extent(lifted, a.j, facts))
+
+
+def _extent(lifted: Lifted, axis: Axis, facts: Facts) -> Any:
+    """The extent of an axis: a number, or the symbol that a dimension of an operand has."""
+    if isinstance(axis.extent, Const):
+        return int(axis.extent.value)
+    a = lifted.attention
+    for access in (a.q, a.k, a.v):
+        if axis.index in access.index:
+            at = [t.name for t in a.tensors].index(access.tensor)
+            return facts.value(lifted.tensors[at]).shape[access.index.index(axis.index)]
+    raise PlanError(f"no operand has the axis {axis.name} of an attention as a dimension")
+
+
+def summary(a: Attention) -> str:
+    """An attention in one line without its lengths and mask: `9 heads of 64 and 64, f32: softmax(s * 0.125) v`."""
+    return f"{head_count(a)} heads of {a.d.extent!r} and {a.e.extent!r}, {a.dtype}: {equation(a)}"
+
+
+class Following:
+    """Follows a plan. `notes` say what of it could not be followed, once each."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.notes: list[str] = []
+        self._sites: dict[tuple[str, int, str], SitePlan] = {(s.path, s.place, s.phase): s for s in plan.sites}
+
+    def begin(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        known = {*self.plan.weights}
+        other = sum(fingerprint(x) not in known for x in parameters)
+        if other:
+            raise PlanError(
+                f"the plan is for other weights: {other} of the {len(parameters)} parameters of this graph are not "
+                "those of the profiled model (their values, shapes or dtypes differ)"
+            )
+
+    def take(self, site: PlannedSite, p: Program) -> Program | Reason | None:
+        planned = self._sites.get((site.path, site.place, site.phase))
+        if planned is None or not planned.sparse:
+            return None
+        what = summary(site.attention)
+        if what != planned.what:
+            raise PlanError(
+                f"the plan is for another graph: at {site.path or 'the top level'} it has {planned.what}, the model "
+                f"has {what}"
+            )
+        lo, hi = self.plan.lengths
+        if not bool(lo <= site.keys) or not bool(site.keys <= hi):
+            self._say(f"the plan holds for {lo} to {hi} keys; calls with other numbers of keys run exact")
+            return because("policy-other-length", str(lo), str(hi))
+        return planned_program(p, planned.forms())
+
+    def made(self, site: PlannedSite, taken: Program, final: Program, call: fx.Node) -> None:
+        pass
+
+    def _say(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+
+def planned_program(p: Program, forms: Sequence[Form]) -> Program | Reason:
+    """The program with the forms in its attention; the reason where a form means nothing there."""
+    for step in p.steps:
+        if isinstance(step.node, Attention):
+            for form in forms:
+                reason = misfit(step.node, form)
+                if reason is not None:
+                    return reason
+    return hide(p, *forms)
+
+
+def fingerprint(x: torch.Tensor) -> str:
+    """What tells a parameter from others: its dtype, its shape and some of its values, spread over all of it."""
+    flat = x.detach().reshape(-1)
+    at = torch.linspace(0, max(flat.numel() - 1, 0), _SAMPLED, dtype=torch.float64).long()[: flat.numel()]
+    values = flat[at.to(flat.device)].to("cpu", torch.float64).numpy().tobytes()
+    head = f"{x.dtype} {tuple(x.shape)} ".encode()
+    return hashlib.sha256(head + values).hexdigest()[:16]
+
+
+def parameters_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[torch.nn.Parameter]:
+    """The parameters of a graph: inputs, and attributes of its module where they were not lifted."""
+    own = [x for x in inputs if isinstance(x, torch.nn.Parameter)]
+    return [*own, *(p for p in gm.parameters() if all(p is not x for x in own))]

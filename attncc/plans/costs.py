@@ -1,0 +1,111 @@
+"""What forms cost, in milliseconds on this machine and the model's own tensors, selection included; what they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from attncc.driver.running import compiled, run
+from attncc.errors import log
+from attncc.ir import Attention, Program, Reduce, Table
+from attncc.ir.evaluate import Evaluator, int_value
+from attncc.ir.interpret import index_grid
+from attncc.ir.reasons import Reason
+from attncc.passes.policies.hiding import Form
+from attncc.plans.plan import policy_of
+from attncc.plans.tapping import Key, Seen, in_forms
+from attncc.progress import step
+from attncc.runtime.measure import compare, sampler_for
+
+#: Seconds that the forms of one attention are timed for.
+BUDGET_S = 0.3
+#: Rows of an attention that its density is counted on.
+_ROWS = 64
+
+#: The forms of an attention's heads.
+Forms = tuple[Form, ...]
+
+
+@dataclass
+class Costs:
+    """A `Watcher` of one exact run without gradients. `ms` and `density` are by site and form (by its text), the exact
+    form under `""`; forms that cannot run, or mean nothing, are left out."""
+
+    forms: Sequence[str]
+    ms: dict[Key, dict[str, float]] = field(default_factory=dict)
+    density: dict[Key, dict[str, float]] = field(default_factory=dict)
+    _closed: dict[object, dict[str, float]] = field(default_factory=dict)
+
+    def form(self, seen: Seen) -> Program | None:
+        if seen.key not in self.ms:
+            forms: dict[str, Forms] = {text: (Form(policy_of(text)),) for text in self.forms}
+            self.ms[seen.key] = timed(seen, {"": (), **forms}, self._closed)
+            self.density[seen.key] = {text: density(seen, forms[text]) for text in self.ms[seen.key] if text}
+        return None
+
+    def backward(self, seen: Seen, out: torch.Tensor, gradient: torch.Tensor) -> None:
+        pass
+
+
+def timed(seen: Seen, forms: dict[str, Forms], known: dict[object, dict[str, float]]) -> dict[str, float]:
+    """Milliseconds of a call in each of some forms. Forms that closed formulas decide cost every layer the same, which
+    `known` remembers."""
+    programs = {name: in_forms(seen.program, each) for name, each in forms.items()}
+    fitting = {name: p for name, p in programs.items() if isinstance(p, Program)}
+    kind = (
+        tuple(fitting.items()),
+        tuple(sorted((name, tuple(x.shape), x.dtype, x.stride()) for name, x in seen.values.items())),
+        tuple(sorted((repr(s), n) for s, n in seen.sizes.items())),
+    )
+    if kind in known:
+        return known[kind]
+    calls = {}
+    for name, p in fitting.items():
+        step(f"measuring {name or 'the exact form'} of {seen.site.path or 'the attention'}")
+        try:
+            calls[name] = compiled(p, seen.values, seen.sizes)
+        except Exception as error:  # a form that Inductor cannot compile is no candidate
+            log.warning("the form %s does not compile: %s", name, error)
+    device = next(iter(seen.values.values())).device
+    found = compare(calls, BUDGET_S, sampler_for(device))
+    ms = {name: us / 1e3 for name, us in found.us.items()}
+    if all(is_closed(p) for p in fitting.values()):
+        known[kind] = ms
+    return ms
+
+
+def is_closed(p: Program) -> bool:
+    """Whether which keys a program keeps depends on positions alone."""
+    return all(isinstance(step.node, Attention | Table | Reduce) for step in p.steps)
+
+
+def density(seen: Seen, forms: Forms) -> float:
+    """The share of the visible keys that forms keep, over some rows of all heads."""
+    made = in_forms(seen.program, forms)
+    if isinstance(made, Reason):
+        return float("nan")
+    kept, visible = _counted(made, seen), _counted(seen.program, seen)
+    return kept / visible if visible else 1.0
+
+
+def _counted(p: Program, seen: Seen) -> int:
+    """How many pairs the mask of a program's attention lets through, on some rows."""
+    at = next(n for n, step in enumerate(p.steps) if isinstance(step.node, Attention))
+    last = p.steps[at]
+    a = last.node
+    assert isinstance(a, Attention)
+    before = replace(p, steps=p.steps[:at], outputs=tuple(dict.fromkeys(last.arguments)))
+    values = dict(zip(before.outputs, run(before, seen.values, seen.sizes), strict=True))
+    tensors = {t.name: values[name] for t, name in zip(a.tensors, last.arguments, strict=True)}
+    table = dict(zip(a.sizes, (int_value(x, seen.sizes) for x in last.sizes), strict=True))
+    axes = (*a.batch, a.i, a.j)
+    device = next(iter(tensors.values())).device
+    grid = index_grid(axes, {**table}, device)
+    rows = int_value(a.i.extent, {**table})
+    some = torch.linspace(0, rows - 1, min(rows, _ROWS), device=device).long()
+    grid[a.i.index] = some.reshape(-1, 1)
+    shape = [int_value(x.extent, {**table}) for x in a.batch]
+    mask = Evaluator(grid, tensors, torch.float32, checked=True)(a.mask)
+    return int(mask.expand(*shape, len(some), int_value(a.j.extent, {**table})).sum())

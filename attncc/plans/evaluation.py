@@ -1,0 +1,74 @@
+"""Running a model exact and under plans, on the same input: a plan is followed without compiling the model anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from attncc.errors import PlanError
+from attncc.ir import Program
+from attncc.ir.reasons import Reason
+from attncc.plans.plan import SitePlan
+from attncc.plans.tapping import Key, Seen, in_forms
+
+#: What a plan says of each site.
+Sites = Mapping[Key, SitePlan]
+
+
+@dataclass
+class Following:
+    """A `Watcher` under which attentions take the forms of `sites`; exact while that is None."""
+
+    sites: Sites | None = None
+    reached: set[Key] = field(default_factory=set)
+
+    def form(self, seen: Seen) -> Program | None:
+        planned = None if self.sites is None else self.sites.get(seen.key)
+        if planned is None or not planned.sparse:
+            return None
+        made = in_forms(seen.program, planned.forms())
+        if isinstance(made, Reason):
+            raise PlanError(f"site {seen.site.path}: {made}")
+        self.reached.add(seen.key)
+        return made
+
+    def backward(self, seen: Seen, out: torch.Tensor, gradient: torch.Tensor) -> None:
+        pass
+
+
+@dataclass
+class Evaluator:
+    """`run(inputs)` is the model under `watcher`; `loss(exact, planned, inputs)` compares two outputs."""
+
+    run: Callable[[Any], torch.Tensor]
+    loss: Callable[[torch.Tensor, torch.Tensor, Any], float]
+    watcher: Following
+
+    def losses(self, inputs: Any, plans: Sequence[Sites]) -> list[float]:
+        """The loss of one sample under each of some plans. Raises PlanError for one that is no number."""
+        found: list[float] = []
+        with torch.no_grad():
+            self.watcher.sites = None
+            exact = self.run(inputs)
+            for sites in plans:
+                self.watcher.sites = sites
+                try:
+                    loss = self.loss(exact, self.run(inputs), inputs)
+                finally:
+                    self.watcher.sites = None
+                if not loss == loss:
+                    raise PlanError("the loss of a sample is not a number: the model gives NaN or infinity on it")
+                found.append(loss)
+        return found
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """The model on one element of the data: a mapping is keyword arguments, a tuple or list arguments, a tensor one."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)

@@ -1,0 +1,194 @@
+"""The plan: what a file of one holds, read and written whole.
+
+A plan is data. Nothing in it is executed: forms are named, with numbers, and are read by the parser of passes. A file
+is bounded in size, and one with unknown fields, wrong types or another schema is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import msgspec
+
+from attncc.errors import PlanError
+from attncc.passes.pipeline import parse_pipeline
+from attncc.passes.policies.hiding import Form, Policy
+
+SCHEMA = 1
+#: A plan of 200 layers with 128 heads each, every head alone in its form, is a tenth of this.
+MOST_BYTES = 64 << 20
+Phase = Literal["prefill", "decode"]
+
+
+class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One form and the query heads that take it. `density` is the share of the visible keys that it keeps, `error` the
+    predicted divergence that these heads add by it."""
+
+    form: str
+    heads: tuple[int, ...]
+    density: float
+    error: float
+
+
+class SitePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the heads of one attention do. `path` is its module, `place` its number among the attentions of that module
+    in one graph, `what` the attention in one line, `keys` the least and largest number of keys that this was profiled
+    for. Heads in no rule are exact. Times are milliseconds a call on the profiling machine."""
+
+    path: str
+    place: int
+    phase: Phase
+    what: str
+    heads: int
+    keys: tuple[int, int]
+    rules: tuple[Rule, ...]
+    exact_ms: float
+    ms: float
+
+    @property
+    def error(self) -> float:
+        return sum(r.error for r in self.rules)
+
+    @property
+    def sparse(self) -> bool:
+        return any(r.heads for r in self.rules)
+
+    def forms(self) -> tuple[Form, ...]:
+        """The forms, for `attncc.passes.policies.hiding.hide`."""
+        return tuple(Form(policy_of(r.form), r.heads) for r in self.rules if r.heads)
+
+
+class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was asked for: the loss of a sample is at most `limit`, for a share `share` of all inputs like the data; or
+    where `speed` is given, the least error at that speed of attention against exact."""
+
+    metric: str
+    limit: float | None
+    share: float
+    speed: float | None = None
+
+
+class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`failures` of `samples` unseen ones had a loss above the limit: with confidence 1 - delta, at most a share
+    1 - share of inputs like these do. `tested` plans were tried, safest first."""
+
+    samples: int
+    failures: int
+    delta: float
+    tested: int
+    mean: float
+    worst: float
+    data: str
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`weights` are fingerprints of the model's parameters. `lengths` are the least and largest number of keys that the
+    certificate speaks of, `kappa` the measured loss over the sum of predicted ones, `predicted` their product."""
+
+    schema: int
+    versions: dict[str, str]
+    machine: str
+    weights: tuple[str, ...]
+    sites: tuple[SitePlan, ...]
+    budget: Budget
+    certificate: Certificate | None
+    lengths: tuple[int, int]
+    kappa: float
+    predicted: float
+    seed: int
+
+    @property
+    def certified(self) -> bool:
+        return self.certificate is not None
+
+    def speed(self) -> float:
+        """The time of all attention of the profiled sites, exact over planned."""
+        own = sum(s.ms for s in self.sites)
+        return sum(s.exact_ms for s in self.sites) / own if own else 1.0
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all. Raises PlanError."""
+        path = Path(path)
+        text = msgspec.json.format(msgspec.json.encode(self), indent=1)
+        part: str | None = None
+        try:
+            descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(text)
+            Path(part).chmod(0o644)
+            Path(part).replace(path)
+        except OSError as error:
+            if part is not None:
+                Path(part).unlink(missing_ok=True)
+            raise PlanError(f"{path}: the plan cannot be written ({error.strerror or error})") from error
+
+
+@lru_cache(maxsize=1024)
+def policy_of(form: str) -> Policy:
+    """The policy that a form names. Raises PlanError."""
+    try:
+        (found,) = parse_pipeline(form)
+    except ValueError as error:
+        raise PlanError(f"a plan names the form {form!r}: {error}") from error
+    if not hasattr(found, "keep"):
+        raise PlanError(f"a plan names the form {form!r}, which is no policy")
+    return cast(Policy, found)
+
+
+def load(path: str | Path) -> Plan:
+    """The plan in a file. Raises PlanError in one line that names the file and what is wrong with it."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise PlanError(f"{path}: over {MOST_BYTES >> 20} MiB, which is no plan of attncc's")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise PlanError(f"{path}: the plan cannot be read ({error.strerror or error})") from error
+    return read(raw, str(path))
+
+
+def read(raw: bytes, name: str = "the plan") -> Plan:
+    """The plan that some bytes hold. Raises PlanError."""
+    try:
+        schema = msgspec.json.decode(raw, type=_Head).schema
+        if schema != SCHEMA:
+            raise PlanError(f"{name}: its schema is {schema}; this version of attncc reads schema {SCHEMA}")
+        return verify_plan(msgspec.json.decode(raw, type=Plan), name)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise PlanError(f"{name}: no plan of attncc's ({str(error).splitlines()[0]})") from error
+
+
+class _Head(msgspec.Struct):
+    schema: int
+
+
+def verify_plan(plan: Plan, name: str = "the plan") -> Plan:
+    """`plan` itself if it means something. Raises PlanError."""
+
+    def require(true: bool, message: str) -> None:
+        if not true:
+            raise PlanError(f"{name}: {message}")
+
+    seen: set[tuple[Any, ...]] = set()
+    require(0 < plan.lengths[0] <= plan.lengths[1], "its lengths are not from a smaller one to a larger one")
+    require(0 < plan.budget.share < 1, f"a budget holds for a share between 0 and 1 of inputs, not {plan.budget.share}")
+    for s in plan.sites:
+        where = f"site {s.path or '(top level)'}"
+        require((s.path, s.place, s.phase) not in seen, f"{where} is planned twice")
+        seen.add((s.path, s.place, s.phase))
+        require(0 < s.keys[0] <= s.keys[1] and s.heads > 0, f"{where} has no heads, or no range of keys")
+        taken = [h for r in s.rules for h in r.heads]
+        require(len({*taken}) == len(taken), f"{where}: a head takes two forms")
+        require(all(0 <= h < s.heads for h in taken), f"{where} has {s.heads} heads, its rules speak of others")
+        for r in s.rules:
+            require(0 <= r.density <= 1, f"{where}: {r.form} keeps a share between 0 and 1 of the keys")
+            try:
+                policy_of(r.form)
+            except PlanError as error:
+                raise PlanError(f"{name}: {where}: {error}") from error
+    return plan
+
