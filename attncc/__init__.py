@@ -18,14 +18,19 @@ if TYPE_CHECKING:
     import torch
 
     from attncc.driver.backend import attncc_backend as backend
-    from attncc.driver.explanation import explain, explain_program
+    from attncc.driver.explanation import explain, explain_plan, explain_program
     from attncc.ir import Attention
+    from attncc.plans.plan import Plan
+    from attncc.plans.profile import profile
 
-__all__ = ["__version__", "backend", "explain", "explain_program"]
+__all__ = ["Plan", "__version__", "backend", "explain", "explain_plan", "explain_program", "profile"]
 
 _LAZY = {
     "backend": ("attncc.dynamo", "attncc_backend"),
     "explain": ("attncc.driver.explanation", "explain"),
+    "explain_plan": ("attncc.driver.explanation", "explain_plan"),
+    "Plan": ("attncc.plans.plan", "Plan"),
+    "profile": ("attncc.plans.profile", "profile"),
     "explain_program": ("attncc.driver.explanation", "explain_program"),
 }
 

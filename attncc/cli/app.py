@@ -12,6 +12,8 @@ from attncc.cli.cache import cache
 from attncc.cli.inspect import inspect
 from attncc.cli.opt import opt
 from attncc.cli.output import Debug, clear_errors
+from attncc.cli.plan import plan
+from attncc.cli.profile import profile
 
 app = typer.Typer(
     help="An attention compiler for PyTorch: see what it finds in a model, and try it.",
@@ -37,6 +39,8 @@ def demo(
 
 app.command()(bench)
 app.command()(opt)
+app.command()(profile)
+app.add_typer(plan, name="plan")
 app.add_typer(cache, name="cache")
 
 

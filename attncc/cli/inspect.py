@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import attncc
 from attncc.cli.output import Debug, clear_errors, print_report, print_source, print_text, quiet
+from attncc.errors import PlanError
 from attncc.frontends.targets import Target, TargetError, load, one_line
 from attncc.progress import reporting
 from attncc.report.mask_image import LEGEND, mask_image
@@ -36,15 +37,17 @@ def inspect(
     every: Annotated[bool, typer.Option("--all", help="One row a site, where equal layers would share one.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Show training beside inference: the model in train mode, with "
                                         "gradients. Parts (--ir, --kernel, ...) are then those of training.")] = False,
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="Show what each site becomes under a plan."
+                                              )] = None,
     debug: Debug = False,
 ) -> None:
     """Show each attention of a model: what was found, what it became, or why it was left alone."""
     with clear_errors(debug):
         with quiet(debug):
             loaded = load(target)
-            reports = {"inference": examine(loaded)}
+            reports = {"inference": examine(loaded, plan=plan)}
             if train:
-                reports["training"] = examine(training(loaded), gradients=True)
+                reports["training"] = examine(training(loaded), gradients=True, plan=plan)
         report = list(reports.values())[-1]
         console = Console(soft_wrap=not sys.stdout.isatty())
         if as_json:
@@ -120,14 +123,21 @@ def training(target: Target) -> Target:
     return target
 
 
-def examine(target: Target, *, gradients: bool = False) -> Report:
+def examine(target: Target, *, gradients: bool = False, plan: Path | None = None) -> Report:
     """The report on a target, without gradients or with them; what the model raises becomes a `TargetError`."""
     try:
         with torch.enable_grad() if gradients else torch.no_grad(), reporting():
             if target.exported:
+                if plan is not None:
+                    raise PlanError(f"{target.name}: an exported program follows no plan; give --plan a module:factory")
                 return attncc.explain_program(target.model)
+            if plan is not None:
+                return attncc.explain_plan(plan, target.model, *target.args, **target.kwargs)
             return attncc.explain(target.model, *target.args, **target.kwargs)
     except Exception as error:
+        refused = error if isinstance(error, PlanError) else getattr(error, "inner_exception", None)
+        if isinstance(refused, PlanError):
+            raise refused from error
         raise TargetError(f"{target.name}: {_why(target, error)}") from error
 
 

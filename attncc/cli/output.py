@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.text import Text
 
+from attncc.errors import PlanError
 from attncc.frontends.targets import TargetError
 from attncc.report.model import WIDTH, Report
 
@@ -25,7 +26,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def clear_errors(debug: bool) -> Iterator[None]:
     try:
         yield
-    except TargetError as error:
+    except (TargetError, PlanError) as error:
         if debug:
             traceback.print_exc()
         Console(stderr=True, soft_wrap=True).print(Text(f"attncc: {error}", style="red"))

@@ -22,12 +22,12 @@ class _Explaining:
 
     compiler_fn = staticmethod(attncc_backend)
 
-    def __init__(self) -> None:
-        self.graphs = 0
+    def __init__(self, plan: object = None) -> None:
+        self.graphs, self.plan = 0, plan
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
-        return attncc_backend(gm, inputs, options={"inductor": False})
+        return attncc_backend(gm, inputs, options={"inductor": False, "plan": self.plan})
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -35,7 +35,13 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     The model runs as it is: in its own train or eval mode, with gradients if they are on. Raises what it raises. What
     is compiled already, of this model too, stays compiled."""
-    found, backend = Collected(), _Explaining()
+    return explain_plan(None, model, *args, **kwargs)
+
+
+def explain_plan(plan: Any, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """`explain` for a model that follows a plan, or the path of its file. Where the plan is for another model, Dynamo's
+    own error is raised, which holds a PlanError."""
+    found, backend = Collected(), _Explaining(plan)
     token = collecting.set(found)
     trace_through_breaks(attncc_backend)
     before = torch_private.graph_breaks()

@@ -24,6 +24,7 @@ from attncc.passes.policies.places import head_count
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.site.assemble import Lifted
 from attncc.plans.plan import Phase, Plan, SitePlan
+from attncc.report.model import ranges
 
 #: Rows from which on a call fills a cache rather than reads it.
 PREFILL_ROWS = 17
@@ -59,6 +60,10 @@ class Planner(Protocol):
     def take(self, site: PlannedSite, p: Program) -> Program | Reason | None:
         """The program of a site in its form; the reason why it is exact though a form was meant; None where none was.
         Raises PlanError."""
+        ...
+
+    def says(self, site: PlannedSite) -> str:
+        """What the plan says of a site, in one line."""
         ...
 
     def made(self, site: PlannedSite, taken: Program, final: Program, call: fx.Node) -> None:
@@ -97,6 +102,19 @@ def summary(a: Attention) -> str:
     return f"{head_count(a)} heads of {a.d.extent!r} and {a.e.extent!r}, {a.dtype}: {equation(a)}"
 
 
+def in_words(planned: SitePlan) -> str:
+    """`streaming{sinks=64,window=256} on heads 0-3 (31% of the keys, error 1.2e-04), exact on 4-8; 12.1 ms, exact 30.2
+    ms`."""
+    parts = [
+        f"{r.form} on heads {ranges(r.heads)} ({r.density:.0%} of the keys, error {r.error:.1e})"
+        for r in planned.rules
+        if r.heads
+    ]
+    rest = sorted({*range(planned.heads)} - {h for r in planned.rules for h in r.heads})
+    parts += [f"exact on {ranges(rest)}"] if rest else []
+    return f"{', '.join(parts)}; {planned.ms:.2f} ms, exact {planned.exact_ms:.2f} ms"
+
+
 class Following:
     """Follows a plan. `notes` say what of it could not be followed, once each."""
 
@@ -129,6 +147,9 @@ class Following:
             self._say(f"the plan holds for {lo} to {hi} keys; calls with other numbers of keys run exact")
             return because("policy-other-length", str(lo), str(hi))
         return planned_program(p, planned.forms())
+
+    def says(self, site: PlannedSite) -> str:
+        return in_words(self._sites[site.path, site.place, site.phase])
 
     def made(self, site: PlannedSite, taken: Program, final: Program, call: fx.Node) -> None:
         pass

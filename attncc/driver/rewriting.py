@@ -233,7 +233,7 @@ def _unseen(call: fx.Node) -> None:
 class Proposal:
     """What a site would become: its program after the passes, shared by the sites of one place, its own attention in
     there with its text, and the device it runs on. `learned` names the tensors whose gradients are wanted. `planned`:
-    it has the form that a plan gives it; `held` is why it has not, where one meant to."""
+    what a plan says of it, where it follows one; `held` is why it does not, where it should."""
 
     origin: SiteProgram
     program: Program
@@ -241,7 +241,7 @@ class Proposal:
     spec: str
     device: str
     learned: tuple[str, ...] = ()
-    planned: bool = False
+    planned: str = ""
     held: Reason | None = None
     made: Callable[[fx.Node], object] = _unseen
 
@@ -277,14 +277,18 @@ def _proposals(
             learned = tuple(training.learned(site, facts) for site in sites)
             program = program_of(sites, facts)
             own = places.get(id(sites[0]))
-            taken = None if planner is None or own is None else _taken(planner, own, program, len(sites))
-            planned = isinstance(taken, Program)
-            program = replace(program, program=taken) if planned else program
-            held = taken if isinstance(taken, Reason) else None
+            taken: Program | Reason | None = None
+            planned, made = "", _unseen
+            if planner is not None and own is not None:
+                taken = _taken(planner, own, program, len(sites))
+                if isinstance(taken, Program):
+                    program, planned = replace(program, program=taken), planner.says(own)
             final = _optimised(program, tuple(map(bool, learned)))
             attentions = [step.node for step in final.steps if isinstance(step.node, Attention)]
             device = str(facts.value(sites[0].node).device)
-            made = _unseen if planner is None or own is None else partial(planner.made, own, program.program, final)
+            if planner is not None and own is not None:
+                made = partial(planner.made, own, program.program, final)
+            held = taken if isinstance(taken, Reason) else None
             for site, a, names in zip(sites, attentions, learned, strict=True):
                 found[id(site)] = Proposal(program, final, a, _text(a), device, names, planned, held, made)
     return found
@@ -332,8 +336,9 @@ def _verdict(
     slow = next((made for made in kernels if made.language == "torch"), None)
     if slow is not None:
         return Choice(False, None, because("no-kernel", slow.reason))
-    if any(proposal.planned for proposal in proposals):
-        return Choice(True, None, because("planned"))
+    planned = [proposal.planned for proposal in proposals if proposal.planned]
+    if planned:
+        return Choice(True, None, because("planned", *planned))
     if not measure:
         return Choice(True, None, because("measuring-off"))
     if spread:
@@ -351,6 +356,8 @@ def _record(site: Lifted, proposal: Proposal | fx.Node, verdict: Choice, place: 
     shown_program = None
     if isinstance(proposal, Proposal) and collecting.get() is not None:
         shown_program = print_program(proposal.program)
+    if isinstance(proposal, Proposal) and proposal.held is not None:
+        verdict = replace(verdict, reason=because("plan-held", verdict.reason, proposal.held))
     made = built(proposal.spec, proposal.device) if isinstance(proposal, Proposal) else None
     sizes = None if collecting.get() is None else describe.sizes_of(site, facts)
     area, picture = (None, None) if sizes is None else describe.extent_of(shown, sizes)

@@ -56,10 +56,7 @@ def load(text: str) -> Target:
     """The target that `text` names; `TargetError` where it cannot be had."""
     if text.endswith(".pt2"):
         return _program(text)
-    module, colon, name = text.rpartition(":")
-    if not colon or not module or not name:
-        raise TargetError(f"{text}: a target is `module:factory` or a .pt2 file")
-    factory = _find(text, module, name)
+    factory = load_object(text, "a target is `module:factory` or a .pt2 file")
     if not callable(factory) or isinstance(factory, torch.nn.Module):
         return _with_inputs(text, factory)
     try:
@@ -67,6 +64,14 @@ def load(text: str) -> Target:
     except (Exception, SystemExit) as error:
         raise TargetError(f"{text}: the factory raised {one_line(error)}") from error
     return _with_inputs(text, made)
+
+
+def load_object(text: str, wanted: str = "what is wanted is `module:name`") -> Any:
+    """What `module:name` names; TargetError where there is no such thing."""
+    module, colon, name = text.rpartition(":")
+    if not colon or not module or not name:
+        raise TargetError(f"{text}: {wanted}")
+    return _find(text, module, name)
 
 
 def _program(text: str) -> Target:

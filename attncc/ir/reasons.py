@@ -148,7 +148,8 @@ SENTENCES: dict[str, str] = {
     "policy-other-grid": "its tokens are no grid of {}",
     "policy-other-length": "the plan holds for {} to {} keys",
     # --- the driver
-    "planned": "as the plan says",
+    "planned": "as the plan says: {}",
+    "plan-held": "{}; exact, although the plan has a form for it: {}",
     "plan-several": "the plan speaks of single attentions, and several are joined here",
     "weights-needed": "its scores or weights are used elsewhere too, by {}, and so must exist",
     "graph-taken": "another site has taken what it reads",

@@ -51,9 +51,10 @@ def ladder(sites: Mapping[Key, Options], most: int = 2) -> list[Rung]:
             tuple(forms.values()),
             Rung(forms, sum(c[1] for c in chosen.values()), sum(c[2] for c in chosen.values())),
         )
-    rungs: list[Rung] = []
+    exact = {key: (0,) * t.heads for key, t in tables.items()}
+    rungs = [Rung(exact, sum(float(o.cost[0]) for o in sites.values()), 0.0)]
     for rung in sorted(found.values(), key=lambda r: (r.error, r.cost)):
-        if not rungs or rung.cost < rungs[-1].cost:
+        if rung.cost < rungs[-1].cost:
             rungs.append(rung)
     return rungs
 

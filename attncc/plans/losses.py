@@ -69,7 +69,7 @@ def kl(exact: torch.Tensor, planned: torch.Tensor, valid: torch.Tensor | None = 
     for x, y in zip(a.split(_AT_ONCE), b.split(_AT_ONCE), strict=True):
         p, q = x.float().log_softmax(-1), y.float().log_softmax(-1)
         total += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
-    return total / max(len(a), 1)
+    return max(total, 0.0) / max(len(a), 1)  # rounding may leave it below 0
 
 
 def flips(exact: torch.Tensor, planned: torch.Tensor, valid: torch.Tensor | None = None) -> float:

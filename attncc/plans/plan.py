@@ -87,7 +87,8 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`weights` are fingerprints of the model's parameters. `lengths` are the least and largest number of keys that the
-    certificate speaks of, `kappa` the measured loss over the sum of predicted ones, `predicted` their product."""
+    certificate speaks of, `kappa` the measured loss over the sum of predicted ones, `predicted` their product. `curve`
+    has (summed error, milliseconds) of every plan that was found, from exact to fastest."""
 
     schema: int
     versions: dict[str, str]
@@ -99,6 +100,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lengths: tuple[int, int]
     kappa: float
     predicted: float
+    curve: tuple[tuple[float, float], ...]
     seed: int
 
     @property
@@ -131,12 +133,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def policy_of(form: str) -> Policy:
     """The policy that a form names. Raises PlanError."""
     try:
-        (found,) = parse_pipeline(form)
+        found = parse_pipeline(form)
     except ValueError as error:
         raise PlanError(f"a plan names the form {form!r}: {error}") from error
-    if not hasattr(found, "keep"):
-        raise PlanError(f"a plan names the form {form!r}, which is no policy")
-    return cast(Policy, found)
+    if len(found) != 1 or not hasattr(found[0], "keep"):
+        raise PlanError(f"a plan names the form {form!r}, which is not one policy")
+    return cast(Policy, found[0])
 
 
 def load(path: str | Path) -> Plan:

@@ -5,14 +5,16 @@
     D[s, h, r] = mean of a^2 / |f(x)|^2              others: the square of the relative error
 
 For language models u is the gradient of log p(y), y drawn from the model's own prediction, so that the mean of a^2 is
-the Fisher norm of the change, twice the divergence of the predictions; for others u are random signs, of which the mean
-of <u, d>^2 is |d|^2. Errors of heads add up, to first order. A head's dropped mass alone is no error: what counts is
+the Fisher norm of the change, twice the divergence of the predictions. A prediction that is nearly certain has nearly
+no gradient, and would hide that a form destroys what it rests on: every second probe takes the predictions at a higher
+temperature, and D is the sum of both divergences. For others u are random signs, of which the mean of <u, d>^2 is
+|d|^2. Errors of heads add up, to first order. A head's dropped mass alone is no error: what counts is
 the difference between what is kept and what is dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,9 @@ from attncc.ir.reasons import Reason
 from attncc.passes.policies.hiding import Form
 from attncc.plans.plan import policy_of
 from attncc.plans.tapping import Key, Seen, in_forms
+
+#: At which predictions are drawn, in turn.
+TEMPERATURES = (1.0, 4.0)
 
 
 @dataclass
@@ -64,24 +69,25 @@ class Probe:
         return {key: x / self.count for key, x in self.squares.items()}
 
 
-def probe_language(logits: torch.Tensor, valid: torch.Tensor | None, generator: torch.Generator) -> tuple[Any, float]:
+def probe_language(
+    logits: torch.Tensor, valid: torch.Tensor | None, generator: torch.Generator, number: int
+) -> tuple[Any, float]:
     """(the loss to differentiate, the scale of a^2) for logits (.., vocabulary), `valid` bool (..) where not every
-    token counts: y is drawn from the prediction of each token."""
+    token counts: y is drawn from the prediction of each token. Probes take turns by their `number`."""
     flat = logits.reshape(-1, logits.shape[-1])
     flat = flat if valid is None else flat[valid.reshape(-1)]
-    logs = flat.float().log_softmax(-1)
+    logs = (flat.float() / TEMPERATURES[number % 2]).log_softmax(-1)
     with torch.no_grad():
         drawn = torch.multinomial(logs.exp(), 1, generator=generator)
-    return logs.gather(1, drawn).sum(), 0.5 / max(len(flat), 1)
+    return logs.gather(1, drawn).sum(), 1.0 / max(len(flat), 1)  # half of a^2, for one of two kinds of probe
 
 
-def probe_values(output: torch.Tensor, valid: torch.Tensor | None, generator: torch.Generator) -> tuple[Any, float]:
+def probe_values(
+    output: torch.Tensor, valid: torch.Tensor | None, generator: torch.Generator, number: int
+) -> tuple[Any, float]:
     """The same for any output: random signs over its elements."""
     signs = torch.randint(0, 2, output.shape, generator=generator, device=output.device).to(output.dtype) * 2 - 1
     if valid is not None:
         signs = signs * valid.reshape(valid.shape + (1,) * (output.dim() - valid.dim()))
     norm = (output.detach().double() * signs.double().abs()).square().sum().item()
     return (output * signs).sum(), 1.0 / max(norm, 1e-300)
-
-
-Prober = Callable[[torch.Tensor, "torch.Tensor | None", torch.Generator], tuple[Any, float]]

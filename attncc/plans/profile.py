@@ -201,7 +201,7 @@ class _Run:
             SCHEMA, {"attncc": __version__, "torch": str(torch.__version__)}, machine(), tuple(self.planner.weights),
             tuple(sites[best].values()), budget, certificate,
             (min(lo for lo, _ in lengths), max(hi for _, hi in lengths)), kappa, kappa * rungs[best].error,
-            self.settings.seed,
+            tuple((rung.error, rung.cost) for rung in rungs), self.settings.seed,
         )  # fmt: skip
         saved.done()
         return verify_plan(plan)
@@ -239,7 +239,7 @@ class _Run:
                 valid = losses.valid_of(inputs, found)
                 for n in range(self.settings.probes):
                     self.progress("probing", probe.count, total)
-                    made = (probe_language if self.language else probe_values)(found, valid, generator)
+                    made = (probe_language if self.language else probe_values)(found, valid, generator, probe.count)
                     made[0].backward(retain_graph=n + 1 < self.settings.probes)
                     probe.finish(made[1])
             del found

@@ -85,6 +85,9 @@ class Tapped:
     def take(self, site: PlannedSite, p: Program) -> Program | Reason | None:
         return None
 
+    def says(self, site: PlannedSite) -> str:
+        return ""
+
     def made(self, site: PlannedSite, taken: Program, final: Program, call: fx.Node) -> None:
         self._calls.append((call, site, taken, final))
 

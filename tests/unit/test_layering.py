@@ -41,10 +41,10 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
     "report": ("passes.bounds",),
     "plans.plan": ("passes.pipeline", "errors"),
     "driver": ("plans.plan", "kernels", "patterns.lift", "report", "torch_private", "errors", "version"),
-    "attncc": ("driver",),
+    "attncc": ("driver", "plans"),
     "frontends": ("attncc",),
     "plans": ("driver",),
-    "cli": ("frontends", "attncc", "plans"),
+    "cli": ("frontends", "attncc"),
     "bench": ("frontends", "attncc"),
 }  # fmt: skip
 

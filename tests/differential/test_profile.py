@@ -1,0 +1,256 @@
+"""Profiling models whose attention is known, and running them under plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from planned.keyed import Keyed, answer, sample, wanted
+from planned.made import WHAT, costs_by_density, plan, site
+from torch import Tensor, nn
+
+import attncc
+from attncc.errors import PlanError
+from attncc.plans import losses
+from attncc.plans.plan import load, policy_of
+from attncc.plans.profile import Settings
+
+FEW = Settings(samples=4, probes=2, tune=2)
+
+
+def samples(count: int, first: int = 100) -> Iterator[Tensor]:
+    return (sample(seed) for seed in range(first, first + count))
+
+
+def follow(model: nn.Module, known: object, **options: Any) -> Any:
+    torch.compiler.reset()
+    return torch.compile(model, backend="attncc", options={"plan": known, "inductor": False, **options})
+
+
+@pytest.fixture
+def by_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs_by_density(monkeypatch)
+
+
+@pytest.mark.usefixtures("by_density")
+def test_a_budget_keeps_what_the_model_looks_up(tmp_path: Path) -> None:
+    """The near head becomes sparse; the one that finds the key stays exact, although the model is so sure of its answer
+    that the divergence of its own predictions would not see it go."""
+    model = Keyed().eval()
+    before = [p.requires_grad for p in model.parameters()]
+    found = attncc.profile(model, samples(40), "kl<=0.001@90%", settings=FEW)
+    assert [p.requires_grad for p in model.parameters()] == before
+    (own,) = found.sites
+    assert own.what == WHAT and own.path == "blocks.0" and own.keys == (512, 512) and found.lengths == (512, 512)
+    assert [r.heads for r in own.rules] == [(0,)]
+    assert found.certificate is not None and found.certificate.failures == 0 and found.certificate.samples == 29
+    assert found.certificate.worst <= 0.001 and own.ms < own.exact_ms
+    found.save(tmp_path / "keyed.plan")
+    assert load(tmp_path / "keyed.plan") == found
+    compiled = follow(model, tmp_path / "keyed.plan")
+    with torch.no_grad():
+        for tokens in samples(4, 1000):
+            exact, planned = model(tokens), compiled(tokens)
+            assert answer(planned) == answer(exact) == wanted(tokens)
+            assert losses.kl(exact, planned) <= 0.001
+            assert not torch.equal(exact, planned), "the plan is followed"
+
+
+@pytest.mark.usefixtures("by_density")
+def test_at_a_speed_the_error_is_what_it_takes() -> None:
+    found = attncc.profile(Keyed().eval(), samples(40), "kl<=1@90%", speed=3.0, settings=FEW)
+    (own,) = found.sites
+    assert sorted(h for r in own.rules for h in r.heads) == [0, 1]
+    assert found.speed() >= 3 and found.budget.speed == 3 and found.certificate is not None
+    with pytest.raises(PlanError, match="no plan is 50 times as fast: the fastest of these forms is"):
+        attncc.profile(Keyed().eval(), samples(40), "kl<=1@90%", speed=50.0, settings=FEW)
+
+
+@pytest.mark.usefixtures("by_density")
+def test_predicted_errors_are_the_measured_ones() -> None:
+    """For outputs that are compared by their squares the prediction is exact to first order: kappa is near 1 where one
+    linear layer follows the attention."""
+    torch.manual_seed(0)
+
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+            o = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.out(o.transpose(1, 2).flatten(2))
+
+    data = [torch.randn(1, 256, 32, generator=torch.Generator().manual_seed(n)) for n in range(70)]
+    settings = Settings(samples=8, probes=8, tune=2)
+    forms = [f"streaming{{sinks=4,window={w}}}" for w in (32, 64, 128)]
+    found = attncc.profile(Linear().eval(), data, "rel<=0.2@90%", forms=forms, settings=settings)
+    assert found.kappa == pytest.approx(1.0, abs=0.35)
+    assert found.certificate is not None and 0 < found.certificate.worst <= 0.2
+
+
+@pytest.mark.usefixtures("by_density")
+def test_an_interrupted_profile_goes_on(tmp_path: Path) -> None:
+    model, file = Keyed().eval(), tmp_path / "x.part"
+    whole = attncc.profile(model, samples(40), "kl<=0.001@90%", settings=FEW)
+    seen: list[tuple[str, int]] = []
+
+    def interrupted(what: str, done: int, total: int) -> None:
+        if (what, done) == ("certifying", 5):
+            raise KeyboardInterrupt
+
+    def noted(what: str, done: int, total: int) -> None:
+        seen.append((what, done))
+
+    given: dict[str, Any] = {"settings": FEW, "resume": file}
+    with pytest.raises(KeyboardInterrupt):
+        attncc.profile(model, samples(40), "kl<=0.001@90%", progress=interrupted, **given)
+    assert file.is_file()
+    again = attncc.profile(model, samples(40), "kl<=0.001@90%", progress=noted, **given)
+    assert again == whole and not file.exists()
+    assert ("probing", 0) not in seen and ("certifying", 28) in seen
+
+
+@pytest.mark.usefixtures("by_density")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"data": samples(10)}, "the data has 10 samples, 25 too few: 4 to profile, 2 to tune and 29 to certify"),
+        ({"budget": "kl<=1e-12@90%"}, "only the exact model meets kl<=1e-12"),
+        ({"budget": "loss<=1"}, "there is no metric 'loss'; there are kl, flips, rel"),
+        ({"forms": ["streaming{window=9999}"]}, "no form is faster than the exact kernel here"),
+        ({"forms": ["streaming{width=3}"]}, "streaming has no parameter 'width'"),
+        ({"forms": []}, "no form to try was named"),
+        ({"speed": 0.5}, "a speed is above 1, not 0.5"),
+        ({"loss": lambda exact, planned, inputs: float("nan"), "budget": "own<=1@90%"}, "is not a number"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_profiled_is_said_in_one_line(given: dict[str, Any], message: str) -> None:
+    arguments = {"data": samples(40), "budget": "kl<=0.001@90%", "settings": FEW, **given}
+    with pytest.raises(PlanError) as raised:
+        attncc.profile(Keyed().eval(), **arguments)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_models_that_cannot_be_profiled() -> None:
+    with pytest.raises(PlanError, match="no attention was found in the model"):
+        attncc.profile(nn.Linear(4, 4).eval(), (torch.randn(2, 4) for _ in range(40)), "rel<=0.1@90%", settings=FEW)
+    with pytest.raises(PlanError, match="in training mode"):
+        attncc.profile(Keyed(), samples(40))
+
+
+def test_a_plan_without_a_certificate_says_so() -> None:
+    from attncc.cli.plan import summary  # noqa: PLC0415 - beside its only use
+
+    with pytest.MonkeyPatch.context() as patch:
+        costs_by_density(patch)
+        found = attncc.profile(Keyed().eval(), samples(6), "kl<=0.001@90%", settings=FEW, uncertified=True)
+    assert not found.certified
+    assert any(line.startswith("NOT CERTIFIED") for line in summary(found))
+
+
+def test_other_weights_and_other_graphs_are_refused() -> None:
+    model, other = Keyed().eval(), Keyed().eval()
+    with torch.no_grad():
+        other.blocks[0].place.mul_(1.5)
+    with pytest.raises(RuntimeError, match="the plan is for other weights: 1 of the 4 parameters"), torch.no_grad():
+        follow(other, plan(model))(sample(0))
+    import msgspec  # noqa: PLC0415 - beside its only use
+
+    changed = msgspec.structs.replace(site(), what="2 heads of 32 and 33, f32: softmax(s * 0.5) v")
+    with pytest.raises(RuntimeError, match=r"the plan is for another graph: at blocks\.0"), torch.no_grad():
+        follow(model, plan(model, changed))(sample(0))
+
+
+def test_outside_of_the_certified_lengths_the_model_is_exact() -> None:
+    model = Keyed().eval()
+    known = plan(model, site(heads=(0, 1)), lengths=(300, 512))
+    compiled = follow(model, known)
+    with torch.no_grad():
+        for length, exact in ((256, True), (400, False), (512, False), (257, True)):
+            tokens = sample(length, length)
+            same = (model(tokens) - compiled(tokens)).abs().max() < 1e-5
+            assert bool(same) == exact, length
+
+
+def test_symbolic_lengths_are_guarded() -> None:
+    """One graph for the lengths inside, one for those outside."""
+    model = Keyed().eval()
+    compiled = follow(model, plan(model, site(heads=(0, 1)), lengths=(300, 512)))
+    from torch._dynamo.utils import counters  # noqa: PLC0415 - beside its only use
+
+    before = counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        for length in (310, 320, 330, 480, 512):
+            compiled(sample(1, length))
+        few = counters["stats"]["unique_graphs"] - before
+        tokens = sample(1, 290)
+        assert (model(tokens) - compiled(tokens)).abs().max() < 1e-5
+        tokens = sample(1, 340)
+        assert (model(tokens) - compiled(tokens)).abs().max() > 1e-5
+    assert few <= 2, "one static, one for all lengths"
+
+
+def test_what_a_site_becomes_is_explained() -> None:
+    model = Keyed().eval()
+    with torch.no_grad():
+        (own,) = attncc.explain_plan(plan(model), model, sample(0)).sites
+        (held,) = attncc.explain_plan(plan(model, lengths=(64, 100)), model, sample(0)).sites
+    assert own.status == "fused" and own.code == "planned" and own.reason == (
+        "as the plan says: streaming{sinks=16,window=64} on heads 0 (30% of the keys, error 1.0e-04), exact on 1; "
+        "6.50 ms, exact 10.00 ms"
+    )
+    assert own.program is not None and "form" in own.program
+    assert "policy-other-length" in held.code and "exact, although the plan has a form" in held.reason
+
+
+def test_the_gradients_are_those_of_the_sparse_program() -> None:
+    """Training under a plan: the masked program in eager, in float64, is the measure, and eager's own error."""
+    model = Keyed(length=128).eval()
+    with torch.no_grad():
+        model.blocks[0].asks.mul_(0.05)  # less sure: gradients that are nothing but rounding are not compared
+    tokens = sample(3, 128)
+    keep = torch.ones(2, 128, 128).tril().bool()
+    i, j = torch.arange(128)[:, None], torch.arange(128)
+    keep[0] &= (j < 16) | (i - j < 64)
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+        return ((q @ k.mT).masked_fill(~keep, -torch.inf)).softmax(-1) @ v
+
+    def gradients(run: Any, parameters: Any) -> list[Tensor]:
+        loss = run(tokens).log_softmax(-1)[0, torch.arange(128), tokens[0]].sum()
+        return [g.double() for g in torch.autograd.grad(loss, list(parameters))]
+
+    mine = gradients(follow(model, plan(model)), model.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("planned.keyed.F.scaled_dot_product_attention", masked)
+        eager = gradients(model, model.parameters())
+        wide = Keyed(length=128).double()
+        wide.load_state_dict(model.state_dict())
+        exact = gradients(wide, wide.parameters())
+    for x, y, z in zip(mine, eager, exact, strict=True):
+        assert (x - z).abs().max() <= 2 * (y - z).abs().max() + 1e-5 * z.abs().max()
+
+
+def test_losses() -> None:
+    g = torch.Generator().manual_seed(0)
+    exact, planned = torch.randn(1, 9, 5, generator=g), torch.randn(1, 9, 5, generator=g)
+    p, q = exact.double().softmax(-1), planned.double().softmax(-1)
+    assert losses.kl(exact, planned) == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    assert losses.kl(exact, exact) == losses.flips(exact, exact) == losses.rel(exact, exact) == 0
+    best = p.topk(2, -1).values
+    sure = (best[..., 0] - best[..., 1]) >= losses.MARGIN
+    changed = (exact.argmax(-1) != planned.argmax(-1)) & sure
+    assert losses.flips(exact, planned) == pytest.approx((changed.sum() / sure.sum()).item())
+    valid = torch.arange(9)[None] < 4
+    assert losses.kl(exact, planned, valid) == pytest.approx(losses.kl(exact[:, :4], planned[:, :4]))
+    assert losses.rel(exact, planned, valid) == pytest.approx(losses.rel(exact[:, :4], planned[:, :4]))
+
+
+def test_a_policy_is_read_from_its_text() -> None:
+    assert policy_of("streaming{sinks=16,window=64}") == policy_of("streaming{window=64,sinks=16}")
