@@ -14,6 +14,7 @@ from attncc.cli.opt import opt
 from attncc.cli.output import Debug, clear_errors
 from attncc.cli.plan import plan
 from attncc.cli.profile import profile
+from attncc.frontends.targets import TargetError
 
 app = typer.Typer(
     help="An attention compiler for PyTorch: see what it finds in a model, and try it.",
@@ -27,10 +28,22 @@ app.command()(inspect)
 def demo(
     sentences: Annotated[Path | None, typer.Option(help="A file with one sentence per line.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds; the median counts.")] = 15,
+    plan: Annotated[bool, typer.Option("--plan", help="A language model under plans instead: profiled, certified and "
+                                       "timed (needs attncc[demo-plan]).")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="With --plan: one budget, shorter texts.")] = False,
+    plots: Annotated[Path | None, typer.Option("--plots", metavar="FOLDER", help="With --plan: draw it.")] = None,
     debug: Debug = False,
 ) -> None:
     """Embed sentences with a pretrained model: eager, Inductor and attncc side by side."""
     with clear_errors(debug):
+        if plan:
+            from attncc.cli.demo_plan import run as planned  # noqa: PLC0415 loads transformers
+
+            if not planned(quick=quick, plots=plots):
+                raise typer.Exit(1)
+            return
+        if quick or plots is not None:
+            raise TargetError("demo: --quick and --plots go with --plan")
         from attncc.cli.demo import run  # noqa: PLC0415 loads transformers
 
         if not run(sentences, rounds=rounds):

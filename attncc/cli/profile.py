@@ -55,10 +55,12 @@ def profile(
             model = load(target).model
             batches = read_data(data)
             metric, _, rest = budget.partition("<=")
-            loss = user_loss(metric.strip()) if ":" in metric else None
+            loss = None
+            if ":" in metric:
+                loss, budget = user_loss(metric.strip()), f"{metric.rpartition(':')[2]}<={rest}"
         with bars() as shown, quiet(debug):
             plan = run(
-                model, batches, f"{metric.rpartition(':')[2]}<={rest}", speed=speed, forms=form, settings=settings,
+                model, batches, budget, speed=speed, forms=form, settings=settings,
                 uncertified=uncertified, loss=loss, resume=out.with_name(f"{out.name}.part"), progress=shown,
             )  # fmt: skip
         plan.save(out)

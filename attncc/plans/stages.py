@@ -1,0 +1,321 @@
+"""The stages of profiling: what forms cost, what they do to the output, which plans there are, which the budget allows,
+and what unseen data says of those. Each keeps its results, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from attncc.driver.planning import summary
+from attncc.errors import PlanError
+from attncc.plans import losses
+from attncc.plans.certificate import accepts
+from attncc.plans.choice import Options, Rung, ladder, nearest
+from attncc.plans.costs import Costs
+from attncc.plans.evaluation import Evaluator, Following
+from attncc.plans.plan import SCHEMA, Budget, Certificate, Plan, Rule, SitePlan, verify_plan
+from attncc.plans.probing import Probe, probe_language, probe_values
+from attncc.plans.progressing import Saved, digest
+from attncc.plans.tapping import Key, Seen, Tapped
+from attncc.version import __version__
+
+#: Parts of the predicted budget at which plans are tried on the tuning samples.
+_TRIED = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+#: Joint runs that `kappa` is taken from, and the samples of each.
+_JOINT = 3
+#: At a speed, the limit that is certified is this many times the largest loss of the tuning samples.
+_ROOM = 1.25
+#: The share of the visible keys from which on a form counts as exact.
+_WHOLE = 0.95
+
+Progress = Callable[[str, int, int], None]
+UserLoss = Callable[[torch.Tensor, torch.Tensor, Any], float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much data goes where. `samples`, `tune`: elements of the data; `probes`: backward passes an element;
+    `certify`: elements, the fewest that the budget's share allows where it is None; `tests`: plans certified at most,
+    the safest first; `most_forms`: forms that the heads of one attention may take together, the exact one included."""
+
+    samples: int = 16
+    probes: int = 2
+    tune: int = 8
+    certify: int | None = None
+    delta: float = 0.05
+    tests: int = 2
+    most_forms: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole = {"samples": self.samples, "probes": self.probes, "tune": self.tune, "tests": self.tests}
+        for name, value in whole.items():
+            if value < 1:
+                raise PlanError(f"{name} is at least 1, not {value}")
+        if not 0 < self.delta < 1:
+            raise PlanError(f"delta is between 0 and 1, not {self.delta}")
+
+
+class Switch:
+    """A `Watcher` that hands on to another, which changes while the model stays compiled. It notes how many keys the
+    calls have."""
+
+    def __init__(self) -> None:
+        self.to: Any = Following()
+        self.keys: dict[Key, tuple[int, int]] = {}
+
+    def form(self, seen: Seen) -> Any:
+        lo, hi = self.keys.get(seen.key, (seen.keys, seen.keys))
+        self.keys[seen.key] = min(lo, seen.keys), max(hi, seen.keys)
+        return self.to.form(seen)
+
+    def backward(self, seen: Seen, out: torch.Tensor, gradient: torch.Tensor) -> None:
+        self.to.backward(seen, out, gradient)
+
+
+class Stages:
+    """One profiling: the model under its taps, and what was asked for."""
+
+    def __init__(
+        self, model: Callable[[Any], torch.Tensor], switch: Switch, planner: Tapped, asked: Sequence[losses.Asked],
+        settings: Settings, forms: tuple[str, ...], loss: UserLoss, language: bool, progress: Progress,
+    ) -> None:  # fmt: skip
+        self.model, self.switch, self.planner = model, switch, planner
+        self.asked, self.settings, self.forms, self.progress = asked, settings, forms, progress
+        self.metric = asked[0].metric
+        self.following = Following()
+        self.evaluator = Evaluator(model, loss, self.following)
+        self.language = language
+
+    def plans(
+        self, parts: tuple[list[Any], list[Any], list[Any]], saved: Saved, speed: float | None, uncertified: bool
+    ) -> list[Plan]:
+        samples, tuning, unseen = parts
+        costs = self.costs(samples)
+        errors = self.errors(samples, saved)
+        table = {key: _options(costs, key, error, self.forms) for key, error in errors.items() if key in costs.ms}
+        rungs = ladder(table, self.settings.most_forms)
+        if len(rungs) == 1:
+            raise PlanError("no form is faster than the exact kernel here: only the exact model is left")
+        sites = {n: self.sites(rung, costs, errors) for n, rung in enumerate(rungs)}
+        kappa = self.kappa(samples, rungs, sites, saved)
+        orders = self.tuned(tuning, rungs, sites, kappa, speed, saved)
+        found: list[tuple[Certificate | None, int]] = [(None, order[-1]) for _, order in orders]
+        if not uncertified:
+            found = self.certified(unseen, orders, sites, saved)
+        lengths = list(self.switch.keys.values())
+        plans = [
+            Plan(
+                SCHEMA, {"attncc": __version__, "torch": str(torch.__version__)}, machine(),
+                tuple(self.planner.weights), tuple(sites[best].values()),
+                Budget(self.metric, limit, asked.share, speed), certificate,
+                (min(lo for lo, _ in lengths), max(hi for _, hi in lengths)), kappa, kappa * rungs[best].error,
+                tuple((rung.error, rung.cost) for rung in rungs), self.settings.seed,
+            )
+            for asked, (limit, _), (certificate, best) in zip(self.asked, orders, found, strict=True)
+        ]  # fmt: skip
+        saved.done()
+        return [verify_plan(plan) for plan in plans]
+
+    def costs(self, samples: Sequence[Any]) -> Costs:
+        """What each form of each site costs, on the sample with the most elements."""
+        self.progress("measuring forms", 0, 1)
+        largest = max(samples, key=_elements)
+        costs = self.switch.to = Costs(self.forms)
+        with torch.no_grad():
+            found = self.model(largest)
+        if not self.planner.sites:
+            rest = f" ({self.planner.passed_over} are several joined)" if self.planner.passed_over else ""
+            raise PlanError(f"no attention was found in the model that a plan can speak of{rest}; see attncc inspect")
+        if not bool(found.isfinite().all()):
+            raise PlanError("the exact model gives NaN or infinity on the data")
+        self.progress("measuring forms", 1, 1)
+        return costs
+
+    def errors(self, samples: Sequence[Any], saved: Saved) -> dict[Key, torch.Tensor]:
+        """D of each form (the exact one first) and head of each site."""
+        probe = self.switch.to = Probe(self.forms)
+        total = len(samples) * self.settings.probes
+        known: dict[str, Any] = saved.results.get("probe", {})
+        probe.count = known.get("count", 0)
+        probe.squares = {_key(k): torch.tensor(v, dtype=torch.float64) for k, v in known.get("squares", {}).items()}
+        for at, inputs in enumerate(samples):
+            generator = torch.Generator().manual_seed(self.settings.seed * 7919 + at)
+            if (at + 1) * self.settings.probes <= probe.count:
+                continue
+            with torch.enable_grad():
+                found = self.model(inputs)
+                valid = losses.valid_of(inputs, found)
+                for n in range(self.settings.probes):
+                    self.progress("probing", probe.count, total)
+                    made = (probe_language if self.language else probe_values)(found, valid, generator, probe.count)
+                    made[0].backward(retain_graph=n + 1 < self.settings.probes)
+                    probe.finish(made[1])
+            del found
+            squares = {_text(k): v.tolist() for k, v in probe.squares.items()}
+            saved.keep("probe", {"count": probe.count, "squares": squares})
+        self.progress("probing", total, total)
+        exact = {k: torch.zeros(1, e.shape[1], dtype=torch.float64) for k, e in probe.errors().items()}
+        return {k: torch.cat([exact[k], e]) for k, e in probe.errors().items()}
+
+    def sites(self, rung: Rung, costs: Costs, errors: dict[Key, torch.Tensor]) -> dict[Key, SitePlan]:
+        """What a plan of the ladder says of each site."""
+        found: dict[Key, SitePlan] = {}
+        for key, taken in rung.forms.items():
+            site, ms = self.planner.sites[key], costs.ms[key]
+            rules: list[Rule] = []
+            for number in sorted({*taken} - {0}):
+                text = self.forms[number - 1]
+                heads = tuple(h for h, n in enumerate(taken) if n == number)
+                wrong = errors[key][number, list(heads)].sum().item()
+                rules.append(Rule(text, heads, round(costs.density[key].get(text, 1.0), 4), wrong))
+            planned = sum(ms["" if n == 0 else self.forms[n - 1]] for n in taken) / len(taken)
+            found[key] = SitePlan(
+                *key[:2], site.phase, summary(site.attention), len(taken), self.switch.keys[key], tuple(rules),
+                ms[""], planned,
+            )  # fmt: skip
+        return found
+
+    def kappa(
+        self, samples: Sequence[Any], rungs: Sequence[Rung], sites: dict[int, dict[Key, SitePlan]], saved: Saved
+    ) -> float:
+        """The measured loss of joint runs over the sum of predicted ones; 1 where the metric has no prediction."""
+        if self.metric not in ("kl", "rel"):
+            return 1.0
+        if "kappa" in saved.results:
+            return saved.results["kappa"]
+        limit = self._scale(max(asked.limit for asked in self.asked))
+        numbers = sorted({max(1, nearest(rungs, limit * part)) for part in (0.25, 0.5, 1.0)})
+        self.switch.to = self.following
+        ratios: list[float] = []
+        for at, inputs in enumerate(samples[:_JOINT]):
+            self.progress("joint runs", at, min(_JOINT, len(samples)))
+            joint = self.evaluator.losses(inputs, [sites[n] for n in numbers])
+            ratios += [self._scale(x) / rungs[n].error for x, n in zip(joint, numbers, strict=True) if rungs[n].error]
+        found = sum(ratios) / len(ratios) if ratios else 1.0
+        saved.keep("kappa", found)
+        return found
+
+    def _scale(self, loss: float) -> float:
+        """A loss in the unit of the predicted error: D is of the square of the relative error."""
+        return loss * loss if self.metric == "rel" else loss
+
+    def tuned(
+        self, tuning: Sequence[Any], rungs: Sequence[Rung], sites: dict[int, dict[Key, SitePlan]], kappa: float,
+        speed: float | None, saved: Saved,
+    ) -> list[tuple[float, list[int]]]:  # fmt: skip
+        """For each budget (the limit, the plans to certify, the safest first): the fastest plans under which no tuning
+        sample exceeds the limit, or the first at a speed."""
+        self.switch.to = self.following
+        tried = [self._tried(rungs, asked, kappa, speed) for asked in self.asked]
+        numbers = sorted({n for each in tried for n in each})
+        worst = dict.fromkeys(numbers, 0.0)
+        known: list[list[float]] = saved.results.get("tuning", [])
+        for at, inputs in enumerate(tuning):
+            self.progress("tuning", at, len(tuning))
+            if at >= len(known):
+                known = [*known, self.evaluator.losses(inputs, [sites[n] for n in numbers])]
+                saved.keep("tuning", known)
+            worst = {n: max(worst[n], x) for n, x in zip(numbers, known[at], strict=True)}
+        self.progress("tuning", len(tuning), len(tuning))
+        if speed is not None:
+            return [(worst[own[0]] * _ROOM, own) for own in tried]
+        orders: list[tuple[float, list[int]]] = []
+        for asked, own in zip(self.asked, tried, strict=True):
+            fitting = [n for n in own if worst[n] <= asked.limit]
+            if not fitting:
+                raise PlanError(self._only_exact(asked, worst[own[0]]))
+            orders.append((asked.limit, fitting[-self.settings.tests :]))
+        return orders
+
+    def _tried(
+        self, rungs: Sequence[Rung], asked: losses.Asked, kappa: float, speed: float | None
+    ) -> list[int]:
+        """The plans that are tried for a budget, by their numbers."""
+        if speed is not None:
+            fast = [n for n, rung in enumerate(rungs) if rung.cost * speed <= rungs[0].cost]
+            if not fast:
+                most = rungs[0].cost / rungs[-1].cost
+                raise PlanError(f"no plan is {speed:.3g} times as fast: the fastest of these forms is {most:.3g} times")
+            return [fast[0]]
+        theta = self._scale(asked.limit) / kappa
+        numbers = sorted({nearest(rungs, theta * part) for part in _TRIED} - {0})
+        if not numbers:
+            raise PlanError(self._only_exact(asked, rungs[1].error * kappa))
+        return numbers
+
+    def _only_exact(self, asked: losses.Asked, least: float) -> str:
+        return (
+            f"only the exact model meets {asked.metric}<={asked.limit:.3g}: the most careful plan of these forms "
+            f"reaches {least:.3g}"
+        )
+
+    def certified(
+        self, unseen: Sequence[Any], orders: Sequence[tuple[float, list[int]]],
+        sites: dict[int, dict[Key, SitePlan]], saved: Saved,
+    ) -> list[tuple[Certificate | None, int]]:  # fmt: skip
+        """For each budget the certificate of the last plan in order that passes, with its number. Raises PlanError
+        where none does."""
+        self.switch.to = self.following
+        self.switch.keys.clear()  # of the lengths that the certificate speaks of
+        numbers = sorted({n for _, order in orders for n in order})
+        known: list[list[float]] = saved.results.get("certifying", [])
+        lengths: dict[str, list[int]] = saved.results.get("lengths", {})
+        self.switch.keys |= {_key(k): (lo, hi) for k, (lo, hi) in lengths.items()}
+        for at, inputs in enumerate(unseen):
+            self.progress("certifying", at, len(unseen))
+            if at >= len(known):
+                known = [*known, self.evaluator.losses(inputs, [sites[n] for n in numbers])]
+                saved.keep("certifying", known)
+                saved.keep("lengths", {_text(k): list(v) for k, v in self.switch.keys.items()})
+        self.progress("certifying", len(unseen), len(unseen))
+        data = digest(unseen)
+        found: list[tuple[Certificate | None, int]] = []
+        for asked, (limit, order) in zip(self.asked, orders, strict=True):
+            best: tuple[Certificate, int] | None = None
+            failures = 0
+            for tested, n in enumerate(order, 1):
+                own = [x[numbers.index(n)] for x in known]
+                failures = sum(x > limit for x in own)
+                if not accepts(len(own), failures, 1 - asked.share, self.settings.delta):
+                    break
+                mean = sum(own) / len(own)
+                best = Certificate(len(own), failures, self.settings.delta, tested, mean, max(own), data), n
+            if best is None:
+                raise PlanError(
+                    f"the certificate failed: {failures} of {len(unseen)} unseen samples exceed "
+                    f"{asked.metric}<={limit:.3g} under the safest plan; profile with more samples, or a wider budget"
+                )
+            found.append(best)
+        return found
+
+
+def _options(costs: Costs, key: Key, error: torch.Tensor, forms: Sequence[str]) -> Options:
+    """What a site may do: forms that keep nearly all keys gain nothing, whatever a noisy machine measured."""
+    ms, kept = costs.ms[key], costs.density[key]
+    cost = [ms[""], *(ms[text] if kept.get(text, 1.0) < _WHOLE else float("nan") for text in forms)]
+    return Options(torch.tensor(cost, dtype=torch.float64), error)
+
+
+def _elements(inputs: Any) -> int:
+    return sum(x.numel() for x in tree_leaves(inputs) if isinstance(x, torch.Tensor))
+
+
+def _text(key: Key) -> str:
+    return "\n".join(map(str, key))
+
+
+def _key(text: str) -> Key:
+    path, place, phase = text.split("\n")
+    return path, int(place), phase
+
+
+def machine() -> str:
+    """The processor and its instruction set, in one line."""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
