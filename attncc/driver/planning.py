@@ -19,7 +19,8 @@ from attncc.driver.describe import equation
 from attncc.errors import PlanError
 from attncc.ir import Attention, Axis, Const, Program
 from attncc.ir.reasons import Reason, because
-from attncc.passes.policies.hiding import Form, hide, misfit
+from attncc.passes.policies import Chunks, SlidingTiles, Spans, Streaming, Strides
+from attncc.passes.policies.hiding import Form, Policy, hide, misfit
 from attncc.passes.policies.places import head_count
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.site.assemble import Lifted
@@ -115,6 +116,14 @@ def in_words(planned: SitePlan) -> str:
     return f"{', '.join(parts)}; {planned.ms:.2f} ms, exact {planned.exact_ms:.2f} ms"
 
 
+#: Policies that keep keys by their positions alone.
+_CLOSED = (Streaming, Spans, Strides, Chunks, SlidingTiles)
+
+
+def is_closed(policy: Policy) -> bool:
+    return isinstance(policy, _CLOSED)
+
+
 class Following:
     """Follows a plan. `notes` say what of it could not be followed, once each."""
 
@@ -133,7 +142,7 @@ class Following:
             )
 
     def take(self, site: PlannedSite, p: Program) -> Program | Reason | None:
-        planned = self._sites.get((site.path, site.place, site.phase))
+        planned = self._site(site)
         if planned is None or not planned.sparse:
             return None
         what = summary(site.attention)
@@ -143,13 +152,24 @@ class Following:
                 f"has {what}"
             )
         lo, hi = self.plan.lengths
+        lo = lo if planned.phase == site.phase else 1  # a row of a prefill, of which there are those with few keys
         if not bool(lo <= site.keys) or not bool(site.keys <= hi):
             self._say(f"the plan holds for {lo} to {hi} keys; calls with other numbers of keys run exact")
             return because("policy-other-length", str(lo), str(hi))
         return planned_program(p, planned.forms())
 
+    def _site(self, site: PlannedSite) -> SitePlan | None:
+        """What the plan says of a site. Where all forms go by positions alone, a decoding step is the next row of a
+        prefill, of which the certificate speaks too."""
+        own = self._sites.get((site.path, site.place, site.phase))
+        if own is None and site.phase == "decode":
+            own = self._sites.get((site.path, site.place, "prefill"))
+            own = own if own is not None and all(is_closed(form.policy) for form in own.forms()) else None
+        return own
+
     def says(self, site: PlannedSite) -> str:
-        return in_words(self._sites[site.path, site.place, site.phase])
+        planned = self._site(site)
+        return "" if planned is None else in_words(planned)
 
     def made(self, site: PlannedSite, taken: Program, final: Program, call: fx.Node) -> None:
         pass

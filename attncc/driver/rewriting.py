@@ -16,6 +16,7 @@ from attncc.driver import capture, describe
 from attncc.driver.candidate import Candidate, Choice, unmeasured
 from attncc.driver.edit import Editor, source_text
 from attncc.driver.graph_edits import GraphEdits, copied
+from attncc.driver.planned_times import slower
 from attncc.driver.planning import Places, PlannedSite, Planner, parameters_of
 from attncc.driver.selection import decide
 from attncc.driver.site_groups import SiteGroup, together
@@ -280,7 +281,7 @@ def _proposals(
             taken: Program | Reason | None = None
             planned, made = "", _unseen
             if planner is not None and own is not None:
-                taken = _taken(planner, own, program, len(sites))
+                taken = _taken(planner, own, program, sites, facts)
                 if isinstance(taken, Program):
                     program, planned = replace(program, program=taken), planner.says(own)
             final = _optimised(program, tuple(map(bool, learned)))
@@ -294,10 +295,17 @@ def _proposals(
     return found
 
 
-def _taken(planner: Planner, place: PlannedSite, site: SiteProgram, count: int) -> Program | Reason | None:
-    """What a planner makes of the sites of one place in the graph: it speaks of single attentions."""
-    taken = planner.take(place, site.program)
-    return because("plan-several") if count > 1 and isinstance(taken, Program) else taken
+def _taken(
+    planner: Planner, place: PlannedSite, program: SiteProgram, sites: Sequence[Lifted], facts: Facts
+) -> Program | Reason | None:
+    """What a planner makes of the sites of one place in the graph: it speaks of single attentions. What it was not
+    profiled for, decoding, is measured here."""
+    taken = planner.take(place, program.program)
+    if not isinstance(taken, Program):
+        return taken
+    if len(sites) > 1:
+        return because("plan-several")
+    return taken if place.phase == "prefill" else slower(program, taken, sites[0], facts) or taken
 
 
 def _optimised(site: SiteProgram, learned: tuple[bool, ...]) -> Program:

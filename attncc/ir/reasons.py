@@ -150,6 +150,7 @@ SENTENCES: dict[str, str] = {
     # --- the driver
     "planned": "as the plan says: {}",
     "plan-held": "{}; exact, although the plan has a form for it: {}",
+    "plan-slower": "its form is no faster here: exact {} us, planned {} us",
     "plan-several": "the plan speaks of single attentions, and several are joined here",
     "weights-needed": "its scores or weights are used elsewhere too, by {}, and so must exist",
     "graph-taken": "another site has taken what it reads",

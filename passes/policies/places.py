@@ -52,12 +52,13 @@ def no_distance(a: Attention) -> Reason | None:
 
 
 def _last_key(a: Attention) -> Expr | None:
-    """x of the part `j <= x` of the mask that mentions rows: the last key that a causal mask leaves a row."""
+    """x of the part `j <= x` of the mask that mentions rows, or where there is a single one: the last key that a causal
+    mask leaves a row."""
     for part in members("and", a.mask):
         if isinstance(part, Op) and part.name in ("le", "lt") and part.args[0].kind == "int":
             slack = poly(sub(part.args[1], part.args[0]))  # >= 0, or > 0
             keyed = [m for m in slack if any(mentions(f, a.j.index) for f in m)]
-            rows = any(mentions(f, a.i.index) for m in slack for f in m)
+            rows = a.i.extent is ONE or any(mentions(f, a.i.index) for m in slack for f in m)
             if rows and keyed == [(a.j.index,)] and slack[keyed[0]] == -1:
                 row = expr({m: c for m, c in slack.items() if m != keyed[0]})
                 return row if part.name == "le" else sub(row, ONE)

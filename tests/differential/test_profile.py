@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from planned.keyed import Keyed, answer, sample, wanted
@@ -160,8 +161,6 @@ def test_other_weights_and_other_graphs_are_refused() -> None:
         other.blocks[0].place.mul_(1.5)
     with pytest.raises(RuntimeError, match="the plan is for other weights: 1 of the 4 parameters"), torch.no_grad():
         follow(other, plan(model))(sample(0))
-    import msgspec  # noqa: PLC0415 - beside its only use
-
     changed = msgspec.structs.replace(site(), what="2 heads of 32 and 33, f32: softmax(s * 0.5) v")
     with pytest.raises(RuntimeError, match=r"the plan is for another graph: at blocks\.0"), torch.no_grad():
         follow(model, plan(model, changed))(sample(0))
@@ -254,3 +253,54 @@ def test_losses() -> None:
 
 def test_a_policy_is_read_from_its_text() -> None:
     assert policy_of("streaming{sinks=16,window=64}") == policy_of("streaming{window=64,sinks=16}")
+
+
+class Decoding(nn.Module):
+    """The same heads, one token at a time over a cache of fixed size."""
+
+    def __init__(self, model: Keyed) -> None:
+        super().__init__()
+        self.block = model.blocks[0]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, place: Tensor) -> Tensor:
+        seen = torch.arange(k.shape[2]) <= place
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen[None, None, None], scale=1.0)
+
+
+def test_a_decoding_step_is_the_next_row_of_a_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forms that go by positions hold for it too, where they are faster."""
+    from attncc.driver import rewriting  # noqa: PLC0415 - beside its only use
+    from attncc.ir.reasons import because  # noqa: PLC0415 - as above
+
+    model = Decoding(Keyed())
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 32, generator=g) for n in (1, 512, 512))
+    place = torch.tensor([300])
+    what = "2 heads of 32 and 32, f32: softmax(s) v"
+    known = plan(model, msgspec.structs.replace(site("", (0,)), what=what))
+    monkeypatch.setattr(rewriting, "slower", lambda *_: None)
+    with torch.no_grad():
+        found = follow(model, known)(q, k, v, place)
+        j = torch.arange(512)
+        keep = (j <= 300).expand(2, 512).clone()
+        keep[0] &= (j < 16) | (300 - j < 64)
+        scores = (q @ k.mT)[0, :, 0].masked_fill(~keep, -torch.inf)
+        torch.testing.assert_close(found[0, :, 0], torch.einsum("hj,hje->he", scores.softmax(-1), v[0]))
+        monkeypatch.setattr(rewriting, "slower", lambda *_: because("plan-slower", "1.0", "2.0"))
+        (own,) = attncc.explain_plan(known, model, q, k, v, place).sites
+    assert "its form is no faster here: exact 1.0 us, planned 2.0 us" in own.reason
+
+
+def test_a_form_that_is_slower_here_is_not_taken() -> None:
+    """Measured for what the plan was not profiled for: a long cache, of which a form reads little, is faster."""
+    from attncc.driver.planned_times import _gathers  # noqa: PLC0415 - beside its only use
+    from attncc.ir import parse_attention  # noqa: PLC0415 - as above
+
+    model = Decoding(Keyed())
+    q, k, v = (torch.randn(1, 2, n, 64) for n in (1, 16384, 16384))
+    what = "2 heads of 64 and 64, f32: softmax(s) v"
+    known = plan(model, msgspec.structs.replace(site("", (0, 1)), what=what), lengths=(64, 16384))
+    with torch.no_grad():
+        (own,) = attncc.explain_plan(known, model, q, k, v, torch.tensor([16000])).sites
+    assert own.code == "planned" or "plan-slower" in own.code
+    assert own.ir is not None and not _gathers(parse_attention(own.ir))
