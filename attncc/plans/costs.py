@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from attncc.driver.planning import is_closed
 from attncc.driver.running import compiled, run
 from attncc.errors import log
-from attncc.ir import Attention, Program, Reduce, Table
+from attncc.ir import Attention, Program
 from attncc.ir.evaluate import Evaluator, int_value
 from attncc.ir.interpret import index_grid
 from attncc.ir.reasons import Reason
@@ -71,14 +72,9 @@ def timed(seen: Seen, forms: dict[str, Forms], known: dict[object, dict[str, flo
     device = next(iter(seen.values.values())).device
     found = compare(calls, BUDGET_S, sampler_for(device))
     ms = {name: us / 1e3 for name, us in found.us.items()}
-    if all(is_closed(p) for p in fitting.values()):
+    if all(is_closed(form.policy) for each in forms.values() for form in each):
         known[kind] = ms
     return ms
-
-
-def is_closed(p: Program) -> bool:
-    """Whether which keys a program keeps depends on positions alone."""
-    return all(isinstance(step.node, Attention | Table | Reduce) for step in p.steps)
 
 
 def density(seen: Seen, forms: Forms) -> float:
