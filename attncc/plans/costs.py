@@ -42,8 +42,14 @@ class Costs:
     def form(self, seen: Seen) -> Program | None:
         if seen.key not in self.ms:
             forms: dict[str, Forms] = {text: (Form(policy_of(text)),) for text in self.forms}
-            self.ms[seen.key] = timed(seen, {"": (), **forms}, self._closed)
-            self.density[seen.key] = {text: density(seen, forms[text]) for text in self.ms[seen.key] if text}
+            closed = {text: each for text, each in forms.items() if is_closed(each[0].policy)}
+            ms = timed(seen, {"": (), **closed}, self._closed)
+            selected = {text: each for text, each in forms.items() if text not in closed}
+            if selected:
+                found = timed(seen, {"": (), **selected}, {})
+                ms = ms | {text: t * ms[""] / found[""] for text, t in found.items() if text}
+            self.ms[seen.key] = ms
+            self.density[seen.key] = {text: density(seen, forms[text]) for text in ms if text}
         return None
 
     def backward(self, seen: Seen, out: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -51,8 +57,8 @@ class Costs:
 
 
 def timed(seen: Seen, forms: dict[str, Forms], known: dict[object, dict[str, float]]) -> dict[str, float]:
-    """Milliseconds of a call in each of some forms. Forms that closed formulas decide cost every layer the same, which
-    `known` remembers."""
+    """Milliseconds of a call in each of some forms. `known` remembers those of calls alike: for forms that go by
+    positions alone, which cost every layer the same."""
     programs = {name: in_forms(seen.program, each) for name, each in forms.items()}
     fitting = {name: p for name, p in programs.items() if isinstance(p, Program)}
     kind = (
@@ -72,8 +78,7 @@ def timed(seen: Seen, forms: dict[str, Forms], known: dict[object, dict[str, flo
     device = next(iter(seen.values.values())).device
     found = compare(calls, BUDGET_S, sampler_for(device))
     ms = {name: us / 1e3 for name, us in found.us.items()}
-    if all(is_closed(form.policy) for each in forms.values() for form in each):
-        known[kind] = ms
+    known[kind] = ms
     return ms
 
 
