@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import dataclass
 
-from attncc.driver.baseline import Untimeable, looks, trial
-from attncc.driver.running import compiled
+import torch
+from torch import fx
+
+from attncc.driver.baseline import Trial, Untimeable, looks, trial
+from attncc.driver.running import compiled, run
+from attncc.driver.training import Training
+from attncc.driver.training_selection import leaves_of, whole_step
 from attncc.ir import Attention, Program
 from attncc.ir.expr import Expr, loads
 from attncc.ir.interpret import extent
 from attncc.ir.reasons import Reason, because
 from attncc.passes.pipeline import standard
+from attncc.passes.rewrites.row_sums import with_sums
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.site.assemble import Lifted
 from attncc.patterns.site.program import SiteProgram
@@ -22,19 +30,32 @@ BUDGET_S = 0.15
 _timed = Recent[object, Reason | None](256)
 
 
-def slower(site: SiteProgram, planned: Program, lifted: Lifted, facts: Facts) -> Reason | None:
-    """Why a planned program is no faster than the exact one on made-up data of its shapes, or None."""
+def slower(
+    site: SiteProgram, planned: Program, lifted: Lifted, facts: Facts, training: Training | None
+) -> Reason | None:
+    """Why a planned program is no faster on made-up data of its shapes, or None: than the exact one in inference, with
+    its backward than the model's own form in `training`."""
     try:
-        known = (site.program, planned, looks(lifted, facts))
+        known = (site.program, planned, training is not None, looks(lifted, facts))
         if known not in _timed:
-            _timed[known] = _slower(site, planned, lifted, facts)
+            data = _data(site, lifted, facts, () if training is None else training.nodes)
+            _timed[known] = None if data is None else _slower(site, planned, data, training)
         return _timed[known]
     except Untimeable:
         return None
 
 
-def _slower(site: SiteProgram, planned: Program, lifted: Lifted, facts: Facts) -> Reason | None:
-    data = trial([lifted], facts)
+@dataclass(frozen=True)
+class _Data:
+    """Made-up inputs of a program, by name, its sizes, and the trial that they come from."""
+
+    values: dict[str, torch.Tensor]
+    sizes: dict[Expr, int]
+    trial: Trial
+
+
+def _data(site: SiteProgram, lifted: Lifted, facts: Facts, learned: Collection[fx.Node]) -> _Data | None:
+    data = trial([lifted], facts, learned)
     (tensors,) = data.tensors()
     a = lifted.attention
     if not _gathers(a):  # positions: a row at the end sees all keys, and so costs what it may cost
@@ -48,17 +69,29 @@ def _slower(site: SiteProgram, planned: Program, lifted: Lifted, facts: Facts) -
     }
     own = dict(zip(lifted.sizes, data.sizes[0], strict=True))
     sizes: dict[Expr, int] = {s: own[x] for s, x in zip(site.program.sizes, site.sizes, strict=True) if x in own}
-    if len(sizes) != len(site.program.sizes):
+    return _Data(values, sizes, data) if len(sizes) == len(site.program.sizes) else None
+
+
+def _slower(site: SiteProgram, planned: Program, data: _Data, training: Training | None) -> Reason | None:
+    form = standard(site.factors).run(planned)
+    device = next(iter(data.values.values())).device
+    if training is None:
+        exact = standard(site.factors).run(site.program)
+        with torch.no_grad():
+            calls = {name: compiled(p, data.values, data.sizes) for name, p in (("other", exact), ("planned", form))}
+            us = compare(calls, BUDGET_S, sampler_for(device)).us
+    else:
+        form = with_sums(form, [True])
+        again = training.recomputed
+        own = whole_step(data.trial.run, leaves_of(data.trial.inputs), nullcontext, again)
+        ours = whole_step(
+            lambda: run(form, data.values, data.sizes), leaves_of(data.trial.known.values()), nullcontext, again
+        )
+        us = compare({"other": own, "planned": ours}, BUDGET_S, sampler_for(device)).us
+    if "other" not in us or "planned" not in us or us["planned"] < us["other"] * (1 - TIE):
         return None
-    with torch.no_grad():
-        calls = {
-            name: compiled(standard(site.factors).run(p), values, sizes)
-            for name, p in (("exact", site.program), ("planned", planned))
-        }
-        us = compare(calls, BUDGET_S, sampler_for(tensors[0].device)).us
-    if "exact" not in us or "planned" not in us or us["planned"] < us["exact"] * (1 - TIE):
-        return None
-    return because("plan-slower", f"{us['exact']:.1f}", f"{us['planned']:.1f}")
+    other, mine = f"{us['other']:.1f}", f"{us['planned']:.1f}"
+    return because("plan-slower" if training is None else "plan-slower-training", other, mine)
 
 
 def _gathers(a: Attention) -> bool:

@@ -281,7 +281,7 @@ def _proposals(
             taken: Program | Reason | None = None
             planned, made = "", _unseen
             if planner is not None and own is not None:
-                taken = _taken(planner, own, program, sites, facts)
+                taken = _taken(planner, own, program, sites, facts, training if any(learned) else None)
                 if isinstance(taken, Program):
                     program, planned = replace(program, program=taken), planner.says(own)
             final = _optimised(program, tuple(map(bool, learned)))
@@ -296,16 +296,19 @@ def _proposals(
 
 
 def _taken(
-    planner: Planner, place: PlannedSite, program: SiteProgram, sites: Sequence[Lifted], facts: Facts
-) -> Program | Reason | None:
+    planner: Planner, place: PlannedSite, program: SiteProgram, sites: Sequence[Lifted], facts: Facts,
+    training: Training | None,
+) -> Program | Reason | None:  # fmt: skip
     """What a planner makes of the sites of one place in the graph: it speaks of single attentions. What it was not
-    profiled for, decoding, is measured here."""
+    profiled for, decoding and training, is measured here."""
     taken = planner.take(place, program.program)
     if not isinstance(taken, Program):
         return taken
     if len(sites) > 1:
         return because("plan-several")
-    return taken if place.phase == "prefill" else slower(program, taken, sites[0], facts) or taken
+    if place.phase == "prefill" and training is None:
+        return taken
+    return slower(program, taken, sites[0], facts, training) or taken
 
 
 def _optimised(site: SiteProgram, learned: tuple[bool, ...]) -> Program:

@@ -69,7 +69,7 @@ def _measured(
     parts: Sequence[Candidate], data: Trial, rival: str, device: torch.device, recomputed: bool
 ) -> Decision:  # fmt: skip
     sample = sampler_for(device)
-    ours = _step(lambda: _fused(parts, data), leaves_of(data.known.values()), nullcontext, recomputed)
+    ours = whole_step(lambda: _fused(parts, data), leaves_of(data.known.values()), nullcontext, recomputed)
     floor = _floor(parts, data, recomputed) if rival == "unfused" else None
     if floor is not None:
         timed = compare({OURS: ours, "products": floor}, BUDGET_S / 3, sample)
@@ -78,7 +78,7 @@ def _measured(
         if fast and _within(peak_bytes(ours, device), most):
             reason = "forward and backward are faster than their matrix products alone"
             return Decision(OURS, reason, {OURS: timed.us[OURS]})
-    own = _step(data.run, leaves_of(data.inputs), nullcontext, recomputed)
+    own = whole_step(data.run, leaves_of(data.inputs), nullcontext, recomputed)
     timed = compare({OURS: ours, rival: own}, BUDGET_S, sample)
     lost = _settled(timed, rival)
     if lost.winner != OURS:
@@ -88,7 +88,7 @@ def _measured(
         try:
             with data.around():
                 compiled = torch_private.inductor_apart_with_backward(data.module, data.inputs)
-            own = _step(lambda: compiled(*data.inputs), leaves_of(data.inputs), data.around, recomputed)
+            own = whole_step(lambda: compiled(*data.inputs), leaves_of(data.inputs), data.around, recomputed)
             timed = compare({OURS: ours, rival: own}, BUDGET_S, sample)
         except Exception as error:  # whatever it is, the model's own operations would meet it too
             return Decision(OURS, f"not measured: Inductor fails on the model's own form ({last_line(error)})", {})
@@ -161,7 +161,7 @@ def _fused(parts: Sequence[Candidate], data: Trial) -> list[torch.Tensor]:
     return [*joined.values(), *sums]
 
 
-def _step(
+def whole_step(
     forward: Callable[[], Sequence[torch.Tensor]], leaves: Sequence[torch.Tensor],
     around: Callable[[], AbstractContextManager[object]], recomputed: bool,
 ) -> Call:  # fmt: skip

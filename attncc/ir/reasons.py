@@ -151,6 +151,7 @@ SENTENCES: dict[str, str] = {
     "planned": "as the plan says: {}",
     "plan-held": "{}; exact, although the plan has a form for it: {}",
     "plan-slower": "its form is no faster here: exact {} us, planned {} us",
+    "plan-slower-training": "its form is no faster here with its backward: the model's own {} us, planned {} us",
     "plan-several": "the plan speaks of single attentions, and several are joined here",
     "weights-needed": "its scores or weights are used elsewhere too, by {}, and so must exist",
     "graph-taken": "another site has taken what it reads",

@@ -14,7 +14,11 @@ from planned.made import WHAT, costs_by_density, plan, site
 from torch import Tensor, nn
 
 import attncc
+from attncc.driver import rewriting
+from attncc.driver.planned_times import _gathers
 from attncc.errors import PlanError
+from attncc.ir import parse_attention
+from attncc.ir.reasons import because
 from attncc.plans import losses
 from attncc.plans.plan import load, policy_of
 from attncc.plans.profile import Settings
@@ -208,7 +212,7 @@ def test_what_a_site_becomes_is_explained() -> None:
     assert "policy-other-length" in held.code and "exact, although the plan has a form" in held.reason
 
 
-def test_the_gradients_are_those_of_the_sparse_program() -> None:
+def test_the_gradients_are_those_of_the_sparse_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training under a plan: the masked program in eager, in float64, is the measure, and eager's own error."""
     model = Keyed(length=128).eval()
     with torch.no_grad():
@@ -225,6 +229,7 @@ def test_the_gradients_are_those_of_the_sparse_program() -> None:
         loss = run(tokens).log_softmax(-1)[0, torch.arange(128), tokens[0]].sum()
         return [g.double() for g in torch.autograd.grad(loss, list(parameters))]
 
+    monkeypatch.setattr(rewriting, "slower", lambda *_: None)
     mine = gradients(follow(model, plan(model)), model.parameters())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("planned.keyed.F.scaled_dot_product_attention", masked)
@@ -234,6 +239,14 @@ def test_the_gradients_are_those_of_the_sparse_program() -> None:
         exact = gradients(wide, wide.parameters())
     for x, y, z in zip(mine, eager, exact, strict=True):
         assert (x - z).abs().max() <= 2 * (y - z).abs().max() + 1e-5 * z.abs().max()
+
+
+def test_training_under_a_plan_is_timed_with_its_backward() -> None:
+    """What is slower than the model's own form stays as it was, and says so."""
+    model = Keyed(length=128).train()
+    (own,) = attncc.explain_plan(plan(model), model, sample(0, 128)).sites
+    assert own.trains
+    assert own.code == "planned" or "plan-slower-training" in own.code, own.reason
 
 
 def test_losses() -> None:
@@ -269,9 +282,6 @@ class Decoding(nn.Module):
 
 def test_a_decoding_step_is_the_next_row_of_a_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forms that go by positions hold for it too, where they are faster."""
-    from attncc.driver import rewriting  # noqa: PLC0415 - beside its only use
-    from attncc.ir.reasons import because  # noqa: PLC0415 - as above
-
     model = Decoding(Keyed())
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, n, 32, generator=g) for n in (1, 512, 512))
@@ -293,9 +303,6 @@ def test_a_decoding_step_is_the_next_row_of_a_prefill(monkeypatch: pytest.Monkey
 
 def test_a_form_that_is_slower_here_is_not_taken() -> None:
     """Measured for what the plan was not profiled for: a long cache, of which a form reads little, is faster."""
-    from attncc.driver.planned_times import _gathers  # noqa: PLC0415 - beside its only use
-    from attncc.ir import parse_attention  # noqa: PLC0415 - as above
-
     model = Decoding(Keyed())
     q, k, v = (torch.randn(1, 2, n, 64) for n in (1, 16384, 16384))
     what = "2 heads of 64 and 64, f32: softmax(s) v"

@@ -194,13 +194,13 @@ def test_gradients_off_at_the_call_alone(bench: Bench) -> None:
 
 def test_a_checkpoint_runs_forward_twice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    step = training_selection._step
+    step = training_selection.whole_step
 
     def watched(forward: Any, leaves: Any, around: Any, recomputed: bool) -> Any:
         seen.append(recomputed)
         return step(forward, leaves, around, recomputed)
 
-    monkeypatch.setattr(training_selection, "_step", watched)
+    monkeypatch.setattr(training_selection, "whole_step", watched)
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return checkpoint(windowed, q, k, v, use_reentrant=False)
