@@ -234,7 +234,13 @@ def test_random_programs_with_tables(program: Program) -> None:
 
 
 #: Edges in the order of their names; a few of them on every change.
-EDGES = ("causal", "unscaled", "bias by pair", "decode with sink", "squared weights", "weights", "padding", "alibi")
+EDGES = (
+    "causal", "unscaled", "bias by pair", "decode with sink", "squared weights", "weights", "padding", "alibi",
+    "masked bias", "masked bias, mean", "masked bias, weights",
+)  # fmt: skip
+
+
+BIASED = Case(score="s * SCALE + bias[hk * G + g, i, j]", tensors=("bias: f32[HQ, N, M]",), give="out, lse")
 
 
 @pytest.mark.parametrize(
@@ -243,14 +249,16 @@ EDGES = ("causal", "unscaled", "bias by pair", "decode with sink", "squared weig
      if EXAMPLES >= 400 or n % 3 == at],
 )  # fmt: skip
 def test_edges_of_numbers(name: str, dtype: str) -> None:
-    """docs/numbers.md: all but values so large that the sum of a few leaves the range of floats."""
+    """docs/numbers.md."""
     at = 3 * EDGES.index(name) + ("f32", "bf16", "f16").index(dtype)
     config = (SMALL, SPLIT)[at % 2]
-    case = {"unscaled": Case("j <= i", score="s", give="out, lse"),
-            "bias by pair": Case(score="s * SCALE + bias[hk * G + g, i, j]", tensors=("bias: f32[HQ, N, M]",),
-                                 give="out, lse")}.get(name) or CASES[name]  # fmt: skip
+    masked = replace(BIASED, mask="j + 1 <= i")
+    case = {"unscaled": Case("j <= i", score="s", give="out, lse"), "bias by pair": BIASED,
+            "masked bias": replace(BIASED, mask="j <= i + 3"),
+            "masked bias, mean": replace(masked, empty="mean"),
+            "masked bias, weights": replace(masked, give="out, weights")}.get(name) or CASES[name]  # fmt: skip
     a, given, sizes = case_of(case, dtype=dtype, batch=1, rows=min(case.rows, 20), keys=40)
-    edges = [(n, x) for n, x in edges_of(a).items() if not n.startswith("values")]
+    edges = list(edges_of(a).items())
     for n, edge in edges if EXAMPLES >= 400 else edges[at % 9 :: 9]:
         tensors = dict(given)
         edge(tensors, torch.Generator().manual_seed(1))
