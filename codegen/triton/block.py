@@ -336,7 +336,7 @@ class Block:
                 self._product(scope, ok)
             rows = f"empty_row{' & j_ok' if p.ragged else ''}"
             factor = self._pair(scope, p.factor)
-            scope.lines.append(f"p = tl.where({rows}, {factor} * each, 0.0)")
+            scope.lines.append(f"p = tl.where({rows}, ({factor}) * each, 0.0)")
             self._values(scope, ok)
         blocks = f"tl.cdiv({f.scope.atom(p.a.j.extent)}, BLOCK_N)"
         f.line("if tl.max(tl.where(empty_row, 1, 0)) > 0:")

@@ -118,9 +118,12 @@ def attention(
     top = tl.where(far, tl.maximum(tl.minimum(m * 0.36067376022224085, 3.4028234663852886e+38), -3.4028234663852886e+38), base)[:, None]
     total = l[:, None]
     empty_row = total == 0.0
-    # rows whose weights sum to zero: those that see a key are not empty
-    seen = tl.full([BLOCK_M, 1], 0, tl.int32)
+    acc = tl.where(empty_row, 0.0, acc / total)
+    tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok & (total != 0.0))
+    tl.store(lse_ptr + b.to(tl.int64) * lse_s0 + hk.to(tl.int64) * lse_s1 + g.to(tl.int64) * lse_s2 + i.to(tl.int64) * lse_s3 + tl.zeros([BLOCK_M, 1], tl.int32), tl.where((m == float("inf"))[:, None], float("inf"), tl.where(far[:, None], (m * 0.25 + tl.log2(l) * 0.6931471805599453)[:, None], (top + tl.log2(total)) * 0.6931471805599453)), mask=row_ok)
+    # rows whose weights sum to zero: those that see keys, all at minus infinity, are not empty
     if tl.max(tl.where(empty_row, 1, 0)) > 0:
+        seen = tl.full([BLOCK_M, 1], 0, tl.int32)
         # blocks whose keys all rows see
         for block in range(0, tl.minimum(t0, t1)):
             j0 = block * BLOCK_N
@@ -133,10 +136,7 @@ def attention(
             j_ok = j < N
             visible = j_ok & (j <= i)
             seen = tl.maximum(seen, tl.max(tl.where(visible, tl.full([BLOCK_M, BLOCK_N], 1, tl.int32), 0), 1)[:, None])
-    empty_row = empty_row & (seen == 0)
-    acc = tl.where(empty_row, 0.0, acc / total)
-    tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok)
-    tl.store(lse_ptr + b.to(tl.int64) * lse_s0 + hk.to(tl.int64) * lse_s1 + g.to(tl.int64) * lse_s2 + i.to(tl.int64) * lse_s3 + tl.zeros([BLOCK_M, 1], tl.int32), tl.where((m == float("inf"))[:, None], float("inf"), tl.where(far[:, None], (m * 0.25 + tl.log2(l) * 0.6931471805599453)[:, None], (top + tl.log2(total)) * 0.6931471805599453)), mask=row_ok)
+        tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, tl.where(seen > 0, float("nan"), 0.0).to(tl.bfloat16), mask=row_ok & empty_row & (e >= 0))
 
 
 #: Triton's types of the arguments of each kernel, in order.

@@ -126,9 +126,11 @@ def attention(
     top = tl.where(far, tl.maximum(tl.minimum(m * 0.36067376022224085, 3.4028234663852886e+38), -3.4028234663852886e+38), base)[:, None]
     total = l[:, None]
     empty_row = total == 0.0
-    # rows whose weights sum to zero: those that see a key are not empty
-    seen = tl.full([BLOCK_M, 1], 0, tl.int32)
+    acc = tl.where(empty_row, 0.0, acc / total)
+    tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok & (total != 0.0))
+    # rows whose weights sum to zero: those that see keys, all at minus infinity, are not empty
     if tl.max(tl.where(empty_row, 1, 0)) > 0:
+        seen = tl.full([BLOCK_M, 1], 0, tl.int32)
         # the blocks of this tile's list: those whose keys all rows see, then those where the mask decides
         for t in range(0, full):
             block = tl.load(blocks_ptr + list_at + t)
@@ -143,9 +145,7 @@ def attention(
             table0 = tl.load(table_ptr + hk.to(tl.int64) * table_s0 + t0.to(tl.int64) * table_s1 + (j // 32).to(tl.int64) * table_s2, mask=row_ok & j_ok, other=0).to(tl.int1)
             visible = j_ok & ((j <= i) & table0)
             seen = tl.maximum(seen, tl.max(tl.where(visible, tl.full([BLOCK_M, BLOCK_N], 1, tl.int32), 0), 1)[:, None])
-    empty_row = empty_row & (seen == 0)
-    acc = tl.where(empty_row, 0.0, acc / total)
-    tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok)
+        tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, tl.where(seen > 0, float("nan"), 0.0).to(tl.bfloat16), mask=row_ok & empty_row & (e >= 0))
 
 
 @triton.jit(do_not_specialize=["B", "N", "M"])

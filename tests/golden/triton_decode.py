@@ -123,10 +123,12 @@ def attention(
     if PARTIAL:
         at = (split.to(tl.int64) * (B * 2) + (b * 2 + hk)) * rows + row
         tl.store(part_ptr + at * 16 + e, acc, mask=row_ok)
+        tl.store(stat_ptr + at, m[:, None], mask=row_ok)
+        tl.store(stat_ptr + splits.to(tl.int64) * (B * 2) * rows + at, l[:, None], mask=row_ok & (l[:, None] != 0.0))
         empty_row = l[:, None] == 0.0
-        # rows whose weights sum to zero: those that see a key are not empty
-        seen = tl.full([BLOCK_M, 1], 0, tl.int32)
+        # rows whose weights sum to zero: those that see keys, all at minus infinity, are not empty
         if tl.max(tl.where(empty_row, 1, 0)) > 0:
+            seen = tl.full([BLOCK_M, 1], 0, tl.int32)
             # blocks whose keys all rows see
             count1 = tl.minimum(t1, t2)
             for block in range(count1 * split // splits, count1 * (split + 1) // splits):
@@ -142,9 +144,7 @@ def attention(
                 j_ok = j < M
                 visible = j_ok & (j < length)
                 seen = tl.maximum(seen, tl.max(tl.where(visible, tl.full([BLOCK_M, BLOCK_N], 1, tl.int32), 0), 1)[:, None])
-        empty_row = empty_row & (seen == 0)
-        tl.store(stat_ptr + at, m[:, None], mask=row_ok)
-        tl.store(stat_ptr + splits.to(tl.int64) * (B * 2) * rows + at, tl.where((l[:, None] == 0.0) & (seen > 0), -1.0, l[:, None]), mask=row_ok)
+            tl.store(stat_ptr + splits.to(tl.int64) * (B * 2) * rows + at, tl.where(seen > 0, -1.0, 0.0), mask=row_ok & empty_row)
     else:
         rate = tl.where(tl.abs(m) < 2977044471.819572, 0.36067376022224085, 0.5)
         lifted = tl.where(tl.abs(m) < 2977044471.819572, lift, 0.0)
@@ -153,9 +153,11 @@ def attention(
         top = tl.where(far, tl.maximum(tl.minimum(m * 0.36067376022224085, 3.4028234663852886e+38), -3.4028234663852886e+38), base)[:, None]
         total = l[:, None]
         empty_row = total == 0.0
-        # rows whose weights sum to zero: those that see a key are not empty
-        seen = tl.full([BLOCK_M, 1], 0, tl.int32)
+        acc = tl.where(empty_row, 0.0, acc / total)
+        tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok & (total != 0.0))
+        # rows whose weights sum to zero: those that see keys, all at minus infinity, are not empty
         if tl.max(tl.where(empty_row, 1, 0)) > 0:
+            seen = tl.full([BLOCK_M, 1], 0, tl.int32)
             # blocks whose keys all rows see
             count3 = tl.minimum(t1, t2)
             for block in range(count3 * split // splits, count3 * (split + 1) // splits):
@@ -171,9 +173,7 @@ def attention(
                 j_ok = j < M
                 visible = j_ok & (j < length)
                 seen = tl.maximum(seen, tl.max(tl.where(visible, tl.full([BLOCK_M, BLOCK_N], 1, tl.int32), 0), 1)[:, None])
-        empty_row = empty_row & (seen == 0)
-        acc = tl.where(empty_row, 0.0, acc / total)
-        tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok)
+            tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, tl.where(seen > 0, float("nan"), 0.0).to(tl.bfloat16), mask=row_ok & empty_row & (e >= 0))
 
 
 @triton.jit(do_not_specialize=["B", "N", "M"])

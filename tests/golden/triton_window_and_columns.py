@@ -153,9 +153,11 @@ def attention(
     top = tl.where(far, tl.maximum(tl.minimum(m * 0.36067376022224085, 3.4028234663852886e+38), -3.4028234663852886e+38), base)[:, None]
     total = l[:, None]
     empty_row = total == 0.0
-    # rows whose weights sum to zero: those that see a key are not empty
-    seen = tl.full([BLOCK_M, 1], 0, tl.int32)
+    acc = tl.where(empty_row, 0.0, acc / total)
+    tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok & (total != 0.0))
+    # rows whose weights sum to zero: those that see keys, all at minus infinity, are not empty
     if tl.max(tl.where(empty_row, 1, 0)) > 0:
+        seen = tl.full([BLOCK_M, 1], 0, tl.int32)
         # blocks whose keys all rows see
         for block in range(t2, tl.maximum(t2, tl.minimum(t3, t4))):
             j0 = block * BLOCK_N
@@ -180,9 +182,7 @@ def attention(
             j = 0 + slot // 2 * 32 + slot % 2
             j_ok = (j < t6)
             seen = tl.maximum(seen, tl.max(tl.where(j_ok, tl.full([BLOCK_M, BLOCK_N], 1, tl.int32), 0), 1)[:, None])
-    empty_row = empty_row & (seen == 0)
-    acc = tl.where(empty_row, 0.0, acc / total)
-    tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok)
+        tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, tl.where(seen > 0, float("nan"), 0.0).to(tl.bfloat16), mask=row_ok & empty_row & (e >= 0))
 
 
 #: Triton's types of the arguments of each kernel, in order.
