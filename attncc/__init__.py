@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from attncc import errors as errors  # whose import sets up the logger
 from attncc.runtime import op as _op
+from attncc.runtime import ring as _ring
 from attncc.version import __version__
 
 if TYPE_CHECKING:
@@ -61,4 +62,11 @@ class _Backward:
         return import_module("attncc.kernels.build").backward(a, grads, tensors, outputs, sizes, wanted)
 
 
+def _seen(
+    a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int], chunks: int, runs: int
+) -> Sequence[Sequence[int]]:
+    return import_module("attncc.kernels.visibility").seen(a, tensors, sizes, chunks, runs)
+
+
 _op.install(_build, _differentiable, _Backward())
+_ring.install(_seen)

@@ -53,7 +53,9 @@ def backward(
     """The gradients of the `wanted` ones of `tensors`, given those of the outputs and what was kept of `outputs`; None
     where that is too little.
 
-    `bounds` are loop bounds of `a`. Gradients have the shapes of their tensors, and may be of a wider dtype."""
+    `bounds` are loop bounds of `a`. Gradients have the shapes of their tensors, and may be of a wider dtype. Where `a`
+    is over some keys of a larger attention, the sums of the rows are those over all keys, and "delta" among `outputs`
+    is what `sum_j p dp - dlse` is over all of them."""
     if kept(a) is None or (a.normalizer == "softmax" and "lse" not in outputs):
         return None
     named = {t.name: x.detach() for t, x in zip(a.tensors, tensors, strict=True)}
@@ -74,7 +76,7 @@ def backward(
     seed = made["out"].expand(*batch, *made["out"].shape[-2:]).reshape(prod(own), group, *made["out"].shape[-2:])
     # torch's kernel knows the gradient of the output, not that of the sums
     plain = _by_library(a) and "out" in outputs and group == 1 and q.is_cpu and k.shape[-2] > 0
-    rough, lost = _kinds(outputs["lse"]) if a.normalizer == "softmax" else (False, False)
+    rough, lost = _kinds(outputs["lse"]) if a.normalizer == "softmax" and "delta" not in outputs else (False, False)
     if plain and not rough and not made["lse"].any():
         found = dict(zip("qkv", _library(a, q, k, v, seed, outputs["out"], outputs["lse"], batch), strict=True))
         return _to_tensors(names, leaves, {"q": q, "k": k, "v": v}, found, {})
@@ -89,7 +91,9 @@ def backward(
             run.lse = run.lse.masked_fill(run.lse == float("inf"), float("nan"))
         if a.empty == "zero" and a.mask is not TRUE:
             run.lse = run.lse.masked_fill(run.lse == float("-inf"), float("inf"))
-    if "lse" in made and a.normalizer == "softmax":
+    if "delta" in outputs:
+        run.delta = outputs["delta"].reshape(prod(own), group, -1).to(wide)
+    elif "lse" in made and a.normalizer == "softmax":
         run.dlse = made["lse"].reshape(prod(own), group, -1).to(wide)
     found = run.all_rows()
     return _to_tensors(names, leaves, {"q": q, "k": k, "v": v}, found, run.sums)
@@ -183,6 +187,7 @@ class _Run:
         self.lse: torch.Tensor | None = None
         self.rough = self.lost = False
         self.dlse: torch.Tensor | None = None
+        self.delta: torch.Tensor | None = None
         self.sums: dict[str, torch.Tensor] = {}
         self.held: dict[int, torch.Tensor] = {}
         a = self.a
@@ -260,7 +265,10 @@ class _Run:
         else:
             k, v = k[:, slice(*keys)], v[:, slice(*keys)]
         q, seed = (x[points, :, rows].to(self.wide).flatten(1, 2) for x in (self.operands["q"], self.seed))
-        lse, dlse = (None if x is None else x[points, :, rows].flatten(1, 2)[..., None] for x in (self.lse, self.dlse))
+        lse, dlse, delta = (
+            None if x is None else x[points, :, rows].flatten(1, 2)[..., None]
+            for x in (self.lse, self.dlse, self.delta)
+        )  # fmt: skip
         block = scores.block(part, keys, self.group)
         if block.scale != 1.0:
             q = q * block.scale
@@ -270,7 +278,7 @@ class _Run:
             _add(found["v"], points, keys, weights.mT, seed)
         if not (self.wants["q"] or self.wants["k"] or self.learned):
             return
-        ds = block.backward(torch.bmm(seed, v.mT, out=self._scratch(seed, v, 1)), dlse)
+        ds = block.backward(torch.bmm(seed, v.mT, out=self._scratch(seed, v, 1)), dlse, delta)
         if self.wants["q"]:
             dq = torch.bmm(ds, k).view(ds.shape[0], self.group, -1, k.shape[-1])
             found["q"][points, :, rows] = dq if block.scale == 1.0 else dq.mul_(block.scale)

@@ -195,8 +195,11 @@ class Block:
             self.made = made
         return made.detach()
 
-    def backward(self, dw: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
-        """The gradient of `s` from that of the weights, which is written to; those of loads are kept."""
+    def backward(
+        self, dw: torch.Tensor, dlse: torch.Tensor | None, delta: torch.Tensor | None = None
+    ) -> torch.Tensor:  # fmt: skip
+        """The gradient of `s` from that of the weights, which is written to; those of loads are kept. `delta`: what the
+        weights' gradients sum to, where the block has not all keys of its rows."""
         a, p = self.a, getattr(self, "p", None)
         ds: torch.Tensor | None = None
         dp = dw
@@ -209,8 +212,8 @@ class Block:
             dp, p = _full(found[1], dw), self.p.detach().reshape(dw.shape)
         assert p is not None
         t = dp.mul_(p)
-        total = t.sum(-1, keepdim=True)
-        if self.leaves and a.sink is None:
+        total = t.sum(-1, keepdim=True) if delta is None else delta
+        if delta is None and self.leaves and a.sink is None:
             # of what is added to whole rows the gradients cancel, down to how far the weights are from adding up to one
             total = total / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
         if dlse is not None:

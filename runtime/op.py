@@ -33,6 +33,7 @@ from attncc.runtime.derivatives import (
 from attncc.runtime.outputs import Signature, signature_of
 from attncc.runtime.recent import Recent
 from attncc.torch_private.derivatives import each_of_a_batch, has_tangents
+from attncc.torch_private.distributed import is_distributed
 
 
 class Kernel(Protocol):
@@ -106,8 +107,8 @@ class _Installed:
 
     def kept(self, a: Attention) -> tuple[str, ...]:
         """The outputs that backward reads, none where it begins with the tensors alone."""
-        names = None if self.backward is None else self.backward.kept(a)
-        return () if names is None or not set(names) <= set(a.outputs) else names
+        names = (None if self.backward is None else self.backward.kept(a)) or ()
+        return names if set(names) <= set(a.outputs) else ()
 
     def _build(self, a: Attention, spec: str, device: torch.device) -> Kernel:
         try:
@@ -234,6 +235,8 @@ class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportP
             outputs = tuple(_attention.redispatch(keys, tensors, sizes, spec))
         a = signature_of(spec).attention
         kept = _installed.kept(a)
+        if kept and any(map(is_distributed, tensors)):  # parts over keys need what the weights' gradients sum to
+            kept = tuple(dict.fromkeys((*kept, "out")))
         normal = (t.clone() if t.is_inference() else t for t in tensors)
         ctx.save_for_backward(*normal, *(outputs[a.outputs.index(name)] for name in kept))
         ctx.sizes, ctx.spec, ctx.count, ctx.kept = sizes, spec, len(tensors), ",".join(kept)

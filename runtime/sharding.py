@@ -3,35 +3,59 @@
     out[h in part p, ..]   = attention of the parts p of q, k, v and of what else is read along h
     out[.., i in part p]   = attention of the rows of part p, at i + first(p), over all keys       (context parallelism)
 
-Axes of the batch that are shardable (`attncc.ir.analysis.shardable_axes`) and rows stay cut as q is; for rows, keys and
-values are gathered. What is cut otherwise is gathered first. A tensor that all parts read gets a gradient that is the
-sum of theirs.
+Axes of the batch that are shardable (`attncc.ir.analysis.shardable_axes`) and rows stay cut as q is. For rows, keys and
+values are gathered, or where they are cut along their keys over the same processes, taken in turns (`ring`). What is
+cut otherwise is gathered first. A tensor that all parts read gets a gradient that is the sum of theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 
 from attncc.ir import Attention, Const, Expr, Size, Tensor, print_attention
-from attncc.ir.analysis import Shard, shardable_axes
-from attncc.ir.attention import fresh_name
-from attncc.ir.build import add
-from attncc.ir.expr import loads, mentions
+from attncc.ir.analysis import Shard, at_sizes, shardable_axes
+from attncc.ir.attention import DTYPES
+from attncc.ir.build import TRUE
+from attncc.runtime import ring
 from attncc.runtime.outputs import signature_of
-from attncc.torch_private.distributed import answer_for, coordinate, local_part, mesh_of, shard_dims, whole_of
+from attncc.runtime.ring_plan import Places, alone, branch_of, places_of
+from attncc.torch_private.distributed import (
+    answer_for,
+    coordinate,
+    group_name,
+    local_part,
+    mesh_of,
+    shard_dims,
+    whole_of,
+)
+
+#: `gather` or `ring` instead of what `in_turns` chooses (`auto`). All processes must be told the same.
+CONTEXT = "ATTNCC_CONTEXT"
+#: Bytes of keys and values that each process may hold whole.
+MOST_GATHERED = 1 << 28
+#: Pairs of a row and a key from which on a mask that hides keys is worth messages of their own.
+LEAST_PAIRS = 1 << 22
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an attention, cut along one dimension of q's tensor, which nothing else is read from."""
+    """The rows of an attention, cut along one dimension of q's tensor, which nothing else is read from; and the keys,
+    cut likewise, where they are taken in turns."""
 
     tensor: str
     dim: int
+    keys: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def cut(self) -> Mapping[str, int]:
+        return {self.tensor: self.dim, **self.keys}
 
 
 @dataclass(frozen=True)
@@ -45,9 +69,7 @@ class Cut:
         """The dimension of a tensor that is cut along each dimension of the mesh."""
 
         def dim(s: Shard | Rows | None) -> int | None:
-            if isinstance(s, Rows):
-                return s.dim if s.tensor == tensor else None
-            return None if s is None else s.tensors.get(tensor)
+            return None if s is None else (s.cut if isinstance(s, Rows) else s.tensors).get(tensor)
 
         return [dim(s) for s in self.shards]
 
@@ -85,11 +107,8 @@ def cut_of(a: Attention, sizes: Sequence[int], dims: Sequence[int | None], count
 
 def _rows(a: Attention) -> Rows | None:
     """The dimension of q's tensor that is its rows, where that tensor is read for nothing else."""
-    (*found,) = (d for d, x in enumerate(a.q.index) if mentions(x, a.i.index))
-    others = [x for x in (a.score, a.mask, a.weight, a.sink) if x is not None]
-    read = {a.k.tensor, a.v.tensor, *(x.tensor for x in loads(*others))}
-    alone = len(found) == 1 and a.q.index[found[0]] is a.i.index and a.q.tensor not in read
-    return Rows(a.q.tensor, found[0]) if alone and a.tensor(a.q.tensor).shape[found[0]] is a.i.extent else None
+    dim = None if a.q.tensor in (a.k.tensor, a.v.tensor) else alone(a, a.q.tensor, "i")
+    return None if dim is None else Rows(a.q.tensor, dim)
 
 
 def _number(x: Expr, table: dict[Expr, int]) -> int:
@@ -133,55 +152,89 @@ def _rows_of(
     a: Attention, numbers: dict[Expr, int], rows: Rows, count: int, place: int
 ) -> tuple[Attention, dict[Expr, int]]:  # fmt: skip
     """One part of the rows: expressions see where it begins, a size of the call, so that all parts share a kernel."""
-    taken = {x.name for x in (*a.axes, *a.sizes, *a.tensors)}
-    first, length = (Size(fresh_name(word, taken)) for word in ("first", "rows"))
     part = _number(a.i.extent, numbers) // count
-    read = a.tensor(rows.tensor)
-    shape = tuple(length if d == rows.dim else n for d, n in enumerate(read.shape))
-    moved = a.substitute({a.i.index: add(a.i.index, first)})
-    own = replace(
-        moved, q=a.q, i=replace(a.i, extent=length), sizes=(*a.sizes, first, length),
-        tensors=tuple(replace(t, shape=shape) if t is read else t for t in a.tensors),
-    )  # fmt: skip
+    own = branch_of(a, Places(rows.tensor, rows.dim, {}), keys=False)
+    first, length = own.sizes[-2:]
     return own, numbers | {first: place * part, length: part}
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call on distributed tensors, as this process makes it."""
+    """A call on distributed tensors, as this process makes it. `group`: whom keys are taken in turns with, if anybody.
+    """
 
     mesh: Any
     cut: Cut
     whole: Attention
     spec: str
     sizes: list[int]
+    group: str = ""
 
     def part(self, x: Any, dims: Sequence[int | None]) -> torch.Tensor:
         return local_part(x, self.mesh, dims)
 
+    def parts(self, tensors: Sequence[Any]) -> list[torch.Tensor]:
+        return [self.part(x, self.cut.dims(t.name)) for x, t in zip(tensors, self.whole.tensors, strict=True)]
 
-def _call(tensors: Sequence[Any], sizes: Sequence[int], spec: str) -> _Call:
+
+def _call(tensors: Sequence[Any], sizes: Sequence[int], spec: str, *, turns: bool = True) -> _Call:
+    """`turns`: whether keys may be taken in turns."""
     a, mesh = signature_of(spec).attention, mesh_of(tensors)
-    q = tensors[next(at for at, t in enumerate(a.tensors) if t.name == a.q.tensor)]
-    cut = cut_of(a, sizes, shard_dims(q, mesh), [mesh.size(d) for d in range(mesh.ndim)])
+    named = {t.name: x for t, x in zip(a.tensors, tensors, strict=True)}
+    counts = [mesh.size(d) for d in range(mesh.ndim)]
+    cut = cut_of(a, sizes, shard_dims(named[a.q.tensor], mesh), counts)
+    at = next((d for d, s in enumerate(cut.shards) if isinstance(s, Rows)), None)
+    if at is not None and turns and counts[at] > 1:
+        batch = replace(cut, shards=tuple(None if d == at else s for d, s in enumerate(cut.shards)))
+        own, numbers = local_call(a, sizes, batch, coordinate(mesh))
+        found = places_of(own)
+        lying = {name: shard_dims(x, mesh)[at] for name, x in named.items()}
+        if found is not None and all(lying[name] == dim for name, dim in found.keys.items()):
+            rows = Rows(found.q, found.row, found.keys)
+            if in_turns(own, numbers, counts[at]):
+                whole = replace(cut, shards=tuple(rows if d == at else s for d, s in enumerate(cut.shards)))
+                return _Call(mesh, whole, a, print_attention(own), numbers, group_name(mesh, at))
     own, numbers = local_call(a, sizes, cut, coordinate(mesh))
     return _Call(mesh, cut, a, print_attention(own), numbers)
+
+
+def in_turns(a: Attention, sizes: Sequence[int], count: int) -> bool:
+    """Whether keys are taken in turns and not gathered, where both can be done: all processes decide alike, by what
+    they all know. Gathering is one message and one kernel, so it is right for what is small; a mask that hides keys
+    leaves messages out and evens out the work, and keys and values that are large must not be held whole."""
+    table = dict(zip(a.sizes, sizes, strict=True))
+    rows, keys = (at_sizes(x.extent, table) for x in (a.i, a.j))
+    wanted = os.environ.get(CONTEXT, "auto")
+    if wanted not in ("auto", "ring", "gather"):
+        raise ValueError(f"{CONTEXT} is auto, ring or gather, not {wanted!r}")
+    if keys % count or wanted == "gather":
+        return False
+    if wanted == "ring":
+        return True
+    held = sum(
+        DTYPES[t.dtype][1] * prod(at_sizes(n, table) for n in t.shape)
+        for t in (a.tensor(name) for name in {a.k.tensor, a.v.tensor})
+    )
+    return held > MOST_GATHERED or (a.mask is not TRUE and rows * keys >= LEAST_PAIRS)
 
 
 def _attention(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     tensors, sizes, spec = args
     call = _call(tensors, sizes, spec)
-    parts = [call.part(x, call.cut.dims(t.name)) for x, t in zip(tensors, call.whole.tensors, strict=True)]
-    return [whole_of(x, call.mesh, call.cut.places(call.whole)) for x in op(parts, call.sizes, call.spec)]
+    own = (call.parts(tensors), call.sizes, call.spec)
+    found = ring.ring(*own, call.group) if call.group else op(*own)
+    return [whole_of(x, call.mesh, call.cut.places(call.whole)) for x in found]
 
 
 def _gradients(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     grads, tensors, outputs, kept, sizes, spec, wanted = args
-    call = _call(tensors, sizes, spec)
-    a, places = call.whole, call.cut.places(call.whole)
-    parts = [call.part(x, call.cut.dims(t.name)) for x, t in zip(tensors, a.tensors, strict=True)]
-    own = ([call.part(x, places) for x in xs] for xs in (grads, outputs))
-    found = op(next(own), parts, next(own), kept, call.sizes, call.spec, wanted)
+    a = signature_of(spec).attention
+    begun = a.normalizer != "softmax" or {"out", "lse"} <= set(kept.split(","))
+    call = _call(tensors, sizes, spec, turns=begun)
+    places = call.cut.places(a)
+    seeds, saved = ([call.part(x, places) for x in xs] for xs in (grads, outputs))
+    own = (seeds, call.parts(tensors), saved, kept, call.sizes, call.spec, wanted)
+    found = ring.ring_gradients(*own, call.group) if call.group else op(*own)
     names = [t.name for t, w in zip(a.tensors, wanted, strict=True) if w]
     return [whole_of(x, call.mesh, _of_gradient(call.cut, name)) for name, x in zip(names, found, strict=True)]
 

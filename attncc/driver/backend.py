@@ -83,7 +83,7 @@ def _compiled(
     step("compiling the rest with Inductor")
     try:
         try:
-            return torch_private.inductor(gm, inputs, config)
+            return torch_private.inductor(gm, inputs, config, _say_once)
         except Exception as error:
             if not edits or torch_private.restarts(error) or torch_private.lacks_compiler(error):
                 raise
@@ -91,7 +91,7 @@ def _compiled(
             edits.undo()
             found.notes.append(f"a graph is compiled as it came; {reason}")
             found.sites = [left_alone(site, reason) for site in found.sites]
-        return torch_private.inductor(gm, inputs, config)
+        return torch_private.inductor(gm, inputs, config, _say_once)
     except Exception as error:
         if not torch_private.lacks_compiler(error):
             raise

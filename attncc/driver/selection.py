@@ -25,7 +25,17 @@ from attncc.kernels.build import default_store
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.softmax.anchors import SDPA
 from attncc.progress import step
-from attncc.runtime.measure import TIE, Decision, choose, compare, recalled, sampler_for, situation
+from attncc.runtime.measure import (
+    TIE,
+    Decision,
+    Situation,
+    choose,
+    compare,
+    recalled,
+    remembered,
+    sampler_for,
+    situation,
+)
 from attncc.runtime.outputs import signature_of
 from attncc.runtime.recent import Recent
 
@@ -79,8 +89,7 @@ def _measure(parts: Sequence[Candidate], spec: str, data: Trial, recomputed: boo
             return _choice(known)
         if len(parts) == 1 and not data.made and not first.site.summed:
             two = products(first.final, data.tensors()[0], data.sizes[0])
-            floor = compare({"attncc": ours, "products": two}, BUDGET_S / 3, sampler_for(device))
-            if not floor.failed and floor.us["attncc"] <= floor.us["products"] * (1 + TIE):
+            if _cannot_lose(measured(("products",)), {"attncc": ours, "products": two}, device):
                 return Choice(True, None, because("cannot-lose"))
         step("compiling the unfused form for comparison")
         try:
@@ -90,6 +99,19 @@ def _measure(parts: Sequence[Candidate], spec: str, data: Trial, recomputed: boo
             why = f"Inductor fails on the model's own form ({last_line(error)})"
             return Choice(True, None, because("not-measured", why))
         return _settle(where, {"attncc": ours, "unfused": lambda: unfused(*data.inputs)}, device)
+
+
+def _cannot_lose(where: Situation, candidates: dict[str, Callable[[], object]], device: torch.device) -> bool:
+    """Whether a kernel is as fast as the site's two products alone. Remembered, as every measurement: a later process
+    must neither wait for it nor come to another choice."""
+
+    def found() -> Decision:
+        timings = compare(candidates, BUDGET_S / 3, sampler_for(device))
+        us = timings.us
+        won = not timings.failed and us["attncc"] <= us["products"] * (1 + TIE)
+        return Decision("attncc" if won else "products", "beside the two products alone", us)
+
+    return remembered(default_store(), where, candidates, found).winner == "attncc"
 
 
 def _settle(where: Any, candidates: dict[str, Callable[[], object]], device: torch.device) -> Choice:

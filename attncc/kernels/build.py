@@ -13,8 +13,8 @@ import torch
 
 from attncc.codegen import cpp, torch_backward, torch_form, triton
 from attncc.ir import Attention, Bounds, parse_attention, print_attention
-from attncc.kernels.compiled import compiled
-from attncc.kernels.first_use import Extra
+from attncc.kernels.compiled import checks, compiled
+from attncc.kernels.first_use import Extra, differs
 from attncc.kernels.skip_tables import BySize, Tabled
 from attncc.kernels.tile_order import TileOrdered, movable
 from attncc.passes.bounds.area import Area
@@ -26,6 +26,7 @@ from attncc.passes.rewrites.tile_choice import InTiles, in_tiles
 from attncc.passes.tables.spans import Spanned, reads_by_key, spanned, tables
 from attncc.runtime import compilers
 from attncc.runtime.cpp import CompileError, CppKernelError, CppToolchain, detect_isa
+from attncc.runtime.notices import notice
 from attncc.runtime.op import Kernel
 from attncc.runtime.store import VARIABLE, Store, StoreError, key
 from attncc.runtime.triton_launch import TritonKernel, capability_of
@@ -245,7 +246,10 @@ def _triton(a: Attention, bounds: Bounds, target: Target, *, lists: bool = False
         return _torch(a, reason)
     space = triton.configs(a, bounds, target.arch, tf32=target.tf32, lists=lists)
     sources = [triton.emit(a, bounds, config) for config in space]
-    kernel = TritonKernel(sources, remember=Remembered(default_store()))
+    rounding = 2.0**-10 if target.tf32 else 0.0
+    check = partial(differs, a, rounding=rounding) if checks() else None
+    store, plain = default_store(), partial(TorchKernel, a)
+    kernel = TritonKernel(sources, remember=Remembered(store), check=check, report=notice, otherwise=plain)
     return Built(kernel, sources[0], "triton", f"Triton {target.arch} kernel")
 
 

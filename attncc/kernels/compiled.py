@@ -49,7 +49,7 @@ def compiled(
         raise CompileError(f"error: {known.get('why')}")
     kernel = made.kernel()
     kernel.larger = larger
-    if not _checks() or store.recall(made.checked) is not None:
+    if not checks() or store.recall(made.checked) is not None:
         return kernel
     step(f"checking {name}")
     try:
@@ -63,7 +63,8 @@ def compiled(
     return kernel
 
 
-def _checks() -> bool:
+def checks() -> bool:
+    """Whether kernels are checked at their first use."""
     return os.environ.get(CHECK, "").lower() not in ("off", "0", "no")
 
 

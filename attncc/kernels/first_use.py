@@ -90,25 +90,28 @@ class CheckedAtFirst:
         self.kernel(tensors, sizes, outputs)
         if self._checked:
             return
-        why = self._differs(tensors, sizes, outputs)
+        why = differs(self.attention, tensors, sizes, outputs)
         if why == "":  # nothing to compare: the next call may tell more
             return
         self.kernel, self._checked = self._report(why), True
         if why is not None:
             self.kernel(tensors, sizes, outputs)
 
-    def _differs(
-        self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
-    ) -> str | None:
-        a = self.attention
-        with apart():
-            whole = whole_ranges(a, dict(zip(a.sizes, sizes, strict=True)))
-            if min(end for _, end in whole.values()) < 1:
-                return ""
-            references = [_Reference(a, tensors, sizes, part) for part in _parts(a, whole)]
-            if not any(r.tells for r in references):
-                return ""
-            return next((why for r in references if (why := r.differs(outputs)) is not None), None)
+
+def differs(
+    a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor],
+    rounding: float = 0.0,
+) -> str | None:  # fmt: skip
+    """How the outputs of a call differ from the plain-torch form, on some rows; empty where nothing can be compared.
+    `rounding`: how far single products may be off, relative, where that is more than their type says."""
+    with apart():
+        whole = whole_ranges(a, dict(zip(a.sizes, sizes, strict=True)))
+        if min(end for _, end in whole.values()) < 1:
+            return ""
+        references = [_Reference(a, tensors, sizes, part, rounding) for part in _parts(a, whole)]
+        if not any(r.tells for r in references):
+            return ""
+        return next((why for r in references if (why := r.differs(outputs)) is not None), None)
 
 
 def _own(a: Attention) -> int:
@@ -150,8 +153,10 @@ def _tried(kernel: Kernel, a: Attention, data: MadeUp, references: Sequence[_Ref
 class _Reference:
     """A part of the outputs as the plain-torch form gives it, in float64 and in the attention's own types."""
 
-    def __init__(self, a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int], part: Ranges) -> None:
-        self.attention, self.part = a, part
+    def __init__(
+        self, a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int], part: Ranges, rounding: float = 0.0
+    ) -> None:
+        self.attention, self.part, self.least = a, part, rounding
         self.exact = run_part(a, tensors, sizes, part, compute=torch.float64)
         self.plain = run_part(a, tensors, sizes, part)
         floats = (x for x in tensors if x.is_floating_point() and x.numel())
@@ -191,7 +196,7 @@ class _Reference:
         a = self.attention
         compute = DTYPE_OF[a.compute_dtype]
         dtype = DTYPE_OF[a.dtype] if name == "out" else compute
-        unit, scale = max(torch.finfo(dtype).eps, torch.finfo(compute).eps), largest
+        unit, scale = max(torch.finfo(dtype).eps, torch.finfo(compute).eps, self.least), largest
         if a.compute_dtype == "f64":  # the plain form's own error is not seen: both sum in float64
             return max(unit, 1e-13), max(scale, 1.0) * max(self._largest, 1.0)
         if all(a.tensor(x.tensor).dtype == "bf16" for x in (a.q, a.k, a.v)):

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from attncc.torch_private.attention_patterns import guarded
 from attncc.torch_private.derivatives import with_derivatives
 from attncc.torch_private.distributed import whole_fake
+from attncc.torch_private.scatters import sound
 
 
 def fake_inputs(inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
@@ -229,11 +230,13 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return made.permute([order.index(d) for d in range(x.ndim)])
 
 
-def inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor's compiled form of a Dynamo graph."""
-    from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 - Inductor takes a second to import
+def inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any], told: Callable[[str], object] = str
+) -> Callable[..., Any]:  # fmt: skip
+    """Inductor's compiled form of a Dynamo graph. `told` gets notes on it, on its backward once that is compiled."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # noqa: PLC0415 - takes a second to import
 
-    compiled: Any = compile_fx(gm, list(inputs), config_patches=guarded(config))
+    compiled: Any = compile_fx(gm, list(inputs), sound(compile_fx_inner, told), guarded(config))
     learns = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
     return with_derivatives(compiled, gm.forward, learns=learns)
 

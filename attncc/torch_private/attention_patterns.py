@@ -22,6 +22,8 @@ from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
+from attncc.torch_private import scatters
+
 aten = torch.ops.aten
 _WHOLE = {aten._softmax.default, aten._safe_softmax.default}
 _SOFTMAXES = {aten.amax.default, *_WHOLE}
@@ -44,7 +46,7 @@ def _passes() -> tuple[Any, Any]:
     from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: PLC0415 - as above
 
     class Own(CustomGraphPass):
-        """A pass by its name: what Inductor keeps on disk is of one version of this file."""
+        """A pass by its name: what Inductor keeps on disk is of one version of what changes it."""
 
         def __init__(self, run: Callable[[fx.Graph], None]) -> None:
             self.run = run
@@ -60,7 +62,8 @@ def _passes() -> tuple[Any, Any]:
 
 @cache
 def _version() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    files = (Path(__file__), Path(scatters.__file__))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
 
 
 def protect(graph: fx.Graph) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
-from attncc.codegen.triton.expressions import LARGEST, Scope
+from attncc.codegen.triton.expressions import Scope
 from attncc.codegen.triton.frame import Frame
+from attncc.codegen.triton.peak import Peak
 from attncc.codegen.triton.schedule import TL_TYPES
 from attncc.codegen.triton.segments import Striped
 from attncc.ir import Const, Expr, S, W
@@ -15,20 +15,8 @@ from attncc.ir.build import TRUE, and_, le, lt, mod, not_, sub
 from attncc.ir.expr import free
 
 #: What a pass over the keys is for. online: softmax and sum of values in one; stats: the largest score and the sum of
-#: weights alone; apply: weights from known statistics; plain: weights that need none.
-Mode = Literal["online", "stats", "apply", "plain"]
-
-LOG2E = math.log2(math.e)
-
-
-def _rounded(product: str) -> str:
-    """A product that nothing is fused with, minus infinity as the lowest number."""
-    return f"tl.maximum({product}, -{LARGEST!r})"
-
-
-def number(x: float) -> str:
-    return repr(x)
-
+#: weights alone; apply: weights from known statistics; plain: weights that need none; seen: whether there is a key.
+Mode = Literal["online", "stats", "apply", "plain", "seen"]
 
 class Block:
     """Emits what comes before the loops over keys into a frame's outermost scope, and gives the loops their bodies."""
@@ -37,7 +25,7 @@ class Block:
         self.f, self.p = frame, frame.p
         self.j = frame.names.fresh(self.p.a.j.name)
         self.gathered = self.boxed = False
-        self.c2 = self.p.scale * LOG2E  # from units of `raw` to powers of two
+        self.peak = Peak(frame)
 
     @property
     def accumulators(self) -> list[str]:
@@ -128,6 +116,12 @@ class Block:
         if stripes is None:
             scope.lines.append("j0 = block * BLOCK_N")
         self._keys(scope, self.j, "[None, :]", masked=masked, stripes=stripes)
+        if mode == "seen":
+            visible = self._visible(scope, masked=masked)
+            each = f"tl.where({visible}, {self._ones('BLOCK_N')}, 0)"
+            some = f"tl.max({each}, 1)[:, None]" if visible else self._ones("1")
+            scope.lines.append(f"seen = tl.maximum(seen, {some})")
+            return scope
         ok = self._visible_columns(scope, masked=masked, stripes=stripes)
         if self._needs_scores:
             self._product(scope, ok)
@@ -136,6 +130,9 @@ class Block:
         if mode != "stats":
             self._values(scope, ok)
         return scope
+
+    def _ones(self, keys: str) -> str:
+        return f"tl.full([{self.f.rows}, {keys}], 1, tl.int32)"
 
     def _keys(self, scope: Scope, name: str, shape: str, *, masked: bool, stripes: Striped | None) -> None:
         """Name the keys of the block, as a row or a column, and say which of them there are: the scope's guard."""
@@ -234,7 +231,7 @@ class Block:
         x = self._pair(scope, p.raw)
         lines.append(f"x = tl.where({visible}, {x}, float(\"-inf\"))" if visible else f"x = {x}")
         if mode in ("online", "stats"):
-            lines += self.raised("tl.max(x, 1)")
+            lines += self.peak.raised("tl.max(x, 1)")
             lines.append("p = tl.exp2(x * rate[:, None] - base[:, None])")
             lines.append("l = l * shrink + tl.sum(p, 1)")
         if mode == "online":
@@ -248,31 +245,6 @@ class Block:
         if mode == "apply":
             lines.append("p = tl.exp2(x * rate[:, None] - base[:, None]) * inverse")
             self._apply(scope, visible)
-
-    @staticmethod
-    def nothing_yet(rows: str) -> list[str]:
-        """The largest score of each row, and the sum of weights over it."""
-        return [f'm = tl.full([{rows}], float("-inf"), tl.float32)', f"l = tl.zeros([{rows}], tl.float32)"]
-
-    def raised(self, largest: str) -> list[str]:
-        """Lines that raise `m` to what `largest` is, `shrink` being what earlier sums are worth then."""
-        new = [f"m_new = tl.maximum(m, {largest})", *self.against("m_new")]
-        return [*new, f"shrink = tl.exp2({_rounded('m * rate')} - base)", "m = m_new"]
-
-    def against(self, m: str) -> list[str]:
-        """What weights are taken against: a weight is 2^(x * rate - base), one fused multiply-add, and `base` the
-        rounded m * rate, so that the largest is off by that rounding. Where it would be large the rate is a power of
-        two, which rounds nothing; neighbours of the largest score lie too far below it there to weigh anything."""
-        far = number(2.0 ** math.ceil(math.log2(self.c2)))
-        if self.c2 > 1.0:  # lest it pass the largest number
-            far = f"tl.where(tl.abs({m}) < {2.0**64!r}, {far}, {2.0**-16!r})"
-        rate = f"rate = tl.where(tl.abs({m}) < {number(self.far)}, {number(self.c2)}, {far})"
-        return [rate, f"base = {_rounded(f'{m} * rate')}"]
-
-    @property
-    def far(self) -> float:
-        """The score from which on the largest weight would be off by too much: 2^32, or what float16 holds."""
-        return 2.0 ** (26 if self.p.value_type == "f16" else 30) / self.c2
 
     def _apply(self, scope: Scope, visible: str) -> None:
         p, lines = self.p, scope.lines
@@ -329,7 +301,7 @@ class Block:
         """Nothing seen yet."""
         f = self.f
         if self.p.softmax:
-            f.scope.lines += self.nothing_yet(f.rows)
+            f.scope.lines += self.peak.start(f.rows)
         for acc, (width, _) in zip(self.accumulators, self.p.e_chunks, strict=True):
             f.line(f"{acc} = tl.zeros([{f.rows}, {width}], tl.float32)")
 
@@ -352,7 +324,7 @@ class Block:
                 guard = f", {guard}, other=0" if guard else ""
                 load = f"tl.load(v_block + {self._chunk('v_in', n, p.e_chunks)}{guard}).to(tl.float32)"
                 acc = self.accumulators[n]
-                scope.lines.append(f"{acc} += tl.where(empty_row, tl.sum({load}, 0)[None, :], 0.0)")
+                scope.lines.append(f"{acc} += tl.where(empty_row, tl.sum({load} * each, 0)[None, :], 0.0)")
         else:
             scope.lines.append(f"{self.j} = (j0 + tl.arange(0, BLOCK_N))[None, :]")
             scope.define(p.a.j.index, self.j)
@@ -364,10 +336,11 @@ class Block:
                 self._product(scope, ok)
             rows = f"empty_row{' & j_ok' if p.ragged else ''}"
             factor = self._pair(scope, p.factor)
-            scope.lines.append(f"p = tl.where({rows}, {factor}, 0.0)")
+            scope.lines.append(f"p = tl.where({rows}, ({factor}) * each, 0.0)")
             self._values(scope, ok)
         blocks = f"tl.cdiv({f.scope.atom(p.a.j.extent)}, BLOCK_N)"
         f.line("if tl.max(tl.where(empty_row, 1, 0)) > 0:")
+        f.line(f"    each = 1.0 / {f.scope.atom(p.a.j.extent)}")
         for acc in self.accumulators:
             f.line(f"    {acc} = tl.where(empty_row, 0.0, {acc})")
         f.line(f"    for block in range(0, {blocks}):")

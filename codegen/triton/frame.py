@@ -22,7 +22,8 @@ RESERVED = (
     "SIGNATURES", "CONTIGUOUS", "TMA", "aligned", "boxed", "together", "first", "width", "sizes", "tensors", "outputs",
     "look", "pack", "flags_ptr", "blocks_ptr", "counts_ptr", "block_count", "list_at", "flag", "at", "full", "part",
     "some", "every", "EVEN", "even", "steps", "step",
-    "slot", "slot0", "programs", "processors", "rate", "base", "shrink", "inverse", "far", "top", "total",
+    "slot", "slot0", "programs", "processors", "rate", "base", "shrink", "lift", "lifted", "seen", "each",
+    "inverse", "far", "top", "total",
 )  # fmt: skip
 
 

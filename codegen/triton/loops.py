@@ -44,12 +44,12 @@ def find_lists(f: Frame) -> None:
 def _over_runs(b: Block, runs: tuple[Run, ...], mode: Mode, *, masked: bool) -> None:
     runs = tuple(r for r in runs if r.length is not Const(0))
     if runs:
-        _loop(b.f, b.body(mode, masked=masked), _head(b.f, runs))
+        _loop(b.f, b.body(mode, masked=masked), _head(b.f, runs, mode))
 
 
 def _over_list(b: Block, mode: Mode, *, masked: bool) -> None:
     at = "list_at + block_count - 1 - t" if masked else "list_at + t"
-    head = _for(b.f, "t", *_share(b.f, "part" if masked else "full"))
+    head = _for(b.f, "t", *_share(b.f, "part" if masked else "full"), mode)
     _loop(b.f, b.body(mode, masked=masked), [head, f"block = tl.load(blocks_ptr + {at})"])
 
 
@@ -57,7 +57,7 @@ def _over_stripes(b: Block, stripes: Striped, mode: Mode) -> None:
     size = b.p.config.block_n
     blocks = floordiv(add(stripes.slots, const(size - 1)), const(size))
     count = b.f.scope.name("count", b.f.scope.text(blocks))
-    head = [_for(b.f, "t", *_share(b.f, count)), "slot0 = t * BLOCK_N"]
+    head = [_for(b.f, "t", *_share(b.f, count), mode), "slot0 = t * BLOCK_N"]
     if b.in_whole_blocks(stripes):
         head.append(f"j0 = {b.place(stripes, 'slot0')}")
     _loop(b.f, b.body(mode, masked=not stripes.full, stripes=stripes), head)
@@ -67,8 +67,8 @@ def _loop(f: Frame, body: Scope, head: list[str]) -> None:
     f.scope.lines += [head[0], *(f"    {x}" for x in (*head[1:], *body.lines))]
 
 
-def _for(f: Frame, name: str, lo: str, hi: str) -> str:
-    if f.p.config.specialize:
+def _for(f: Frame, name: str, lo: str, hi: str, mode: Mode) -> str:
+    if f.p.config.specialize and mode != "seen":
         return f"for {name} in tl.range({lo}, {hi}, warp_specialize=True):"
     return f"for {name} in range({lo}, {hi}):"
 
@@ -78,16 +78,16 @@ def _share(f: Frame, count: str) -> tuple[str, str]:
     return (f"{count} * split // splits", f"{count} * (split + 1) // splits") if f.p.split else ("0", count)
 
 
-def _head(f: Frame, runs: tuple[Run, ...]) -> list[str]:
+def _head(f: Frame, runs: tuple[Run, ...], mode: Mode) -> list[str]:
     """The `for` line, and how an iteration finds its block."""
     text = f.scope.text
     if len(runs) == 1 and not f.p.split:
-        return [_for(f, "block", text(runs[0].start), text(runs[0].stop))]
+        return [_for(f, "block", text(runs[0].start), text(runs[0].stop), mode)]
     share = _share(f, f.scope.name("count", text(total(runs))))
     start = f.scope.atom(runs[0].start)
     if len(runs) == 1 and start == "0":
-        return [_for(f, "block", *share)]
-    lines = [_for(f, "t", *share), f"block = {start} + t"]
+        return [_for(f, "block", *share, mode)]
+    lines = [_for(f, "t", *share, mode), f"block = {start} + t"]
     for n, run in enumerate(runs[1:], 1):
         before = f.scope.name("before", text(total(runs[:n])))
         lines.append(f"block = tl.where(t >= {before}, {f.scope.atom(run.start)} + t - {before}, block)")

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import ceil
 
 import pytest
@@ -18,13 +19,16 @@ from random_ir.programs import Program, programs
 from triton_kernels import interpreter
 from triton_kernels.cases import CASES, Case, case_of, make
 
-from attncc.codegen.triton import TritonConfig, unsupported
+from attncc.codegen.triton import TritonConfig, emit, unsupported
 from attncc.codegen.triton.schedule import schedule
 from attncc.ir import Attention, Bounds, W, interpret, print_attention
 from attncc.ir.build import const
 from attncc.ir.evaluate import DTYPE_OF
+from attncc.kernels.first_use import differs
 from attncc.passes.bounds.bounds import loop_bounds
 from attncc.passes.tables.spans import Looked, spanned, tables
+from attncc.runtime.outputs import shapes_of
+from attncc.runtime.triton_launch import TritonKernel
 
 SMALL = TritonConfig(16, 16, 4, 1)
 WIDE = TritonConfig(32, 32, 4, 1)
@@ -234,7 +238,13 @@ def test_random_programs_with_tables(program: Program) -> None:
 
 
 #: Edges in the order of their names; a few of them on every change.
-EDGES = ("causal", "unscaled", "bias by pair", "decode with sink", "squared weights", "weights", "padding", "alibi")
+EDGES = (
+    "causal", "unscaled", "bias by pair", "decode with sink", "squared weights", "weights", "padding", "alibi",
+    "masked bias", "masked bias, mean", "masked bias, weights",
+)  # fmt: skip
+
+
+BIASED = Case(score="s * SCALE + bias[hk * G + g, i, j]", tensors=("bias: f32[HQ, N, M]",), give="out, lse")
 
 
 @pytest.mark.parametrize(
@@ -243,20 +253,40 @@ EDGES = ("causal", "unscaled", "bias by pair", "decode with sink", "squared weig
      if EXAMPLES >= 400 or n % 3 == at],
 )  # fmt: skip
 def test_edges_of_numbers(name: str, dtype: str) -> None:
-    """docs/numbers.md: all but values so large that the sum of a few leaves the range of floats."""
+    """docs/numbers.md."""
     at = 3 * EDGES.index(name) + ("f32", "bf16", "f16").index(dtype)
     config = (SMALL, SPLIT)[at % 2]
-    case = {"unscaled": Case("j <= i", score="s", give="out, lse"),
-            "bias by pair": Case(score="s * SCALE + bias[hk * G + g, i, j]", tensors=("bias: f32[HQ, N, M]",),
-                                 give="out, lse")}.get(name) or CASES[name]  # fmt: skip
+    masked = replace(BIASED, mask="j + 1 <= i")
+    case = {"unscaled": Case("j <= i", score="s", give="out, lse"), "bias by pair": BIASED,
+            "masked bias": replace(BIASED, mask="j <= i + 3"),
+            "masked bias, mean": replace(masked, empty="mean"),
+            "masked bias, weights": replace(masked, give="out, weights")}.get(name) or CASES[name]  # fmt: skip
     a, given, sizes = case_of(case, dtype=dtype, batch=1, rows=min(case.rows, 20), keys=40)
-    edges = [(n, x) for n, x in edges_of(a).items() if not n.startswith("values")]
+    edges = list(edges_of(a).items())
     for n, edge in edges if EXAMPLES >= 400 else edges[at % 9 :: 9]:
         tensors = dict(given)
         edge(tensors, torch.Generator().manual_seed(1))
         split = {"splits": 2} if config.split and schedule(a, loop_bounds(a), config).split else {}
         got = interpreter.run(a, loop_bounds(a, rows=True), config, tensors, sizes, **split)
         hold(a, tensors, sizes, got, f"{n}, {name}, {dtype}", rounds=True)
+
+
+@pytest.mark.parametrize("name", ["causal", "documents", "decode with sink"])
+def test_a_wrong_kernel_is_found_at_its_first_use(name: str) -> None:
+    """Of two sources the first forgets a part of the sum; what the second gives is believed."""
+    p = make(name, dtype="f32")
+    a, bounds = p.attention, loop_bounds(p.attention, rows=True)
+    right = emit(a, bounds, SMALL)
+    wrong = right.replace("acc / total", "acc / (total * 1.01)")
+    assert wrong != right
+    said: list[str] = []
+    kernel = TritonKernel([wrong, right], check=partial(differs, a), report=said.append)
+    tensors = [p.tensors[t.name] for t in a.tensors]
+    outputs = [shape.allocate(p.sizes, torch.device("cpu")) for shape in shapes_of(a)]
+    kernel(tensors, p.sizes, outputs)
+    assert len(said) == 1 and "where it should be" in said[0]
+    want = interpret(a, p.tensors, p.sizes, compute=torch.float64)["out"]
+    torch.testing.assert_close(outputs[0].double(), want, rtol=1e-4, atol=1e-4)
 
 
 def test_masked_values_are_never_read() -> None:

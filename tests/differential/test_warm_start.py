@@ -16,6 +16,8 @@ from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
 from attncc import torch_private
 from attncc.driver import backend, selection
 from attncc.kernels import build, compiled
+from attncc.runtime import measure
+from attncc.runtime.measure import Timings
 
 #: What these hold besides attention, AOTAutograd's cache does not take.
 UNCACHED = {"checkpoint", "vmap", "torch.func.grad", "autocast"}
@@ -71,3 +73,30 @@ def test_a_warm_start_neither_compiles_nor_checks(tmp_path: Path, monkeypatch: p
         torch._dynamo.reset()
         torch.compile(run, backend=backend.attncc_backend, options={"measure": False, "inductor": False})(*given)
     assert sorted(done) == ["checked", "checked", "compiled", "compiled"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wins", [True, False])
+def test_a_warm_start_measures_nothing(wins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where the first one compared a kernel with more than the two products alone, nor where it did not."""
+    monkeypatch.setenv("ATTNCC_CACHE_DIR", str(tmp_path))
+    compared: list[set[str]] = []
+
+    def timed(candidates: dict[str, Callable[[], object]], *_: object) -> Timings:
+        compared.append(set(candidates))
+        us = dict.fromkeys(candidates, 1.0) | {"products": 2.0 if wins else 0.5}
+        return Timings({name: us[name] for name in candidates}, 3, {})
+
+    monkeypatch.setattr(selection, "compare", timed)
+    monkeypatch.setattr(measure, "compare", timed)
+    program = PROGRAMS["two sites"]
+    run, given = program.make()
+    counts: list[int] = []
+    for _ in range(2):
+        build._built.cache_clear()
+        selection._decided.clear()
+        torch._dynamo.reset()
+        torch.compile(run, backend=backend.attncc_backend, options={"inductor": False})(*given)
+        counts.append(len(compared))
+    assert {"attncc", "products"} in compared and ({"attncc", "unfused"} in compared) != wins
+    assert counts[0] == counts[1] > 0

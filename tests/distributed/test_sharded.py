@@ -3,37 +3,18 @@ tensor parallelism and FSDP2. Processes talk by gloo."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes.spawned import run
 
 from attncc.ir import interpret, parse_attention
 from attncc.runtime.sharding import Rows, cut_of, local_call
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-
-HERE = Path(__file__).parent
-
-
-def _entry(rank: int, name: str, world: int, folder: str, results: Any) -> None:
-    sys.path.insert(0, str(HERE))
-    import sharded_programs  # noqa: PLC0415 - each process finds it beside this file
-
-    getattr(sharded_programs, name)(rank, world, folder, results)
-
-
-def run(name: str, world: int, folder: Path) -> dict[Any, Any]:
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.start_processes(_entry, (name, world, str(folder), results), world, start_method="spawn")
-        return dict(results)
-
 
 PROCESSES = [2, pytest.param(4, marks=pytest.mark.full)]
 
@@ -41,7 +22,7 @@ PROCESSES = [2, pytest.param(4, marks=pytest.mark.full)]
 @pytest.mark.slow
 @pytest.mark.parametrize("world", PROCESSES)
 def test_forms(world: int, tmp_path: Path) -> None:
-    found = run("forms", world, tmp_path)
+    found = run("sharded_programs", "forms", world, tmp_path)
     assert len(found) == (5 if world == 2 else 12)
     for (name, place), (statuses, kept, error) in found.items():
         assert statuses == ["fused"], (name, place)
@@ -53,7 +34,7 @@ def test_forms(world: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", PROCESSES)
 def test_layers(world: int, tmp_path: Path) -> None:
-    found = run("layers", world, tmp_path)
+    found = run("sharded_programs", "layers", world, tmp_path)
     assert set(found) == {"tensor parallel", "FSDP2"}
     assert all(error < 2e-5 for error in found.values()), found
 

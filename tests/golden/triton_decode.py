@@ -65,6 +65,7 @@ def attention(
     v_in = keys * v_s2 + e * v_s3
     q_at = q_ptr + b.to(tl.int64) * q_s0 + hk.to(tl.int64) * (2 * q_s1) + (g.to(tl.int64) * q_s1 + i.to(tl.int64) * q_s2)
     q = tl.load(q_at + d * q_s3, mask=row_ok, other=0)
+    lift = tl.ceil(tl.log2(tl.maximum(M, 1) * 1.0)) + 1.0
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, 16], tl.float32)
@@ -83,8 +84,9 @@ def attention(
         x = s
         m_new = tl.maximum(m, tl.max(x, 1))
         rate = tl.where(tl.abs(m_new) < 2977044471.819572, 0.36067376022224085, 0.5)
-        base = tl.maximum(m_new * rate, -3.4028234663852886e+38)
-        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) - base)
+        lifted = tl.where(tl.abs(m_new) < 2977044471.819572, lift, 0.0)
+        base = tl.maximum(m_new * rate, -3.4028234663852886e+38) + lifted
+        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) + lifted - base)
         m = m_new
         p = tl.exp2(x * rate[:, None] - base[:, None])
         l = l * shrink + tl.sum(p, 1)
@@ -108,8 +110,9 @@ def attention(
         x = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, 1))
         rate = tl.where(tl.abs(m_new) < 2977044471.819572, 0.36067376022224085, 0.5)
-        base = tl.maximum(m_new * rate, -3.4028234663852886e+38)
-        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) - base)
+        lifted = tl.where(tl.abs(m_new) < 2977044471.819572, lift, 0.0)
+        base = tl.maximum(m_new * rate, -3.4028234663852886e+38) + lifted
+        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) + lifted - base)
         m = m_new
         p = tl.exp2(x * rate[:, None] - base[:, None])
         l = l * shrink + tl.sum(p, 1)
@@ -121,16 +124,56 @@ def attention(
         at = (split.to(tl.int64) * (B * 2) + (b * 2 + hk)) * rows + row
         tl.store(part_ptr + at * 16 + e, acc, mask=row_ok)
         tl.store(stat_ptr + at, m[:, None], mask=row_ok)
-        tl.store(stat_ptr + splits.to(tl.int64) * (B * 2) * rows + at, l[:, None], mask=row_ok)
+        tl.store(stat_ptr + splits.to(tl.int64) * (B * 2) * rows + at, l[:, None], mask=row_ok & (l[:, None] != 0.0))
+        empty_row = l[:, None] == 0.0
+        # rows whose weights sum to zero: those that see keys, all at minus infinity, are not empty
+        if tl.max(tl.where(empty_row, 1, 0)) > 0:
+            seen = tl.full([BLOCK_M, 1], 0, tl.int32)
+            # blocks whose keys all rows see
+            count1 = tl.minimum(t1, t2)
+            for block in range(count1 * split // splits, count1 * (split + 1) // splits):
+                j0 = block * BLOCK_N
+                j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+                seen = tl.maximum(seen, tl.full([BLOCK_M, 1], 1, tl.int32))
+            # blocks where the mask decides
+            count2 = tl.maximum(t1, t2) - t1
+            for t in range(count2 * split // splits, count2 * (split + 1) // splits):
+                block = t1 + t
+                j0 = block * BLOCK_N
+                j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+                j_ok = j < M
+                visible = j_ok & (j < length)
+                seen = tl.maximum(seen, tl.max(tl.where(visible, tl.full([BLOCK_M, BLOCK_N], 1, tl.int32), 0), 1)[:, None])
+            tl.store(stat_ptr + splits.to(tl.int64) * (B * 2) * rows + at, tl.where(seen > 0, -1.0, 0.0), mask=row_ok & empty_row)
     else:
         rate = tl.where(tl.abs(m) < 2977044471.819572, 0.36067376022224085, 0.5)
-        base = tl.maximum(m * rate, -3.4028234663852886e+38)
+        lifted = tl.where(tl.abs(m) < 2977044471.819572, lift, 0.0)
+        base = tl.maximum(m * rate, -3.4028234663852886e+38) + lifted
         far = tl.abs(m) >= 2977044471.819572
         top = tl.where(far, tl.maximum(tl.minimum(m * 0.36067376022224085, 3.4028234663852886e+38), -3.4028234663852886e+38), base)[:, None]
         total = l[:, None]
         empty_row = total == 0.0
         acc = tl.where(empty_row, 0.0, acc / total)
-        tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok)
+        tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok & (total != 0.0))
+        # rows whose weights sum to zero: those that see keys, all at minus infinity, are not empty
+        if tl.max(tl.where(empty_row, 1, 0)) > 0:
+            seen = tl.full([BLOCK_M, 1], 0, tl.int32)
+            # blocks whose keys all rows see
+            count3 = tl.minimum(t1, t2)
+            for block in range(count3 * split // splits, count3 * (split + 1) // splits):
+                j0 = block * BLOCK_N
+                j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+                seen = tl.maximum(seen, tl.full([BLOCK_M, 1], 1, tl.int32))
+            # blocks where the mask decides
+            count4 = tl.maximum(t1, t2) - t1
+            for t in range(count4 * split // splits, count4 * (split + 1) // splits):
+                block = t1 + t
+                j0 = block * BLOCK_N
+                j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+                j_ok = j < M
+                visible = j_ok & (j < length)
+                seen = tl.maximum(seen, tl.max(tl.where(visible, tl.full([BLOCK_M, BLOCK_N], 1, tl.int32), 0), 1)[:, None])
+            tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, tl.where(seen > 0, float("nan"), 0.0).to(tl.bfloat16), mask=row_ok & empty_row & (e >= 0))
 
 
 @triton.jit(do_not_specialize=["B", "N", "M"])
@@ -158,8 +201,10 @@ def join(
     v_in = keys * v_s2 + e * v_s3
     at = (b * 2 + hk).to(tl.int64) * rows + tile
     step = (B * 2).to(tl.int64) * rows
+    lift = tl.ceil(tl.log2(tl.maximum(M, 1) * 1.0)) + 1.0
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], tl.float32)
+    seen = tl.full([1, 1], 0, tl.int32)
     acc = tl.zeros([1, 16], tl.float32)
     for s0 in range(0, splits, 16):
         s = s0 + tl.arange(0, 16)
@@ -169,18 +214,22 @@ def join(
         ls = tl.load(stat_ptr + splits * step + s_at, mask=s_ok, other=0.0)
         m_new = tl.maximum(m, tl.max(tl.where(s_ok, ms, float("-inf")), 0))
         rate = tl.where(tl.abs(m_new) < 2977044471.819572, 0.36067376022224085, 0.5)
-        base = tl.maximum(m_new * rate, -3.4028234663852886e+38)
-        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) - base)
+        lifted = tl.where(tl.abs(m_new) < 2977044471.819572, lift, 0.0)
+        base = tl.maximum(m_new * rate, -3.4028234663852886e+38) + lifted
+        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) + lifted - base)
         m = m_new
-        share = tl.exp2(tl.where(s_ok, ms * rate, float("-inf")) - base)
+        share = tl.exp2(tl.where(s_ok & (ms > float("-inf")), tl.maximum(ms * rate, -3.4028234663852886e+38) + lifted, float("-inf")) - base)
         l = l * shrink + tl.sum(ls * share, 0)
+        seen = tl.maximum(seen, tl.max(tl.where(s_ok & (ls < 0.0), 1, 0), 0))
         acc = acc * shrink[:, None] + tl.sum(tl.load(part_ptr + s_at[:, None] * 16 + e, mask=s_ok[:, None], other=0.0) * share[:, None], 0)[None, :]
     rate = tl.where(tl.abs(m) < 2977044471.819572, 0.36067376022224085, 0.5)
-    base = tl.maximum(m * rate, -3.4028234663852886e+38)
+    lifted = tl.where(tl.abs(m) < 2977044471.819572, lift, 0.0)
+    base = tl.maximum(m * rate, -3.4028234663852886e+38) + lifted
     far = tl.abs(m) >= 2977044471.819572
     top = tl.where(far, tl.maximum(tl.minimum(m * 0.36067376022224085, 3.4028234663852886e+38), -3.4028234663852886e+38), base)[:, None]
     total = l[:, None]
     empty_row = total == 0.0
+    empty_row = empty_row & (seen == 0)
     acc = tl.where(empty_row, 0.0, acc / total)
     tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok)
 

@@ -62,6 +62,7 @@ def attention(
     v_in = keys * v_s2 + e * v_s3
     q_at = q_ptr + b.to(tl.int64) * q_s0 + hk.to(tl.int64) * (2 * q_s1) + (g.to(tl.int64) * q_s1 + i.to(tl.int64) * q_s2)
     q = tl.load(q_at + d * q_s3, mask=row_ok, other=0)
+    lift = tl.ceil(tl.log2(tl.maximum(N, 1) * 1.0)) + 1.0
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, 16], tl.float32)
@@ -80,8 +81,9 @@ def attention(
         x = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, 1))
         rate = tl.where(tl.abs(m_new) < 2977044471.819572, 0.36067376022224085, 0.5)
-        base = tl.maximum(m_new * rate, -3.4028234663852886e+38)
-        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) - base)
+        lifted = tl.where(tl.abs(m_new) < 2977044471.819572, lift, 0.0)
+        base = tl.maximum(m_new * rate, -3.4028234663852886e+38) + lifted
+        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) + lifted - base)
         m = m_new
         p = tl.exp2(x * rate[:, None] - base[:, None])
         l = l * shrink + tl.sum(p, 1)
@@ -90,13 +92,25 @@ def attention(
         v = tl.load(v_block + v_in, mask=jv_ok, other=0)
         acc = tl.dot(p.to(tl.bfloat16), v, acc, input_precision="ieee")
     rate = tl.where(tl.abs(m) < 2977044471.819572, 0.36067376022224085, 0.5)
-    base = tl.maximum(m * rate, -3.4028234663852886e+38)
+    lifted = tl.where(tl.abs(m) < 2977044471.819572, lift, 0.0)
+    base = tl.maximum(m * rate, -3.4028234663852886e+38) + lifted
     far = tl.abs(m) >= 2977044471.819572
     top = tl.where(far, tl.maximum(tl.minimum(m * 0.36067376022224085, 3.4028234663852886e+38), -3.4028234663852886e+38), base)[:, None]
     total = l[:, None]
     empty_row = total == 0.0
     acc = tl.where(empty_row, 0.0, acc / total)
-    tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok)
+    tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, acc.to(tl.bfloat16), mask=row_ok & (total != 0.0))
+    # rows whose weights sum to zero: those that see keys, all at minus infinity, are not empty
+    if tl.max(tl.where(empty_row, 1, 0)) > 0:
+        seen = tl.full([BLOCK_M, 1], 0, tl.int32)
+        for block in range(0, (i1 + 63) // 64):
+            j0 = block * BLOCK_N
+            j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+            j_ok = j < N
+            doc1 = tl.load(doc_ptr + b.to(tl.int64) * doc_s0 + j.to(tl.int64) * doc_s1, mask=j_ok, other=0)
+            visible = j_ok & ((j <= i) & (doc == doc1))
+            seen = tl.maximum(seen, tl.max(tl.where(visible, tl.full([BLOCK_M, BLOCK_N], 1, tl.int32), 0), 1)[:, None])
+        tl.store(out_ptr + b.to(tl.int64) * out_s0 + hk.to(tl.int64) * out_s1 + g.to(tl.int64) * out_s2 + i.to(tl.int64) * out_s3 + e * out_s4, tl.where(seen > 0, float("nan"), 0.0).to(tl.bfloat16), mask=row_ok & empty_row & (e >= 0))
 
 
 #: Triton's types of the arguments of each kernel, in order.

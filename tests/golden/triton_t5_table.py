@@ -57,6 +57,7 @@ def attention(
     v_in = keys * v_s2 + e * v_s3
     q_at = q_ptr + b.to(tl.int64) * q_s0 + hk.to(tl.int64) * q_s1 + (i.to(tl.int64) * q_s2)
     q = tl.load(q_at + d * q_s3, mask=row_ok, other=0)
+    lift = tl.ceil(tl.log2(tl.maximum(N, 1) * 1.0)) + 1.0
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, 16], tl.float32)
@@ -73,8 +74,9 @@ def attention(
         x = s + table
         m_new = tl.maximum(m, tl.max(x, 1))
         rate = tl.where(tl.abs(m_new) < 744261117.954893, 1.4426950408889634, tl.where(tl.abs(m_new) < 1.8446744073709552e+19, 2.0, 1.52587890625e-05))
-        base = tl.maximum(m_new * rate, -3.4028234663852886e+38)
-        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) - base)
+        lifted = tl.where(tl.abs(m_new) < 744261117.954893, lift, 0.0)
+        base = tl.maximum(m_new * rate, -3.4028234663852886e+38) + lifted
+        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) + lifted - base)
         m = m_new
         p = tl.exp2(x * rate[:, None] - base[:, None])
         l = l * shrink + tl.sum(p, 1)
@@ -97,8 +99,9 @@ def attention(
         x = tl.where(visible, s + table0, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, 1))
         rate = tl.where(tl.abs(m_new) < 744261117.954893, 1.4426950408889634, tl.where(tl.abs(m_new) < 1.8446744073709552e+19, 2.0, 1.52587890625e-05))
-        base = tl.maximum(m_new * rate, -3.4028234663852886e+38)
-        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) - base)
+        lifted = tl.where(tl.abs(m_new) < 744261117.954893, lift, 0.0)
+        base = tl.maximum(m_new * rate, -3.4028234663852886e+38) + lifted
+        shrink = tl.exp2(tl.maximum(m * rate, -3.4028234663852886e+38) + lifted - base)
         m = m_new
         p = tl.exp2(x * rate[:, None] - base[:, None])
         l = l * shrink + tl.sum(p, 1)
@@ -107,7 +110,8 @@ def attention(
         v = tl.load(v_block + v_in, mask=jv_ok, other=0)
         acc = tl.dot(p.to(tl.bfloat16), v, acc, input_precision="ieee")
     rate = tl.where(tl.abs(m) < 744261117.954893, 1.4426950408889634, tl.where(tl.abs(m) < 1.8446744073709552e+19, 2.0, 1.52587890625e-05))
-    base = tl.maximum(m * rate, -3.4028234663852886e+38)
+    lifted = tl.where(tl.abs(m) < 744261117.954893, lift, 0.0)
+    base = tl.maximum(m * rate, -3.4028234663852886e+38) + lifted
     far = tl.abs(m) >= 744261117.954893
     top = tl.where(far, tl.maximum(tl.minimum(m * 1.4426950408889634, 3.4028234663852886e+38), -3.4028234663852886e+38), base)[:, None]
     total = l[:, None]

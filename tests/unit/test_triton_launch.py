@@ -146,6 +146,61 @@ def test_a_choice_not_made_is_made_later(monkeypatch: pytest.MonkeyPatch) -> Non
     assert run(k, 100) == 14
 
 
+def looked(*wrong: int, remember: dict[str, str], values: tuple[int, ...] = (41, 42)) -> tuple[TritonKernel, list[str]]:
+    """Sources of which some are wrong, and what is said of them; torch's own form writes 7."""
+    said: list[str] = []
+
+    def check(tensors: object, sizes: object, outputs: list[torch.Tensor]) -> str | None:
+        number = int(outputs[0][0])
+        looks.append(number)
+        return f"it is {number}" if number in wrong else None
+
+    def plain() -> Callable[..., None]:
+        return lambda tensors, sizes, outputs: outputs[0].fill_(7) and None
+
+    sources = [SOURCE.format(value=v, fails=False) for v in values]
+    return TritonKernel(sources, remember=remember, check=check, report=said.append, otherwise=plain), said
+
+
+looks: list[int] = []
+
+
+def test_a_source_that_is_wrong_is_not_used_again() -> None:
+    """Nor by a later process, which takes what was found for known; a right one is looked at once."""
+    looks.clear()
+    remember: dict[str, str] = {}
+    k, said = looked(41, remember=remember)
+    assert [run(k, n) for n in (100, 100, 5000)] == [42, 42, 42] and looks == [41, 42]
+    assert len(said) == 1 and "it is 41" in said[0]
+    later, said = looked(41, remember=remember)
+    assert run(later, 100) == 42 and looks == [41, 42] and said == []
+
+
+def test_where_no_source_is_right_torch_computes() -> None:
+    remember: dict[str, str] = {}
+    k, said = looked(41, 42, remember=remember)
+    assert [run(k, 100), run(k, 100)] == [7, 7] and len(said) == 2
+    assert run(looked(remember=remember)[0], 100) == 7
+    single, said = looked(51, remember={}, values=(51,))
+    assert run(single, 100) == 7 and len(said) == 1
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_fastest_may_be_wrong() -> None:
+    k, said = looked(61, remember={}, values=(63, 61, 62))
+    k.timer = lambda call: (call(), float(LAST[0][0]))[1]  # type: ignore[func-returns-value]
+    LAST[0] = torch.zeros(1)
+    assert run(k, 100) == 62 and len(said) == 1
+
+
+def test_nothing_is_looked_at_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing waits for the device, which a capture does not allow."""
+    looks.clear()
+    k, _ = looked(41, remember={})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert k._right(0, [], [], [], torch.device("cuda")) and looks == []
+
+
 def test_no_source_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one"):
         TritonKernel([])
