@@ -145,6 +145,9 @@ SENTENCES: dict[str, str] = {
     "policy-no-distance": "rows and keys have no positions in common (as in cross attention): it has no distances",
     "policy-no-heads": "it has no axis of heads, which the rule differs over",
     "policy-other-heads": "it has {} heads, the plan speaks of head {}",
+    "policy-no-softmax": "its weights are no softmax of its scores, which the rule chooses by",
+    "policy-no-width": "the width of its heads is known at the call alone",
+    "policy-by-pair": "data hides keys from some rows of a sequence and not from others (documents, a mask per pair)",
     "policy-other-grid": "its tokens are no grid of {}",
     # --- the driver
     "weights-needed": "its scores or weights are used elsewhere too, by {}, and so must exist",

@@ -82,7 +82,7 @@ def ends_of(a: Attention) -> dict[str, Reduce]:
 
 def _end(a: Attention, reduction: Reduction) -> Reduce | None:
     """The first or the last key which data leaves each sequence, or each row of one; None where no data hides keys."""
-    parts = [x for x in members("and", a.mask) if loads(x) and mentions(x, a.j.index) and not _bounds_rows(x, a)]
+    parts = [x for x in members("and", a.mask) if loads(x) and mentions(x, a.j.index) and not bounds_rows(x, a)]
     if not parts:
         return None
     seen = and_(*parts)
@@ -92,6 +92,6 @@ def _end(a: Attention, reduction: Reduction) -> Reduce | None:
     return Reduce(a.sizes, axes, a.j, tensors, reduction, a.j.index, seen, ZERO)
 
 
-def _bounds_rows(x: Expr, a: Attention) -> bool:
+def bounds_rows(x: Expr, a: Attention) -> bool:
     """Whether a part of a mask is a causal one by positions that are data."""
     return isinstance(x, Op) and x.name in ("le", "lt") and _last_key(replace(a, mask=x)) is not None
