@@ -200,8 +200,8 @@ def blocks_of(x: Expr, index: Expr) -> tuple[Expr, int] | None:
 
 
 def runs_of(x: Expr, index: Expr, fixed: Iterable[Expr] = ()) -> int | None:
-    """c where `index` occurs in x, and only as `(index + n) // c` of one constant c >= 1 and one n over none of `fixed`:
-    x is then the same throughout runs of c, the first of which may be shorter."""
+    """c where `index` occurs in x, and only as `(index + n) // c` of one constant c >= 1 and one n over none of
+    `fixed`: x is then the same throughout runs of c, the first of which may be shorter."""
     found: set[tuple[Expr, int]] = set()
     moving = {index, *fixed}
 

@@ -148,6 +148,9 @@ SENTENCES: dict[str, str] = {
     "policy-no-softmax": "its weights are no softmax of its scores, which the rule chooses by",
     "policy-no-width": "the width of its heads is known at the call alone",
     "policy-by-pair": "data hides keys from some rows of a sequence and not from others (documents, a mask per pair)",
+    "policy-not-causal": "its rows do not each end with a last key, which the rule counts back from",
+    "policy-many-rows": "it has more than {} rows, or a number known at the call alone, and each selects for itself",
+    "policy-masked-grid": "its mask compares rows with keys, which patches of a grid do not follow",
     "policy-other-grid": "its tokens are no grid of {}",
     # --- the driver
     "weights-needed": "its scores or weights are used elsewhere too, by {}, and so must exist",

@@ -31,8 +31,8 @@ _AT_ONCE = 1 << 22
 @dataclass(frozen=True)
 class Reduce:
     """Shapes: `out` is (*axes), i64 where `value` is an integer, else f32. `over` is the axis that is reduced. `value`
-    is an integer or a float (a mean is of floats), `seen` a boolean, both over the axes, `over`, the sizes and loads; `none` is of the kind
-    of `value`, over the axes and sizes, and is what a point gives that sees nothing."""
+    is an integer or a float, in a mean a float, `seen` a boolean, both over the axes, `over`, the sizes and loads;
+    `none` is of the kind of `value`, over the axes and sizes, and is what a point gives that sees nothing."""
 
     sizes: tuple[Size, ...]
     axes: tuple[Axis, ...]

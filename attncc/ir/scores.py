@@ -104,15 +104,17 @@ def interpret_scores(
 
 def _grouped(a: Scores) -> tuple[tuple[Axis, ...], Expr]:
     """The batch axes over which the keys differ, and `y` over those: heads of one group read the same keys once."""
-    *outer, last = a.batch or (None,)
-    if last is None or not isinstance(last.extent, Const):
+    if not a.batch:
+        return (), a.y
+    *outer, last = a.batch
+    if not isinstance(last.extent, Const):
         return a.batch, a.y
     heads = int(last.extent.value)
     found = blocks_of(a.y, last.index) if mentions(a.y, last.index) else (a.y, heads)
     if found is None or heads % found[1]:
         return a.batch, a.y
     y, size = found
-    return (*(x for x in outer if x is not None), Axis(last.name, Const(heads // size))), y
+    return (*outer, Axis(last.name, Const(heads // size))), y
 
 
 def print_scores(a: Scores) -> str:

@@ -13,13 +13,14 @@ from attncc.ir import Attention, Expr, Program
 from attncc.ir.build import const, or_
 from attncc.ir.reasons import Reason
 from attncc.ir.reduce import Reduction
+from attncc.ir.select import TAKES
 from attncc.passes.policies.blocks import Blocks, group_of, no_blocks
 from attncc.passes.policies.hiding import Form, Hiding, hide
 from attncc.passes.policies.making import Value, over_heads, scored, selected
 from attncc.passes.protocol import Legality
 
-SHARES = ("none", "max", "sum", "mean")
-TAKES = ("count", "fraction", "mass", "least")
+_REDUCTION: dict[str, Reduction] = {"max": "max", "sum": "sum", "mean": "mean"}
+SHARES = ("none", *_REDUCTION)
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class BlockMeans:
     keep(i, j) = J is among the blocks of row block I that `take` takes by p, the own and the first `sinks` blocks first
 
     `rows`, `keys`: tokens of a block; `take`, `amount`: a count of blocks, a fraction of the visible ones, the mass of
-    those taken, or the least p; `sinks`, `recent`: blocks, the own ones count; `share`: how the heads that read one head
-    of keys agree on p (none: each selects for itself)."""
+    those taken, or the least p; `sinks`, `recent`: blocks, the own ones count; `share`: how the heads that read one
+    head of keys agree on p (none: each selects for itself)."""
 
     name: ClassVar[str] = "block-means"
     legality: ClassVar[Legality] = "approximate"
@@ -42,9 +43,7 @@ class BlockMeans:
     share: str = "none"
 
     def __post_init__(self) -> None:
-        check(self.rows, self.keys, self.take, self.amount)
-        if self.share not in SHARES:
-            raise ValueError(f"share is one of {', '.join(SHARES)}, not {self.share}")
+        check(self.rows, self.keys, self.take, self.amount, self.share)
 
     def __call__(self, p: Program, /) -> Program:
         return hide(p, Form(self))
@@ -54,9 +53,7 @@ class BlockMeans:
 
     def keep(self, site: Hiding) -> Expr:
         b = Blocks(site, self.rows, self.keys)
-        p = by_means(b)
-        if self.share != "none":
-            p = shared(b, p, self.share)  # type: ignore[arg-type]
+        p = shared(b, by_means(b), self.share)
         return taken(b, p, self.take, self.amount, or_(b.sinks(self.sinks), b.own(self.recent)))
 
 
@@ -67,25 +64,28 @@ def by_means(b: Blocks) -> Value:
     return scored(b.site, "p", b.I, b.J, d, x(b.I.index, d.index), y(b.J.index, d.index), b.score(), b.open)
 
 
-def shared(b: Blocks, p: Value, op: Reduction) -> Value:
-    """(.., I, J) for each head of keys: what its heads of queries agree on."""
+def shared(b: Blocks, p: Value, share: str) -> Value:
+    """(.., I, J) for each head of keys: what its heads of queries agree on, or `p` where each is on its own."""
     group = group_of(b.a)
-    return p if group == 1 else over_heads(b.site, "p", p, group, (b.I, b.J), op)
+    op = _REDUCTION.get(share)
+    return p if group == 1 or op is None else over_heads(b.site, "p", p, group, (b.I, b.J), op)
 
 
-def taken(b: Blocks, p: Value, take: str, amount: float, first: Expr) -> Expr:
-    """Whether the block of row i takes that of key j."""
+def taken(b: Blocks, p: Value, take: str, amount: float, first: Expr, seen: Expr | None = None) -> Expr:
+    """Whether the block of row i takes that of key j, of those that are open or `seen`."""
     value = p(b.I.index, b.J.index)
     map_ = selected(
-        b.site, "map", (b.J,), value, take, const(float(amount)), seen=b.open, first=first, rows=(b.I,)  # type: ignore[arg-type]
+        b.site, "map", (b.J,), value, take, const(float(amount)), seen=seen or b.open, first=first, rows=(b.I,)  # type: ignore[arg-type]
     )
     return map_(b.of_row(b.a.i.index), b.of_key(b.a.j.index))
 
 
-def check(rows: int, keys: int, take: str, amount: float) -> None:
+def check(rows: int, keys: int, take: str, amount: float, share: str = "none") -> None:
     """Raises ValueError for parameters that mean nothing."""
     if min(rows, keys) < 1:
         raise ValueError(f"a block holds at least 1 token, not {min(rows, keys)}")
+    if share not in SHARES:
+        raise ValueError(f"share is one of {', '.join(SHARES)}, not {share}")
     if take not in TAKES:
         raise ValueError(f"take is one of {', '.join(TAKES)}, not {take}")
     if amount < 0 or (take in ("fraction", "mass") and not 0 < amount <= 1) or (take == "count" and amount < 1):

@@ -2,9 +2,9 @@
 
     block of row i  =  (i + shift) // rows            block of key j  =  (j + shift') // keys
 
-The shifts make blocks begin where the sequence does, at its first key, so that padding before it changes nothing; a call
-of some rows of a longer sequence (a cache, a part of a prefill) has the blocks that the whole has. What the mask of the
-model hides is outside of every block: it counts in no mean, and a block without a visible key is not open.
+The shifts make blocks begin where the sequence does, at its first key, so that padding before it changes nothing; a
+call of some rows of a longer sequence (a cache, a part of a prefill) has the blocks that the whole has. What the mask
+of the model hides is outside of every block: it counts in no mean, and a block without a visible key is not open.
 """
 
 from __future__ import annotations
@@ -20,7 +20,23 @@ from attncc.ir.analysis import blocks_of, members
 from attncc.ir.attention import W
 from attncc.ir.bounds import TILE_HI, TILE_LO
 from attncc.ir.build import (
-    FALSE, ONE, TRUE, ZERO, add, and_, const, floordiv, gt, le, lt, maximum, minimum, mod, mul, or_, sub,
+    FALSE,
+    ONE,
+    TRUE,
+    ZERO,
+    add,
+    and_,
+    const,
+    floordiv,
+    gt,
+    le,
+    lt,
+    maximum,
+    minimum,
+    mod,
+    mul,
+    or_,
+    sub,
 )  # fmt: skip
 from attncc.ir.expr import free, loads, mentions, substitute
 from attncc.ir.reasons import Reason, because
@@ -31,6 +47,10 @@ from attncc.passes.policies.places import bounds_rows
 
 if TYPE_CHECKING:
     from attncc.passes.policies.hiding import Hiding
+
+
+#: A function of a component of a token and of its number.
+OfToken = Callable[[Expr, Expr], Expr]
 
 
 def no_blocks(a: Attention) -> Reason | None:
@@ -49,12 +69,14 @@ class Blocks:
     def __init__(self, site: Hiding, rows: int, keys: int) -> None:
         self.site, self.rows, self.keys = site, rows, keys
         self.a = a = site.attention
+        self._axes: tuple[Axis, ...] = ()
         self.start: Expr = site.ends.get("start", ZERO)
         self.offset = self._offset()  # of positions against rows
         self.shift = _remainder(self.offset, rows)
         self.key_shift = _remainder(sub(ZERO, self.start), keys)
         self.I = site.axis("I", _count(a.i.extent, rows, self.shift))
         self.J = site.axis("J", _count(a.j.extent, keys, self.key_shift))
+        self._axes = self.I, self.J
 
     def _offset(self) -> Expr:
         a, at = self.a, self.site.at
@@ -100,8 +122,12 @@ class Blocks:
         return reduced(self.site, "last", (), a.j, "max", a.j.index, seen)()
 
     def seen(self, j: Expr) -> Expr:
-        """Whether data leaves key j to its sequence."""
-        return substitute(and_(*_of_keys(self.a)), {self.a.j.index: j})
+        """Whether data leaves key j to its sequence, and it does not come after the last row."""
+        a, at = self.a, self.site.at
+        parts = _of_keys(a)
+        if at is not None and at.causal:
+            parts.append(le(a.j.index, known(add(self.position(sub(a.i.extent, ONE)), self.start))))
+        return substitute(self.simple(and_(*parts)), {a.j.index: j})
 
     def counts(self, i: Expr) -> Expr:
         """Whether row i is a token of the sequence and not padding."""
@@ -110,14 +136,44 @@ class Blocks:
         at = self.position(i)
         return and_(le(ZERO, at), le(at, sub(self.last, self.start)))
 
+    @property
+    def row_ends(self) -> tuple[Expr, Expr]:
+        """The first row of the call that is a token of the sequence, and the end of those."""
+        n = self.a.i.extent
+        if self.last is None:
+            return ZERO, n
+        first = sub(ZERO, self.offset)
+        return maximum(first, ZERO), minimum(n, add(add(first, sub(self.last, self.start)), ONE))
+
+    @property
+    def key_ends(self) -> tuple[Expr, Expr]:
+        """The first key of the sequence, and the end of those."""
+        return self.start, self.a.j.extent if self.last is None else add(self.last, ONE)
+
     @cached_property
     def _held(self) -> Value | None:
-        """How many keys of each block data leaves; None where it leaves all."""
-        if not _of_keys(self.a):
+        """How many keys of each block there are; None where no data hides any."""
+        if self.seen(self.a.j.index) is TRUE:
             return None
         r = self.site.axis("r", Const(self.keys))
         j, there = self.key_at(self.J.index, r.index)
         return reduced(self.site, "held", (self.J,), r, "sum", ONE, and_(there, self.seen(j)))
+
+    @property
+    def key_count(self) -> Expr:
+        """How many keys of the sequence block J holds."""
+        low, high = self._keys_of(self.J.index)
+        return self.simple(sub(high, low)) if self._held is None else self._held(self.J.index)
+
+    @property
+    def holds(self) -> Expr:
+        """Whether block J holds a key of the sequence."""
+        low, high = self._keys_of(self.J.index)
+        return self.simple(and_(lt(low, high), self._any_held))
+
+    @property
+    def _any_held(self) -> Expr:
+        return TRUE if self._held is None else gt(self._held(self.J.index), ZERO)
 
     @cached_property
     def open(self) -> Expr:
@@ -132,14 +188,14 @@ class Blocks:
             i, there = self.row_at(self.I.index, r.index)
             value = substitute(bound.expr, {a.i.index: i})
             least = sub(ZERO, ONE) if bound.op == "max" else a.j.extent
-            tile[bound.index] = reduced(self.site, bound.name, (self.I,), r, bound.op, value, there, least)(self.I.index)
+            made = reduced(self.site, bound.name, (self.I,), r, bound.op, value, there, least)
+            tile[bound.index] = made(self.I.index)
         low, high = self._keys_of(self.J.index)
         met: list[Expr] = []
         for x in bounds.visit:
             lo, hi = (substitute(n, tile) for n in (x.lo, x.hi))
             met.append(lt(maximum(lo, low), minimum(hi, high)))
-        held = TRUE if self._held is None else gt(self._held(self.J.index), ZERO)
-        return self.simple(and_(or_(*met), lt(first, end), held))
+        return self.simple(and_(or_(*met), lt(first, end), self._any_held))
 
     def _rows_of(self, n: Expr) -> tuple[Expr, Expr]:
         first = sub(mul(n, Const(self.rows)), self.shift)
@@ -177,16 +233,17 @@ class Blocks:
 
     # ---- summaries ----
 
-    def mean_of_rows(self, value: Callable[[Load], Expr] = lambda x: x) -> Value:
-        """(.., I, d): the mean over the rows of each block of a function of q."""
+    def mean_of_rows(self, value: OfToken = lambda x, at: x) -> Value:
+        """(.., I, d): the mean over the rows of each block of a function of q and of where the row is."""
         return self._summary("rows_mean", "mean", self.a.q, value, rows=True)
 
-    def of_keys(self, name: str, op: Reduction, value: Callable[[Load], Expr] = lambda x: x) -> Value:
-        """(.., J, d): the mean, least or largest over the visible keys of each block of a function of k."""
+    def of_keys(self, name: str, op: Reduction, value: OfToken = lambda x, at: x) -> Value:
+        """(.., J, d): the mean, least or largest over the visible keys of each block of a function of k and of where
+        the key is."""
         return self._summary(name, op, self.a.k, value, rows=False)
 
     def _summary(
-        self, name: str, op: Reduction, access: Access, value: Callable[[Load], Expr], *, rows: bool
+        self, name: str, op: Reduction, access: Access, value: OfToken, *, rows: bool
     ) -> Value:  # fmt: skip
         a, site = self.a, self.site
         axis = self.I if rows else self.J
@@ -194,8 +251,7 @@ class Blocks:
         at, there = (self.row_at if rows else self.key_at)(axis.index, r.index)
         seen = and_(there, self.counts(at) if rows else self.seen(at))
         x = substitute(site.load(access.tensor, access.index), {(a.i if rows else a.j).index: at})
-        assert isinstance(x, Load)
-        return reduced(site, name, (axis, a.d), r, op, value(x), self.simple(seen))
+        return reduced(site, name, (axis, a.d), r, op, value(x, at), self.simple(seen))
 
     def score(self, s: Expr = S) -> Expr:
         """The model's score of a product, as far as it is one of the product alone; else the product over sqrt(d)."""
@@ -207,7 +263,7 @@ class Blocks:
 
     def simple(self, x: Expr) -> Expr:
         """`x` without what the extents prove to be superfluous."""
-        axes: Sequence[Axis] = (*self.a.axes, self.I, self.J)
+        axes: Sequence[Axis] = (*self.a.axes, *self._axes)
         return simplify(x, {n.index: n.extent for n in axes})
 
 
