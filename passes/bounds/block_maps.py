@@ -17,7 +17,7 @@ from math import prod
 
 import torch
 
-from attncc.ir import Attention, Expr, Load, Op, Size, Tensor
+from attncc.ir import Attention, Axis, Expr, Load, Op, Size, Tensor
 from attncc.ir.affine import Poly, poly
 from attncc.ir.analysis import blocks_of, runs_of
 from attncc.ir.bounds import TILE_LO, Bits
@@ -171,8 +171,8 @@ def _by_samples(
     axes = [x for x in a.batch if x.index in m.index]
     counts = [extent(x.extent, table) for x in axes]
     rows, group = (n, m.group) if mentions(m.literal, a.i.index) else (1, 1)
-    j = _samples(keys, m.block, _key_runs(m.literal, a), device)
-    i = _samples(rows, group, _row_runs(m.literal, a), device)
+    j = _samples(m.literal, a.j, keys, m.block, _key_runs(m.literal, a), device)
+    i = _samples(m.literal, a.i, rows, group, _row_runs(m.literal, a), device)
     rank = len(axes) + 4  # batch, groups, rows of one, blocks, keys of one
     leaves: dict[Expr, torch.Tensor] = {s: torch.tensor(v, device=device) for s, v in table.items()}
     leaves |= {x.index: _along(at, rank, 0, c, device) for at, (x, c) in enumerate(zip(axes, counts, strict=True))}
@@ -187,11 +187,15 @@ def _by_samples(
     return words_of(torch.cat(found, -3), 1)
 
 
-def _samples(count: int, block: int, run: int | None, device: torch.device) -> torch.Tensor:
+def _samples(
+    literal: Expr, axis: Axis, count: int, block: int, run: int | None, device: torch.device
+) -> torch.Tensor:
     """i64 (blocks, samples): of each block of `count` elements enough to meet every run that it touches."""
-    offsets = torch.arange(block) if run is None else torch.tensor([*range(0, block, run), block - 1])
+    offsets = [*range(0, block, run or 1), block - 1]
+    if run is not None and blocks_of(literal, axis.index) is not None and (run % block == 0 or block % run == 0):
+        offsets.pop()  # the runs begin where the blocks do
     first = torch.arange(0, count, block)[:, None]
-    return torch.minimum(first + offsets, torch.tensor(count - 1)).to(device)
+    return torch.minimum(first + torch.tensor(sorted({*offsets})), torch.tensor(count - 1)).to(device)
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

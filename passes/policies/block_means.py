@@ -68,7 +68,7 @@ def shared(b: Blocks, p: Value, share: str) -> Value:
     """(.., I, J) for each head of keys: what its heads of queries agree on, or `p` where each is on its own."""
     group = group_of(b.a)
     op = _REDUCTION.get(share)
-    return p if group == 1 or op is None else over_heads(b.site, "p", p, group, (b.I, b.J), op)
+    return p if group == 1 or op is None else over_heads(b.site, "p", p, {b.a.batch[-1]: group}, (b.I, b.J), op)
 
 
 def taken(b: Blocks, p: Value, take: str, amount: float, first: Expr, seen: Expr | None = None) -> Expr:

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from attncc.ir import Access, Attention, Axis, Const, Expr, Load, S
-from attncc.ir.affine import simplify
+from attncc.ir.affine import nonnegative, simplify
 from attncc.ir.analysis import blocks_of, members
 from attncc.ir.attention import W
 from attncc.ir.bounds import TILE_HI, TILE_LO
@@ -43,7 +43,7 @@ from attncc.ir.reasons import Reason, because
 from attncc.ir.reduce import Reduction
 from attncc.passes.bounds.bounds import loop_bounds
 from attncc.passes.policies.making import Value, known, reduced
-from attncc.passes.policies.places import bounds_rows
+from attncc.passes.policies.places import bounds_rows, heads_of
 
 if TYPE_CHECKING:
     from attncc.passes.policies.hiding import Hiding
@@ -126,7 +126,9 @@ class Blocks:
         a, at = self.a, self.site.at
         parts = _of_keys(a)
         if at is not None and at.causal:
-            parts.append(le(a.j.index, known(add(self.position(sub(a.i.extent, ONE)), self.start))))
+            last = known(add(self.position(sub(a.i.extent, ONE)), self.start))
+            if not nonnegative(sub(last, a.j.index), {x.index: x.extent for x in a.axes}):
+                parts.append(le(a.j.index, last))
         return substitute(self.simple(and_(*parts)), {a.j.index: j})
 
     def counts(self, i: Expr) -> Expr:
@@ -277,6 +279,11 @@ def group_of(a: Attention) -> int:
         return heads
     found = blocks_of(x, head)
     return 1 if found is None or heads % found[1] else found[1]
+
+
+def all_heads(a: Attention) -> dict[Axis, int]:
+    """All heads of queries as one group: the axes that they are counted through by, with their extents."""
+    return {x: int(x.extent.value) for x in heads_of(a) if isinstance(x.extent, Const)}
 
 
 def _of_keys(a: Attention) -> list[Expr]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 from attncc.ir import Attention, Const, Expr, Program, S
 from attncc.ir.build import FALSE, and_, cast, le, lt, mul, op, or_, sub
 from attncc.ir.reasons import Reason, because
-from attncc.passes.policies.blocks import Blocks, no_blocks
+from attncc.passes.policies.blocks import Blocks, all_heads, no_blocks
 from attncc.passes.policies.hiding import Form, Hiding, hide
 from attncc.passes.policies.making import over_heads, scored, selected
 from attncc.passes.policies.places import no_distance
@@ -43,16 +43,14 @@ class ChunkMeans:
         return hide(p, Form(self))
 
     def applies(self, a: Attention) -> Reason | None:
-        if not a.batch or not isinstance(a.batch[-1].extent, Const):
+        if not all_heads(a):
             return because("policy-no-heads")
         return no_distance(a) or no_blocks(a)
 
     def keep(self, site: Hiding) -> Expr:
         b, a, at = Blocks(site, self.chunk, self.chunk), site.attention, site.positions
-        head = a.batch[-1].extent
-        assert isinstance(head, Const)
         x, y = (
-            over_heads(site, name, made, int(head.value), (axis, a.d), "mean")(axis.index, a.d.index)
+            over_heads(site, name, made, all_heads(a), (axis, a.d), "mean")(axis.index, a.d.index)
             for name, made, axis in (("q_mean", b.mean_of_rows(), b.I), ("k_mean", b.of_keys("keys_mean", "mean"), b.J))
         )
         # the square root of |I| is that of all chunks alike

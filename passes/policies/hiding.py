@@ -19,7 +19,7 @@ from attncc.ir.attention import fresh_name
 from attncc.ir.build import FALSE, and_, eq, or_
 from attncc.ir.expr import loads, substitute
 from attncc.ir.reasons import Reason, because
-from attncc.passes.policies.places import Places, ends_of, places
+from attncc.passes.policies.places import Places, ends_of, heads_of, places
 from attncc.passes.protocol import Legality
 
 
@@ -151,13 +151,6 @@ def misfit(a: Attention, form: Form) -> Reason | None:
         if any(not 0 <= h < head_count(a) for h in form.heads):
             return because("policy-other-heads", str(head_count(a)), str(max(form.heads)))
     return form.policy.applies(a)
-
-
-def heads_of(a: Attention) -> tuple[Axis, ...]:
-    """The axes that the heads of queries are counted through by: the batch axes after the first, where their extents
-    are known; none otherwise."""
-    axes = a.batch[1:]
-    return axes if all(isinstance(x.extent, Const) for x in axes) else ()
 
 
 def head_count(a: Attention) -> int:

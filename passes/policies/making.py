@@ -6,14 +6,15 @@ read the same keys. What no later step and no mask reads is dropped with the att
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from attncc.ir import Axis, Const, Expr, Load, Reduce, S, Scores, Select, Tensor
 from attncc.ir.affine import expr, poly
 from attncc.ir.analysis import blocks_of
-from attncc.ir.build import FALSE, ONE, TRUE, ZERO, add, const, floordiv, mul
+from attncc.ir.build import FALSE, ONE, TRUE, ZERO, add, const, floordiv, mod, mul
 from attncc.ir.expr import loads, mentions
 from attncc.ir.reduce import Reduction
 from attncc.ir.rewrite import substitute
@@ -49,16 +50,31 @@ def reduced(
     return Value(site.step_of(node, name), indices, "int" if value.kind == "int" else "float")
 
 
-def over_heads(site: Hiding, name: str, made: Value, group: int, axes: Sequence[Axis], op: Reduction) -> Value:
-    """A value of each head as one of each `group` heads, the last axis of the batch, that follow each other."""
-    *outer, head = site.attention.batch
-    assert isinstance(head.extent, Const)
-    groups, one = Axis(head.name, Const(int(head.extent.value) // group)), site.axis("r", Const(group))
-    at = add(mul(head.index, Const(group)), one.index)
-    value = substitute(made(*(x.index for x in axes)), {head.index: at})
-    lead = (*outer, groups)
+def over_heads(
+    site: Hiding, name: str, made: Value, groups: Mapping[Axis, int], axes: Sequence[Axis], op: Reduction
+) -> Value:
+    """A value of each head as one of each group of heads: `groups` are how many that follow each other on an axis of
+    the batch are one."""
+    lead: list[Axis] = []
+    indices: list[Expr] = []
+    one = site.axis("r", Const(prod(groups.values())))
+    table: dict[Expr, Expr] = {}
+    inner = prod(groups.values())
+    for x in site.attention.batch:
+        group = groups.get(x, 1)
+        if group == 1:
+            lead.append(x)
+            indices.append(x.index)
+            continue
+        assert isinstance(x.extent, Const)
+        inner //= group
+        lead.append(Axis(x.name, Const(int(x.extent.value) // group)))
+        indices.append(floordiv(x.index, Const(group)))
+        within = mod(floordiv(one.index, Const(inner)), Const(group))
+        table[x.index] = add(mul(x.index, Const(group)), within)
+    value = substitute(made(*(x.index for x in axes)), table)
     node = Reduce(site.sizes, (*lead, *axes), one, _read(site, value), op, value, none=const(0.0))
-    return Value(site.step_of(node, name), (*(x.index for x in outer), floordiv(head.index, Const(group))), "float")
+    return Value(site.step_of(node, name), tuple(indices), "float")
 
 
 def scored(

@@ -12,7 +12,7 @@ from typing import ClassVar
 from attncc.ir import Attention, Const, Expr, Program
 from attncc.ir.build import FALSE, and_
 from attncc.ir.reasons import Reason, because
-from attncc.passes.policies.blocks import Blocks
+from attncc.passes.policies.blocks import Blocks, all_heads
 from attncc.passes.policies.hiding import Form, Hiding, hide
 from attncc.passes.policies.making import over_heads, reduced, scored, selected
 from attncc.passes.policies.pages import no_decode
@@ -41,18 +41,16 @@ class PageMass:
         return hide(p, Form(self))
 
     def applies(self, a: Attention) -> Reason | None:
-        if not a.batch or not isinstance(a.batch[-1].extent, Const):
+        if not all_heads(a):
             return because("policy-no-heads")
         return no_decode(a)
 
     def keep(self, site: Hiding) -> Expr:
         b, a = Blocks(site, 1, self.page), site.attention
-        heads = a.batch[-1].extent
-        assert isinstance(heads, Const)
         q, k = (site.load(x.tensor, x.index) for x in (a.q, a.k))
         seen = and_(a.mask, b.counts(a.i.index))
         weights = scored(site, "weights", a.i, a.j, a.d, q, k, a.score, seen)
-        most = over_heads(site, "most", weights, int(heads.value), (a.i, a.j), "max")
+        most = over_heads(site, "most", weights, all_heads(a), (a.i, a.j), "max")
         r = site.axis("r", Const(self.page))
         j, there = b.key_at(b.J.index, r.index)
         i, _ = b.row_at(b.I.index, Const(0))

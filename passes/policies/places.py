@@ -1,6 +1,7 @@
 """Where the tokens of an attention stand: what rules of distances are written in.
 
-    row(i)    the position of row i among the keys: the last key that its causal mask leaves it; i where rows are keys
+    row(i)    the position of row i among the keys: the last key that its causal mask leaves it; that of the sequence
+              for a row that is alone, as at decode, where nothing is left of such a mask; i where rows are keys
     start     the first key of the sequence: 0, or, where data hides keys (padding, documents), the first of them that
               the row may see
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from attncc.ir import Attention, Expr, Reduce
+from attncc.ir import Attention, Axis, Expr, Reduce
 from attncc.ir.affine import expr, poly
 from attncc.ir.analysis import members
 from attncc.ir.build import ONE, ZERO, and_, maximum, minimum, sub
@@ -37,6 +38,8 @@ def places(a: Attention, start: Expr = ZERO, last: Expr | None = None) -> Places
     """The positions of an attention's rows and keys; None where they have none in common. `last`: the last key that a
     row may see, where data hides keys and no causal mask does."""
     row = _last_key(a)
+    if row is None and a.i.extent is ONE:
+        row = sub(a.j.extent, ONE) if last is None else last
     causal = row is not None
     if row is None:
         if poly(a.i.extent) != poly(a.j.extent):
@@ -95,3 +98,10 @@ def _end(a: Attention, reduction: Reduction) -> Reduce | None:
 def bounds_rows(x: Expr, a: Attention) -> bool:
     """Whether a part of a mask is a causal one by positions that are data."""
     return isinstance(x, Op) and x.name in ("le", "lt") and _last_key(replace(a, mask=x)) is not None
+
+
+def heads_of(a: Attention) -> tuple[Axis, ...]:
+    """The axes that the heads of queries are counted through by: the batch axes after the first, where their extents
+    are known; none otherwise."""
+    axes = a.batch[1:]
+    return axes if all(isinstance(x.extent, Const) for x in axes) else ()

@@ -48,6 +48,7 @@ DECODE = [
     Situation("causal", heads=8, group=4, n=1, m=50, dynamic=False),
     Situation("padded", group=2, n=3, m=40, dynamic=False), Situation("placed", n=1, m=64, dynamic=False),
     Situation("padded", heads=8, group=8, n=5, m=37, dynamic=False),
+    Situation("padded both ways", heads=4, group=2, n=1, m=40, dynamic=False),
 ]  # fmt: skip
 PREFILL = [s for s in SITUATIONS if s.mask != "documents"]
 STATIC = [replace(s, dynamic=False) for s in PREFILL if s.m == 37][:3]

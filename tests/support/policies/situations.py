@@ -101,13 +101,14 @@ class Situation:
 
     @property
     def causal(self) -> bool:
-        return "j <=" in MASKS[self.mask]
+        return "j <=" in MASKS[self.mask] or self.n == 1
 
 
 SITUATIONS = [
     Situation("causal"), Situation("causal", group=2), Situation("causal", heads=8, group=8, n=21, m=45),
     Situation("causal", heads=1, n=1, m=50), Situation("padded"), Situation("padded", group=4, n=11, m=40),
     Situation("documents", group=2), Situation("documents", n=16, m=33), Situation("placed", n=5, m=64),
+    Situation("all", heads=1, n=1, m=50, dynamic=False), Situation("padded both ways", n=1, m=40, dynamic=False),
     Situation("all"), Situation("padded both ways", group=2),
 ]  # fmt: skip
 
