@@ -27,7 +27,7 @@ from torch.testing import assert_close
 from attncc.ir import Attention, Program, interpret_program, parse_program, print_program, verify_program
 from attncc.ir.program import program_of_node
 from attncc.ir.reasons import because
-from attncc.passes.pipeline import parse_pipeline
+from attncc.passes.pipeline import Pipeline, parse_pipeline
 from attncc.passes.policies import (
     SELECTED,
     Antidiagonal,
@@ -42,6 +42,7 @@ from attncc.passes.policies import (
     VerticalSlash,
 )  # fmt: skip
 from attncc.passes.policies.hiding import Form, Policy, hide
+from attncc.passes.rewrites.split_axes import SplitAxes
 
 #: Calls of a few rows, whose number is known: each of them may select for itself.
 DECODE = [
@@ -379,6 +380,21 @@ def test_a_selection_is_one_form_of_some_heads_beside_others() -> None:
     assert torch.equal(found[:, 1:3], wanted(block_means(8, 4, "mass", 0.6), data, s)[0][:, 1:3])
     assert torch.equal(found[:, 3], kept(applied(Chunks(10), s.attention()), data, s)[:, 3])
     assert torch.equal(found[:, 0], kept(program_of_node(s.attention()), data, s)[:, 0])
+
+
+@pytest.mark.parametrize("policy", NAMED)
+def test_heads_counted_through_by_two_axes_are_the_same_heads(policy: Policy) -> None:
+    """Groups of heads as an axis of their own, as models spell them too."""
+    decode = policy.name in ("pages", "page-mass")
+    s = Situation("padded", group=2, n=3 if decode else 37, dynamic=not decode)
+    data = exactly(s.tensors())
+    whole = program_of_node(s.attention())
+    outs: list[Tensor] = []
+    for p in (whole, Pipeline((SplitAxes(),)).run(whole)):
+        hidden = verify_program(hide(p, Form(policy)))
+        assert hidden != p
+        outs.append(interpret_program(hidden, data, s.sizes, compute=torch.float64)[p.outputs[0]])
+    assert_close(outs[1].reshape(outs[0].shape), outs[0])
 
 
 def test_the_attention_reads_the_map_alone() -> None:
