@@ -15,10 +15,10 @@ from attncc.frontends.targets import TargetError, one_line
 
 def bench(
     suite: Annotated[
-        Literal["cpu", "gpu", "windows", "longcontext", "context", "compile", "sites"],
+        Literal["cpu", "gpu", "windows", "longcontext", "context", "compile", "sites", "policies"],
         typer.Option("--suite", help="Which machine to measure; or on this one, models with long windows, the masks of "
-                     "long contexts with their backward, rows and keys cut over processes, what compiling costs, or "
-                     "how much of the attention of transformers' models is found."),
+                     "long contexts with their backward, rows and keys cut over processes, what compiling costs, how "
+                     "much of the attention of transformers' models is found, or what choosing keys costs."),
     ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
@@ -39,8 +39,8 @@ def bench(
                   "picture": picture, "table": table}  # fmt: skip
         of_windows = {"only": only, "lengths": _numbers(lengths)}
         rows = {"only": only}
-        suites = {"cpu": of_cpu, "compile": rows, "context": rows, "sites": rows, "windows": of_windows,
-                 "longcontext": of_windows}  # fmt: skip
+        suites = {"cpu": of_cpu, "compile": rows, "context": rows, "sites": rows, "policies": rows,
+                 "windows": of_windows, "longcontext": of_windows}  # fmt: skip
         taken = suites.get(suite, {})
         given = {name for name, value in (of_cpu | of_windows).items() if value}
         foreign = [f"--{_OPTION.get(name, name)}" for name in sorted(given - set(taken))]

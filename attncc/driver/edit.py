@@ -15,7 +15,7 @@ from attncc.driver.capture import Reading
 from attncc.driver.leftovers import Leftovers
 from attncc.driver.lowering import lower
 from attncc.driver.site_groups import sources
-from attncc.driver.size_nodes import SizeNodes
+from attncc.driver.size_nodes import SizeNodes, example_of
 from attncc.errors import EditError
 from attncc.ir import Program
 from attncc.ir.reasons import Reason, because
@@ -68,7 +68,8 @@ class Editor:
             every = zip(site.inputs, site.dtypes, site.stopped, strict=True)
             inputs = [self._cast(self._read(n, stopped=stopped), n, dtype) for n, dtype, stopped in every]
             sizes = [self.sizes.of(x, target) for x in site.sizes]
-            made = lower(final, self.graph, inputs, sizes, mark=partial(_called, target, called))
+            examples = [example_of(x) for x in sizes]
+            made = lower(final, self.graph, inputs, sizes, examples, partial(_called, target, called))
         for old, new in zip(placed, made, strict=True):
             self.replace(old, new)
 

@@ -48,7 +48,7 @@ def lower(
         else:
             seen: dict[Expr, Any] = dict(zip(p.sizes, examples, strict=True))
             known = [int_value(x, seen) for x in step.sizes]
-            found = _traced(step.node, graph, arguments, [_node(x) for x in extents], known)
+            found = _traced(step.node, graph, arguments, [_node(x) for x in extents], known, _device(inputs))
         values |= {result: found[name] for result, name in zip(step.results, names, strict=True)}
     return [values[x] for x in p.outputs]
 
@@ -56,6 +56,12 @@ def lower(
 def is_direct(node: Node) -> bool:
     """Whether the interpreter of a node only calls methods of its tensors, so that stand-ins can be passed."""
     return isinstance(node, Merge | Rearrange | Table) or (isinstance(node, Correct) and node.all_views)
+
+
+def _device(inputs: Sequence[fx.Node]) -> torch.device:
+    """Where the tensors of a program lie."""
+    known = (n.meta.get("example_value") for n in inputs)
+    return next((x.device for x in known if isinstance(x, torch.Tensor)), torch.device("cpu"))
 
 
 def _node(x: Any) -> Extent:
@@ -77,8 +83,9 @@ def _direct(node: Node, tensors: Sequence[fx.Proxy], sizes: Sequence[Any]) -> di
 
 
 def _traced(
-    node: Node, graph: fx.Graph, tensors: Sequence[fx.Node], sizes: Sequence[Extent], examples: Sequence[Any]
-) -> dict[str, fx.Node]:
+    node: Node, graph: fx.Graph, tensors: Sequence[fx.Node], sizes: Sequence[Extent], examples: Sequence[Any],
+    device: torch.device,
+) -> dict[str, fx.Node]:  # fmt: skip
     """The interpreter on fake tensors of the node's shapes, its operations copied into the graph."""
     kind = kind_of(node)
     table: dict[Expr, Any] = dict(zip(node.sizes, examples, strict=True))
@@ -91,7 +98,7 @@ def _traced(
         return tuple(found[name] for name in names)
 
     shapes = [([int_value(n, table) for n in t.shape], DTYPE_OF[t.dtype]) for t in node.tensors]
-    traced = torch_private.trace_on_fakes(run, shapes, list(examples))
+    traced = torch_private.trace_on_fakes(run, shapes, list(examples), device)
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     known: dict[fx.Node, Any] = dict(zip(placeholders, [*tensors, *sizes], strict=True))
     for n in traced.graph.nodes:

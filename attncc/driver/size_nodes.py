@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -59,3 +60,17 @@ class SizeNodes:
         last = max((n for n in self.order if n.op == "placeholder"), key=self.order.__getitem__)
         with self.graph.inserting_after(last if node.op == "placeholder" else node):
             return self.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+
+
+def example_of(x: int | fx.Node) -> Any:
+    """What a size was when the graph was captured: a number or a symbol."""
+    if not isinstance(x, fx.Node):
+        return x
+    if "example_value" in x.meta:
+        return x.meta["example_value"]
+    if x.target is torch.ops.aten.sym_size.int:
+        tensor, dim = x.args
+        assert isinstance(tensor, fx.Node) and isinstance(dim, int)
+        return tensor.meta["example_value"].shape[dim]
+    assert callable(x.target)
+    return x.target(*(example_of(a) for a in x.args if isinstance(a, int | fx.Node)))

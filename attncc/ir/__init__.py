@@ -15,6 +15,7 @@ from attncc.ir.program import Program, Step, interpret_program, verify_program
 from attncc.ir.program_text import parse_program, print_program
 from attncc.ir.rearrange import Rearrange
 from attncc.ir.reduce import Reduce
+from attncc.ir.scores import Scores
 from attncc.ir.select import Select
 from attncc.ir.table import Table
 from attncc.ir.text import ParseError, parse_expr, print_expr
@@ -23,8 +24,8 @@ from attncc.ir.verify_linear import verify_linear
 
 __all__ = [
     "Access", "Attention", "Axis", "Bounds", "Const", "Correct", "Expr", "Index", "Interval", "Kind", "KindError",
-    "Layout", "Linear", "Load", "Merge", "Node", "Op", "ParseError", "Program", "Rearrange", "Reduce", "S", "Select",
-    "Size", "Step", "Table", "Tensor", "Var", "VerifyError", "W", "interpret", "interpret_linear", "interpret_program",
-    "kind_of", "parse_attention", "parse_expr", "parse_linear", "parse_program", "print_attention", "print_expr",
-    "print_linear", "print_program", "verify", "verify_linear", "verify_program",
+    "Layout", "Linear", "Load", "Merge", "Node", "Op", "ParseError", "Program", "Rearrange", "Reduce", "S", "Scores",
+    "Select", "Size", "Step", "Table", "Tensor", "Var", "VerifyError", "W", "interpret", "interpret_linear",
+    "interpret_program", "kind_of", "parse_attention", "parse_expr", "parse_linear", "parse_program", "print_attention",
+    "print_expr", "print_linear", "print_program", "verify", "verify_linear", "verify_program",
 ]  # fmt: skip

@@ -199,6 +199,28 @@ def blocks_of(x: Expr, index: Expr) -> tuple[Expr, int] | None:
     return rewrite(hidden, lambda y: index if y is number else None), sizes.pop()
 
 
+def runs_of(x: Expr, index: Expr, fixed: Iterable[Expr] = ()) -> int | None:
+    """c where `index` occurs in x, and only as `(index + n) // c` of one constant c >= 1 and one n over none of
+    `fixed`: x is then the same throughout runs of c, the first of which may be shorter."""
+    found: set[tuple[Expr, int]] = set()
+    moving = {index, *fixed}
+
+    def rule(y: Expr) -> Expr | None:
+        if not (isinstance(y, Op) and y.name == "floordiv" and isinstance(y.args[1], Const)):
+            return None
+        along = linear_in(y.args[0], index)
+        if along is None or along[0] != {(): 1} or any(mentions(f, n) for m in along[1] for f in m for n in moving):
+            return None
+        found.add((expr(along[1]), int(y.args[1].value)))
+        return Load("number of the run", (), "int")  # a leaf that cannot be the index itself
+
+    hidden = rewrite(x, rule)
+    if len(found) != 1 or mentions(hidden, index):
+        return None
+    _, size = found.pop()
+    return size if size >= 1 else None
+
+
 # ---- batch axes -----------------------------------------------------------------------------------------------------
 
 

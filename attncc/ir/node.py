@@ -23,6 +23,7 @@ from attncc.ir.linear import Linear, parse_linear, print_linear
 from attncc.ir.merge import Merge, interpret_merge, parse_merge, print_merge, verify_merge
 from attncc.ir.rearrange import Rearrange, interpret_rearrange, parse_rearrange, print_rearrange, verify_rearrange
 from attncc.ir.reduce import Reduce, interpret_reduce, parse_reduce, print_reduce, verify_reduce
+from attncc.ir.scores import Scores, interpret_scores, parse_scores, print_scores, verify_scores
 from attncc.ir.select import Select, interpret_select, parse_select, print_select, verify_select
 from attncc.ir.table import Table, interpret_table, parse_table, print_table, verify_table
 from attncc.ir.verify import verify
@@ -77,7 +78,7 @@ def _linear(
     return found if compute else {t.name: found[t.name].to(DTYPE_OF[t.dtype]) for t in _of_linear(a)}
 
 
-def _own(a: Merge | Correct | Layout | Rearrange | Select | Reduce | Table) -> tuple[Tensor, ...]:
+def _own(a: Merge | Correct | Layout | Rearrange | Scores | Select | Reduce | Table) -> tuple[Tensor, ...]:
     return a.gives
 
 
@@ -88,6 +89,7 @@ KINDS = (
     Kind("correct", Correct, _own, verify_correct, interpret_correct, print_correct, parse_correct),
     Kind("rearrange", Rearrange, _own, verify_rearrange, interpret_rearrange, print_rearrange, parse_rearrange),
     Kind("layout", Layout, _own, verify_layout, interpret_layout, print_layout, parse_layout),
+    Kind("scores", Scores, _own, verify_scores, interpret_scores, print_scores, parse_scores),
     Kind("select", Select, _own, verify_select, interpret_select, print_select, parse_select),
     Kind("reduce", Reduce, _own, verify_reduce, interpret_reduce, print_reduce, parse_reduce),
     Kind("table", Table, _own, verify_table, interpret_table, print_table, parse_table),

@@ -145,6 +145,12 @@ SENTENCES: dict[str, str] = {
     "policy-no-distance": "rows and keys have no positions in common (as in cross attention): it has no distances",
     "policy-no-heads": "it has no axis of heads, which the rule differs over",
     "policy-other-heads": "it has {} heads, the plan speaks of head {}",
+    "policy-no-softmax": "its weights are no softmax of its scores, which the rule chooses by",
+    "policy-no-width": "the width of its heads is known at the call alone",
+    "policy-by-pair": "data hides keys from some rows of a sequence and not from others (documents, a mask per pair)",
+    "policy-not-causal": "its rows do not each end with a last key, which the rule counts back from",
+    "policy-many-rows": "it has more than {} rows, or a number known at the call alone, and each selects for itself",
+    "policy-masked-grid": "its mask compares rows with keys, which patches of a grid do not follow",
     "policy-other-grid": "its tokens are no grid of {}",
     "policy-other-length": "the plan holds for {} to {} keys",
     # --- the driver

@@ -1,9 +1,9 @@
 """Reduce: what the values over one axis come to, for each point of the others.
 
-    out[a..] = op_x ( value(a.., x)  where  seen(a.., x) )          op: min, max or sum; `none` where nothing is seen
+    out[a..] = op_x ( value(a.., x)  where  seen(a.., x) )    op: min, max, sum or mean; `none` where nothing is seen
 
-The first key that a row may see, the number of keys that a sequence has, and whether any key of a block is visible are
-all of this form.
+The first key that a row may see, the number of keys that a sequence has, whether any key of a block is visible and the
+mean of the keys of a block are all of this form.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attncc.ir.interpret import Result, extent, index_grid, size_table
 from attncc.ir.lines import Lines, Writer, declared_lines, tensor_lines
 from attncc.ir.verify import check_declarations, check_scope, require
 
-Reduction = Literal["min", "max", "sum"]
+Reduction = Literal["min", "max", "sum", "mean"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 #: Points of a part of the first axis that are evaluated at once: no square of the length exists.
 _AT_ONCE = 1 << 22
@@ -31,8 +31,8 @@ _AT_ONCE = 1 << 22
 @dataclass(frozen=True)
 class Reduce:
     """Shapes: `out` is (*axes), i64 where `value` is an integer, else f32. `over` is the axis that is reduced. `value`
-    is an integer or a float, `seen` a boolean, both over the axes, `over`, the sizes and loads; `none` is of the kind
-    of `value`, over the axes and sizes, and is what a point gives that sees nothing."""
+    is an integer or a float, in a mean a float, `seen` a boolean, both over the axes, `over`, the sizes and loads;
+    `none` is of the kind of `value`, over the axes and sizes, and is what a point gives that sees nothing."""
 
     sizes: tuple[Size, ...]
     axes: tuple[Axis, ...]
@@ -59,6 +59,7 @@ def verify_reduce(a: Reduce) -> Reduce:
     require(a.op in REDUCTIONS, f"an unknown reduction {a.op!r}")
     require(len(tensors) > 0, "it reads a tensor")
     require(a.value.kind in ("int", "float"), f"the value is a {a.value.kind}, not a number")
+    require(a.op != "mean" or a.value.kind == "float", "a mean is of floats")
     require(a.seen.kind == "bool", f"seen is a {a.seen.kind}, not a bool")
     require(a.none.kind == a.value.kind, f"none is a {a.none.kind}, the value a {a.value.kind}")
     check_scope("value", a.value, tensors, points | {a.over.index})
@@ -68,7 +69,7 @@ def verify_reduce(a: Reduce) -> Reduce:
 
 
 _REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "min": lambda x: x.amin(-1), "max": lambda x: x.amax(-1), "sum": lambda x: x.sum(-1),
+    "min": lambda x: x.amin(-1), "max": lambda x: x.amax(-1), "sum": lambda x: x.sum(-1), "mean": lambda x: x.sum(-1),
 }  # fmt: skip
 
 
@@ -86,11 +87,17 @@ def interpret_reduce(
         cut = {x: n[at] if at is not None and x is axes[0].index else n for x, n in grid.items()}
         whole = shape if at is None else [len(range(*at.indices(shape[0]))), *shape[1:]]
         ev = Evaluator(cut, tensors, compute or torch.float32, checked=True)
-        value, seen = ev(a.value).expand(whole), ev(a.seen).expand(whole)
+        value = ev(a.value).expand(whole)
         none = ev(a.none).expand([*whole[:-1], 1]).squeeze(-1)
         if type(whole[-1]) is int and whole[-1] == 0:
             return none
+        if a.seen is TRUE:
+            found = _REDUCE[a.op](value)
+            return found / whole[-1] if a.op == "mean" else found
+        seen = ev(a.seen).expand(whole)
         found = _REDUCE[a.op](torch.where(seen, value, torch.full_like(value, _neutral(a.op, value.dtype))))
+        if a.op == "mean":
+            found = found / seen.sum(-1).clamp_min(1)
         return torch.where(seen.any(-1), found, none.to(found.dtype))
 
     return {"out": _in_parts(shape, part).to(compute if compute and a.dtype == "f32" else DTYPE_OF[a.dtype])}
@@ -99,7 +106,7 @@ def interpret_reduce(
 def _neutral(reduction: Reduction, dtype: torch.dtype) -> float:
     """What changes nothing of a reduction."""
     info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
-    return {"min": info.max, "max": info.min, "sum": 0}[reduction]
+    return {"min": info.max, "max": info.min, "sum": 0, "mean": 0}[reduction]
 
 
 def _in_parts(shape: Sequence[int], part: Callable[[slice | None], torch.Tensor]) -> torch.Tensor:

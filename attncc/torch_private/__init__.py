@@ -92,14 +92,15 @@ def trace(run: Callable[..., Any], mode: FakeTensorMode, inputs: Sequence[Any]) 
 
 
 def trace_on_fakes(
-    run: Callable[..., Any], tensors: Sequence[tuple[Sequence[Any], torch.dtype]], numbers: Sequence[Any]
-) -> fx.GraphModule:
-    """The graph of `run` on fake tensors of some shapes and dtypes and on numbers, which may be symbols of the
-    compilation in progress."""
+    run: Callable[..., Any], tensors: Sequence[tuple[Sequence[Any], torch.dtype]], numbers: Sequence[Any],
+    device: torch.device,
+) -> fx.GraphModule:  # fmt: skip
+    """The graph of `run` on fake tensors of some shapes and dtypes on a device and on numbers, which may be symbols of
+    the compilation in progress."""
     context = TracingContext.try_get()
     mode = (context.fake_mode if context is not None else None) or FakeTensorMode()
     with tracing(None), mode:
-        fakes = [torch.empty(list(shape), dtype=dtype) for shape, dtype in tensors]
+        fakes = [torch.empty(list(shape), dtype=dtype, device=device) for shape, dtype in tensors]
         return make_fx(run, tracing_mode="real")(*fakes, *numbers)
 
 

@@ -17,9 +17,9 @@ from math import prod
 
 import torch
 
-from attncc.ir import Attention, Expr, Load, Op, Size, Tensor
+from attncc.ir import Attention, Axis, Expr, Load, Op, Size, Tensor
 from attncc.ir.affine import Poly, poly
-from attncc.ir.analysis import blocks_of
+from attncc.ir.analysis import blocks_of, runs_of
 from attncc.ir.bounds import TILE_LO, Bits
 from attncc.ir.build import ONE, ZERO, add, const, floordiv
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
@@ -80,7 +80,28 @@ def block_map(literal: Expr, a: Attention, name: str, group: int) -> BlockMap:
 
 def by_pair(literal: Expr, a: Attention) -> bool:
     """Whether a map of the literal looks at every pair of a row and a key, having no blocks."""
-    return mentions(literal, a.i.index) and blocks_of(literal, a.j.index) is None
+    return mentions(literal, a.i.index) and _key_runs(literal, a) is None
+
+
+def _key_runs(literal: Expr, a: Attention) -> int | None:
+    return runs_of(literal, a.j.index, [a.i.index])
+
+
+def _row_runs(literal: Expr, a: Attention) -> int | None:
+    return runs_of(literal, a.i.index, [a.j.index])
+
+
+def _askew(m: BlockMap, a: Attention) -> bool:
+    """Whether the literal is the same throughout runs of keys, and of rows, which blocks and groups do not consist of:
+    they begin elsewhere than with the first, or are longer."""
+    if _key_runs(m.literal, a) is None:
+        return False
+    rows, keys = blocks_of(m.literal, a.i.index), blocks_of(m.literal, a.j.index)
+    whole_keys = keys is not None and m.block % keys[1] == 0
+    if not mentions(m.literal, a.i.index):
+        return not whole_keys
+    whole_rows = rows is not None and m.group % rows[1] == 0
+    return _row_runs(m.literal, a) is not None and not (whole_rows and whole_keys)
 
 
 def quick(literal: Expr, a: Attention) -> bool:
@@ -111,6 +132,8 @@ def _table(m: BlockMap, a: Attention, tensors: Mapping[str, torch.Tensor], sizes
     axes = [x for x in a.batch if x.index in m.index]
     counts = [extent(x.extent, table) for x in axes]
     literal, rows, group = m.literal, n, m.group
+    if _askew(m, a):
+        return _by_samples(m, a, tensors, table)
     by_row = blocks_of(literal, a.i.index)
     if not mentions(literal, a.i.index):
         rows = group = 1
@@ -136,6 +159,43 @@ def _table(m: BlockMap, a: Attention, tensors: Mapping[str, torch.Tensor], sizes
         shape = (*counts, end - first, columns)
         found.append(torch.stack(_seen(literal, ev, shape, min(group, end - first), room, m.else_all), -2))
     return words_of(torch.cat(found, -3), m.block // width)
+
+
+def _by_samples(
+    m: BlockMap, a: Attention, tensors: Mapping[str, torch.Tensor], table: Mapping[Expr, int]
+) -> torch.Tensor:
+    """The table of a literal that is the same throughout runs of keys, looked at once for each run that a block may
+    touch, and so for rows where they come in runs."""
+    n, keys = extent(a.i.extent, table), extent(a.j.extent, table)
+    device = next(iter(tensors.values())).device
+    axes = [x for x in a.batch if x.index in m.index]
+    counts = [extent(x.extent, table) for x in axes]
+    rows, group = (n, m.group) if mentions(m.literal, a.i.index) else (1, 1)
+    j = _samples(m.literal, a.j, keys, m.block, _key_runs(m.literal, a), device)
+    i = _samples(m.literal, a.i, rows, group, _row_runs(m.literal, a), device)
+    rank = len(axes) + 4  # batch, groups, rows of one, blocks, keys of one
+    leaves: dict[Expr, torch.Tensor] = {s: torch.tensor(v, device=device) for s, v in table.items()}
+    leaves |= {x.index: _along(at, rank, 0, c, device) for at, (x, c) in enumerate(zip(axes, counts, strict=True))}
+    step = max(1, _SLICE // max(1, prod(counts) * i.shape[1] * j.numel()))
+    found: list[torch.Tensor] = []
+    for part in i.split(step):
+        ev = Evaluator(
+            {**leaves, a.i.index: part[..., None, None], a.j.index: j}, tensors, DTYPE_OF[a.compute_dtype]
+        )
+        seen = ev(m.literal).expand(*counts, *part.shape, *j.shape).to(torch.uint8)
+        found.append(torch.stack([seen.amax((-3, -1)), seen.amin((-3, -1))], -2))
+    return words_of(torch.cat(found, -3), 1)
+
+
+def _samples(
+    literal: Expr, axis: Axis, count: int, block: int, run: int | None, device: torch.device
+) -> torch.Tensor:
+    """i64 (blocks, samples): of each block of `count` elements enough to meet every run that it touches."""
+    offsets = [*range(0, block, run or 1), block - 1]
+    if run is not None and blocks_of(literal, axis.index) is not None and (run % block == 0 or block % run == 0):
+        offsets.pop()  # the runs begin where the blocks do
+    first = torch.arange(0, count, block)[:, None]
+    return torch.minimum(first + torch.tensor(sorted({*offsets})), torch.tensor(count - 1)).to(device)
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -4,10 +4,26 @@ A policy hides keys from the attention, by where they are (closed form) or by wh
 takes any attention that is exact without it: the model's own mask stays, and is applied before anything is chosen.
 """
 
+from attncc.passes.policies.antidiagonal import Antidiagonal
+from attncc.passes.policies.block_means import BlockMeans
+from attncc.passes.policies.chunk_means import ChunkMeans
 from attncc.passes.policies.chunks import Chunks
+from attncc.passes.policies.draft import Draft
+from attncc.passes.policies.flex_prefill import FlexPrefill
+from attncc.passes.policies.page_mass import PageMass
+from attncc.passes.policies.pages import Pages
+from attncc.passes.policies.self_similar import SelfSimilar
 from attncc.passes.policies.sliding_tiles import SlidingTiles
 from attncc.passes.policies.spans import Spans
 from attncc.passes.policies.streaming import Streaming
 from attncc.passes.policies.strides import Strides
+from attncc.passes.policies.vertical_slash import VerticalSlash
 
-__all__ = ["Chunks", "SlidingTiles", "Spans", "Streaming", "Strides"]
+#: By where keys are, and by what a selection of each call says.
+CLOSED_FORMS = Streaming, Spans, Strides, Chunks, SlidingTiles
+SELECTED = BlockMeans, Antidiagonal, SelfSimilar, ChunkMeans, Draft, VerticalSlash, FlexPrefill, Pages, PageMass
+
+__all__ = [
+    "CLOSED_FORMS", "SELECTED", "Antidiagonal", "BlockMeans", "ChunkMeans", "Chunks", "Draft", "FlexPrefill",
+    "PageMass", "Pages", "SelfSimilar", "SlidingTiles", "Spans", "Streaming", "Strides", "VerticalSlash",
+]  # fmt: skip

@@ -12,9 +12,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-from attncc.ir import Attention, Const, Expr, Load, Node, Program, Step, Table, kind_of
+from attncc.ir import Attention, Axis, Const, Expr, Load, Node, Program, Size, Step, Table, kind_of
+from attncc.ir.affine import expr, poly
 from attncc.ir.attention import fresh_name
 from attncc.ir.build import FALSE, and_, eq, or_
+from attncc.ir.expr import loads, substitute
 from attncc.ir.reasons import Reason, because
 from attncc.passes.policies.places import Places, ends_of, head_count, heads_of, places
 from attncc.passes.protocol import Legality
@@ -27,16 +29,36 @@ class Hiding:
     def __init__(self, step: Step, a: Attention, taken: set[str]) -> None:
         self.step, self.attention = step, a
         self.before: list[Step] = []
+        self._own = len(a.tensors)
+        self._counts: dict[Size, Expr] = {}
         self._arguments = dict(zip((t.name for t in a.tensors), step.arguments, strict=True))
         self._taken = taken
-        ends = [self.made(node, name) for name, node in ends_of(a).items()]
-        self.at: Places | None = places(a, *ends)
+        self.ends = {name: self.made(node, name) for name, node in ends_of(a).items()}
+        self.at: Places | None = places(a, *self.ends.values())
 
     @property
     def positions(self) -> Places:
         """`at`, for rules that apply only where there are positions."""
         assert self.at is not None  # or the policy does not apply
         return self.at
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Those that a node made before the attention may declare."""
+        return (*self.attention.sizes, *self._counts)
+
+    def axis(self, name: str, extent: Expr) -> Axis:
+        """An axis for a node made before the attention; an extent that has to be worked out becomes a size."""
+        a = self.attention
+        taken = {x.name for x in (*a.axes, *a.sizes, *a.tensors, *self._counts)}
+        extent = expr(poly(extent))
+        if not isinstance(extent, Const | Size):
+            known = {value: size for size, value in self._counts.items()}
+            if extent not in known:
+                known[extent] = Size(fresh_name(f"{name}_count", taken))
+                self._counts[known[extent]] = extent
+            extent = known[extent]
+        return Axis(fresh_name(name, taken), extent)
 
     def made(self, node: Node, name: str) -> Load:
         """A value of the step's own, made before the attention by a node whose tensors are the attention's, by name:
@@ -52,10 +74,12 @@ class Hiding:
         result = fresh_name(name, self._taken)
         self._taken.add(result)
         arguments = tuple(self._arguments[t.name] for t in node.tensors)
-        table = dict(zip(a.sizes, self.step.sizes, strict=True))
-        self.before.append(Step((result,), node, arguments, tuple(table[s] for s in node.sizes)))
-        own = fresh_name(name, {x.name for x in (*a.axes, *a.sizes, *a.tensors)})
-        self.attention = replace(a, tensors=(*a.tensors, replace(first, name=own)))
+        table: dict[Expr, Expr] = dict(zip(a.sizes, self.step.sizes, strict=True))
+        passed = table | {size: substitute(count, table) for size, count in self._counts.items()}
+        self.before.append(Step((result,), node, arguments, tuple(passed[s] for s in node.sizes)))
+        own = fresh_name(name, {x.name for x in (*a.axes, *a.sizes, *a.tensors, *self._counts)})
+        shape = tuple(substitute(n, {**self._counts}) for n in first.shape)
+        self.attention = replace(a, tensors=(*a.tensors, replace(first, name=own, shape=shape)))
         self._arguments[own] = result
         return own
 
@@ -65,8 +89,22 @@ class Hiding:
 
     def finish(self, keep: Expr) -> list[Step]:
         """The steps: what is read, and the attention with the rest of its keys hidden."""
-        node = replace(self.attention, mask=and_(self.attention.mask, keep))
-        return [*self.before, replace(self.step, node=node, arguments=tuple(self._arguments.values()))]
+        a = self.attention
+        node = replace(a, mask=and_(a.mask, keep))
+        read = {x.tensor for x in loads(node.mask)} | {t.name for t in a.tensors[: self._own]}
+        node = replace(node, tensors=tuple(t for t in a.tensors if t.name in read))
+        arguments = tuple(value for name, value in self._arguments.items() if name in read)
+        return [*_needed(self.before, arguments), replace(self.step, node=node, arguments=arguments)]
+
+
+def _needed(steps: Sequence[Step], values: Sequence[str]) -> list[Step]:
+    """The steps without those whose results nobody reads."""
+    needed, kept = {*values}, list[Step]()
+    for step in reversed(steps):
+        if needed & {*step.results}:
+            kept.insert(0, step)
+            needed |= {*step.arguments}
+    return kept
 
 
 class Policy(Protocol):

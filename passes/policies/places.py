@@ -1,6 +1,7 @@
 """Where the tokens of an attention stand: what rules of distances are written in.
 
-    row(i)    the position of row i among the keys: the last key that its causal mask leaves it; i where rows are keys
+    row(i)    the position of row i among the keys: the last key that its causal mask leaves it; that of the sequence
+              for a row that is alone, as at decode, where nothing is left of such a mask; i where rows are keys
     start     the first key of the sequence: 0, or, where data hides keys (padding, documents), the first of them that
               the row may see
 
@@ -38,6 +39,8 @@ def places(a: Attention, start: Expr = ZERO, last: Expr | None = None) -> Places
     """The positions of an attention's rows and keys; None where they have none in common. `last`: the last key that a
     row may see, where data hides keys and no causal mask does."""
     row = _last_key(a)
+    if row is None and a.i.extent is ONE:
+        row = sub(a.j.extent, ONE) if last is None else last
     causal = row is not None
     if row is None:
         if poly(a.i.extent) != poly(a.j.extent):
@@ -111,7 +114,7 @@ def ends_of(a: Attention) -> dict[str, Reduce]:
 
 def _end(a: Attention, reduction: Reduction) -> Reduce | None:
     """The first or the last key which data leaves each sequence, or each row of one; None where no data hides keys."""
-    parts = [x for x in members("and", a.mask) if loads(x) and mentions(x, a.j.index) and not _bounds_rows(x, a)]
+    parts = [x for x in members("and", a.mask) if loads(x) and mentions(x, a.j.index) and not bounds_rows(x, a)]
     if not parts:
         return None
     seen = and_(*parts)
@@ -121,6 +124,6 @@ def _end(a: Attention, reduction: Reduction) -> Reduce | None:
     return Reduce(a.sizes, axes, a.j, tensors, reduction, a.j.index, seen, ZERO)
 
 
-def _bounds_rows(x: Expr, a: Attention) -> bool:
+def bounds_rows(x: Expr, a: Attention) -> bool:
     """Whether a part of a mask is a causal one by positions that are data."""
     return isinstance(x, Op) and x.name in ("le", "lt") and _last_key(replace(a, mask=x)) is not None

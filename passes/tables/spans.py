@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from attncc.ir import Attention, Bounds, Expr, Load, Op, Tensor, W
-from attncc.ir.analysis import blocks_of, comparison_sides
+from attncc.ir.analysis import comparison_sides, runs_of
 from attncc.ir.attention import fresh_name
 from attncc.ir.build import FALSE, ONE, TRUE, ZERO, add, and_, const, le, lt, op, where
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
@@ -179,7 +179,7 @@ def _comes_in_runs(literal: Expr, j: Expr) -> bool:
     """Whether a literal of keys alone should hold in several runs, which a map can hold: pages, and places counted from
     the start of the key's own segment."""
     counted = rewrite(literal, lambda x: Load("loaded", (), x.kind) if isinstance(x, Load) else None)
-    return blocks_of(literal, j) is not None or mentions(counted, j)
+    return runs_of(literal, j) is not None or mentions(counted, j)
 
 
 def span_tables(

@@ -22,9 +22,13 @@ from attncc.ir import (
     ParseError,
     Program,
     Rearrange,
+    Reduce,
+    S,
+    Scores,
     Select,
     Size,
     Step,
+    Table,
     Tensor,
     VerifyError,
     interpret_program,
@@ -35,10 +39,13 @@ from attncc.ir import (
     print_program,
     verify_program,
 )  # fmt: skip
+from attncc.ir.build import const, eq, floordiv, le, lt, mul
 from attncc.ir.layout import interpret_layout, verify_layout
 from attncc.ir.merge import interpret_merge, merge_of
 from attncc.ir.node import KINDS, kind_called
 from attncc.ir.rearrange import interpret_rearrange, verify_rearrange
+from attncc.ir.reduce import interpret_reduce
+from attncc.ir.scores import interpret_scores
 from attncc.ir.select import interpret_select
 
 ATTENTION = """attention
@@ -153,10 +160,8 @@ def test_every_kind_is_found_by_its_title_and_by_its_type() -> None:
 
 def examples() -> list[object]:
     x = tensor("x", 6, 4)
-    blocks = axes(i=20, j=24, d=8)
     q, k = tensor("q", 2, 20, 8), tensor("k", 2, 24, 8)
     b, i, j, d = (Index(n) for n in "bijd")
-    access = type(CAUSAL.q)
     value = parse_expr("x[a, b] * 0.5 + u[a]", {"a": Index("a"), "b": Index("b")}, {"x": "float", "u": "float"})
     return [
         CAUSAL,
@@ -165,8 +170,12 @@ def examples() -> list[object]:
         Correct((), axes(a=6, b=4), (x, tensor("u", 6)), value, "bf16"),
         Rearrange((N,), axes(a=6, b=N), (tensor("x", 6, N),), (("a",), ("b",)), ((), ("b",)), (1, 0)),
         Layout((), axes(t=6, e=4), (x,), "t", parse_expr("t * 5 % 6", {"t": Index("t")}, {}), inverse=True),
-        Select((), axes(b=2), *blocks, (q, k), access("q", (b, i, d)), access("k", (b, j, d)), 4, 8, "antidiagonal", 2,
-               share=("b",), take="mass", amount=0.9, always=parse_expr("J == 0", {"J": Index("J")}, {})),
+        Scores((N,), axes(b=2), *axes(i=20, j=24, d=8), (q, k), Load("q", (b, i, d), "float"),
+               Load("k", (b, j, d), "float"), mul(S, const(0.5)), le(j, i), "none"),
+        Select((), axes(b=2), axes(i=5, j=3), (tensor("p", 2, 5, 3),), Load("p", (b, i, j), "float"), "mass",
+               const(0.9), le(j, i), eq(j, const(0))),
+        Reduce((N,), axes(b=2), *axes(j=24), (k,), "mean", Load("k", (b, j, const(0)), "float"), lt(j, N), const(-1.0)),
+        Table((), axes(b=2), (q,), (3, -1)),
     ]  # fmt: skip
 
 
@@ -240,76 +249,82 @@ def test_a_layout_is_a_bijection() -> None:
         verify_layout(Layout((), axes(t=6), (tensor("x", 6),), "t", source))
 
 
-def selection(**changes: object) -> Select:
-    (found,) = (n for n in examples() if isinstance(n, Select))
-    return replace(found, **{"summary": "mean", "stride": 1, "share": (), "always": Const(False), **changes})  # type: ignore[arg-type]
+def selected(take: str, amount: float, values: torch.Tensor, over: int = 1, **more: object) -> torch.Tensor:
+    named = tuple(Axis(f"x{n}", Const(size)) for n, size in enumerate(values.shape))
+    value = Load("p", tuple(x.index for x in named), "float")
+    p = tensor("p", *values.shape)
+    split = len(named) - over
+    node = Select((), named[:split], named[split:], (p,), value, take, const(amount), **more)  # type: ignore[arg-type]
+    return interpret_select(kind_of(node).verify(node), {"p": values})["out"]
 
 
-def reference_means(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    means_q = torch.stack([x.mean(-2) for x in q.split(4, -2)], -2)
-    means_k = torch.stack([x.mean(-2) for x in k.split(8, -2)], -2)
-    return means_q @ means_k.mT
-
-
-@pytest.mark.parametrize(("i", "j"), [(20, 24), (17, 19)])
-def test_a_selection_by_block_means(i: int, j: int) -> None:
+def test_ways_to_take() -> None:
     torch.manual_seed(4)
-    q, k = torch.randn(2, i, 8), torch.randn(2, j, 8)
-    a = selection(i=axes(i=i)[0], j=axes(j=j)[0], tensors=(tensor("q", 2, i, 8), tensor("k", 2, j, 8)))
-    s = reference_means(q, k)
-    p = s.softmax(-1)
-    for take, amount in (("count", 2.0), ("fraction", 0.6), ("mass", 0.7), ("least", 0.3)):
-        found = interpret_select(kind_of(a).verify(replace(a, take=take, amount=amount)), {"q": q, "k": k})["map"]
-        values, order = p.sort(dim=-1, descending=True, stable=True)
-        wanted = {
-            "count": torch.arange(3).expand(values.shape) < 2,
-            "fraction": torch.arange(3).expand(values.shape) < math.ceil(0.6 * 3),
-            "mass": values.cumsum(-1) - values < 0.7,
-            "least": values >= 0.3,
-        }[take]
+    p = torch.randn(7, 12).softmax(-1)
+    values, order = p.sort(dim=-1, descending=True, stable=True)
+    place = torch.arange(12).expand(p.shape)
+    for take, amount, wanted in (
+        ("count", 2.0, place < 2), ("fraction", 0.7, place < 9), ("mass", 0.7, values.cumsum(-1) - values < 0.7),
+        ("least", 0.3, (values >= 0.3) | (place == 0)), ("mass", 1.0, place < 12), ("fraction", 0.25, place < 3),
+    ):  # fmt: skip
+        found = selected(take, amount, p)
         assert torch.equal(found, torch.zeros_like(found).scatter(-1, order, wanted)), take
 
 
-def test_a_selection_keeps_to_what_is_open_and_to_what_it_always_takes() -> None:
+def test_what_is_taken_is_open_and_begins_with_what_comes_first() -> None:
     torch.manual_seed(5)
-    q, k = torch.randn(2, 20, 8), torch.randn(2, 24, 8)
-    names = {"I": Index("I"), "J": Index("J")}
-    a = selection(take="count", amount=1.0, open=parse_expr("J * 8 <= I * 4 + 3", names, {}),
-                  always=parse_expr("J == 0", names, {}))  # fmt: skip
-    found = interpret_select(a, {"q": q, "k": k})["map"]
-    seen = torch.arange(3) * 8 <= torch.arange(5)[:, None] * 4 + 3
-    assert bool(found[..., 0].all()) and not bool((found & ~seen).any())
-    assert bool((found.sum(-1) <= 2).all())
+    p = torch.rand(5, 6)
+    a, b = Index("x0"), Index("x1")
+    found = selected("count", 2.0, p, open=le(b, a), first=eq(b, const(0)))
+    seen = torch.arange(6) <= torch.arange(5)[:, None]
+    assert not bool((found & ~seen).any()) and bool(found[:, 0].all())
+    assert torch.equal(found.sum(-1), seen.sum(-1).clamp(max=2))
+    best = p.masked_fill(~seen, -1.0)[:, 1:].argmax(-1) + 1
+    assert all(found[n, best[n]] for n in range(1, 5))
+    crossed = selected("mass", 0.5, torch.tensor([[0.3, 0.1, 0.6]]), first=eq(b, const(1)))
+    assert crossed.tolist() == [[False, True, True]], "the mass of what comes first counts"
 
 
-def test_shared_selections_agree_and_antidiagonals_sum_what_they_cross() -> None:
+def test_a_selection_over_two_axes_ranks_them_together_and_ties_go_to_the_lower_point() -> None:
     torch.manual_seed(6)
-    q, k = torch.randn(2, 20, 8), torch.randn(2, 24, 8)
-    for by in ("max", "sum", "mean"):
-        alike = selection(share=("b",), shared_by=by, amount=0.5, take="mass")
-        found = interpret_select(alike, {"q": q, "k": k})["map"]
-        assert torch.equal(found[0], found[1])
-    s = (q @ k.mT).reshape(2, 5, 4, 3, 8).transpose(2, 3)
-    crossed = (torch.arange(4)[:, None] + torch.arange(8)) % 2 == 1
-    want = (s * crossed).sum((-1, -2)).softmax(-1)
-    a = selection(summary="antidiagonal", stride=2, take="least", amount=0.4)
-    assert torch.equal(interpret_select(a, {"q": q, "k": k})["map"], want >= 0.4)
+    p = torch.rand(2, 4, 5)
+    found = selected("count", 3.0, p, over=2)
+    want = torch.zeros(2, 20, dtype=torch.bool).scatter(-1, p.flatten(1).topk(3).indices, True)
+    assert torch.equal(found, want.reshape(p.shape))
+    assert selected("count", 2.0, torch.zeros(1, 300)).nonzero().tolist() == [[0, 0], [0, 1]]
 
 
-def test_a_box_bounds_every_product() -> None:
+def test_scores_are_the_weights_of_an_attention_whose_heads_share_keys() -> None:
     torch.manual_seed(7)
-    q, k = torch.randn(2, 20, 8), torch.randn(2, 24, 8)
-    a = selection(summary="box", rows=1, take="least", amount=0.0, norm="none",
-                  score=parse_expr("s", {"s": CAUSAL.score.args[0]}, {}))  # type: ignore[attr-defined]  # fmt: skip
-    best = (q @ k.mT).reshape(2, 20, 3, 8).amax(-1)
-    found = interpret_select(a, {"q": q, "k": k})["map"]
-    assert bool(found[best >= 0].all()), "a block with a positive product has a positive bound"
+    q, k = torch.randn(2, 6, 5, 8, dtype=torch.float64), torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    b, h, i, j, d = (Index(x) for x in "bhijd")
+    y = Load("k", (b, floordiv(h, const(2)), j, d), "float")
+    node = Scores(
+        (), axes(b=2, h=6), *axes(i=5, j=9, d=8), (tensor("q", 2, 6, 5, 8), tensor("k", 2, 3, 9, 8)),
+        Load("q", (b, h, i, d), "float"), y, mul(S, const(0.3)), lt(j, mul(i, const(2))),
+    )  # fmt: skip
+    s = q @ k.repeat_interleave(2, 1).mT * 0.3
+    seen = torch.arange(9) < torch.arange(5)[:, None] * 2
+    given = {"q": q, "k": k}
+    found = interpret_scores(kind_of(node).verify(node), given, compute=torch.float64)["out"]
+    assert_close(found, s.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0.0))
+    plain = interpret_scores(replace(node, norm="none"), given, compute=torch.float64)["out"]
+    assert_close(plain, torch.where(seen, s, 0.0))
+    apart = replace(node, y=Load("k", (b, h, j, d), "float"), tensors=(node.tensors[0], tensor("k", 2, 6, 9, 8)))
+    each = interpret_scores(apart, {"q": q, "k": k.repeat_interleave(2, 1)}, compute=torch.float64)["out"]
+    assert_close(each, found)
 
 
-def test_ties_go_to_the_lower_block() -> None:
-    zeros = {"q": torch.zeros(2, 20, 8), "k": torch.zeros(2, 24, 8)}
-    found = interpret_select(selection(take="count", amount=1.0), zeros)["map"]
-    assert torch.equal(found, (torch.arange(3) == 0).expand(2, 5, 3))
+def test_the_mean_of_what_is_seen() -> None:
+    (node,) = (n for n in examples() if isinstance(n, Reduce))
+    k = torch.arange(48.0).reshape(2, 24, 1)
+    found = interpret_reduce(replace(node, tensors=(tensor("k", 2, 24, 1),)), {"k": k}, [4])["out"]
+    assert found.tolist() == [1.5, 25.5]
+    assert interpret_reduce(node, {"k": torch.zeros(2, 24, 8)}, [0])["out"].tolist() == [-1.0, -1.0]
+    whole = replace(node, seen=Const(True))
+    assert interpret_reduce(whole, {"k": k}, [4])["out"].tolist() == [11.5, 35.5]
+    with pytest.raises(VerifyError, match="a mean is of floats"):
+        kind_of(node).verify(replace(node, value=Index("j"), none=const(0)))
 
 
 def test_merges_are_checked() -> None:

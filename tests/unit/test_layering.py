@@ -29,7 +29,7 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
     "passes.bounds": ("ir",),
     "passes.tables": ("passes.bounds",),
     "passes.rewrites": ("passes.bounds", "passes.protocol"),
-    "passes.policies": ("ir", "passes.protocol"),
+    "passes.policies": ("passes.bounds", "passes.protocol"),
     "passes.pipeline": ("passes.rewrites", "passes.policies"),
     "codegen.torch": ("ir",),
     "codegen.cpp": ("ir",),
