@@ -178,7 +178,8 @@ def _by_samples(
     leaves |= {x.index: _along(at, rank, 0, c, device) for at, (x, c) in enumerate(zip(axes, counts, strict=True))}
     step = max(1, _SLICE // max(1, prod(counts) * i.shape[1] * j.numel()))
     found: list[torch.Tensor] = []
-    for part in i.split(step):
+    for at in range(0, i.shape[0], step):
+        part = i[at : at + step]
         ev = Evaluator(
             {**leaves, a.i.index: part[..., None, None], a.j.index: j}, tensors, DTYPE_OF[a.compute_dtype]
         )
