@@ -7,8 +7,10 @@ realistic, inputs short: the time to compile does not depend on them. The models
 Times are the processor's, of that process alone, which what else the machine does hardly changes. The first call is
 given by the clock too, with the C++ compilers that Inductor waits for: the share is of that, which a user waits.
 
-A warm start is the same first call in a later process, which finds everything in the caches, beside that of Inductor's
-own backend with its caches full: the call, and the whole process from its begin, imports and the model included.
+A first call begins with `torch.compile`, which imports Inductor where that is asked for by its name; other backends
+import it in the call. A warm start is the same first call in a later process, which finds everything in the caches,
+beside that of Inductor's own backend with its caches full: the call, and the whole process from its begin, imports and
+the model included.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ def _apart(name: str) -> dict[str, Any]:
 
 def _process(folder: str, name: str, backend: str = "attncc") -> dict[str, Any]:
     """What a new process measures, with caches in `folder`."""
-    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "ATTNCC_CACHE_DIR": f"{folder}/attncc"}
+    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "ATTNCC_CACHE_DIR": f"{folder}/attncc",
+              # a package that is installed has its bytecode beside it, a checkout may not
+              "PYTHONPYCACHEPREFIX": f"{folder}/bytecode", "PYTHONDONTWRITEBYTECODE": ""}  # fmt: skip
     command = [sys.executable, "-m", "attncc.bench.compile", name, backend]
     done = subprocess.run(command, env={**os.environ, **caches}, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -93,8 +97,8 @@ def measured(name: str, backend: str = "attncc") -> dict[str, Any]:
     long the first call took by the clock on the wall."""
     model_name, layers, spelling, shapes = name.split()
     model, args, kwargs = _model(model_name, int(layers), spelling)
-    compiled = torch.compile(model.eval(), backend=backend, dynamic=shapes == "dynamic")
     clock, start = _Clock(), time.perf_counter()
+    compiled = torch.compile(model.eval(), backend=backend, dynamic=shapes == "dynamic")
     with torch.no_grad(), listening(clock.step):
         compiled(*args, **kwargs)
     clock.step("")
