@@ -12,7 +12,7 @@ from torch import fx
 from attncc.ir.build import ONE, ZERO
 from attncc.ir.expr import Expr, Index, loads, substitute
 from attncc.patterns.site import DOT, ELEMENTS, VIEW_OPS, Facts, Frame, Product
-from attncc.patterns.softmax.sums_of_softmaxes import Term
+from attncc.patterns.softmax.anchors import Term
 
 aten = torch.ops.aten
 _WINDOWS = (aten.unfold.default, aten.im2col.default)

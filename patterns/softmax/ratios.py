@@ -10,16 +10,16 @@ A row whose weights are all zero is 0 / 0 without c, which no softmax is: f must
 
 from __future__ import annotations
 
-import math
-
 from torch import fx
 
 from attncc.ir.attention import S, W
 from attncc.ir.build import NEG_INF, add, const, gt, lt, maximum, mul, op, where
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, rewrite
+from attncc.ir.gradients import bounded
 from attncc.ir.reasons import because
 from attncc.patterns.site import Unreadable, log_sigmoid
 from attncc.patterns.softmax.anchors import Anchor
+from attncc.patterns.softmax.shares import bare
 
 _TINY, _LOW = 1e-37, -1e30
 
@@ -28,15 +28,16 @@ def as_softmax(anchor: Anchor, score: Expr, weight: Expr, *, wants_grad: bool = 
     """The score and the weight of the softmax that an anchor's shares of a sum are.
 
     Raises Unreadable where gradients are `wants_grad` and would be lost in a logarithm of zero."""
-    if anchor.ratio == "powers":
-        return (score if anchor.base is None else mul(score, const(math.log(anchor.base)))), weight
+    if anchor.form in ("scores", "powers"):
+        return score, weight
     zero = anchor.sink is not None
-    if anchor.ratio in ("signed", "clipped"):
-        below = op("neg", W) if anchor.ratio == "signed" else const(0.0)
+    if anchor.form in ("signed", "clipped"):
+        clipped = bounded(bare(score)) if anchor.form == "clipped" else None
+        score, below = (score, op("neg", W)) if clipped is None else (clipped[1], const(0.0))
         signed = where(lt(score, const(0.0)), below, W)
         weight = rewrite(weight, lambda x: signed if x is W else None)
         score = op("abs", score)
-        if wants_grad and anchor.ratio == "signed":
+        if wants_grad and anchor.form == "signed":
             raise Unreadable(anchor.node, because("gradient-at-zero"))
     return _log(score, anchor.node, zero=zero, wants_grad=wants_grad), weight
 

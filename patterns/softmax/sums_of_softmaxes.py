@@ -16,21 +16,11 @@ from attncc.ir.attention import W
 from attncc.ir.build import ZERO, add, eq, mul, op, where
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite
 from attncc.ir.reasons import because
-from attncc.patterns.site import DOT, Frame, Point, Reader, Unreadable, input_at, mixture
-from attncc.patterns.softmax.anchors import Anchor
+from attncc.patterns.site import DOT, Frame, Reader, Unreadable, input_at, mixture
+from attncc.patterns.softmax.anchors import Anchor, Term
 
 #: More terms than this are a computation of its own.
 _MOST_TERMS = 8
-
-
-@dataclass(frozen=True)
-class Term:
-    """`weight`, a function of `w`, the softmax of `anchor` read `at` a point; summed outside over `mixed`."""
-
-    anchor: Anchor
-    at: Point
-    weight: Expr
-    mixed: Mapping[Expr, Expr]
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from attncc.patterns.site import (
     move,
     written_args,
 )
-from attncc.patterns.softmax.anchors import Anchor
-from attncc.patterns.softmax.sums_of_softmaxes import Term, terms
+from attncc.patterns.softmax.anchors import Anchor, Term
+from attncc.patterns.softmax.sums_of_softmaxes import terms
 from attncc.patterns.softmax.vector_weights import shares_components
 
 
