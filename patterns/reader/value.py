@@ -26,7 +26,7 @@ from attncc.patterns.reader.creation import SOURCES
 from attncc.patterns.reader.pointwise import element_rule
 from attncc.patterns.reader.ranges import wraps
 from attncc.patterns.reader.relative import by_distance
-from attncc.patterns.reader.rules import Facts, Gradients, Point, hint, reduction, written_args
+from attncc.patterns.reader.rules import Facts, Gradients, Point, hint, reduction, skip_casts, written_args
 from attncc.patterns.reader.stopped import without_stopped
 from attncc.patterns.reader.view_ops import move
 from attncc.patterns.reader.writes import Place, place
@@ -131,9 +131,10 @@ class Reader:
         return value
 
     def reduced(self, x: Expr, key: Expr, op: str = "") -> Expr | None:
-        """What an element reduces along a dimension, at a key; None where it does not, or by another operation."""
+        """What an element reduces along a dimension, at a key; None where it does not, or by another operation. Of a
+        maximum that is asked for by name, casts and stopped gradients are passed over."""
         n = self.facts.by_name.get(x.tensor.removeprefix(DOT)) if isinstance(x, Load) else None
-        how = reduction(self.facts, n)
+        how = reduction(self.facts, skip_casts(n) if op == "max" else n)
         if how is None or not isinstance(x, Load) or how.op != (op or how.op):
             return None
         return self.value_at(how.source, how.inside(x.index, key), self.facts.order[how.node])

@@ -16,7 +16,20 @@ from torch import fx
 from attncc.ir.affine import poly, simplify
 from attncc.ir.build import ONE, ZERO, add, mul, op
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Load, Op, free
-from attncc.patterns.site import DOT, Facts, Frame, Lse, Parts, Point, Rows, is_maximum, reduction
+from attncc.patterns.site import (
+    DOT,
+    Facts,
+    Frame,
+    Lse,
+    Parts,
+    Point,
+    Reader,
+    Rows,
+    is_maximum,
+    op_name,
+    reduction,
+    skip_casts,
+)
 from attncc.patterns.softmax.anchors import Anchor, Term
 
 #: The most dimensions that one axis is looked for in.
@@ -34,15 +47,37 @@ def row_sums(p: Parts, frame: Frame, term: Term) -> tuple[Lse, bool] | None:
     less = without_shift(frame, own)
     found: list[tuple[fx.Node, bool]] = []
     for n in f.graph.nodes:
-        how = reduction(f, n) if n in f.live and n.target is torch.ops.aten.logsumexp.default else None
-        alike = how is not None and how.dim == anchor.dim and f.shape(how.source) == f.shape(anchor.node)
-        of = reader.value_at(how.source, term.at, f.order[n]) if how is not None and alike else None
+        of = _exponents(frame, reader, term, n) if n in f.live else None
         if of in (own, less) and _read_beside(f, n, anchor):
             found.append((n, of is not own))
     if len(found) != 1 or any(f.writes(n, f.order[found[0][0]], frame.use) for n in (p.q.node, p.k.node, p.v.node)):
         return None
     rows = rows_of(p, anchor, term.at)
     return None if rows is None else (Lse(found[0][0], rows), found[0][1])
+
+
+def _exponents(frame: Frame, r: Reader, term: Term, n: fx.Node) -> Expr | None:
+    """What a node sums the exponentials of over the keys, where it holds the logarithm of the sum of a row."""
+    f, dim = r.facts, term.anchor.dim
+    shape, key = f.shape(term.anchor.node), term.at[dim]
+    if n.target is torch.ops.aten.logsumexp.default:
+        how = reduction(f, n)
+        alike = how is not None and how.dim == dim and f.shape(how.source) == shape
+        return r.value_at(how.source, term.at, f.order[n]) if how is not None and alike else None
+    logs = [x for x in n.all_input_nodes if op_name(x) == "log"] if op_name(n) == "add" else []
+    rows = {(*shape[:dim], *middle, *shape[dim + 1 :]): middle for middle in ((), (ONE,))}
+    if not logs or f.shape(n) not in rows:
+        return None
+    row = (*term.at[:dim], *(ZERO for _ in rows[f.shape(n)]), *term.at[dim + 1 :])
+    match frame.reader().value_at(n, row):
+        case Op("add", (m, Op("log", (total,)))) | Op("add", (Op("log", (total,)), m)):
+            match r.reduced(total, key, "sum"):
+                case Op("exp", (Op("sub", (x, highest)),)) if highest is m:
+                    return x
+                case _:
+                    return None
+        case _:
+            return None
 
 
 def without_shift(frame: Frame, x: Expr) -> Expr:
@@ -75,7 +110,7 @@ def _is_shift(frame: Frame, x: Expr) -> bool:
     match x:
         case Load(tensor, index) if frame.c not in free(x) and not tensor.startswith(DOT):
             n = f.by_name[tensor]
-            if is_maximum(n) or frame.reader().reduced(x, frame.c, "logsumexp") is not None:
+            if is_maximum(skip_casts(n) or n) or frame.reader().reduced(x, frame.c, "logsumexp") is not None:
                 return True
             value = frame.reader().value_at(n, index)
             return not isinstance(value, Load) and _is_shift(frame, value)

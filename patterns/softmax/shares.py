@@ -60,6 +60,9 @@ def fractions(r: Reader, n: fx.Node, at: Point) -> Iterator[tuple[Expr, Total]]:
 
 def share(r: Reader, top: Expr, total: Total, keys: Point) -> Share | None:
     """The share of a total that its top is along one of the indices `keys`."""
+    g, at = r.gradients, r.facts.order[total.how.node]
+    if g is not None and g.stopped(total.how.node, at + 1):
+        return None
     outer = free(total.load, *(() if total.more is None else (total.more,)))
     single = r.facts.shape(total.how.source)[total.how.dim] is ONE
     for key in (ZERO,) if single else (x for x in keys if isinstance(x, Index) and x not in outer):

@@ -28,6 +28,7 @@ from attncc.patterns.site import (
     Unreadable,
     assembled,
     of_scores,
+    op_name,
     products_in,
     sees_itself,
     stored,
@@ -63,7 +64,11 @@ def lift_softmax(frame: Frame, term: Term) -> Lifted:
     lse = row_sums(parts, frame, term)
     if lse is None or lse[1]:
         parts = replace(parts, score=score)
-    return attention_of(parts if lse is None else replace(parts, outputs=("out", "lse")), frame, term, lse and lse[0])
+    if lse is not None:
+        site = attention_of(replace(parts, outputs=("out", "lse")), frame, term, lse[0])
+        if site.attention.empty != "nan" or op_name(lse[0].node) == "logsumexp":
+            return site  # else a row of -inf has sums that are NaN where they are written out
+    return attention_of(parts, frame, term)
 
 
 def parts_of(frame: Frame, term: Term) -> Parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,15 +13,21 @@ from attncc.ir.build import ONE
 from attncc.ir.expr import Index, free
 from attncc.patterns.site import (
     ELEMENTS,
+    SUMS_AND_MEANS,
     Contraction,
     Facts,
     Frame,
     Unreadable,
+    argument,
     compares,
     contraction,
+    few,
     frame,
+    meets,
     mixture,
     move,
+    one_dim,
+    op_name,
     written_args,
 )
 from attncc.patterns.softmax.anchors import Anchor, Term
@@ -130,7 +137,15 @@ def _carries(f: Facts, user: fx.Node, n: fx.Node) -> bool:
         return True
     if str(getattr(user.target, "overloadpacket", "")) in _SEVERAL or user.target in _PADS:
         return True
+    if op_name(user) == "stack" or user.target in SUMS_AND_MEANS:
+        return meets(f, user) and (op_name(user) == "stack" or _sums_few(f, user))
     return user.op == "call_function" and f.is_tensor(user) and (_moves(f, user) or user.target in ELEMENTS)
+
+
+def _sums_few(f: Facts, user: fx.Node) -> bool:
+    source: Any = user.args[0]
+    dim = one_dim(f, source, argument(user, "dim"))
+    return dim is not None and few(f.shape(source)[dim])
 
 
 def _moves(f: Facts, user: fx.Node) -> bool:
