@@ -49,7 +49,7 @@ from attncc.patterns.reader import (
     unexpanded,
     written_args,
 )
-from attncc.patterns.refusals import compares, meets, of_scores
+from attncc.patterns.refusals import compares, made_of, meets, of_scores
 from attncc.patterns.site.assemble import Lifted, Piece, assembled, sees_itself
 from attncc.patterns.site.declare import Declared
 from attncc.patterns.site.flow import agrees
@@ -107,6 +107,7 @@ __all__ = [
     "is_maximum",
     "is_operator",
     "log_sigmoid",
+    "made_of",
     "meets",
     "mixture",
     "move",

@@ -27,6 +27,7 @@ from attncc.patterns.site import (
     Product,
     Unreadable,
     assembled,
+    made_of,
     of_scores,
     op_name,
     products_in,
@@ -37,7 +38,6 @@ from attncc.patterns.softmax.anchors import Anchor, Term
 from attncc.patterns.softmax.empty_rows import masked_again, unguarded
 from attncc.patterns.softmax.logsumexp import row_sums, without_shift
 from attncc.patterns.softmax.mixed_heads import mixture_in
-from attncc.patterns.softmax.outlook import windowed_product
 from attncc.patterns.softmax.ratios import as_softmax
 from attncc.patterns.softmax.sliding import Slid, slid
 from attncc.patterns.softmax.vector_weights import shares_components
@@ -162,7 +162,7 @@ def _score_over(frame: Frame, term: Term, leaves: frozenset[fx.Node]) -> tuple[E
     rough, frozen = _thawed(anchor.scores_at(reader, term.at))
     mixture = mixture_in(frame, rough)
     found = mixture.inner if mixture is not None else next(products_in(f, rough, c, frame.rows), None)
-    found = found or windowed_product(frame, term, rough)
+    found = found or _of_windows(frame, term, rough)
     if found is None:
         reason = because("vector-attention") if shares_components(frame) else of_scores(f, anchor.scores)
         raise reader.lost or Unreadable(anchor.scores, reason)
@@ -206,3 +206,22 @@ def _of_row(frame: Frame, anchor: Anchor, logit: Expr) -> Expr:
     if any(f.writes(f.by_name[x.tensor], f.order[anchor.reader] - 1, frame.use) for x in held):
         raise Unreadable(anchor.node, because("written-before"))
     return logit
+
+
+#: What gives windows of a tensor.
+_WINDOWS = (torch.ops.aten.unfold.default, torch.ops.aten.im2col.default)
+
+
+def _of_windows(frame: Frame, term: Term, score: Expr) -> Product | None:
+    """A product of one number each, which the score does not mention: a score that is a load needs no queries and keys
+    (outlook attention; Yuan et al., 2021, arXiv 2106.13112).
+
+    The same shapes appear where a layer weighs experts or branches, so the values must be windows, where the key says
+    which neighbour of the token it is."""
+    n, held = term.anchor.scores, next(iter(loads(score)), None)
+    windows = any(x.target in _WINDOWS for x in made_of(frame.facts, frame.values, ()))
+    if held is None or not windows or any(x.tensor.startswith(DOT) for x in loads(score)):
+        return None
+    row = max((x for x in frame.rows if isinstance(x, Index)), key=lambda x: x.name, default=None)
+    q_at, k_at = (tuple(substitute(x, {gone: ZERO}) for x in term.at) for gone in (frame.c, row or ZERO))
+    return Product(held, n, n, q_at, n, k_at, row, (Index("d"), ONE), held)

@@ -13,29 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from attncc.ir.attention import W
-from attncc.ir.build import ONE, ZERO, add, eq, mul, op, where
+from attncc.ir.build import ZERO, add, eq, mul, op, where
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite, substitute
 from attncc.ir.reasons import because
-from attncc.patterns.site import (
-    DOT,
-    SUMS_AND_MEANS,
-    Frame,
-    Reader,
-    Unreadable,
-    argument,
-    contraction,
-    few,
-    input_at,
-    mixture,
-    one_dim,
-    swapped,
-)
+from attncc.patterns.site import DOT, Frame, Reader, Unreadable, contraction, few, input_at, mixture, swapped
 from attncc.patterns.softmax.anchors import Anchor, Term
+from attncc.patterns.softmax.mixed_heads import pooled
 
 #: More terms than this are a computation of its own.
 _MOST_TERMS = 8
@@ -174,16 +161,14 @@ class _Split:
             ]  # fmt: skip
             held = [y for y in found if self.points(y.value) or self.is_sum(y.value)]
             return held if mixture(f, n) is not None or any(self._is_stacked(y) for y in held) else []
-        if n.target not in SUMS_AND_MEANS or product is not None:
+        summed = pooled(f, n)
+        if summed is None:
             return []
-        source: Any = n.args[0]
-        dim = one_dim(f, source, argument(n, "dim"))
-        extent = ONE if dim is None else f.shape(source)[dim]
-        if dim is None or not isinstance(extent, Const) or not few(extent):
-            return []
-        at = (*x.index[:dim], g, *x.index[dim + bool(argument(n, "keepdim")) :])
+        source, dim, kept = summed
+        extent = f.shape(source)[dim]
+        assert isinstance(extent, Const)  # it is pooled over few
         factor = 1.0 / extent.value if n.target is torch.ops.aten.mean.dim else 1.0
-        value = r.value_at(source, at, f.order[n])
+        value = r.value_at(source, (*x.index[:dim], g, *x.index[dim + kept :]), f.order[n])
         return [_Sum(extent, Const(factor), value)] if self.points(value) or self.is_sum(value) else []
 
     def _is_stacked(self, x: _Sum) -> bool:

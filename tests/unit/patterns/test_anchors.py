@@ -69,6 +69,8 @@ NONE: dict[str, Callable[[Q], Q]] = {
     "the sum along another axis": lambda s: s.exp() / s.exp().sum(-1).mean(-1)[..., None, None],
     "powers of two bases": lambda s: s.exp2() / s.exp().sum(-1, keepdim=True),
     "a logarithm of other scores": lambda s: (s - (2 * s).logsumexp(-1, keepdim=True)).exp(),
+    "times the reciprocal of another sum": lambda s: s.exp() * (2 * s).exp().sum(-1, keepdim=True).reciprocal(),
+    "less a logarithm of another sum": lambda s: (s - (2 * s).exp().sum(-1, keepdim=True).log()).exp(),
     "signed shares": lambda s: s / s.sum(-1, keepdim=True),
 }
 
