@@ -132,9 +132,11 @@ class Reader:
 
     def reduced(self, x: Expr, key: Expr, op: str = "") -> Expr | None:
         """What an element reduces along a dimension, at a key; None where it does not, or by another operation. Of a
-        maximum that is asked for by name, casts and stopped gradients are passed over."""
+        maximum that is asked for by name, copies without its gradients are passed over."""
         n = self.facts.by_name.get(x.tensor.removeprefix(DOT)) if isinstance(x, Load) else None
-        how = reduction(self.facts, skip_casts(n) if op == "max" else n)
+        bare = skip_casts(n) if op == "max" else n
+        same = n is None or bare is None or self.facts.dtype(n) == self.facts.dtype(bare)
+        how = reduction(self.facts, bare if same else n)
         if how is None or not isinstance(x, Load) or how.op != (op or how.op):
             return None
         return self.value_at(how.source, how.inside(x.index, key), self.facts.order[how.node])
