@@ -37,17 +37,15 @@ from attncc.patterns.softmax import (
     FLEX,
     SDPA,
     Anchor,
-    Term,
+    Late,
     Uses,
     Weights,
-    divided,
-    find_anchors,
     in_pieces,
     lift_flex,
     lift_sdpa,
     lift_softmax,
     lift_unnormalised,
-    near_misses,
+    normalisers,
     uses,
     vector_quotients,
     weighs_components,
@@ -113,7 +111,8 @@ def _with_gradients(f: Facts, found: list[Lifted | Refusal]) -> list[Lifted | Re
 
 def _quadratic(f: Facts) -> list[Lifted | Refusal]:
     """Every site that weighs each key for each query."""
-    found, weighed = _lifted(f, find_anchors(f))
+    spelled = list(normalisers(f))
+    found, weighed = _lifted(f, [x for x in spelled if isinstance(x, Anchor)])
     for n in f.graph.nodes:
         transform = under_transform(f, n) if n.target is SDPA or n.target is FLEX else None
         if transform is not None:
@@ -126,10 +125,10 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
                 found.append(Refusal(*_reason(error, n), n))
         elif n in f.live and is_operator(n) and any(x in str(n.target).lower() for x in _WHOLE):
             found.append(Refusal(because("one-operation", str(n.target)), n, n))
-    for frame, term, total in divided(f):
-        late = _divided(frame, term, total)
-        found += late
-        weighed |= {frame.product.node for _ in late}
+    for late in (x for x in spelled if isinstance(x, Late)):
+        sites = _divided(late)
+        found += sites
+        weighed |= {late.frame.product.node for _ in sites}
     taken = {site.node for site in found} | weighed
     for n in f.graph.nodes:
         weighted = weighted_by_scores(f, n) if n not in taken and n in f.live else None
@@ -137,7 +136,7 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
             found += _without_softmax(f, n, *weighted)
     taken = {n for site in found for n in (site.node, site.anchor)}
     found += [Refusal(why, at, total) for why, at, total in vector_quotients(f) if taken.isdisjoint({at, total})]
-    for n in near_misses(f):
+    for n in (x for x in spelled if isinstance(x, fx.Node)):
         used = [user for user in n.users if contraction(f, user) is not None]
         if {n, *used}.isdisjoint({site.node for site in found} | {site.anchor for site in found}):
             found.append(Refusal(of_quotient(f, n), used[0] if used else n, n))
@@ -216,17 +215,17 @@ def _of_product(frame: Frame, weights: Weights) -> list[Lifted | Refusal]:
     return [Refusal(reason, at, a.node) for a in weights.anchors.values() if _reaches(frame, a)]
 
 
-def _divided(frame: Frame, term: Term, total: fx.Node) -> list[Lifted | Refusal]:
+def _divided(late: Late) -> list[Lifted | Refusal]:
     """A softmax whose sum divides the product with the values; nothing if other weights than exponentials are none."""
-    node = term.anchor.node
+    frame, term, node = late.frame, late.term, late.term.anchor.node
     used = uses(frame.facts, term.anchor, Weights({node.name: term.anchor}))
     others = [x.node for x in used.products if x.node is not frame.product.node]
-    other_users = tuple(x for x in (*used.other_users, *others) if x is not total)
+    other_users = tuple(x for x in (*used.other_users, *others) if x is not late.total)
     try:
         return [replace(lift_softmax(frame, term), other_users=other_users)]
     except Exception as error:
         reason, _ = _reason(error, frame.node)
-        if term.anchor.ratio == "plain":
+        if term.anchor.form == "plain":
             return []
         return [Refusal(because("late-division", reason), frame.node, node)]
 

@@ -56,7 +56,7 @@ class _Scores:
         self.nodes: set[fx.Node] = set()
         self.users: list[fx.Node] = list(site.other_users)
         stops = sources(site.tensors, facts)
-        inside = between([site.node], stops, facts)
+        inside = between(site.nodes, stops, facts)
         within = set(inside)
         moving = sources(operands(site), facts)
         for n in inside:

@@ -163,7 +163,7 @@ def _is_outer(f: Facts, n: fx.Node) -> bool:
     at: Point = tuple(ZERO if s is ONE else Index(f"o{x}") for x, s in enumerate(f.shape(n)))
     extents: dict[Expr, Expr] = {x: s for x, s in zip(at, f.shape(n), strict=True) if x is not ZERO}
     value = _opened(f, value_of(f, (n, at), extents, f.order[n]), extents)
-    if value is None or ZERO in at[-2:]:
+    if value is None or len(at) < 2 or ZERO in at[-2:]:
         return False
     seen = [free(x) & set(at[-2:]) for x in _flat(value)]
     return all(frozenset((x,)) in seen for x in at[-2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -341,7 +342,8 @@ _RULES: dict[str, Rule] = {
     "square": _unary(_square, floats=False),
     **{name: _unary(_named(name)) for name in
        ("exp", "log", "log1p", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "floor", "ceil", "round", "sin", "cos")},
-    "isnan": _unary(_named("isnan")), "special_expit": _unary(_named("sigmoid")),
+    "isnan": _unary(_named("isnan")), "isneginf": _unary(lambda x: eq(x, const(-math.inf))),
+    "isinf": _unary(lambda x: eq(op("abs", x), const(math.inf))), "special_expit": _unary(_named("sigmoid")),
     "reciprocal": _unary(lambda x: op("div", const(1.0), x)),
     "lt": _binary(lt), "le": _binary(le), "gt": _binary(gt), "ge": _binary(ge), "eq": _binary(eq), "ne": _binary(_ne),
     "less": _binary(lt), "less_equal": _binary(le), "greater": _binary(gt), "greater_equal": _binary(ge),

@@ -22,6 +22,8 @@ from attncc.patterns.graph import (
     has_argument,
     hint,
     op_name,
+    reduction,
+    skip_casts,
     spelled_out,
     takes_tensors,
     written_args,
@@ -30,7 +32,7 @@ from attncc.patterns.reader.assumptions import Reach
 
 __all__ = [
     "Facts", "Gradients", "Point", "Rule", "Values", "argument", "asked_once", "dim_argument", "formula",
-    "has_argument", "hint", "op_name", "spelled_out", "takes_tensors", "written_args",
+    "has_argument", "hint", "op_name", "reduction", "skip_casts", "spelled_out", "takes_tensors", "written_args",
 ]  # fmt: skip
 
 Point = tuple[Expr, ...]

@@ -26,7 +26,7 @@ from attncc.patterns.reader.creation import SOURCES
 from attncc.patterns.reader.pointwise import element_rule
 from attncc.patterns.reader.ranges import wraps
 from attncc.patterns.reader.relative import by_distance
-from attncc.patterns.reader.rules import Facts, Gradients, Point, hint, written_args
+from attncc.patterns.reader.rules import Facts, Gradients, Point, hint, reduction, skip_casts, written_args
 from attncc.patterns.reader.stopped import without_stopped
 from attncc.patterns.reader.view_ops import move
 from attncc.patterns.reader.writes import Place, place
@@ -129,6 +129,17 @@ class Reader:
             table = by_distance(self.facts, n, value, at, self.pair, self.extents)
             return self.load_later(n, at, when) if table is None else table
         return value
+
+    def reduced(self, x: Expr, key: Expr, op: str = "") -> Expr | None:
+        """What an element reduces along a dimension, at a key; None where it does not, or by another operation. Of a
+        maximum that is asked for by name, copies without its gradients are passed over."""
+        n = self.facts.by_name.get(x.tensor.removeprefix(DOT)) if isinstance(x, Load) else None
+        bare = skip_casts(n) if op == "max" else n
+        same = n is None or bare is None or self.facts.dtype(n) == self.facts.dtype(bare)
+        how = reduction(self.facts, bare if same else n)
+        if how is None or not isinstance(x, Load) or how.op != (op or how.op):
+            return None
+        return self.value_at(how.source, how.inside(x.index, key), self.facts.order[how.node])
 
     def load_later(self, n: fx.Node, at: Point, when: int) -> Expr:
         """A load at `use` of what was read at `when`; a write at `when` itself happened after that read."""

@@ -1,10 +1,18 @@
 """Why something that looks like attention is none."""
 
 from attncc.patterns.refusals.hindrances import meets
-from attncc.patterns.refusals.reasons import compares, dropping, of_quotient, of_scores, of_use, under_transform
+from attncc.patterns.refusals.reasons import (
+    compares,
+    dropping,
+    made_of,
+    of_quotient,
+    of_scores,
+    of_use,
+    under_transform,
+)
 from attncc.patterns.refusals.unknown import unknown_weights
 
 __all__ = [
-    "compares", "dropping", "meets", "of_quotient", "of_scores", "of_use", "under_transform",
+    "compares", "dropping", "made_of", "meets", "of_quotient", "of_scores", "of_use", "under_transform",
     "unknown_weights",
 ]  # fmt: skip

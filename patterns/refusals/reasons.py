@@ -24,7 +24,7 @@ from attncc.patterns.refusals.hindrances import before_softmax, before_values
 
 _STEPS = 40
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
-_INNER = ("getitem", "unbind", "index_put", "amax", "max")
+_INNER = ("getitem", "unbind", "index_put", "amax", "max", "logsumexp")
 _CHOSEN = {"topk", "sort", "argsort", "gather", "index", "scatter"}
 #: What masks are made of, beside scores.
 _MASKS = {

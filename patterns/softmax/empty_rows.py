@@ -11,34 +11,26 @@ what torch makes of `scaled_dot_product_attention` where a graph is decomposed; 
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import fx
 
 from attncc.ir.attention import W
-from attncc.ir.build import TRUE, not_
+from attncc.ir.build import TRUE, not_, op
 from attncc.ir.expr import Const, Expr, Load, Op
 from attncc.ir.gradients import bounded
-from attncc.patterns.site import CASTS, Facts, Point, Reader, alike, argument, is_maximum, one_dim, op_name, split_mask
-from attncc.patterns.softmax.sums_of_softmaxes import Term
-
-aten = torch.ops.aten
+from attncc.patterns.site import Reader, split_mask
+from attncc.patterns.softmax.anchors import Term
 
 
-def unguarded(f: Facts, reader: Reader, term: Term, weight: Expr, score: Expr, key: Expr) -> Expr | None:
+def unguarded(reader: Reader, term: Term, weight: Expr, score: Expr, key: Expr) -> Expr | None:
     """`weight` without its guard, or None if it has none. `key` is the index of the keys in `score`."""
+    row = _Row(reader, term, score, key)
     match weight:
         case Op("where", (Op("isnan", (inner,)), Const(0.0), rest)) if _in_unit_range(rest) is inner is W:
             return W
-        case Op("where", (some, inner, Const(0.0))):
-            guard = _Guard(f, reader, term, score, key)
-            return inner if guard.some_key(some) else None
-        case Op("where", (none, Const(0.0), inner)):
-            guard = _Guard(f, reader, term, score, key)
-            return inner if guard.no_key(none) else None
+        case Op("where", (some, inner, Const(0.0))) if row.sees(some):
+            return inner
+        case Op("where", (none, Const(0.0), inner)) if row.sees(not_(none)):
+            return inner
         case _:
             return None
 
@@ -71,79 +63,33 @@ def _in_unit_range(x: Expr) -> Expr:
 
 
 @dataclass(frozen=True)
-class _Guard:
-    """What is asked of the keys of a row: whether there is one that its softmax sees."""
+class _Row:
+    """What may be asked of the keys of a row: whether there is one that its softmax sees."""
 
-    facts: Facts
     reader: Reader
     term: Term
     score: Expr
     key: Expr
 
-    def some_key(self, x: Expr) -> bool:
+    def sees(self, x: Expr) -> bool:
         match x:
-            case Op("not", (inner,)):
-                return self.no_key(inner)
-            case Load():
-                return self._asks(x, aten.any.dim, hidden=False)
+            case Op("not", (Load() as every,)):
+                hidden = self.reader.reduced(every, self.key, "all")
+                return hidden is not None and self._shows(not_(hidden))
+            case Op("ne", (most, Const(value))) | Op("lt", (Const(value), most)) if value == -math.inf:
+                return self.reader.reduced(most, self.key, "max") is self._scores
             case _:
-                return False
+                shown = self.reader.reduced(x, self.key, "any")
+                return shown is not None and self._shows(shown)
 
-    def no_key(self, x: Expr) -> bool:
+    def _shows(self, x: Expr) -> bool:
+        """Whether a predicate is the mask of a score, or says that it is not -inf."""
         match x:
-            case Op("not", (inner,)):
-                return self.some_key(inner)
-            case Op("eq", (Load() as most, Const(value))) if value == -math.inf:
-                return self._is_maximum(most)
-            case Load():
-                return self._asks(x, aten.all.dim, hidden=True)
+            case Op("ne", (a, Const(value))) | Op("lt", (Const(value), a)) if math.isinf(value):
+                return a is (self._scores if value < 0 else op("abs", self._scores))
             case _:
-                return False
+                return x is not TRUE and x is split_mask(self.score, half=False, infinite_empty="nan").mask
 
-    def _asks(self, load: Load, target: object, *, hidden: bool) -> bool:
-        """Whether `load` reads any(..) or all(..) over the keys, of what says which of them are visible, or hidden."""
-        f, n = self.facts, self.facts.by_name.get(load.tensor)
-        source, dim = (n.args[0], argument(n, "dim")) if n is not None and n.target is target else (None, None)
-        if n is None or not isinstance(source, fx.Node) or not isinstance(dim, int):
-            return False
-        dim %= f.rank(source)
-        point = self._row(load, bool(argument(n, "keepdim")), dim)
-        if self._compares(source, n, point, dim, hidden=hidden):
-            return True
-        mask = split_mask(self.score, half=f.dtype(n) == torch.float16, infinite_empty="nan").mask
-        value = self.reader.value_at(source, point, f.order[n])
-        return mask is not TRUE and (not_(value) if hidden else value) is mask
-
-    def _compares(self, n: fx.Node, when: fx.Node, at: Point, dim: int, *, hidden: bool) -> bool:
-        """Whether `n` says of each score whether it is -inf (`hidden`), or whether it is not."""
-        if op_name(n) in ("logical_not", "bitwise_not"):
-            return self._compares(n.all_input_nodes[0], n, at, dim, hidden=not hidden)
-        limit: Any = n.args[1] if len(n.args) > 1 else -math.inf
-        found = (op_name(n) in (("eq", "isneginf", "isinf") if hidden else ("ne", "gt"))) and limit == -math.inf
-        return found and self._is_scores(n.all_input_nodes[0], n, at, dim)
-
-    def _is_maximum(self, load: Load) -> bool:
-        n = self.facts.by_name.get(load.tensor)
-        if n is None or not is_maximum(n):
-            return False
-        n = n.all_input_nodes[0] if n.target is operator.getitem else n
-        source = n.all_input_nodes[0]
-        dim = one_dim(self.facts, source, argument(n, "dim"))
-        return dim is not None and self._is_scores(source, n, self._row(load, bool(argument(n, "keepdim")), dim), dim)
-
-    def _is_scores(self, n: fx.Node, reader: fx.Node, at: Point, dim: int) -> bool:
-        """Whether `n` as `reader` sees it, at a point, are the scores of the softmax."""
-        f, anchor = self.facts, self.term.anchor
-        rows = all(x is y for d, (x, y) in enumerate(zip(at, self.term.at, strict=True)) if d != dim)
-        scores, seen = anchor.scores, anchor.reader or anchor.node
-        while scores is not n and scores.target in CASTS and _widens(f, scores):
-            scores, seen = scores.all_input_nodes[0], scores
-        return dim == anchor.dim and rows and alike(f, n, reader, scores, seen)
-
-    def _row(self, load: Load, kept: bool, dim: int) -> Point:
-        """Where what reduces a dimension to `load` is read."""
-        return (*load.index[:dim], self.key, *load.index[dim + kept :])
-
-
-def _widens(f: Facts, cast: fx.Node) -> bool:
-    return torch.promote_types(f.dtype(cast.all_input_nodes[0]), f.dtype(cast)) is f.dtype(cast)
+    @property
+    def _scores(self) -> Expr:
+        return self.term.anchor.scores_at(self.reader, self.term.at)

@@ -14,35 +14,119 @@ import torch
 from torch import fx
 
 from attncc.ir.affine import poly, simplify
-from attncc.ir.build import ONE, ZERO, add, mul
-from attncc.ir.expr import Expr, free
-from attncc.patterns.site import Facts, Lse, Parts, Point, Rows, argument, one_dim, skip_casts
-from attncc.patterns.softmax.anchors import Anchor
+from attncc.ir.build import ONE, ZERO, add, mul, op
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Load, Op, free
+from attncc.patterns.site import (
+    DOT,
+    Facts,
+    Frame,
+    Lse,
+    Parts,
+    Point,
+    Reader,
+    Rows,
+    is_maximum,
+    op_name,
+    reduction,
+    skip_casts,
+)
+from attncc.patterns.softmax.anchors import Anchor, Term
 
 #: The most dimensions that one axis is looked for in.
 _MOST_DIGITS = 4
 
 
-def row_sums(p: Parts, anchor: Anchor, at: Point, use: int) -> Lse | None:
-    """The live `logsumexp` of the anchor's scores, if there is one and it can be had from the attention read `at`."""
-    f = p.facts
-    found = [n for n in _users(f, anchor.scores) if _is_row_sum(f, n, anchor) and _read_beside(f, n, anchor)]
-    powers = anchor.ratio == "powers" and anchor.base is None
-    if len(found) != 1 or not powers or p.sink is not None or p.normalizer != "softmax" or p.half or p.summed:
+def row_sums(p: Parts, frame: Frame, term: Term) -> tuple[Lse, bool] | None:
+    """The live `logsumexp` of a term's scores, if there is one and it can be had from the attention; and whether it is
+    of the scores without what is alike for every key."""
+    f, anchor = p.facts, term.anchor
+    if p.sink is not None or p.half or p.summed:
         return None
-    (node,) = found
-    sources = (p.q.node, p.k.node, p.v.node)
-    if any(f.writes(n, f.order[node], use) for n in sources):
+    reader = frame.reader(frozenset({frame.c}))
+    own = anchor.scores_at(reader, term.at)
+    less = without_shift(frame, own)
+    found: list[tuple[fx.Node, bool]] = []
+    for n in f.graph.nodes:
+        of = _exponents(frame, reader, term, n) if n in f.live else None
+        if of in (own, less) and _read_beside(f, n, anchor):
+            found.append((n, of is not own))
+    if len(found) != 1 or any(f.writes(n, f.order[found[0][0]], frame.use) for n in (p.q.node, p.k.node, p.v.node)):
         return None
-    rows = rows_of(p, anchor, at)
-    return None if rows is None else Lse(node, rows)
+    rows = rows_of(p, anchor, term.at)
+    return None if rows is None else (Lse(found[0][0], rows), found[0][1])
+
+
+def _exponents(frame: Frame, r: Reader, term: Term, n: fx.Node) -> Expr | None:
+    """What a node sums the exponentials of over the keys, where it holds the logarithm of the sum of a row."""
+    f, dim = r.facts, term.anchor.dim
+    shape, key = f.shape(term.anchor.node), term.at[dim]
+    if n.target is torch.ops.aten.logsumexp.default:
+        how = reduction(f, n)
+        alike = how is not None and how.dim == dim and f.shape(how.source) == shape
+        return r.value_at(how.source, term.at, f.order[n]) if how is not None and alike else None
+    logs = [x for x in n.all_input_nodes if op_name(x) == "log"] if op_name(n) == "add" else []
+    rows = {(*shape[:dim], *middle, *shape[dim + 1 :]): middle for middle in ((), (ONE,))}
+    if not logs or f.shape(n) not in rows:
+        return None
+    row = (*term.at[:dim], *(ZERO for _ in rows[f.shape(n)]), *term.at[dim + 1 :])
+    match frame.reader().value_at(n, row):
+        case Op("add", (m, Op("log", (total,)))) | Op("add", (Op("log", (total,)), m)):
+            match r.reduced(total, key, "sum"):
+                case Op("exp", (Op("sub", (x, highest)),)) if highest is m:
+                    return x
+                case _:
+                    return None
+        case _:
+            return None
+
+
+def without_shift(frame: Frame, x: Expr) -> Expr:
+    """A score less what was reduced over the keys and is added to it, which cancels in the quotient.
+
+    Not so other terms that are alike for every key: a huge one leaves nothing of the scores that it is added to."""
+
+    def without(y: Expr) -> Expr:
+        return without_shift(frame, y)
+
+    match x:
+        case Op("add", (a, b)) if _is_shift(frame, a) or _is_shift(frame, b):
+            return without(b if _is_shift(frame, a) else a)
+        case Op("sub", (a, b)) if _is_shift(frame, b):
+            return without(a)
+        case Op("sub", (a, b)) if _is_shift(frame, a):
+            return op("neg", without(b))
+        case Op("mul" | "div", (a, Const() as factor)):
+            return op(x.name, without(a), factor)
+        case Op(name, (a,)) if name in ROUNDINGS:
+            inner = without(a)
+            return x if inner is a else inner
+        case _:
+            return x
+
+
+def _is_shift(frame: Frame, x: Expr) -> bool:
+    """Whether a number of a row was reduced over its keys, and at most kept within bounds."""
+    f = frame.facts
+    match x:
+        case Load(tensor, index) if frame.c not in free(x) and not tensor.startswith(DOT):
+            n = f.by_name[tensor]
+            if is_maximum(skip_casts(n) or n) or frame.reader().reduced(x, frame.c, "logsumexp") is not None:
+                return True
+            value = frame.reader().value_at(n, index)
+            return not isinstance(value, Load) and _is_shift(frame, value)
+        case Op("log", (Load() as total,)):
+            return frame.reader().reduced(total, frame.c, "sum") is not None
+        case Op(name, args) if name in (*ROUNDINGS, "max", "maxfirst", "min", "minfirst", "add", "stop", "where"):
+            return frame.c not in free(x) and any(_is_shift(frame, y) for y in args)
+        case _:
+            return False
 
 
 def rows_of(p: Parts, anchor: Anchor, at: Point) -> Rows | None:
     """How the attention's rows lie where they are those of the softmax, read `at`; none if these are others.
 
     An axis of the attention may be several of the softmax's, in any order: windows and batches, rows of an image."""
-    shape = p.facts.shape(anchor.scores)
+    shape = p.facts.shape(anchor.node)
     rows = [(x, s) for d, (x, s) in enumerate(zip(at, shape, strict=True)) if d != anchor.dim]
     batch = [x for x in p.out if x is not ZERO and x is not p.i and x is not p.e]
     axes = [*batch, *([] if p.i is None else [p.i])]
@@ -63,21 +147,6 @@ def _digits(rows: list[tuple[Expr, Expr]], axis: Expr, extent: Expr) -> tuple[in
         if simplify(_flat(found), {axis: extent}) is axis and poly(reduce(mul, (s for _, s in found))) == poly(extent):
             return order
     return ()
-
-
-def _users(f: Facts, scores: fx.Node) -> list[fx.Node]:
-    """Live users of scores and of casts of them."""
-    source = skip_casts(scores) or scores
-    casts = [n for n in f.graph.nodes if n in f.live and skip_casts(n) is source]
-    return [u for n in dict.fromkeys([source, *casts]) for u in n.users if u in f.live]
-
-
-def _is_row_sum(f: Facts, n: fx.Node, anchor: Anchor) -> bool:
-    if n.target is not torch.ops.aten.logsumexp.default:
-        return False
-    (of, *_) = n.all_input_nodes
-    read = (f.order[n], anchor.read_at(f))
-    return one_dim(f, of, argument(n, "dim")) == anchor.dim and not f.writes(of, min(read), max(read))
 
 
 def _read_beside(f: Facts, n: fx.Node, anchor: Anchor) -> bool:

@@ -263,7 +263,7 @@ class _Taker:
 
     def _may_score(self, x: Load) -> bool:
         n = self.facts.by_name[x.tensor.removeprefix(DOT)]
-        return x.tensor.startswith(DOT) or mixture(self.facts, n) is not None or _pooled(self.facts, n) is not None
+        return x.tensor.startswith(DOT) or mixture(self.facts, n) is not None or pooled(self.facts, n) is not None
 
     def taken(self, x: Expr) -> list[_Addend]:
         """The addends of an expression. Raises _NotLinear."""
@@ -306,12 +306,12 @@ class _Taker:
         f = self.facts
         n = f.by_name[x.tensor.removeprefix(DOT)]
         g: Expr = Index(f"g{self.heads}")
-        mix, pooled = self._mixture(n, x, g), _pooled(f, n)
+        mix, few_of = self._mixture(n, x, g), pooled(f, n)
         if mix is not None:
             g = ZERO if mix.extent is ONE else g
             (at, right), inner, extent = mix.maps(x.index, g), mix.lhs, mix.extent
-        elif pooled is not None:
-            (inner, dim, kept), right = pooled, ()
+        elif few_of is not None:
+            (inner, dim, kept), right = few_of, ()
             at, extent = (*x.index[:dim], g, *x.index[dim + kept :]), f.shape(inner)[dim]
         else:
             return []
@@ -374,7 +374,7 @@ class _Taker:
         return mix if self.c in scores - weights and (scores & rows or not weights & rows) else None
 
 
-def _pooled(f: Facts, n: fx.Node) -> tuple[fx.Node, int, bool] | None:
+def pooled(f: Facts, n: fx.Node) -> tuple[fx.Node, int, bool] | None:
     """(tensor, dimension, whether it is kept) of a sum or mean over few elements, of what is no product itself."""
     if n.target not in SUMS_AND_MEANS or contraction(f, n) is not None:
         return None

@@ -19,11 +19,10 @@ from attncc.ir.build import TRUE, ZERO, add, sub
 from attncc.ir.expr import Const, Expr, Op, free, walk
 from attncc.ir.reasons import because
 from attncc.patterns.site import Frame, Lifted, Parts, Piece, Unreadable
-from attncc.patterns.softmax.anchors import Anchor
+from attncc.patterns.softmax.anchors import Anchor, Term
 from attncc.patterns.softmax.logsumexp import rows_of
 from attncc.patterns.softmax.sliding import slid, slides
 from attncc.patterns.softmax.softmax import attention_of, parts_of, parts_of_slid
-from attncc.patterns.softmax.sums_of_softmaxes import Term
 from attncc.patterns.softmax.weight_users import Weights
 
 
@@ -39,7 +38,7 @@ def in_pieces(anchor: Anchor, frames: Sequence[Frame], weights: Weights) -> list
         return None
     pieces = [(frame, terms[0]) for frame, terms in read if terms[0].anchor is anchor]
     sliding = [(frame, term) for frame, term in pieces if slides(frame, term)]
-    columns = frames[0].facts.shape(anchor.scores)[anchor.dim]
+    columns = frames[0].facts.shape(anchor.node)[anchor.dim]
     left = _left(anchor, columns, [piece for piece in pieces if piece not in sliding])
     if len(pieces) != len(read) or left is None or len(sliding) != (poly(left[0]) != poly(left[1])):
         return None
@@ -58,7 +57,7 @@ def _piece(anchor: Anchor, frame: Frame, term: Term) -> Lifted:
 
 def _slid_piece(anchor: Anchor, frame: Frame, term: Term, left: tuple[Expr, Expr]) -> Lifted:
     """The window of keys whose columns are those that no other piece has."""
-    behind = sub(frame.facts.shape(anchor.scores)[anchor.dim], left[1])
+    behind = sub(frame.facts.shape(anchor.node)[anchor.dim], left[1])
     if not isinstance(left[0], Const) or not isinstance(behind, Const):
         raise Unreadable(frame.node, because("piece-window-sizes"))
     slide = slid(frame, term, int(left[0].value), int(behind.value))
@@ -120,4 +119,3 @@ def _left(anchor: Anchor, columns: Expr, pieces: Sequence[tuple[Frame, Term]]) -
         spans.remove(span)
         end = span[0]
     return None if spans else (start, end)
-

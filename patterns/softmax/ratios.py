@@ -10,16 +10,16 @@ A row whose weights are all zero is 0 / 0 without c, which no softmax is: f must
 
 from __future__ import annotations
 
-import math
-
 from torch import fx
 
 from attncc.ir.attention import S, W
 from attncc.ir.build import NEG_INF, add, const, gt, lt, maximum, mul, op, where
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, rewrite
+from attncc.ir.gradients import bounded
 from attncc.ir.reasons import because
 from attncc.patterns.site import Unreadable, log_sigmoid
 from attncc.patterns.softmax.anchors import Anchor
+from attncc.patterns.softmax.shares import bare
 
 _TINY, _LOW = 1e-37, -1e30
 
@@ -28,15 +28,16 @@ def as_softmax(anchor: Anchor, score: Expr, weight: Expr, *, wants_grad: bool = 
     """The score and the weight of the softmax that an anchor's shares of a sum are.
 
     Raises Unreadable where gradients are `wants_grad` and would be lost in a logarithm of zero."""
-    if anchor.ratio == "powers":
-        return (score if anchor.base is None else mul(score, const(math.log(anchor.base)))), weight
+    if anchor.form in ("scores", "powers"):
+        return score, weight
     zero = anchor.sink is not None
-    if anchor.ratio in ("signed", "clipped"):
-        below = op("neg", W) if anchor.ratio == "signed" else const(0.0)
+    if anchor.form in ("signed", "clipped"):
+        clipped = bounded(bare(score)) if anchor.form == "clipped" else None
+        score, below = (score, op("neg", W)) if clipped is None else (clipped[1], const(0.0))
         signed = where(lt(score, const(0.0)), below, W)
         weight = rewrite(weight, lambda x: signed if x is W else None)
         score = op("abs", score)
-        if wants_grad and anchor.ratio == "signed":
+        if wants_grad and anchor.form == "signed":
             raise Unreadable(anchor.node, because("gradient-at-zero"))
     return _log(score, anchor.node, zero=zero, wants_grad=wants_grad), weight
 
@@ -65,14 +66,14 @@ def _log(x: Expr, at: fx.Node, *, zero: bool, wants_grad: bool) -> Expr:
         case Op("mul", (a, Op("where", (c, Const(1.0), Const(0.0))))) if S not in free(c):
             return where(c, log(a), NEG_INF)
         case Op("mul", (a, b)) if a is b:
-            return mul(log(a if is_positive(a) else op("abs", a), wants_grad=False), const(2.0))
-        case Op("mul", (a, b)) if is_positive(a) or is_positive(b):
+            return mul(log(a if _sign(a) == 2 else op("abs", a), wants_grad=False), const(2.0))
+        case Op("mul", (a, b)) if 2 in (_sign(a), _sign(b)):
             return add(log(a), log(b))
         case _:
             pass
-    if is_positive(x):
+    if _sign(x) == 2:
         return op("log", x)
-    if not _is_not_negative(x):
+    if not _sign(x):
         raise Unreadable(at, because("may-be-negative"))
     if not zero:
         raise Unreadable(at, because("sum-may-be-zero"))
@@ -85,53 +86,38 @@ def _is_zero(x: Expr) -> bool:
     return isinstance(x, Const) and x.value == 0
 
 
-def is_positive(x: Expr) -> bool:
-    """Whether an expression is surely above zero, up to what a float rounds to zero."""
+def _sign(x: Expr) -> int:
+    """2 for an expression that is surely above zero, up to what a float rounds to zero; 1 for one that is not below; 0
+    for all others."""
     if _is_positive_parabola(x):
-        return True
+        return 2
     match x:
         case Const(value):
-            return value > 0
+            return 2 if value > 0 else int(value == 0)
         case Op("exp" | "sigmoid", _):
-            return True
-        case Op("log1p", (a,)) | Op("sqrt" | "rsqrt", (a,)):
-            return is_positive(a)
-        case Op("add", (a, b)):
-            return _is_not_negative(a) and _is_not_negative(b) and (is_positive(a) or is_positive(b))
-        case Op("mul" | "div" | "min" | "minfirst", (a, b)):
-            return is_positive(a) and is_positive(b)
-        case Op("max" | "maxfirst", (a, b)):
-            return is_positive(a) or is_positive(b)
-        case Op("where", (Op("lt", (Const(low), y)), a, b)) if y is a and low >= 0:  # softplus, far from zero
-            return is_positive(b)
-        case Op("where", (_, a, b)):
-            return is_positive(a) and is_positive(b)
-        case Op(name, (a,)) if name in ROUNDINGS:
-            return is_positive(a)
-        case _:
-            return False
-
-
-def _is_not_negative(x: Expr) -> bool:
-    match x:
-        case Const(value):
-            return value >= 0
+            return 2
         case Op("abs", _):
-            return True
+            return 1
         case Op("pow", (_, Const(by))) if by % 2 == 0:
-            return True
+            return 1
+        case Op(name, (a,)) if name in ROUNDINGS or name in ("log1p", "sqrt"):
+            return _sign(a)
+        case Op("rsqrt", (a,)):
+            return 2 if _sign(a) == 2 else 0
+        case Op("add", (a, b)):
+            return max(_sign(a), _sign(b)) if _sign(a) and _sign(b) else 0
         case Op("mul", (a, b)):
-            return a is b or (_is_not_negative(a) and _is_not_negative(b))
-        case Op("add" | "min" | "minfirst", (a, b)) | Op("where", (_, a, b)):
-            return _is_not_negative(a) and _is_not_negative(b)
+            return max(_sign(a), 1) if a is b else min(_sign(a), _sign(b))
         case Op("div", (a, b)):
-            return _is_not_negative(a) and is_positive(b)
+            return _sign(a) if _sign(b) == 2 else 0
         case Op("max" | "maxfirst", (a, b)):
-            return _is_not_negative(a) or _is_not_negative(b)
-        case Op(name, (a,)) if name in ROUNDINGS or name in ("sqrt", "log1p"):
-            return _is_not_negative(a)
+            return max(_sign(a), _sign(b))
+        case Op("where", (Op("lt", (Const(low), y)), a, b)) if y is a and low >= 0:  # softplus, far from zero
+            return _sign(b)
+        case Op("min" | "minfirst", (a, b)) | Op("where", (_, a, b)):
+            return min(_sign(a), _sign(b))
         case _:
-            return is_positive(x)
+            return 0
 
 
 def _is_flat(x: Expr) -> bool:
@@ -152,7 +138,7 @@ def _is_flat(x: Expr) -> bool:
         case Op(name, (a,)) if name in ROUNDINGS:
             return _is_flat(a)
         case _:
-            return is_positive(x) or _is_zero(x)
+            return _sign(x) == 2 or _is_zero(x)
 
 
 def _is_positive_parabola(x: Expr) -> bool:

@@ -50,7 +50,7 @@ from attncc.patterns.site import (
     stops,
     visible_where,
 )
-from attncc.patterns.softmax.sums_of_softmaxes import Term
+from attncc.patterns.softmax.anchors import Term
 
 _PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 _COLUMN, _ROW, _KEY, _DEPTH = Index("t"), Index("row"), Index("key"), Index("d")
@@ -110,7 +110,7 @@ class _Slide:
         guards, weight = _selected(term.weight, frame.c)
         reach, context, dim = Reach(frame.extents), tuple(guards), term.anchor.dim
         at = [reach.simplified(x, context) for x in term.at]
-        self.columns = sub(self.f.shape(term.anchor.scores)[dim], const(first + behind))
+        self.columns = sub(self.f.shape(term.anchor.node)[dim], const(first + behind))
         line = linear_in(at[dim], frame.c)
         if line is None or line[0] != {(): 1} or any(frame.c in free(x) for d, x in enumerate(at) if d != dim):
             raise Unreadable(term.anchor.node, because("other-axis"))
@@ -165,7 +165,7 @@ class _Slide:
         """The scores of columns of which the conditions are known."""
         anchor, pair = self.term.anchor, frozenset[Expr]({_COLUMN, self.values.rows[-1]})
         reader = Reader(self.f, self.frame.use, dict(self.extents), pair=pair, reach=self.reach, context=context)
-        score, self.lost = reader.value_at(anchor.scores, self.at, anchor.read_at(self.f)), reader.lost
+        score, self.lost = anchor.scores_at(reader, self.at), reader.lost
         return score
 
     def _score(self, context: Context) -> tuple[Expr, Product]:

@@ -2,6 +2,7 @@
 
     (p - m * r) @ v                  =  (p) @ v  +  (-m * r) @ v
     (sum_g mix[h, g] * p[g]) @ v[h]  =  sum_g (mix[h, g] * p[g]) @ v[h]
+    stack([p, r]).mean(0) @ v        =  (p / 2) @ v  +  (r / 2) @ v
 
 What multiplies a softmax stays with it, as the weight of its attention; what the result is summed over outside is an
 index of the batch like any other.
@@ -11,26 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
 
 from attncc.ir.attention import W
 from attncc.ir.build import ZERO, add, eq, mul, op, where
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite, substitute
 from attncc.ir.reasons import because
-from attncc.patterns.site import DOT, Frame, Point, Reader, Unreadable, input_at, mixture
-from attncc.patterns.softmax.anchors import Anchor
+from attncc.patterns.site import DOT, Frame, Reader, Unreadable, contraction, few, input_at, mixture, swapped
+from attncc.patterns.softmax.anchors import Anchor, Term
+from attncc.patterns.softmax.mixed_heads import pooled
 
 #: More terms than this are a computation of its own.
 _MOST_TERMS = 8
-
-
-@dataclass(frozen=True)
-class Term:
-    """`weight`, a function of `w`, the softmax of `anchor` read `at` a point; summed outside over `mixed`."""
-
-    anchor: Anchor
-    at: Point
-    weight: Expr
-    mixed: Mapping[Expr, Expr]
 
 
 @dataclass(frozen=True)
@@ -81,6 +76,15 @@ def _gathered(split: _Split, addends: list[_Addend]) -> list[_Addend]:
     return list(found.values())
 
 
+@dataclass(frozen=True)
+class _Sum:
+    """sum_g factor * value, `extent` of them."""
+
+    extent: Expr
+    factor: Expr
+    value: Expr
+
+
 @dataclass
 class _Split:
     frame: Frame
@@ -94,7 +98,7 @@ class _Split:
 
     def is_sum(self, x: Expr) -> bool:
         """Whether there is more than one softmax to take apart."""
-        return len(self.points(x)) > 1 or any(self.mixed(y) is not None for y in loads(x))
+        return len(self.points(x)) > 1 or any(map(self.mixed, loads(x)))
 
     def term(self, x: _Addend) -> Term:
         points = self.points(x.value)
@@ -106,7 +110,7 @@ class _Split:
 
     def addends(self, x: Expr) -> list[_Addend]:
         """`x` as a sum, taken apart as far as a softmax is in it."""
-        if not (self.points(x) or any(self.mixed(y) is not None for y in loads(x))):
+        if not (self.points(x) or self.is_sum(x)):
             return [_Addend(x, {})]
         found = self._taken_apart(x)
         if len(found) > _MOST_TERMS:
@@ -138,32 +142,61 @@ class _Split:
             case _:
                 return [_Addend(x, {})]
 
-    def mixed(self, x: Load) -> Load | None:
-        """The load of what a mixture of heads mixes, if a softmax is in it."""
-        n = self.reader.facts.by_name[x.tensor.removeprefix(DOT)]
-        product = mixture(self.reader.facts, n) if x.tensor not in self.anchors else None
-        if product is None:
-            return None
-        inner = self.reader.value_at(product.lhs, product.maps(x.index, Index("g"))[0], self.reader.facts.order[n])
-        return x if self.is_sum(inner) or self.points(inner) else None
+    def mixed(self, x: Load) -> bool:
+        """Whether a load sums softmaxes over a few elements: heads that are mixed, or several that were stacked."""
+        return bool(self._summed(x, Index("g")))
+
+    def _summed(self, x: Load, g: Expr) -> list[_Sum]:
+        """What a load sums over a few elements, at one of them: nothing if no softmax is in it."""
+        r, f = self.reader, self.reader.facts
+        n = f.by_name[x.tensor.removeprefix(DOT)]
+        if x.tensor in self.anchors:
+            return []
+        product = mixture(f, n) or contraction(f, n)
+        if product is not None and few(product.extent):
+            sides = (product, swapped(product)) if mixture(f, n) is None else (product,)
+            found = [
+                _Sum(product.extent, r.value_at(p.rhs, right, f.order[n]), r.value_at(p.lhs, left, f.order[n]))
+                for p in sides for left, right in (p.maps(x.index, g),)
+            ]  # fmt: skip
+            held = [y for y in found if self.points(y.value) or self.is_sum(y.value)]
+            return held if mixture(f, n) is not None or any(self._is_stacked(y) for y in held) else []
+        summed = pooled(f, n)
+        if summed is None:
+            return []
+        source, dim, kept = summed
+        extent = f.shape(source)[dim]
+        assert isinstance(extent, Const)  # it is pooled over few
+        factor = 1.0 / extent.value if n.target is torch.ops.aten.mean.dim else 1.0
+        value = r.value_at(source, (*x.index[:dim], g, *x.index[dim + kept :]), f.order[n])
+        return [_Sum(extent, Const(factor), value)] if self.points(value) or self.is_sum(value) else []
+
+    def _is_stacked(self, x: _Sum) -> bool:
+        """Whether the elements are of several softmaxes, each picked by its number."""
+        return isinstance(x.extent, Const) and x.extent.value <= _MOST_TERMS and len(self.points(x.value)) > 1
 
     def _unmixed(self, x: Load) -> list[_Addend]:
-        if self.mixed(x) is None:
+        """The addends of a load that sums softmaxes: one over an index, or each where several were stacked."""
+        g = Index(f"g{self.indices}")
+        found = next(iter(self._summed(x, g)), None)
+        if found is None:
             return [_Addend(x, {})]
         r = self.reader
         n = r.facts.by_name[x.tensor.removeprefix(DOT)]
-        product = mixture(r.facts, n)
-        assert product is not None
-        g = Index(f"g{self.indices}")
+        if self._is_stacked(found) and isinstance(found.extent, Const):
+            each: list[_Addend] = []
+            tables: list[dict[Expr, Expr]] = [{g: Const(k)} for k in range(int(found.extent.value))]
+            for at in tables:
+                factor = substitute(found.factor, at)
+                each += [y.map(partial(mul, factor)) for y in self.addends(substitute(found.value, at))]
+            return each
         self.indices += 1
-        r.extents[g] = product.extent
-        left, right = product.maps(x.index, g)
-        factor = r.value_at(product.rhs, right, r.facts.order[n])
-        inner = self.addends(r.value_at(product.lhs, left, r.facts.order[n]))
-        found = [_Addend(mul(factor, y.value), {**y.mixed, g: product.extent}) for y in inner]
-        if product.bias is not None and x.tensor == n.name:  # a layer's; a product's is outside its load
+        r.extents[g] = found.extent
+        whole = [_Addend(mul(found.factor, y.value), {**y.mixed, g: found.extent}) for y in self.addends(found.value)]
+        product = mixture(r.facts, n)
+        if product is not None and product.bias is not None and x.tensor == n.name:  # a product's is outside its load
             bias = input_at(r, n, product.bias, product.added(x.index))
             if bias is None:
                 raise Unreadable(n, because("bias-unread"))
-            found.append(_Addend(bias, {}))
-        return found
+            whole.append(_Addend(bias, {}))
+        return whole

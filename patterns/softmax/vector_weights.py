@@ -29,7 +29,6 @@ from attncc.patterns.site import (
     skip_casts,
     unexpanded,
 )
-from attncc.patterns.softmax.anchors import DIVISIONS
 
 _STEPS = 12
 _POSITIVE = {"exp", "exp2", "sigmoid", "softplus", "relu", "elu", "square", "abs"}
@@ -39,7 +38,7 @@ def vector_quotients(f: Facts) -> Iterator[tuple[Reason, fx.Node, fx.Node]]:
     """(reason, quotient, sum of weighted values) for values that are divided, component by component, by the sum of
     what they were weighed with."""
     for n in f.graph.nodes:
-        if n.target not in DIVISIONS or n not in f.live or not all(f.is_tensor(x) for x in n.args[:2]):
+        if op_name(n).rstrip("_") != "div" or n not in f.live or not all(f.is_tensor(x) for x in n.args[:2]):
             continue
         top: Any = n.args[0]
         bottom: Any = n.args[1]

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from attncc.ir.build import ONE
+from attncc.ir.build import ONE, const
 from attncc.ir.expr import Index, free
 from attncc.patterns.site import (
     ELEMENTS,
+    SUMS_AND_MEANS,
     Contraction,
     Facts,
     Frame,
     Unreadable,
+    argument,
     compares,
     contraction,
     frame,
+    made_of,
+    meets,
     mixture,
     move,
+    one_dim,
+    op_name,
     written_args,
 )
-from attncc.patterns.softmax.anchors import Anchor
-from attncc.patterns.softmax.sums_of_softmaxes import Term, terms
+from attncc.patterns.softmax.anchors import Anchor, Term
+from attncc.patterns.softmax.sums_of_softmaxes import terms
 from attncc.patterns.softmax.vector_weights import shares_components
 
 
@@ -130,7 +137,17 @@ def _carries(f: Facts, user: fx.Node, n: fx.Node) -> bool:
         return True
     if str(getattr(user.target, "overloadpacket", "")) in _SEVERAL or user.target in _PADS:
         return True
+    if op_name(user) == "stack" or (user.target in SUMS_AND_MEANS and _sums_stacked(f, user)):
+        return meets(f, user)
     return user.op == "call_function" and f.is_tensor(user) and (_moves(f, user) or user.target in ELEMENTS)
+
+
+def _sums_stacked(f: Facts, user: fx.Node) -> bool:
+    """Whether a sum is over as many elements as were stacked to what it sums."""
+    source: Any = user.args[0]
+    dim = one_dim(f, source, argument(user, "dim"))
+    stacks = [x for x in made_of(f, source, ()) if op_name(x) == "stack"]
+    return dim is not None and any(f.shape(source)[dim] is const(len(x.all_input_nodes)) for x in stacks)
 
 
 def _moves(f: Facts, user: fx.Node) -> bool:

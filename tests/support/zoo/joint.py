@@ -109,7 +109,62 @@ def normalised_values(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return (q @ k.mT * SCALE).softmax(-1) @ v.softmax(-2)
 
 
+def several(q: Q, k: Q) -> list[Q]:
+    """Softmaxes of the same scores under biases by distance."""
+    place = torch.arange(N, dtype=q.dtype)
+    distance = (place[:, None] - place[None, :]).abs()
+    return [(q @ k.mT * SCALE - by * distance).softmax(-1) for by in (0.0, 0.1, 1.0)]
+
+
+def stacked(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    return torch.stack(several(q, k)).mean(0) @ v
+
+
+def stacked_and_mixed(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """A learned share of each of the softmaxes."""
+    return (torch.stack(several(q, k), -1) * extra["shares"].sigmoid()).sum(-1) @ v
+
+
+def stacked_and_gated(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Each row has shares of its own (Superlinear attention)."""
+    shares = (q @ extra["gate"]).sigmoid()
+    return (torch.stack(several(q, k), -1) * shares[..., None, :]).sum(-1) @ v
+
+
+def values_by_a_sum(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Sums of rows are no state that is carried over time, wherever they are added."""
+    powers = (q @ k.mT * SCALE).exp()
+    total = powers.sum(-1, keepdim=True)
+    return (powers / total) @ (v + total.mean())
+
+
+def gate_by_written_sums(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """The sums of the rows as an online softmax leaves them: a maximum and a logarithm."""
+    scores = q @ k.mT * SCALE
+    highest = scores.amax(-1, keepdim=True)
+    powers = (scores - highest).exp()
+    total = powers.sum(-1, keepdim=True)
+    return (powers / total) @ v * (highest + total.log() - 1.0).sigmoid()
+
+
+def hidden_rows_by_written_sums(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """A row that sees nothing has a sum that is NaN, where `logsumexp` gives -inf."""
+    hidden = torch.arange(N)[:, None] < torch.arange(N)[None, :] + 1
+    scores = (q @ k.mT * SCALE).masked_fill(hidden, -torch.inf)
+    highest = scores.amax(-1, keepdim=True)
+    powers = (scores - highest).exp()
+    total = powers.sum(-1, keepdim=True)
+    return ((powers / total) @ v).nan_to_num() + (highest + total.log()).nan_to_num(1.0, neginf=2.0)
+
+
 JOINT = (
+    Case("hidden-rows-by-written-sums", attend(hidden_rows_by_written_sums), 1, "a sum that is NaN", kept=1),
+    Case("gate-by-written-sums", attend(gate_by_written_sums), 1, "sums of rows written out", golden=0, backward=True),
+    Case("stacked", attend(stacked), 3, "softmaxes stacked and averaged before one product", backward=True),
+    Case("stacked-and-mixed", attend(stacked_and_mixed, shares=randoms(3)), 3, "softmaxes stacked, a share of each"),
+    Case("stacked-and-gated", attend(stacked_and_gated, gate=randoms(D, 3)), 3, "softmaxes stacked, gates by row",
+         golden=2),
+    Case("values-by-a-sum", attend(values_by_a_sum), 1, "values that need the sums of the rows", kept=1),
     Case("routed-values", attend(routed_values), 1, "values scaled by another softmax", golden=1, refused=1),
     Case("normalised-values", attend(normalised_values), 1, "values that are a softmax", refused=1),
     Case("differential", attend(differential, lam=randoms(2), **MASK), 2, "two softmaxes, a learned difference",

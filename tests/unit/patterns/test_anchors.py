@@ -10,7 +10,7 @@ from reading.asked import Asked
 from reading.lifted import differences, found
 from torch import nn
 
-from attncc.patterns.softmax.anchors import _LOGS, _LSES, _RULES, DIVISIONS, find_anchors
+from attncc.patterns.softmax.anchors import _LOGS, _SOFTMAXES, Anchor, normalisers
 
 Q = torch.Tensor
 aten = torch.ops.aten
@@ -58,12 +58,19 @@ OTHERS: dict[str, Callable[[Q], Q]] = {
     "a denominator kept from zero": lambda s: s.exp() / s.exp().sum(-1, keepdim=True).clamp(min=1e-12),
     "shares of magnitudes": lambda s: s / (s.abs().sum(-1, keepdim=True) + 1e-3),
     "a sink": lambda s: s.exp() / (1 + s.exp().sum(-1, keepdim=True)),
+    "times the reciprocal of the sum": lambda s: s.exp() * s.exp().sum(-1, keepdim=True).reciprocal(),
+    "times one over the sum": lambda s: (1 / s.exp().sum(-1, keepdim=True)) * s.exp(),
+    "less the logarithm of the sum": lambda s: (s - s.exp().sum(-1, keepdim=True).log()).exp(),
+    "less its maximum and a logarithm": lambda s: _less_logarithm(s, s.amax(-1, keepdim=True)),
+    "computed twice": lambda s: (s - s.amax(-1, True)).exp() / (s - s.amax(-1, True)).exp().sum(-1, keepdim=True),
 }
 NONE: dict[str, Callable[[Q], Q]] = {
     "the sum of other powers": lambda s: s.exp() / (2 * s).exp().sum(-1, keepdim=True),
     "the sum along another axis": lambda s: s.exp() / s.exp().sum(-1).mean(-1)[..., None, None],
     "powers of two bases": lambda s: s.exp2() / s.exp().sum(-1, keepdim=True),
     "a logarithm of other scores": lambda s: (s - (2 * s).logsumexp(-1, keepdim=True)).exp(),
+    "times the reciprocal of another sum": lambda s: s.exp() * (2 * s).exp().sum(-1, keepdim=True).reciprocal(),
+    "less a logarithm of another sum": lambda s: (s - (2 * s).exp().sum(-1, keepdim=True).log()).exp(),
     "signed shares": lambda s: s / s.sum(-1, keepdim=True),
 }
 
@@ -73,8 +80,13 @@ def _less_maximum(s: Q, highest: Q) -> Q:
     return powers / powers.sum(-1, keepdim=True)
 
 
+def _less_logarithm(s: Q, highest: Q) -> Q:
+    total = (s - highest).exp().sum(-1, keepdim=True)
+    return (s - (highest + total.log())).exp()
+
+
 def test_every_row_is_spelled() -> None:
-    assert set(SPELLINGS) == {*_RULES, *_LSES, *_LOGS} and set(DIVISIONS) <= set(_RULES)
+    assert set(SPELLINGS) >= {*_SOFTMAXES, *_LOGS}
 
 
 @pytest.mark.parametrize("target", SPELLINGS, ids=lambda t: str(t).removeprefix("aten."))
@@ -106,5 +118,6 @@ def test_what_looks_like_one_is_none(name: str) -> None:
 def test_a_row_of_minus_infinity() -> None:
     """The safe softmax gives zeros, the plain one NaN."""
     of = Asked(lambda s: (aten._safe_softmax(s, -1), aten.softmax.int(s, -1)), torch.randn(2, 3))
-    safe, plain = find_anchors(of.facts)
+    safe, plain = normalisers(of.facts)
+    assert isinstance(safe, Anchor) and isinstance(plain, Anchor)
     assert (safe.empty, plain.empty) == ("zero", None)
