@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
@@ -78,7 +79,9 @@ def _slower(site: SiteProgram, planned: Program, data: _Data, training: Training
     if training is None:
         exact = standard(site.factors).run(site.program)
         with torch.no_grad():
-            calls = {name: compiled(p, data.values, data.sizes) for name, p in (("other", exact), ("planned", form))}
+            programs = {"other": exact, "planned": form}
+            made = {name: compiled(p, data.values, data.sizes) for name, p in programs.items()}
+            calls = {name: partial(call, data.values) for name, call in made.items()}
             us = compare(calls, BUDGET_S, sampler_for(device)).us
     else:
         form = with_sums(form, [True])

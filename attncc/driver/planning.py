@@ -19,7 +19,7 @@ from attncc.driver.describe import equation
 from attncc.errors import PlanError
 from attncc.ir import Attention, Axis, Const, Program
 from attncc.ir.reasons import Reason, because
-from attncc.passes.policies import Chunks, SlidingTiles, Spans, Streaming, Strides
+from attncc.passes.policies import CLOSED_FORMS
 from attncc.passes.policies.hiding import Form, Policy, hide, misfit
 from attncc.passes.policies.places import head_count
 from attncc.patterns.graph.facts import Facts
@@ -116,12 +116,9 @@ def in_words(planned: SitePlan) -> str:
     return f"{', '.join(parts)}; {planned.ms:.2f} ms, exact {planned.exact_ms:.2f} ms"
 
 
-#: Policies that keep keys by their positions alone.
-_CLOSED = (Streaming, Spans, Strides, Chunks, SlidingTiles)
-
-
 def is_closed(policy: Policy) -> bool:
-    return isinstance(policy, _CLOSED)
+    """Whether a policy keeps keys by their positions alone."""
+    return isinstance(policy, CLOSED_FORMS)
 
 
 class Following:

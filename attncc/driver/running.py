@@ -33,16 +33,17 @@ def run(p: Program, values: Mapping[str, torch.Tensor], sizes: Mapping[Expr, int
     return [known[x] for x in p.outputs]
 
 
-def compiled(p: Program, values: Mapping[str, torch.Tensor], sizes: Mapping[Expr, int]) -> Callable[[], object]:
-    """A call of `p` on some tensors, as it runs in a model: what is no attention is compiled by Inductor."""
+def compiled(
+    p: Program, values: Mapping[str, torch.Tensor], sizes: Mapping[Expr, int]
+) -> Callable[[Mapping[str, torch.Tensor]], object]:
+    """`p` as it runs in a model, for tensors like `values`: what is no attention is compiled by Inductor."""
     graph = fx.Graph()
     inputs = [graph.placeholder(t.name) for t in p.inputs]
     extents = [sizes[s] for s in p.sizes]
     graph.output(tuple(lower(p, graph, inputs, extents, extents)))
-    given = [values[t.name] for t in p.inputs]
     module = fx.GraphModule(torch.nn.Module(), graph)
-    made = torch_private.inductor_apart(module, given)
-    return lambda: made(*given)
+    made = torch_private.inductor_apart(module, [values[t.name] for t in p.inputs])
+    return lambda given: made(*(given[t.name] for t in p.inputs))
 
 
 def up_to_attention(p: Program) -> Program:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -38,15 +39,19 @@ class Costs:
     ms: dict[Key, dict[str, float]] = field(default_factory=dict)
     density: dict[Key, dict[str, float]] = field(default_factory=dict)
     _closed: dict[object, dict[str, float]] = field(default_factory=dict)
+    _made: dict[object, Call] = field(default_factory=dict)
 
     def form(self, seen: Seen) -> Program | None:
         if seen.key not in self.ms:
             forms: dict[str, Forms] = {text: (Form(policy_of(text)),) for text in self.forms}
             closed = {text: each for text, each in forms.items() if is_closed(each[0].policy)}
-            ms = timed(seen, {"": (), **closed}, self._closed)
+            alike = kind_of_call(seen), in_forms(seen.program, ())
+            if alike not in self._closed:  # forms that go by positions alone cost every layer the same
+                self._closed[alike] = timed(seen, {"": (), **closed}, self._made)
+            ms = self._closed[alike]
             selected = {text: each for text, each in forms.items() if text not in closed}
             if selected:
-                found = timed(seen, {"": (), **selected}, {})
+                found = timed(seen, {"": (), **selected}, self._made)
                 ms = ms | {text: t * ms[""] / found[""] for text, t in found.items() if text}
             self.ms[seen.key] = ms
             self.density[seen.key] = {text: density(seen, forms[text]) for text in ms if text}
@@ -56,30 +61,36 @@ class Costs:
         pass
 
 
-def timed(seen: Seen, forms: dict[str, Forms], known: dict[object, dict[str, float]]) -> dict[str, float]:
-    """Milliseconds of a call in each of some forms. `known` remembers those of calls alike: for forms that go by
-    positions alone, which cost every layer the same."""
-    programs = {name: in_forms(seen.program, each) for name, each in forms.items()}
-    fitting = {name: p for name, p in programs.items() if isinstance(p, Program)}
-    kind = (
-        tuple(fitting.items()),
-        tuple(sorted((name, tuple(x.shape), x.dtype, x.stride()) for name, x in seen.values.items())),
-        tuple(sorted((repr(s), n) for s, n in seen.sizes.items())),
-    )
-    if kind in known:
-        return known[kind]
-    calls = {}
-    for name, p in fitting.items():
-        step(f"measuring {name or 'the exact form'} of {seen.site.path or 'the attention'}")
-        try:
-            calls[name] = compiled(p, seen.values, seen.sizes)
-        except Exception as error:  # a form that Inductor cannot compile is no candidate
-            log.warning("the form %s does not compile: %s", name, error)
+#: A program that is compiled, to be called with tensors by name.
+Call = Callable[[Mapping[str, torch.Tensor]], object]
+
+
+def kind_of_call(seen: Seen) -> object:
+    """What the tensors and sizes of a call have in common with those of other layers."""
+    tensors = sorted((name, tuple(x.shape), str(x.dtype), x.stride()) for name, x in seen.values.items())
+    return tuple(tensors), tuple(sorted((repr(s), n) for s, n in seen.sizes.items()))
+
+
+def timed(seen: Seen, forms: Mapping[str, Forms], made: dict[object, Call]) -> dict[str, float]:
+    """Milliseconds of a call in each of some forms; those that mean nothing, or do not compile, are left out. `made`
+    remembers what was compiled."""
+    calls: dict[str, Callable[[], object]] = {}
+    for name, each in forms.items():
+        p = in_forms(seen.program, each)
+        if isinstance(p, Reason):
+            continue
+        key = p, kind_of_call(seen)
+        if key not in made:
+            step(f"compiling {name or 'the exact form'} of {seen.site.path or 'the attention'}")
+            try:
+                made[key] = compiled(p, seen.values, seen.sizes)
+            except Exception as error:  # a form that Inductor cannot compile is no candidate
+                log.warning("the form %s does not compile: %s", name, error)
+                continue
+        calls[name] = partial(made[key], seen.values)
+    step(f"measuring {seen.site.path or 'the attention'}")
     device = next(iter(seen.values.values())).device
-    found = compare(calls, BUDGET_S, sampler_for(device))
-    ms = {name: us / 1e3 for name, us in found.us.items()}
-    known[kind] = ms
-    return ms
+    return {name: us / 1e3 for name, us in compare(calls, BUDGET_S, sampler_for(device)).us.items()}
 
 
 def density(seen: Seen, forms: Forms) -> float:
