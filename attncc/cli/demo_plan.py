@@ -48,7 +48,8 @@ class Predictions(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(input_ids=tokens, use_cache=False).logits
+        seen = torch.ones_like(tokens)
+        return self.model(input_ids=tokens, attention_mask=seen, use_cache=False).logits
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ STANDARD = (
     "spans{alpha=0,beta=0.5,block=64}",
     "strides{block=64,local=2,stride=8}",
     "strides{block=64,local=4,stride=4}",
+    "block-means{rows=64,keys=64,take=fraction,amount=0.125}",
+    "block-means{rows=64,keys=64,take=fraction,amount=0.25}",
+    "block-means{rows=64,keys=64,take=fraction,amount=0.5}",
 )
 
 
