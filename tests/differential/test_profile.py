@@ -311,3 +311,18 @@ def test_a_form_that_is_slower_here_is_not_taken() -> None:
         (own,) = attncc.explain_plan(known, model, q, k, v, torch.tensor([16000])).sites
     assert own.code == "planned" or "plan-slower" in own.code
     assert own.ir is not None and not _gathers(parse_attention(own.ir))
+
+
+@pytest.mark.usefixtures("by_density")
+def test_forms_that_select_keys_are_profiled_and_followed() -> None:
+    """What the certificate was taken of is what the compiled model does."""
+    model = Keyed().eval()
+    form = "block-means{rows=32,keys=32,take=fraction,amount=0.25}"
+    found = attncc.profile(model, samples(40), "kl<=1@90%", speed=1.5, forms=[form], settings=FEW)
+    (own,) = found.sites
+    assert own.sparse and own.rules[0].form == form and own.rules[0].density < 0.6
+    compiled = follow(model, found)
+    with torch.no_grad():
+        losses_ = [losses.kl(model(tokens), compiled(tokens)) for tokens in samples(8, 2000)]
+    assert found.certificate is not None
+    assert 0 < sum(losses_) / 8 == pytest.approx(found.certificate.mean, rel=1.0, abs=1e-6)
