@@ -124,7 +124,7 @@ def test_an_interrupted_profile_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"data": samples(10)}, "the data has 10 samples, 25 too few: 4 to profile, 2 to tune and 29 to certify"),
+        ({"data": list(samples(10))}, "the data has 10 samples, 25 too few: 4 to profile, 2 to tune and 29 to certify"),
         ({"budget": "kl<=1e-12@90%"}, "only the exact model meets kl<=1e-12"),
         ({"budget": "loss<=1"}, "there is no metric 'loss'; there are kl, flips, rel"),
         ({"forms": ["streaming{window=9999}"]}, "no form is faster than the exact kernel here"),
@@ -133,7 +133,7 @@ def test_an_interrupted_profile_goes_on(tmp_path: Path) -> None:
         ({"speed": 0.5}, "a speed is above 1, not 0.5"),
         ({"loss": lambda exact, planned, inputs: float("nan"), "budget": "own<=1@90%"}, "is not a number"),
     ],
-    ids=str,
+    ids=["data", "budget", "metric", "useless forms", "parameter", "no forms", "speed", "nan"],
 )
 def test_what_cannot_be_profiled_is_said_in_one_line(given: dict[str, Any], message: str) -> None:
     arguments = {"data": samples(40), "budget": "kl<=0.001@90%", "settings": FEW, **given}
