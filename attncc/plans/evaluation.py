@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,21 +19,18 @@ Sites = Mapping[Key, SitePlan]
 
 
 @dataclass
-class Following:
-    """A `Watcher` under which attentions take the forms of `sites`; exact while that is None."""
+class UnderPlan:
+    """A `Watcher` under which attentions take the forms of `sites`, where those mean something, as they will in a
+    compiled model; exact while that is None."""
 
     sites: Sites | None = None
-    reached: set[Key] = field(default_factory=set)
 
     def form(self, seen: Seen) -> Program | None:
         planned = None if self.sites is None else self.sites.get(seen.key)
         if planned is None or not planned.sparse:
             return None
         made = in_forms(seen.program, planned.forms())
-        if isinstance(made, Reason):
-            raise PlanError(f"site {seen.site.path}: {made}")
-        self.reached.add(seen.key)
-        return made
+        return None if isinstance(made, Reason) else made
 
     def backward(self, seen: Seen, out: torch.Tensor, gradient: torch.Tensor) -> None:
         pass
@@ -45,7 +42,7 @@ class Evaluator:
 
     run: Callable[[Any], torch.Tensor]
     loss: Callable[[torch.Tensor, torch.Tensor, Any], float]
-    watcher: Following
+    watcher: UnderPlan
 
     def losses(self, inputs: Any, plans: Sequence[Sites]) -> list[float]:
         """The loss of one sample under each of some plans. Raises PlanError for one that is no number."""

@@ -6,7 +6,8 @@ finds how much of that the budget allows, and one, unseen, certifies. See docs/p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -117,17 +118,15 @@ def split(
     return mixed[:first], mixed[first:second], mixed[second:]
 
 
-class _without_learning:
+@contextmanager
+def _without_learning(model: Any) -> Iterator[None]:
     """No parameter of a model learns inside: only what attentions give is differentiated."""
-
-    def __init__(self, model: Any) -> None:
-        self.parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-
-    def __enter__(self) -> None:
-        self.learnt = [p.requires_grad for p in self.parameters]
-        for p in self.parameters:
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    learnt = [p.requires_grad for p in parameters]
+    try:
+        for p in parameters:
             p.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for p, learns in zip(self.parameters, self.learnt, strict=True):
+        yield
+    finally:
+        for p, learns in zip(parameters, learnt, strict=True):
             p.requires_grad_(learns)

@@ -18,7 +18,7 @@ from attncc.plans import losses
 from attncc.plans.certificate import accepts
 from attncc.plans.choice import Options, Rung, ladder, nearest
 from attncc.plans.costs import Costs
-from attncc.plans.evaluation import Evaluator, Following
+from attncc.plans.evaluation import Evaluator, UnderPlan
 from attncc.plans.plan import SCHEMA, Budget, Certificate, Plan, Rule, SitePlan, verify_plan
 from attncc.plans.probing import Probe, probe_language, probe_values
 from attncc.plans.progressing import Saved, digest
@@ -67,7 +67,7 @@ class Switch:
     calls have."""
 
     def __init__(self) -> None:
-        self.to: Any = Following()
+        self.to: Any = UnderPlan()
         self.keys: dict[Key, tuple[int, int]] = {}
 
     def form(self, seen: Seen) -> Any:
@@ -89,7 +89,7 @@ class Stages:
         self.model, self.switch, self.planner = model, switch, planner
         self.asked, self.settings, self.forms, self.progress = asked, settings, forms, progress
         self.metric = asked[0].metric
-        self.following = Following()
+        self.following = UnderPlan()
         self.evaluator = Evaluator(model, loss, self.following)
         self.language = language
 
