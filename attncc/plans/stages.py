@@ -29,6 +29,8 @@ from attncc.version import __version__
 _TRIED = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 #: Joint runs that `kappa` is taken from, and the samples of each.
 _JOINT = 3
+#: Where joint runs measure nothing but rounding, predictions are not scaled down to nothing.
+_LEAST_KAPPA = 0.01
 #: At a speed, the limit that is certified is this many times the largest loss of the tuning samples.
 _ROOM = 1.25
 #: The share of the visible keys from which on a form counts as exact.
@@ -198,7 +200,7 @@ class Stages:
             self.progress("joint runs", at, min(_JOINT, len(samples)))
             joint = self.evaluator.losses(inputs, [sites[n] for n in numbers])
             ratios += [self._scale(x) / rungs[n].error for x, n in zip(joint, numbers, strict=True) if rungs[n].error]
-        found = sum(ratios) / len(ratios) if ratios else 1.0
+        found = max(sum(ratios) / len(ratios), _LEAST_KAPPA) if ratios else 1.0
         saved.keep("kappa", found)
         return found
 

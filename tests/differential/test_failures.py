@@ -115,12 +115,15 @@ def test_no_failing_step_costs_the_model(
     assert len(names) > 2
     wrong: list[str] = []
     for step in steps:
-        forget()
-        watched.around, watched.results = lambda step=step: failing(step), []
-        try:
-            check(program, run, given, want)
-        except Exception as error:  # the next steps are tried, too
-            wrong.append(f"{step}: {type(error).__name__}: {str(error)[:300]}")
+        for _ in range(3):  # what is measured may come out otherwise on a busy machine, and take another way
+            forget()
+            watched.around, watched.results = lambda step=step: failing(step), []
+            try:
+                check(program, run, given, want)
+            except Exception as error:  # the next steps are tried, too
+                wrong.append(f"{step}: {type(error).__name__}: {str(error)[:300]}")
+            if any(watched.results):
+                break
         if not any(watched.results):
             wrong.append(f"{step} was not called")
     gc.collect()

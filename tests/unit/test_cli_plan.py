@@ -44,7 +44,8 @@ def run(*args: object) -> Result:
 
 
 DATA = ("--data", "attncc_plan_target:batches")
-FEW = ("--samples", 4, "--tune", 2, "--budget", "kl<=0.001@90%")
+NEAR = ("--form", "streaming{sinks=16,window=64}", "--form", "streaming{sinks=64,window=128}")
+FEW = (*NEAR, "--samples", 4, "--tune", 2, "--budget", "kl<=0.001@90%")
 
 
 def test_a_plan_is_made_shown_and_followed(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_the_command_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
              for n, m in enumerate(masks)]  # fmt: skip
     report = Report((*sites, Site(2, "refused", "no product")))
     monkeypatch.setattr(inspect, "load", lambda target: None)
-    monkeypatch.setattr(inspect, "examine", lambda target: report)
+    monkeypatch.setattr(inspect, "examine", lambda target, plan=None: report)
 
     def run(*args: str) -> Result:
         return CliRunner().invoke(app, ["inspect", "x:y", "--picture", *args])
