@@ -64,8 +64,8 @@ class Size:
     settings: Settings
 
 
-FULL = Size(BUDGETS, CHUNK, UNSEEN, LENGTHS, 3, Settings(samples=10, tune=4, tests=1))
-QUICK = Size(BUDGETS[1:2], 1024, {1024: 29}, (1024, 2048), 3, Settings(samples=4, tune=2, tests=1))
+FULL = Size(BUDGETS, CHUNK, UNSEEN, LENGTHS, 3, Settings(samples=10, tune=6, tests=2))
+QUICK = Size(BUDGETS[1:2], 1024, {1024: 29}, (1024, 2048), 3, Settings(samples=4, tune=4, tests=2))
 
 
 def run(*, quick: bool = False, plots: Path | None = None) -> bool:

@@ -5,8 +5,10 @@ and what unseen data says of those. Each keeps its results, so that an interrupt
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import exp, log
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ from attncc.version import __version__
 _TRIED = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 #: Joint runs that `kappa` is taken from, and the samples of each.
 _JOINT = 3
+#: Losses below this are rounding.
+_NO_LOSS = 1e-9
 #: Where joint runs measure nothing but rounding, predictions are not scaled down to nothing.
 _LEAST_KAPPA = 0.01
 #: At a speed, the limit that is certified is this many times the largest loss of the tuning samples.
@@ -212,27 +216,27 @@ class Stages:
         self, tuning: Sequence[Any], rungs: Sequence[Rung], sites: dict[int, dict[Key, SitePlan]], kappa: float,
         speed: float | None, saved: Saved,
     ) -> list[tuple[float, list[int]]]:  # fmt: skip
-        """For each budget (the limit, the plans to certify, the safest first): the fastest plans under which no tuning
-        sample exceeds the limit, or the first at a speed."""
+        """For each budget (the limit, the plans to certify, the safest first): the fastest plans under which few enough
+        samples will exceed the limit, by those of tuning, or the first at a speed."""
         self.switch.to = self.following
         tried = [self._tried(rungs, asked, kappa, speed) for asked in self.asked]
         numbers = sorted({n for each in tried for n in each})
-        worst = dict.fromkeys(numbers, 0.0)
         known: list[list[float]] = saved.results.get("tuning", [])
         for at, inputs in enumerate(tuning):
             self.progress("tuning", at, len(tuning))
             if at >= len(known):
                 known = [*known, self.evaluator.losses(inputs, [sites[n] for n in numbers])]
                 saved.keep("tuning", known)
-            worst = {n: max(worst[n], x) for n, x in zip(numbers, known[at], strict=True)}
         self.progress("tuning", len(tuning), len(tuning))
+        by_plan = {n: [found[at] for found in known] for at, n in enumerate(numbers)}
         if speed is not None:
-            return [(worst[own[0]] * _ROOM, own) for own in tried]
+            return [(max(by_plan[own[0]]) * _ROOM, own) for own in tried]
         orders: list[tuple[float, list[int]]] = []
         for asked, own in zip(self.asked, tried, strict=True):
-            fitting = [n for n in own if worst[n] <= asked.limit]
+            expected = expected_most(by_plan, asked.share)
+            fitting = [n for n in own if expected[n] <= asked.limit]
             if not fitting:
-                raise PlanError(self._only_exact(asked, worst[own[0]]))
+                raise PlanError(self._only_exact(asked, expected[own[0]]))
             orders.append((asked.limit, fitting[-self.settings.tests :]))
         return orders
 
@@ -296,6 +300,19 @@ class Stages:
                 )
             found.append(best)
         return found
+
+
+def expected_most(by_plan: Mapping[int, Sequence[float]], share: float) -> dict[int, float]:
+    """For each plan what the losses of a share of all samples, and half of the others, stay below, by the losses of a
+    few: these spread about their mean on a logarithmic scale, as far under one plan as under another."""
+    logs = {n: [log(max(x, _NO_LOSS)) for x in found] for n, found in by_plan.items()}
+    means = {n: sum(x) / len(x) for n, x in logs.items()}
+    count = len(next(iter(logs.values())))
+    spread = sum((x - means[n]) ** 2 for n, found in logs.items() for x in found)
+    free = len(logs) * (count - 1)
+    deviation = (spread / free) ** 0.5 if free else 0.0
+    far = NormalDist().inv_cdf((1 + share) / 2) * deviation * (1 + 1 / count) ** 0.5
+    return {n: max(exp(mean + far), *by_plan[n]) for n, mean in means.items()}
 
 
 def _options(costs: Costs, key: Key, error: torch.Tensor, forms: Sequence[str]) -> Options:

@@ -13,6 +13,7 @@ from attncc.errors import PlanError
 from attncc.plans.certificate import accepts, chance, needed
 from attncc.plans.choice import Options, ladder, nearest
 from attncc.plans.losses import Asked, parse_budget
+from attncc.plans.stages import expected_most
 from attncc.plans.tapping import Key
 
 
@@ -134,3 +135,17 @@ def test_budgets(text: str, asked: Asked) -> None:
 def test_what_is_no_budget(text: str) -> None:
     with pytest.raises(PlanError, match="the budget"):
         parse_budget(text)
+
+
+def test_a_plan_is_chosen_by_how_far_losses_spread() -> None:
+    """Not by the largest of a few samples: of losses that spread by a factor of 2, few samples show the tail."""
+    g = torch.Generator().manual_seed(0)
+    kept: list[float] = []
+    for _ in range(200):
+        losses = {n: (torch.randn(4, generator=g) * 0.7 + n).exp().tolist() for n in range(5)}
+        most = expected_most(losses, 0.9)
+        assert all(most[n] >= max(losses[n]) for n in losses)
+        unseen = (torch.randn(400, generator=g) * 0.7 + 2).exp()
+        kept.append((unseen <= most[2]).float().mean().item())
+    assert sum(share >= 0.9 for share in kept) > 120
+    assert expected_most({0: [0.0], 1: [0.5]}, 0.9) == pytest.approx({0: 1e-9, 1: 0.5})
