@@ -136,7 +136,7 @@ def differences(one: Plan, other: Plan) -> Iterable[str]:
             yield f"{name}: {a}  |  {b}"
     if {*one.weights} != {*other.weights}:
         yield "weights: they are plans of different models"
-    tables = [{(s.path, s.place, s.phase): s for s in p.sites} for p in (one, other)]
+    tables = [{s.key: s for s in p.sites} for p in (one, other)]
     for key in dict.fromkeys((*tables[0], *tables[1])):
         a, b = (t.get(key) for t in tables)
         where = f"{key[0] or '(top level)'} ({key[2]})"

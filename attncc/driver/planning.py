@@ -24,7 +24,7 @@ from attncc.passes.policies.hiding import Form, Policy, hide, misfit
 from attncc.passes.policies.places import head_count
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.site.assemble import Lifted
-from attncc.plans.plan import Phase, Plan, SitePlan
+from attncc.plans.plan import Key, Phase, Plan, SitePlan
 from attncc.report.model import ranges
 
 #: Rows from which on a call fills a cache rather than reads it.
@@ -43,6 +43,10 @@ class PlannedSite:
     attention: Attention
     rows: Any
     keys: Any
+
+    @property
+    def key(self) -> Key:
+        return self.path, self.place, self.phase
 
     @property
     def phase(self) -> Phase:
@@ -127,7 +131,7 @@ class Following:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.notes: list[str] = []
-        self._sites: dict[tuple[str, int, str], SitePlan] = {(s.path, s.place, s.phase): s for s in plan.sites}
+        self._sites = {s.key: s for s in plan.sites}
 
     def begin(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         known = {*self.plan.weights}
@@ -158,7 +162,7 @@ class Following:
     def _site(self, site: PlannedSite) -> SitePlan | None:
         """What the plan says of a site. Where all forms go by positions alone, a decoding step is the next row of a
         prefill, of which the certificate speaks too."""
-        own = self._sites.get((site.path, site.place, site.phase))
+        own = self._sites.get(site.key)
         if own is None and site.phase == "decode":
             own = self._sites.get((site.path, site.place, "prefill"))
             own = own if own is not None and all(is_closed(form.policy) for form in own.forms()) else None

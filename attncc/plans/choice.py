@@ -14,7 +14,7 @@ from itertools import combinations
 
 import torch
 
-from attncc.plans.tapping import Key
+from attncc.plans.plan import Key
 
 #: Multipliers, from far above any ratio of milliseconds to error to far below.
 _LAMBDAS = [0.0, *(10.0 ** (at / 8) for at in range(-48, 97))]

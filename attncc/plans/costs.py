@@ -12,12 +12,12 @@ from attncc.driver.planning import is_closed
 from attncc.driver.running import compiled, run
 from attncc.errors import log
 from attncc.ir import Attention, Program
-from attncc.ir.evaluate import Evaluator, int_value
-from attncc.ir.interpret import index_grid
+from attncc.ir.evaluate import int_value
 from attncc.ir.reasons import Reason
+from attncc.passes.bounds.area import mask_at
 from attncc.passes.policies.hiding import Form
-from attncc.plans.plan import policy_of
-from attncc.plans.tapping import Key, Seen, in_forms
+from attncc.plans.plan import Key, policy_of
+from attncc.plans.tapping import Seen, in_forms
 from attncc.progress import step
 from attncc.runtime.measure import compare, sampler_for
 
@@ -112,12 +112,9 @@ def _counted(p: Program, seen: Seen) -> int:
     values = dict(zip(before.outputs, run(before, seen.values, seen.sizes), strict=True))
     tensors = {t.name: values[name] for t, name in zip(a.tensors, last.arguments, strict=True)}
     table = dict(zip(a.sizes, (int_value(x, seen.sizes) for x in last.sizes), strict=True))
-    axes = (*a.batch, a.i, a.j)
     device = next(iter(tensors.values())).device
-    grid = index_grid(axes, {**table}, device)
-    rows = int_value(a.i.extent, {**table})
+    rows, keys = (int_value(x.extent, {**table}) for x in (a.i, a.j))
     some = torch.linspace(0, rows - 1, min(rows, _ROWS), device=device).long()
-    grid[a.i.index] = some.reshape(-1, 1)
-    shape = [int_value(x.extent, {**table}) for x in a.batch]
-    mask = Evaluator(grid, tensors, torch.float32, checked=True)(a.mask)
-    return int(mask.expand(*shape, len(some), int_value(a.j.extent, {**table})).sum())
+    counts = [int_value(x.extent, {**table}) for x in a.batch]
+    every = torch.arange(keys, device=device)
+    return int(mask_at(a, a.mask, {**table}, tensors, a.batch, counts, some, every).sum())

@@ -11,8 +11,8 @@ import torch
 from attncc.errors import PlanError
 from attncc.ir import Program
 from attncc.ir.reasons import Reason
-from attncc.plans.plan import SitePlan
-from attncc.plans.tapping import Key, Seen, in_forms
+from attncc.plans.plan import Key, SitePlan
+from attncc.plans.tapping import Seen, in_forms
 
 #: What a plan says of each site.
 Sites = Mapping[Key, SitePlan]

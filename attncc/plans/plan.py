@@ -10,7 +10,7 @@ import os
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import msgspec
 
@@ -22,6 +22,8 @@ SCHEMA = 1
 #: A plan of 200 layers with 128 heads each, every head alone in its form, is a tenth of this.
 MOST_BYTES = 64 << 20
 Phase = Literal["prefill", "decode"]
+#: A site: the module's path, the number of the attention there, and the phase.
+Key = tuple[str, int, str]
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,6 +50,10 @@ class SitePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rules: tuple[Rule, ...]
     exact_ms: float
     ms: float
+
+    @property
+    def key(self) -> Key:
+        return self.path, self.place, self.phase
 
     @property
     def error(self) -> float:
@@ -175,13 +181,13 @@ def verify_plan(plan: Plan, name: str = "the plan") -> Plan:
         if not true:
             raise PlanError(f"{name}: {message}")
 
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[Key] = set()
     require(0 < plan.lengths[0] <= plan.lengths[1], "its lengths are not from a smaller one to a larger one")
     require(0 < plan.budget.share < 1, f"a budget holds for a share between 0 and 1 of inputs, not {plan.budget.share}")
     for s in plan.sites:
         where = f"site {s.path or '(top level)'}"
-        require((s.path, s.place, s.phase) not in seen, f"{where} is planned twice")
-        seen.add((s.path, s.place, s.phase))
+        require(s.key not in seen, f"{where} is planned twice")
+        seen.add(s.key)
         require(0 < s.keys[0] <= s.keys[1] and s.heads > 0, f"{where} has no heads, or no range of keys")
         taken = [h for r in s.rules for h in r.heads]
         require(len({*taken}) == len(taken), f"{where}: a head takes two forms")

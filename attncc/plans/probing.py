@@ -24,8 +24,8 @@ from attncc.driver.running import run
 from attncc.ir import Program
 from attncc.ir.reasons import Reason
 from attncc.passes.policies.hiding import Form
-from attncc.plans.plan import policy_of
-from attncc.plans.tapping import Key, Seen, in_forms
+from attncc.plans.plan import Key, policy_of
+from attncc.plans.tapping import Seen, in_forms
 
 #: At which predictions are drawn, in turn.
 TEMPERATURES = (1.0, 4.0)

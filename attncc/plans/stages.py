@@ -21,10 +21,10 @@ from attncc.plans.certificate import accepts
 from attncc.plans.choice import Options, Rung, ladder, nearest
 from attncc.plans.costs import Costs
 from attncc.plans.evaluation import Evaluator, UnderPlan
-from attncc.plans.plan import SCHEMA, Budget, Certificate, Plan, Rule, SitePlan, verify_plan
+from attncc.plans.plan import SCHEMA, Budget, Certificate, Key, Plan, Rule, SitePlan, verify_plan
 from attncc.plans.probing import Probe, probe_language, probe_values
 from attncc.plans.progressing import Saved, digest
-from attncc.plans.tapping import Key, Seen, Tapped
+from attncc.plans.tapping import Seen, Tapped
 from attncc.version import __version__
 
 #: Parts of the predicted budget at which plans are tried on the tuning samples.

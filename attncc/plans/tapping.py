@@ -26,11 +26,9 @@ from attncc.ir.reasons import Reason
 from attncc.passes.pipeline import standard
 from attncc.passes.policies.hiding import Form
 from attncc.passes.policies.places import head_count
+from attncc.plans.plan import Key
 from attncc.runtime.outputs import signature_of
 from attncc.torch_private.compiling import compiled_apart, trace_through_breaks
-
-#: The module's path, the number of the attention there, and the phase.
-Key = tuple[str, int, str]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Seen:
 
     @property
     def key(self) -> Key:
-        return self.site.path, self.site.place, self.site.phase
+        return self.site.key
 
     def by_head(self, x: torch.Tensor) -> torch.Tensor:
         """An output of the attention, or the like of one, as (batch, heads, rows, components)."""
@@ -103,7 +101,7 @@ class Tapped:
             if shown is None:
                 self.passed_over += 1
                 continue
-            self.sites.setdefault((site.path, site.place, site.phase), site)
+            self.sites.setdefault(site.key, site)
             call.target = shown
         gm.recompile()
         return gm.forward

@@ -15,7 +15,7 @@ from attncc.ir.reasons import Reason, because
 from attncc.passes.policies.blocks import Blocks, all_heads
 from attncc.passes.policies.hiding import Form, Hiding, hide
 from attncc.passes.policies.making import over_heads, reduced, scored, selected
-from attncc.passes.policies.pages import no_decode
+from attncc.passes.policies.pages import check_pages, no_decode
 from attncc.passes.protocol import Legality
 
 
@@ -34,8 +34,7 @@ class PageMass:
     recent: int = 8
 
     def __post_init__(self) -> None:
-        if self.page < 1 or self.budget < self.page or self.recent < 0:
-            raise ValueError("a page holds at least 1 token, the budget a page, and recent is at least 0")
+        check_pages(self.page, self.budget, self.recent)
 
     def __call__(self, p: Program, /) -> Program:
         return hide(p, Form(self))

@@ -36,8 +36,7 @@ class Pages:
     recent: int = 1
 
     def __post_init__(self) -> None:
-        if self.page < 1 or self.budget < self.page or self.recent < 0:
-            raise ValueError("a page holds at least 1 token, the budget a page, and recent is at least 0")
+        check_pages(self.page, self.budget, self.recent)
 
     def __call__(self, p: Program, /) -> Program:
         return hide(p, Form(self))
@@ -54,6 +53,12 @@ class Pages:
             first=first, rows=(b.I,),
         )  # fmt: skip
         return chosen(b.of_row(b.a.i.index), b.of_key(b.a.j.index))
+
+
+def check_pages(page: int, budget: int, recent: int) -> None:
+    """Raises ValueError where no pages can be chosen by these parameters."""
+    if page < 1 or budget < page or recent < 0:
+        raise ValueError("a page holds at least 1 token, the budget a page, and recent is at least 0")
 
 
 def no_decode(a: Attention) -> Reason | None:

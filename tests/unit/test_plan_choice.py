@@ -13,8 +13,8 @@ from attncc.errors import PlanError
 from attncc.plans.certificate import accepts, chance, needed
 from attncc.plans.choice import Options, ladder, nearest
 from attncc.plans.losses import Asked, parse_budget
+from attncc.plans.plan import Key
 from attncc.plans.stages import expected_most
-from attncc.plans.tapping import Key
 
 
 def problem(seed: int, sites: int = 3, forms: int = 4, heads: int = 3) -> dict[Key, Options]:
