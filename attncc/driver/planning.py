@@ -83,15 +83,17 @@ class Places:
     def __init__(self) -> None:
         self._next: dict[str, int] = {}
 
-    def site(self, path: str, lifted: Lifted, facts: Facts) -> PlannedSite:
+    def site(self, path: str, lifted: Lifted, facts: Facts) -> PlannedSite | None:
+        """None where no dimension of an operand tells a symbolic length: no plan can speak of that attention."""
         place = self._next.get(path, 0)
         self._next[path] = place + 1
         a = lifted.attention
-        return PlannedSite(path, place, a, _extent(lifted, a.i, facts), _extent(lifted, a.j, facts))
+        rows, keys = (_extent(lifted, axis, facts) for axis in (a.i, a.j))
+        return None if rows is None or keys is None else PlannedSite(path, place, a, rows, keys)
 
 
 def _extent(lifted: Lifted, axis: Axis, facts: Facts) -> Any:
-    """The extent of an axis: a number, or the symbol that a dimension of an operand has."""
+    """The extent of an axis: a number, or the symbol that a dimension of an operand has; None where none has it."""
     if isinstance(axis.extent, Const):
         return int(axis.extent.value)
     a = lifted.attention
@@ -99,7 +101,7 @@ def _extent(lifted: Lifted, axis: Axis, facts: Facts) -> Any:
         if axis.index in access.index:
             at = [t.name for t in a.tensors].index(access.tensor)
             return facts.value(lifted.tensors[at]).shape[access.index.index(axis.index)]
-    raise PlanError(f"no operand has the axis {axis.name} of an attention as a dimension")
+    return None
 
 
 def summary(a: Attention) -> str:

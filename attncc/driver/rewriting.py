@@ -155,9 +155,10 @@ def _edited(
               for site in group.sites}  # fmt: skip
     numbers = Places()
     places = {
-        id(s): numbers.site(describe.module_path(_place(reading, s)), s, facts)
+        id(s): place
         for s in lifted
         if isinstance(s, Lifted) and way.planner is not None
+        if (place := numbers.site(describe.module_path(_place(reading, s)), s, facts)) is not None
     }
     prepared = _proposals({id(j): j for j in groups.values()}.values(), facts, training, way.planner, places)
     proposals = [prepared.get(id(site)) for site in lifted]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import attncc
 from attncc.driver import rewriting
 from attncc.driver.planned_times import _gathers
+from attncc.driver.planning import Places
 from attncc.errors import PlanError
 from attncc.ir import parse_attention
 from attncc.ir.reasons import because
@@ -327,3 +329,15 @@ def test_forms_that_select_keys_are_profiled_and_followed() -> None:
         losses_ = [losses.kl(model(tokens), compiled(tokens)) for tokens in samples(8, 2000)]
     assert found.certificate is not None
     assert 0 < sum(losses_) / 8 == pytest.approx(found.certificate.mean, rel=1.0, abs=1e-6)
+
+
+def test_no_plan_speaks_of_an_attention_whose_length_no_dimension_tells() -> None:
+    """Heads and rows in one dimension, whose extent is a size: it is passed over, and the model is compiled."""
+    a = parse_attention(
+        "attention\nsize   n\nbatch  h = 2\naxis   i = n, j = n, d = 8, e = 8\ntensor x: f32[2 * n, 8]\n"
+        "q      x[i * 2 + h, d]\nk      x[j * 2 + h, d]\nv      x[j * 2 + h, e]\nscore  s\nmask   True\n"
+        "norm   softmax\nempty  zero\nweight w\ngive   out\ndtype  f32\n"
+    )
+    lifted: Any = SimpleNamespace(attention=a, tensors=())
+    facts: Any = None
+    assert Places().site("layers.0", lifted, facts) is None
