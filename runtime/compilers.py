@@ -125,8 +125,10 @@ def run(command: Sequence[str], *, seconds: float | None = None, scratch: Path |
             raise Stopped(f"{command[0]} was stopped")
         return process.returncode, said
     finally:
-        _kill(process)
-        _running.discard(process)
+        try:
+            _kill(process)
+        finally:  # also where a second interrupt comes while the first is being heard
+            _running.discard(process)
 
 
 def stop() -> None:

@@ -134,10 +134,11 @@ def test_an_interrupt_while_kernels_are_built_is_heard_at_once(tmp_path: Path, m
     monkeypatch.setenv("ATTNCC_CXX", str(faulty(tmp_path, "hangs")))
     build._built.cache_clear()
     specs = [print_attention(case("relu", "f32", groups=n)) for n in (1, 2)]
+    before = set(compilers._running)  # another test's threads may build yet
 
     def interrupt() -> None:
         until = time.monotonic() + 30
-        while len(compilers._running) < 2 and time.monotonic() < until:
+        while len(compilers._running - before) < 2 and time.monotonic() < until:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -148,7 +149,7 @@ def test_an_interrupt_while_kernels_are_built_is_heard_at_once(tmp_path: Path, m
         build.build_all([(spec, "cpu") for spec in specs])
     thread.join()
     assert time.monotonic() - start < 20
-    assert build._built.cache_info().currsize == 0 and not compilers._running
+    assert build._built.cache_info().currsize == 0 and compilers._running <= before
     assert list((build.default_store().root / ".building").iterdir()) == []
 
 
