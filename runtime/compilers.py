@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,6 +29,14 @@ TIMEOUT_S = 60.0
 _MOST_SAID = 1 << 16
 _running: set[subprocess.Popen[bytes]] = set()
 _stopped: WeakSet[subprocess.Popen[bytes]] = WeakSet()
+_stops = 0  # how often `stop` was called
+
+
+class _Thread(threading.local):
+    until: int | None = None
+
+
+_thread = _Thread()
 #: Programs that did not finish, and until when (on the monotonic clock) they are not waited for again.
 _stuck: dict[str, float] = {}
 _REST_S = 600.0
@@ -117,6 +126,8 @@ def run(command: Sequence[str], *, seconds: float | None = None, scratch: Path |
         raise CompileError(f"{command[0]} cannot be run: {error.strerror or error}") from error
     _running.add(process)
     try:
+        if _thread.until not in (None, _stops):
+            raise Stopped(f"{command[0]} was stopped")
         said = _heard(process, limit)
         if said is None:
             _stuck[command[0]] = time.monotonic() + _REST_S
@@ -131,8 +142,20 @@ def run(command: Sequence[str], *, seconds: float | None = None, scratch: Path |
             _running.discard(process)
 
 
+def stops() -> int:
+    """How often `stop` was called."""
+    return _stops
+
+
+def until_stopped(stops: int) -> None:
+    """From now on this thread starts no compiler once `stop` was called more than `stops` times."""
+    _thread.until = stops
+
+
 def stop() -> None:
-    """Kill the compilers that run now: the user interrupts."""
+    """Kill the compilers that run now, and those that threads of `until_stopped` would start: the user interrupts."""
+    global _stops
+    _stops += 1
     for process in list(_running):
         _stopped.add(process)
         _kill(process)

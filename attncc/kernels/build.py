@@ -133,7 +133,8 @@ def build_all(wanted: Iterable[tuple[str, str]]) -> None:
     """Build the kernels of (spec, device) pairs side by side: compilers run in processes of their own."""
     todo = list(dict.fromkeys(wanted))
     if len(todo) > 1:
-        with ThreadPoolExecutor(max_workers=min(len(todo), os.cpu_count() or 1)) as pool:
+        workers = min(len(todo), os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers, initializer=compilers.until_stopped, initargs=(compilers.stops(),)) as pool:
             try:
                 list(pool.map(lambda pair: built(*pair), todo))
             except BaseException:  # interrupted: nobody waits for what is being compiled

@@ -145,6 +145,27 @@ def test_stopping_what_runs(tmp_path: Path) -> None:
     assert not thread.is_alive() and "was stopped" in str(caught[0])
 
 
+def test_a_thread_of_what_was_stopped_starts_no_other(tmp_path: Path) -> None:
+    """Also one that had not come to its compiler when the user interrupted."""
+    mark = tmp_path / "ran"
+    found: list[str] = []
+
+    def late(stops: int) -> None:
+        compilers.until_stopped(stops)
+        try:
+            compilers.run(["sh", "-c", f"sleep 0.5; touch {mark}"])
+        except compilers.Stopped as stopped:
+            found.append(str(stopped))
+
+    before = compilers.stops()
+    compilers.stop()
+    thread = threading.Thread(target=late, args=(before,))
+    thread.start()
+    thread.join()
+    assert found == ["sh was stopped"] and not mark.exists()
+    assert compilers.run(["sh", "-c", f"touch {mark}"]) == (0, "") and mark.exists()
+
+
 @pytest.mark.parametrize(
     ("value", "says"),
     [
