@@ -24,6 +24,13 @@ def _exp(a: float) -> float:
         return math.inf
 
 
+def _sigmoid(a: float) -> float:
+    """Where it is exact: elsewhere the last digit is the processor's."""
+    if a in (-math.inf, 0.0, math.inf):
+        return {-math.inf: 0.0, 0.0: 0.5, math.inf: 1.0}[a]
+    raise ValueError(a)
+
+
 def _log(a: float) -> float:
     return -math.inf if a == 0 else math.log(a) if a > 0 else math.nan
 
@@ -92,6 +99,7 @@ _FOLD: dict[str, Callable[..., Scalar]] = {
     "int": int,
     "exp": _exp,
     "log": _log,
+    "sigmoid": _sigmoid,
     "tanh": math.tanh,
     "sqrt": _sqrt,
     "floor": _integral(math.floor),

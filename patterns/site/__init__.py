@@ -59,6 +59,7 @@ from attncc.patterns.site.materialised import Source, einsum, summed
 from attncc.patterns.site.operands import operand
 from attncc.patterns.site.parts import Lse, Parts, Rows
 from attncc.patterns.site.products import Overwritten, Product, products_in, stored
+from attncc.patterns.site.rows import rows_of
 
 __all__ = [
     "CASTS",
@@ -118,6 +119,7 @@ __all__ = [
     "operand",
     "products_in",
     "reduction",
+    "rows_of",
     "scaled_by",
     "scattered",
     "sees_itself",

@@ -7,14 +7,10 @@ A gate `out * sigmoid(lse - sink)` and the merging of partial attentions read it
 
 from __future__ import annotations
 
-from functools import reduce
-from itertools import permutations
-
 import torch
 from torch import fx
 
-from attncc.ir.affine import poly, simplify
-from attncc.ir.build import ONE, ZERO, add, mul, op
+from attncc.ir.build import ONE, ZERO, op
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Load, Op, free
 from attncc.patterns.site import (
     DOT,
@@ -22,12 +18,11 @@ from attncc.patterns.site import (
     Frame,
     Lse,
     Parts,
-    Point,
     Reader,
-    Rows,
     is_maximum,
     op_name,
     reduction,
+    rows_of,
     skip_casts,
 )
 from attncc.patterns.softmax.anchors import Anchor, Term
@@ -52,7 +47,7 @@ def row_sums(p: Parts, frame: Frame, term: Term) -> tuple[Lse, bool] | None:
             found.append((n, of is not own))
     if len(found) != 1 or any(f.writes(n, f.order[found[0][0]], frame.use) for n in (p.q.node, p.k.node, p.v.node)):
         return None
-    rows = rows_of(p, anchor, term.at)
+    rows = rows_of(p, anchor.node, anchor.dim, term.at)
     return None if rows is None else (Lse(found[0][0], rows), found[0][1])
 
 
@@ -122,33 +117,6 @@ def _is_shift(frame: Frame, x: Expr) -> bool:
             return False
 
 
-def rows_of(p: Parts, anchor: Anchor, at: Point) -> Rows | None:
-    """How the attention's rows lie where they are those of the softmax, read `at`; none if these are others.
-
-    An axis of the attention may be several of the softmax's, in any order: windows and batches, rows of an image."""
-    shape = p.facts.shape(anchor.node)
-    rows = [(x, s) for d, (x, s) in enumerate(zip(at, shape, strict=True)) if d != anchor.dim]
-    batch = [x for x in p.out if x is not ZERO and x is not p.i and x is not p.e]
-    axes = [*batch, *([] if p.i is None else [p.i])]
-    if poly(_flat(rows)) == poly(_flat([(x, p.extents[x]) for x in axes])):
-        return Rows()
-    kept = [(x, s) for x, s in rows if s is not ONE]
-    digits = [n for axis in axes for n in _digits(kept, axis, p.extents[axis])]
-    if sorted(digits) != list(range(len(kept))):
-        return None
-    return Rows(tuple(kept[n][1] for n in digits), tuple(digits.index(n) for n in range(len(kept))))
-
-
-def _digits(rows: list[tuple[Expr, Expr]], axis: Expr, extent: Expr) -> tuple[int, ...]:
-    """The rows' dimensions that together count through an axis, the slowest first; none if there are no such."""
-    own = [n for n, (x, _) in enumerate(rows) if axis in free(x)]
-    for order in permutations(own) if len(own) <= _MOST_DIGITS else ():
-        found = [rows[n] for n in order]
-        if simplify(_flat(found), {axis: extent}) is axis and poly(reduce(mul, (s for _, s in found))) == poly(extent):
-            return order
-    return ()
-
-
 def _read_beside(f: Facts, n: fx.Node, anchor: Anchor) -> bool:
     """Whether anything but the softmax, which may be spelled with it, reads a sum."""
     stack = [n]
@@ -160,11 +128,3 @@ def _read_beside(f: Facts, n: fx.Node, anchor: Anchor) -> bool:
                 return True
             stack.append(user)
     return False
-
-
-def _flat(axes: list[tuple[Expr, Expr]]) -> Expr:
-    """The row-major index of a point."""
-    index: Expr = ZERO
-    for x, extent in axes:
-        index = add(mul(index, extent), x)
-    return index

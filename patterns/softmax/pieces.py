@@ -18,9 +18,8 @@ from attncc.ir.attention import Attention, W
 from attncc.ir.build import TRUE, ZERO, add, sub
 from attncc.ir.expr import Const, Expr, Op, free, walk
 from attncc.ir.reasons import because
-from attncc.patterns.site import Frame, Lifted, Parts, Piece, Unreadable
+from attncc.patterns.site import Frame, Lifted, Parts, Piece, Unreadable, rows_of
 from attncc.patterns.softmax.anchors import Anchor, Term
-from attncc.patterns.softmax.logsumexp import rows_of
 from attncc.patterns.softmax.sliding import slid, slides
 from attncc.patterns.softmax.softmax import attention_of, parts_of, parts_of_slid
 from attncc.patterns.softmax.weight_users import Weights
@@ -71,7 +70,7 @@ def _of_parts(anchor: Anchor, frame: Frame, term: Term, parts: Parts) -> Lifted:
     if linear_factor(term.weight, W) is None:
         raise Unreadable(frame.node, because("piece-not-multiple"))
     parts = replace(parts, outputs=("out", "lse"))
-    rows = rows_of(parts, anchor, term.at)
+    rows = rows_of(parts, anchor.node, anchor.dim, term.at)
     if rows is None:
         raise Unreadable(frame.node, because("piece-layout"))
     return replace(attention_of(parts, frame, term), piece=Piece(anchor.node, rows, frame.product.extent))

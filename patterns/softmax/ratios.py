@@ -10,6 +10,8 @@ A row whose weights are all zero is 0 / 0 without c, which no softmax is: f must
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from torch import fx
 
 from attncc.ir.attention import S, W
@@ -17,6 +19,7 @@ from attncc.ir.build import NEG_INF, add, const, gt, lt, maximum, mul, op, where
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, rewrite
 from attncc.ir.gradients import bounded
 from attncc.ir.reasons import because
+from attncc.ir.signs import is_flat, sign
 from attncc.patterns.site import Unreadable, log_sigmoid
 from attncc.patterns.softmax.anchors import Anchor
 from attncc.patterns.softmax.shares import bare
@@ -53,12 +56,10 @@ def _log(x: Expr, at: fx.Node, *, zero: bool, wants_grad: bool) -> Expr:
             return log(a)
         case Op("exp", (a,)):
             return a
-        case Op("sigmoid", (Op("where", (c, a, hidden)),)) if hidden is NEG_INF and S not in free(c):
-            return where(c, log_sigmoid(a), NEG_INF)
-        case Op("max", (Op("where", (c, a, hidden)), Const(0.0) as low)) if hidden is NEG_INF and S not in free(c):
-            return where(c, log(maximum(a, low)), NEG_INF)
-        case Op("maxfirst", (Const(0.0) as low, Op("where", (c, a, hidden)))) if hidden is NEG_INF and S not in free(c):
-            return where(c, log(op("maxfirst", low, a)), NEG_INF)
+        case Op("sigmoid" | "max" | "maxfirst") if any(map(_is_hidden, x.args)):  # f(c ? a : -inf) = c ? f(a) : 0
+            (hidden,) = filter(_is_hidden, x.args)
+            c, *chosen = hidden.children
+            return log(where(c, *(op(x.name, *(y if z is hidden else z for z in x.args)) for y in chosen)))
         case Op("sigmoid", (a,)):
             return log_sigmoid(a)
         case Op("where", (c, a, b)) if S not in free(c) and (_is_zero(a) or _is_zero(b)):
@@ -66,114 +67,26 @@ def _log(x: Expr, at: fx.Node, *, zero: bool, wants_grad: bool) -> Expr:
         case Op("mul", (a, Op("where", (c, Const(1.0), Const(0.0))))) if S not in free(c):
             return where(c, log(a), NEG_INF)
         case Op("mul", (a, b)) if a is b:
-            return mul(log(a if _sign(a) == 2 else op("abs", a), wants_grad=False), const(2.0))
-        case Op("mul", (a, b)) if 2 in (_sign(a), _sign(b)):
+            return mul(log(a if sign(a) == 2 else op("abs", a), wants_grad=False), const(2.0))
+        case Op("mul", (a, b)) if 2 in (sign(a), sign(b)):
             return add(log(a), log(b))
         case _:
             pass
-    if _sign(x) == 2:
+    if sign(x) == 2:
         return op("log", x)
-    if not _sign(x):
+    if not sign(x):
         raise Unreadable(at, because("may-be-negative"))
     if not zero:
         raise Unreadable(at, because("sum-may-be-zero"))
-    if wants_grad and not _is_flat(x):
+    if wants_grad and not is_flat(x):
         raise Unreadable(at, because("gradient-at-zero"))
     return where(gt(x, const(0.0)), op("log", maximum(x, const(_TINY))), const(_LOW))
 
 
+def _is_hidden(x: Expr) -> TypeGuard[Op]:
+    """Whether an expression is -inf where a mask hides keys."""
+    return isinstance(x, Op) and x.name == "where" and x.args[2] is NEG_INF and S not in free(x.args[0])
+
+
 def _is_zero(x: Expr) -> bool:
     return isinstance(x, Const) and x.value == 0
-
-
-def _sign(x: Expr) -> int:
-    """2 for an expression that is surely above zero, up to what a float rounds to zero; 1 for one that is not below; 0
-    for all others."""
-    if _is_positive_parabola(x):
-        return 2
-    match x:
-        case Const(value):
-            return 2 if value > 0 else int(value == 0)
-        case Op("exp" | "sigmoid", _):
-            return 2
-        case Op("abs", _):
-            return 1
-        case Op("pow", (_, Const(by))) if by % 2 == 0:
-            return 1
-        case Op(name, (a,)) if name in ROUNDINGS or name in ("log1p", "sqrt"):
-            return _sign(a)
-        case Op("rsqrt", (a,)):
-            return 2 if _sign(a) == 2 else 0
-        case Op("add", (a, b)):
-            return max(_sign(a), _sign(b)) if _sign(a) and _sign(b) else 0
-        case Op("mul", (a, b)):
-            return max(_sign(a), 1) if a is b else min(_sign(a), _sign(b))
-        case Op("div", (a, b)):
-            return _sign(a) if _sign(b) == 2 else 0
-        case Op("max" | "maxfirst", (a, b)):
-            return max(_sign(a), _sign(b))
-        case Op("where", (Op("lt", (Const(low), y)), a, b)) if y is a and low >= 0:  # softplus, far from zero
-            return _sign(b)
-        case Op("min" | "minfirst", (a, b)) | Op("where", (_, a, b)):
-            return min(_sign(a), _sign(b))
-        case _:
-            return 0
-
-
-def _is_flat(x: Expr) -> bool:
-    """Whether an expression that is never negative has no gradient where it is zero."""
-    match x:
-        case Op("abs", _):
-            return True
-        case Op("pow", (_, Const(by))):
-            return by > 1
-        case Op("mul", (a, b)):
-            return a is b or _is_flat(a) or _is_flat(b)
-        case Op("maxfirst", (Const(0.0), _)):
-            return True
-        case Op("add", (a, b)) | Op("where", (_, a, b)):
-            return _is_flat(a) and _is_flat(b)
-        case Op("div", (a, _)) | Op("log1p", (a,)):
-            return _is_flat(a)
-        case Op(name, (a,)) if name in ROUNDINGS:
-            return _is_flat(a)
-        case _:
-            return _sign(x) == 2 or _is_zero(x)
-
-
-def _is_positive_parabola(x: Expr) -> bool:
-    """Whether an expression is c + b s + a s^2 with a > 0 and b^2 < 4 a c, as the first terms of exp(s) are."""
-    found = _parabola(x)
-    if found is None:
-        return False
-    c, b, a = found
-    return a > 0 and b * b < 4 * a * c
-
-
-def _parabola(x: Expr) -> tuple[float, float, float] | None:
-    """(c, b, a) of c + b s + a s^2, s being the score."""
-    if x is S:
-        return 0.0, 1.0, 0.0
-    match x:
-        case Const(value):
-            return float(value), 0.0, 0.0
-        case Op(name, (a,)) if name in ROUNDINGS:
-            return _parabola(a)
-        case Op("add" | "sub" | "mul" | "div" as name, (a, b)):
-            left, right = _parabola(a), _parabola(b)
-            return None if left is None or right is None else _joined(name, left, right)
-        case _:
-            return None
-
-
-def _joined(name: str, left: tuple[float, ...], right: tuple[float, ...]) -> tuple[float, float, float] | None:
-    """The sum, difference, product or quotient of two such polynomials, where it is one."""
-    (c, b, a), (f, e, d) = left, right
-    if name in ("add", "sub"):
-        sign = 1.0 if name == "add" else -1.0
-        return c + sign * f, b + sign * e, a + sign * d
-    if name == "div":
-        return None if d or e or not f else (c / f, b / f, a / f)
-    if a * e or a * d or b * d:
-        return None
-    return c * f, c * e + b * f, c * d + b * e + a * f
