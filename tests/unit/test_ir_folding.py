@@ -36,8 +36,11 @@ def evaluate(x: Expr, compute: torch.dtype = torch.float64) -> torch.Tensor:
 def test_folded_equals_written(pair: Pair) -> None:
     assert pair.folded.kind == pair.written.kind
     written, folded = evaluate(pair.written), evaluate(pair.folded)
-    assert torch.equal(written.isnan(), folded.isnan())  # `==` leaves the sign of a zero open, as the builders do
-    assert torch.equal(written[~written.isnan()], folded[~folded.isnan()])
+    assert written.dtype == folded.dtype
+    if pair.written.kind == "float":  # the last digit of torch's square root is the processor's
+        torch.testing.assert_close(folded, written, rtol=1e-14, atol=1e-14, equal_nan=True)
+    else:
+        assert torch.equal(written, folded)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
