@@ -99,14 +99,14 @@ def _command(value: str) -> tuple[str, ...] | str:
     try:
         words = shlex.split(value)
     except ValueError as error:
-        return f"is no command ({error})"
+        return f"is not a command ({error})"
     path = shutil.which(words[0]) if words else None
     if path is not None:
         return (path, *words[1:])
     given = Path(value)
     if given.is_dir():
         return "is a folder"
-    return "is no program that can be run" if given.exists() else "is not found"
+    return "is not a program that can be run" if given.exists() else "is not found"
 
 
 def run(command: Sequence[str], *, seconds: float | None = None, scratch: Path | None = None) -> tuple[int, str]:

@@ -81,7 +81,7 @@ def _stable(value: object, where: str) -> object:
         items = cast(Mapping[object, object], value).items()
         for name, _ in items:
             if type(name) is not str:
-                raise TypeError(f"{where} has the name {name!r}, which is no text")
+                raise TypeError(f"{where} has the name {name!r}, which is not text")
         return {cast(str, name): _stable(x, f"{where}.{name}") for name, x in items}
     raise TypeError(f"{where} is {value!r} of type {type(value).__name__}, which has no stable key")
 

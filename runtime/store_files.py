@@ -35,7 +35,7 @@ def read(path: Path, most: int = SMALL) -> bytes:
     with os.fdopen(handle, "rb") as file:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(f"{path} is no regular file")
+            raise OSError(f"{path} is not a regular file")
         why = distrust(found)
         if why is not None:
             raise PermissionError(f"{path} {why}")

@@ -22,12 +22,14 @@ def bench(
     ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
-    only: Annotated[str, typer.Option("--rows", metavar="WORDS", help="Rows whose names hold one of these, by commas; "
-                                      "`none` measures nothing (all but gpu).")] = "",
-    lengths: Annotated[str, typer.Option("--lengths", metavar="TOKENS", help="By commas (windows, longcontext).")] = "",
-    dtypes: Annotated[str, typer.Option("--dtypes", metavar="TYPES", help="Of f32,bf16,f16 (cpu).")] = "",
-    rivals: Annotated[str, typer.Option("--rivals", metavar="NAMES", help="By commas: sdpa, sdpa gqa, inductor, flex, "
-                                        "flex + mask, plain, read (cpu).")] = "",
+    only: Annotated[str, typer.Option("--rows", metavar="WORDS", help="Only rows whose names contain one of these, "
+                                      "comma-separated; `none` measures nothing (every suite but gpu).")] = "",
+    lengths: Annotated[str, typer.Option("--lengths", metavar="TOKENS",
+                                          help="Comma-separated (windows, longcontext).")] = "",
+    dtypes: Annotated[str, typer.Option("--dtypes", metavar="TYPES",
+                                         help="Comma-separated, of f32, bf16 and f16 (cpu).")] = "",
+    rivals: Annotated[str, typer.Option("--rivals", metavar="NAMES", help="Comma-separated, of sdpa, sdpa gqa, "
+                                        "inductor, flex, flex + mask, plain and read (cpu).")] = "",
     threads: Annotated[list[int] | None, typer.Option("--threads", min=1, help="May be repeated (cpu).")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the results (cpu).")] = None,
     table: Annotated[Path | None, typer.Option("--table", metavar="FILE", help="Write Markdown tables (cpu).")] = None,
@@ -56,7 +58,7 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(x) for x in _words(text)]
     except ValueError as error:
-        raise TargetError(f"bench: {text!r} is no list of lengths") from error
+        raise TargetError(f"bench: {text!r} is not a list of lengths") from error
 
 
 def _words(text: str) -> list[str]:

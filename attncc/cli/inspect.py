@@ -34,7 +34,8 @@ def inspect(
     picture: Annotated[Path | None, typer.Option("--picture", metavar="PATH", help="Draw each mask and what the kernel "
                                                  "visits, into a folder; or one (--mask N) into FILE.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    every: Annotated[bool, typer.Option("--all", help="One row a site, where equal layers would share one.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="One row per site, also where equal "
+                                       "layers would share a row.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Show training beside inference: the model in train mode, with "
                                         "gradients. Parts (--ir, --kernel, ...) are then those of training.")] = False,
     plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="Show what each site becomes under a plan."

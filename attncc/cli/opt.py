@@ -24,11 +24,11 @@ MOST_BYTES = 8 << 20
 
 def opt(
     file: Annotated[Path, typer.Argument(help="The text of a program, or of one node; `-` for standard input.")],
-    passes: Annotated[str | None, typer.Option("--passes", "-p", help="By commas, with parameters as name{key=value}; "
-                                               "the standard pipeline where it is left out.")] = None,
+    passes: Annotated[str | None, typer.Option("--passes", "-p", help="Comma-separated, parameters as name{key=value}; "
+                                               "the standard pipeline by default.")] = None,
     print_after: Annotated[str, typer.Option("--print-after", metavar="PASS", help="Print the program after this pass, "
                                              "or after `all`.")] = "",
-    time_passes: Annotated[bool, typer.Option("--time-passes", help="Print what each pass took.")] = False,
+    time_passes: Annotated[bool, typer.Option("--time-passes", help="Print the time that each pass took.")] = False,
     verify_each: Annotated[bool, typer.Option("--verify-each", help="Verify after every pass.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the program to a file.")] = None,
     debug: Debug = False,
@@ -76,7 +76,7 @@ def read_program(file: Path) -> Program:
     except (OSError, UnicodeDecodeError) as error:
         raise TargetError(f"{file}: {one_line(error)}") from error
     if len(text) > MOST_BYTES:
-        raise TargetError(f"{file}: over {MOST_BYTES >> 20} MiB, which is no program of attncc's")
+        raise TargetError(f"{file}: over {MOST_BYTES >> 20} MiB, too large for a program of attncc")
     title = next((line.strip() for line in text.splitlines() if line.strip()), "")
     try:
         for kind in KINDS:

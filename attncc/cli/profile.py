@@ -23,22 +23,22 @@ def profile(
                                       "returns one: tensors, tuples of arguments or mappings of keyword arguments.")],
     budget: Annotated[str, typer.Option("--budget", help="METRIC<=LIMIT@SHARE%: kl, flips, rel or module:function."
                                         )] = "kl<=0.02@95%",
-    speed: Annotated[float | None, typer.Option("--speed", help="The least error at this speed of attention against "
-                                                "exact, instead.")] = None,
+    speed: Annotated[float | None, typer.Option("--speed", help="Instead of a budget: the least error at this speed "
+                                                "of attention (exact attention: 1).")] = None,
     form: Annotated[list[str] | None, typer.Option("--form", metavar="POLICY", help="A form to try, as "
                                                    "'streaming{sinks=64,window=256}'; may be repeated.")] = None,
     forms: Annotated[int, typer.Option("--forms", min=1, max=4, help="Forms that the heads of one attention may take "
                                        "together, the exact one included.")] = 2,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Elements of the data that are profiled.")] = 16,
-    probes: Annotated[int, typer.Option("--probes", min=1, help="Backward passes an element.")] = 2,
-    tune: Annotated[int, typer.Option("--tune", min=1, help="Elements of the data that find the plan.")] = 8,
+    probes: Annotated[int, typer.Option("--probes", min=1, help="Backward passes per element.")] = 2,
+    tune: Annotated[int, typer.Option("--tune", min=1, help="Elements of the data that the plan is chosen on.")] = 8,
     certify: Annotated[int | None, typer.Option("--certify", min=1, help="Elements of the data that certify it; the "
                                                 "fewest that the share allows by default.")] = None,
-    delta: Annotated[float, typer.Option("--delta", help="How often a certificate may be false.")] = 0.05,
+    delta: Annotated[float, typer.Option("--delta", help="The probability of a false certificate.")] = 0.05,
     tests: Annotated[int, typer.Option("--tests", min=1, max=3, help="Plans to certify, the safest first.")] = 2,
     uncertified: Annotated[bool, typer.Option("--uncertified", help="Make a plan without a certificate.")] = False,
     seed: Annotated[int, typer.Option("--seed")] = 0,
-    out: Annotated[Path, typer.Option("--output", "-o", help="The file of the plan.")] = Path("model.plan"),
+    out: Annotated[Path, typer.Option("--output", "-o", help="The file to write the plan to.")] = Path("model.plan"),
     plots: Annotated[Path | None, typer.Option("--plots", metavar="FOLDER", help="Draw error against speed, and each "
                                                "head's form.")] = None,
     debug: Debug = False,
@@ -82,14 +82,14 @@ def read_data(text: str) -> Iterable[Any]:
         except (Exception, SystemExit) as error:
             raise TargetError(f"{text}: raised {one_line(error)}") from error
     if not isinstance(found, Iterable):
-        raise TargetError(f"{text}: gives {type(found).__name__}, which is no iterable of inputs")
+        raise TargetError(f"{text}: gives {type(found).__name__}, which is not an iterable of inputs")
     return found
 
 
 def user_loss(text: str) -> Callable[..., Any]:
     found = load_object(text)
     if not callable(found):
-        raise TargetError(f"{text}: is no function (exact, planned, inputs) -> float")
+        raise TargetError(f"{text}: is not a function (exact, planned, inputs) -> float")
     return found
 
 

@@ -145,7 +145,7 @@ def _number(x: Any) -> Any:
     else:
         found = example(x)
     if found is None:
-        raise Untimeable("a size that only the data decides")
+        raise Untimeable("a size that only the data determines")
     return found
 
 
@@ -237,11 +237,11 @@ def _evaluate(n: fx.Node, facts: Facts, value: Callable[[fx.Node], Any]) -> Any:
     fake = facts.value(n)
     if isinstance(fake, torch.SymInt | torch.SymFloat | torch.SymBool):
         if not fake.node.has_hint():
-            raise Untimeable("a number that only the data decides")
+            raise Untimeable("a number that only the data determines")
         return fake.node.hint
     if n.op == "placeholder":
         if not isinstance(fake, torch.Tensor):
-            raise Untimeable(f"an input {n.name} that is no tensor")
+            raise Untimeable(f"an input {n.name} that is not a tensor")
         return _data(n, facts, torch.Generator().manual_seed(0))
     if n.op == "get_attr":
         return getattr(facts.graph.owning_module, str(n.target))

@@ -1,8 +1,8 @@
 """The score and mask functions of `flex_attention`, graphs of scalars, as a trace can run them.
 
 A float that such a function captures reaches it as a tensor of one element, of which its graph takes the number out
-(`item`). Under a trace that is a number that only the data decides, and a graph of scalars may not have one; Inductor
-does not compile it either. The tensor itself, in the type that scores are computed in, is the same value.
+(`item`). Under a trace that is a number that only the data determines, and a graph of scalars may not have one;
+Inductor does not compile it either. The tensor itself, in the type that scores are computed in, is the same value.
 """
 
 from __future__ import annotations

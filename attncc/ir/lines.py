@@ -99,7 +99,7 @@ class Lines:
             word, _, rest = line.partition(" ")
             rest = rest.strip()
             if word in seen:
-                raise ParseError(f"two lines say {word!r}")
+                raise ParseError(f"the line {word!r} appears twice")
             if word not in ("tensor", "let"):
                 seen.add(word)
             if word == "size":

@@ -102,7 +102,7 @@ def kind_of(node: Node) -> Kind:
     """The kind of a node. Raises TypeError for a value that is none."""
     found = _BY_TYPE.get(type(node))
     if found is None:
-        raise TypeError(f"a {type(node).__name__} is no node of the IR")
+        raise TypeError(f"a {type(node).__name__} is not a node of the IR")
     return found
 
 

@@ -106,12 +106,12 @@ def _check_call(step: Step, values: Mapping[str, Tensor], sizes: set[Size], wher
     require(len(step.arguments) == len(node.tensors), f"{where}: {len(step.arguments)} tensors for {len(node.tensors)}")
     require(len(step.results) == len(kind_of(node).gives(node)), f"{where}: it gives another number of values")
     for x in step.sizes:
-        require(x.kind == "int" and free(x) <= sizes, f"{where}: the size {x!r} is no integer over the program's sizes")
+        require(x.kind == "int" and free(x) <= sizes, f"{where}: {x!r} is not an integer over the program's sizes")
     table: dict[Expr, Expr] = dict(zip(node.sizes, step.sizes, strict=True))
     for name, t in zip(step.arguments, node.tensors, strict=True):
         value = values.get(name)
         if value is None:
-            raise VerifyError(f"{where}: {t.name} is {name}, which no step before makes")
+            raise VerifyError(f"{where}: {t.name} is {name}, which no earlier step makes")
         require(value.dtype == t.dtype, f"{where}: {t.name} is {t.dtype}, {name} is {value.dtype}")
         shape = tuple(substitute(n, table) for n in t.shape)
         same = len(shape) == len(value.shape) and all(
@@ -129,7 +129,7 @@ def interpret_program(
     table = size_table(p, sizes)
     missing = [t.name for t in p.inputs if t.name not in tensors]
     if missing:
-        raise ValueError(f"the program reads {', '.join(missing)}, which the call has not")
+        raise ValueError(f"the program reads {', '.join(missing)}, which the call does not pass")
     values = {t.name: tensors[t.name] for t in p.inputs}
     for step in p.steps:
         node = step.node

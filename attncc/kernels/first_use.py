@@ -54,7 +54,7 @@ def wrong(kernel: Kernel, a: Attention, extra: Extra | None = None) -> str | Non
                 continue
             parts = _parts(a, whole)
             if _work(whole, a) > MOST_WORK or (parts != [whole] and reads_through_data(a)):
-                raise Untried("its work is too much for a trial")
+                raise Untried("it takes too much work for a trial")
             named = {t.name: x for t, x in zip(a.tensors, data.tensors, strict=False)}
             try:
                 if extra is not None:

@@ -28,7 +28,7 @@ def chosen(forms: Iterable[str] | None) -> tuple[str, ...]:
     """The forms to try, each named once. Raises PlanError for one that there is not, and where there is none."""
     found = STANDARD if forms is None else tuple(dict.fromkeys(forms))
     if not found:
-        raise PlanError("no form to try was named")
+        raise PlanError("name a form to try")
     for text in found:
         try:
             policy_of(text)

@@ -112,7 +112,7 @@ def output_of(found: Any) -> torch.Tensor:
     for part in parts:
         if isinstance(part, torch.Tensor) and part.is_floating_point():
             return part
-    raise PlanError(f"the model gives {type(found).__name__}, in which there is no tensor of floats to compare")
+    raise PlanError(f"the model gives {type(found).__name__}, which has no floating-point tensor to compare")
 
 
 def valid_of(inputs: Any, output: torch.Tensor) -> torch.Tensor | None:

@@ -143,7 +143,7 @@ def policy_of(form: str) -> Policy:
     except ValueError as error:
         raise PlanError(f"a plan names the form {form!r}: {error}") from error
     if len(found) != 1 or not hasattr(found[0], "keep"):
-        raise PlanError(f"a plan names the form {form!r}, which is not one policy")
+        raise PlanError(f"a plan names the form {form!r}, which is not a single policy")
     return cast(Policy, found[0])
 
 
@@ -152,7 +152,7 @@ def load(path: str | Path) -> Plan:
     path = Path(path)
     try:
         if path.stat().st_size > MOST_BYTES:
-            raise PlanError(f"{path}: over {MOST_BYTES >> 20} MiB, which is no plan of attncc's")
+            raise PlanError(f"{path}: over {MOST_BYTES >> 20} MiB, too large for a plan of attncc")
         raw = path.read_bytes()
     except OSError as error:
         raise PlanError(f"{path}: the plan cannot be read ({error.strerror or error})") from error
@@ -167,7 +167,7 @@ def read(raw: bytes, name: str = "the plan") -> Plan:
             raise PlanError(f"{name}: its schema is {schema}; this version of attncc reads schema {SCHEMA}")
         return verify_plan(msgspec.json.decode(raw, type=Plan), name)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise PlanError(f"{name}: no plan of attncc's ({str(error).splitlines()[0]})") from error
+        raise PlanError(f"{name}: not a plan of attncc ({str(error).splitlines()[0]})") from error
 
 
 class _Head(msgspec.Struct):

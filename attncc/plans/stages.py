@@ -138,7 +138,7 @@ class Stages:
             found = self.model(largest)
         if not self.planner.sites:
             rest = f" ({self.planner.passed_over} are several joined)" if self.planner.passed_over else ""
-            raise PlanError(f"no attention was found in the model that a plan can speak of{rest}; see attncc inspect")
+            raise PlanError(f"the model has no attention that a plan can change{rest}; see attncc inspect")
         if not bool(found.isfinite().all()):
             raise PlanError("the exact model gives NaN or infinity on the data")
         self.progress("measuring forms", 1, 1)

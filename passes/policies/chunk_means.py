@@ -37,7 +37,7 @@ class ChunkMeans:
 
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.budget < self.chunk or self.recent < 1 or min(self.sinks, self.dense) < 0:
-            raise ValueError("chunk and recent are at least 1, the budget a chunk, sinks and dense at least 0")
+            raise ValueError("chunk and recent are at least 1, the budget one chunk; sinks and dense at least 0")
 
     def __call__(self, p: Program, /) -> Program:
         return hide(p, Form(self))

@@ -58,7 +58,7 @@ class Pages:
 def check_pages(page: int, budget: int, recent: int) -> None:
     """Raises ValueError where no pages can be chosen by these parameters."""
     if page < 1 or budget < page or recent < 0:
-        raise ValueError("a page holds at least 1 token, the budget a page, and recent is at least 0")
+        raise ValueError("a page holds at least 1 token, the budget is at least a page, and recent at least 0")
 
 
 def no_decode(a: Attention) -> Reason | None:

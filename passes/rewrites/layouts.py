@@ -119,7 +119,7 @@ def _layout(t: Tensor, place: int, order: TileOrder, *, inverse: bool = False) -
     axes: list[Axis] = []
     for n, x in enumerate(t.shape):
         if not isinstance(x, Const | Size):
-            raise ValueError(f"{t.name} has the extent {x!r}, which is no constant or size")
+            raise ValueError(f"{t.name} has the extent {x!r}, which is neither a constant nor a size")
         axes.append(Axis(f"x{n}", x))
         sizes |= {x: None} if isinstance(x, Size) else {}
     source = order.position(Index(f"x{place}"))

@@ -149,7 +149,7 @@ class Facts:
         return isinstance(n, fx.Node) and isinstance(self.value(n), torch.Tensor)
 
     def is_number(self, n: fx.Node) -> bool:
-        """Whether a node holds a size or another number that is no tensor."""
+        """Whether a node holds a size or another number that is not a tensor."""
         return isinstance(self.value(n), torch.SymInt | torch.SymFloat | torch.SymBool)
 
     def shape(self, n: fx.Node) -> tuple[Expr, ...]:
@@ -175,7 +175,7 @@ class Facts:
         if isinstance(s, torch.SymInt):
             return self.integer(formula(s))
         if isinstance(s, bool) or not isinstance(s, int):
-            raise TypeError(f"{s!r} is no integer")
+            raise TypeError(f"{s!r} is not an integer")
         return const(s)
 
     def hint(self, size: Size) -> int | None:

@@ -132,7 +132,7 @@ def test_an_interrupted_profile_goes_on(tmp_path: Path) -> None:
         ({"budget": "loss<=1"}, "there is no metric 'loss'; there are kl, flips, rel"),
         ({"forms": ["streaming{window=9999}"]}, "no form is faster than the exact kernel here"),
         ({"forms": ["streaming{width=3}"]}, "streaming has no parameter 'width'"),
-        ({"forms": []}, "no form to try was named"),
+        ({"forms": []}, "name a form to try"),
         ({"speed": 0.5}, "a speed is above 1, not 0.5"),
         ({"loss": lambda exact, planned, inputs: float("nan"), "budget": "own<=1@90%"}, "is not a number"),
     ],

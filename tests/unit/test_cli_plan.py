@@ -77,7 +77,7 @@ def test_a_loss_of_the_users(tmp_path: Path) -> None:
     [
         ((*DATA, "--budget", "kl"), "the budget 'kl' is not like"),
         (("--data", "attncc_plan_target:missing"), "has no 'missing'"),
-        (("--data", "attncc_plan_target:number"), "gives int, which is no iterable of inputs"),
+        (("--data", "attncc_plan_target:number"), "gives int, which is not an iterable of inputs"),
         (("--data", "attncc_plan_target:few"), "the data has 1 samples"),
         (("--data", "nothing"), "what is wanted is `module:name`"),
         ((*DATA, "-o", "no/such/folder.plan"), "there is no folder no/such"),
@@ -114,4 +114,4 @@ def test_a_plan_for_another_model_is_no_plan_for_this_one() -> None:
         assert len(done.stderr.strip().splitlines()) == 1
     Path("broken.plan").write_text("{")
     done = run("plan", "check", "broken.plan")
-    assert done.exit_code == 2 and "broken.plan: no plan of attncc's" in done.stderr
+    assert done.exit_code == 2 and "broken.plan: not a plan of attncc" in done.stderr

@@ -66,7 +66,7 @@ def test_a_library_that_is_cut_anywhere_is_not_loaded(tmp_path: Path) -> None:
     [
         ("truncates", "cut short"), ("keeps half", "cut short"), ("keeps a header", "cut short"),
         ("empties", "is empty"), ("writes nothing", "is not there"), ("writes text", "is no library"),
-        ("makes a pipe", "no regular file"), ("renames the entry", "has no attncc_run"),
+        ("makes a pipe", "not a regular file"), ("renames the entry", "has no attncc_run"),
         ("makes an object", "is no library"), ("crashes", "exit status -11"), ("exit 3", "exit status 3"),
         ("echo 'x: error: no' >&2; exit 1", "error: no"),
     ],
@@ -170,7 +170,7 @@ def test_a_thread_of_what_was_stopped_starts_no_other(tmp_path: Path) -> None:
     ("value", "says"),
     [
         ("{folder}", "is a folder"), ("{folder}/absent", "is not found"),
-        ("{folder}/text", "is no program that can be run"), ("'", "is no command"),
+        ("{folder}/text", "is not a program that can be run"), ("'", "is not a command"),
         ("absent-compiler -O2", "is not found"),
     ],
 )  # fmt: skip

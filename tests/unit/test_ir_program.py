@@ -137,7 +137,7 @@ def test_bad_text_names_its_line(old: str, new: str, message: str) -> None:
     [
         (lambda p: replace(p, outputs=("nowhere",)), "nowhere is made by no step"),
         (lambda p: replace(p, outputs=()), "gives something"),
-        (lambda p: replace(p, steps=p.steps[::-1]), r"step 0 \(rearrange\): x is whole, which no step before makes"),
+        (lambda p: replace(p, steps=p.steps[::-1]), r"step 0 \(rearrange\): x is whole, which no earlier step makes"),
         (lambda p: replace(p, steps=(*p.steps, p.steps[0])), "the value past is made twice"),
         (lambda p: replace(p, inputs=(*p.inputs, p.inputs[0])), "inputs: the value x is made twice"),
         (lambda p: replace(p, inputs=(replace(p.inputs[0], dtype="bf16"), *p.inputs[1:])), "q is f32, x is bf16"),
@@ -154,7 +154,7 @@ def test_the_verifier_names_the_step(change: object, message: str) -> None:
 def test_every_kind_is_found_by_its_title_and_by_its_type() -> None:
     assert all(kind_called(kind.title) is kind for kind in KINDS)
     assert len({kind.type for kind in KINDS}) == len({kind.title for kind in KINDS}) == len(KINDS) >= 7
-    with pytest.raises(TypeError, match="a str is no node"):
+    with pytest.raises(TypeError, match="a str is not a node"):
         kind_of("attention")  # type: ignore[arg-type]
 
 
