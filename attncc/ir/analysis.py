@@ -109,6 +109,18 @@ def keeps_nan(x: Expr, v: Var) -> bool:
             return False
 
 
+def unrounded(x: Expr) -> Expr:
+    """An expression without the roundings at its top."""
+    while isinstance(x, Op) and x.name in ROUNDINGS:
+        x = x.args[0]
+    return x
+
+
+def exact(x: Expr) -> Expr:
+    """An expression without its roundings."""
+    return rewrite(x, lambda y: exact(y.children[0]) if isinstance(y, Op) and y.name in ROUNDINGS else None)
+
+
 def scaled(x: Expr) -> tuple[Expr, float]:
     """(y, c) with x = y * c and c > 0 a finite number, as large a part of x as there is. Rounding points are passed
     over. The largest x is then c times the largest y."""

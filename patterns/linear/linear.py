@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from attncc.ir.analysis import exact
 from attncc.ir.attention import Access, Axis
 from attncc.ir.build import ONE, ZERO, op
 from attncc.ir.evaluate import NAME_OF
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite, walk
+from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, substitute, walk
 from attncc.ir.linear import UNIT, Linear, X
 from attncc.ir.reasons import Reason, because
 from attncc.ir.verify import VerifyError
@@ -310,11 +311,7 @@ def _factor(
     held = [x for x in loads(value) if not x.tensor.startswith(DOT)]
     if len(held) == 1 == len(loads(value)) and needed <= free(held[0]) and (not v or value is held[0]):
         load = held[0]
-        phi = rewrite(value, lambda x: X if x is load else _unrounded(x))
+        phi = substitute(exact(value), {load: X})
         if not any(isinstance(x, Index) for x in walk(phi)):
             return Factor(n, at, load, phi)
     return Factor(n, at, Load(n.name, at, "float"), X)
-
-
-def _unrounded(x: Expr) -> Expr | None:
-    return x.args[0] if isinstance(x, Op) and x.name in ROUNDINGS else None

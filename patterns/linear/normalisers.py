@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import fx
 
+from attncc.ir.analysis import exact
 from attncc.ir.build import ONE, ZERO
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, loads, rewrite, walk
+from attncc.ir.expr import Const, Expr, Index, Load, Op, loads, rewrite, walk
 from attncc.ir.linear import Z
 from attncc.patterns.site import (
     DOT,
@@ -158,15 +159,11 @@ def factors(f: Facts, x: Load, d: Index) -> list[tuple[Operand, Operand]]:
     return [(a, b), (b, a)]
 
 
-def _unrounded(x: Expr) -> Expr | None:
-    return x.args[0] if isinstance(x, Op) and x.name in ROUNDINGS else None
-
-
 def value_of(
     f: Facts, x: Operand, extents: dict[Expr, Expr], when: int, leaves: frozenset[fx.Node] = frozenset()
 ) -> Expr | None:
     try:
-        return rewrite(Reader(f, when, extents, leaves).value_at(x[0], x[1], when), _unrounded)
+        return exact(Reader(f, when, extents, leaves).value_at(x[0], x[1], when))
     except Unreadable:
         return None
 

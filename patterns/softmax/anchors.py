@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from attncc.ir.analysis import unrounded
 from attncc.ir.attention import Empty, W
 from attncc.ir.build import ONE, ZERO
 from attncc.ir.expr import Expr, Index, Load, Op, substitute
@@ -28,7 +29,7 @@ from attncc.patterns.site import (
     scattered,
     skip_casts,
 )
-from attncc.patterns.softmax.shares import Form, Share, Total, bare, fractions, holds_powers, share
+from attncc.patterns.softmax.shares import Form, Share, Total, fractions, holds_powers, share
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -60,7 +61,7 @@ class Anchor:
         """What the scores are at a point, as far as exponentials are summed: else what is summed. They are read where
         the weights are made of them: a later write to them changes nothing."""
         x = r.value_at(self.scores, at, r.facts.order[self.reader])
-        power = bare(x)
+        power = unrounded(x)
         held = self.form == "powers" and isinstance(power, Op) and power.name == "exp"
         return power.children[0] if held else x
 

@@ -14,6 +14,7 @@ from typing import TypeGuard
 
 from torch import fx
 
+from attncc.ir.analysis import unrounded
 from attncc.ir.attention import S, W
 from attncc.ir.build import NEG_INF, add, const, gt, lt, maximum, mul, op, where
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, rewrite
@@ -22,7 +23,6 @@ from attncc.ir.reasons import because
 from attncc.ir.signs import is_flat, sign
 from attncc.patterns.site import Unreadable, log_sigmoid
 from attncc.patterns.softmax.anchors import Anchor
-from attncc.patterns.softmax.shares import bare
 
 _TINY, _LOW = 1e-37, -1e30
 
@@ -35,7 +35,7 @@ def as_softmax(anchor: Anchor, score: Expr, weight: Expr, *, wants_grad: bool = 
         return score, weight
     zero = anchor.sink is not None
     if anchor.form in ("signed", "clipped"):
-        clipped = bounded(bare(score)) if anchor.form == "clipped" else None
+        clipped = bounded(unrounded(score)) if anchor.form == "clipped" else None
         score, below = (score, op("neg", W)) if clipped is None else (clipped[1], const(0.0))
         signed = where(lt(score, const(0.0)), below, W)
         weight = rewrite(weight, lambda x: signed if x is W else None)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from torch import fx
 
+from attncc.ir.analysis import exact, unrounded
 from attncc.ir.build import ONE, ZERO, op
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, rewrite
 from attncc.ir.gradients import bounded, unstopped
@@ -38,7 +39,7 @@ class Total:
     def summed(self, r: Reader, key: Expr) -> Expr:
         found = r.reduced(self.load, key)
         assert found is not None
-        return bare(found) if self.how.op == "sum" else op("exp", found)
+        return unrounded(found) if self.how.op == "sum" else op("exp", found)
 
 
 @dataclass(frozen=True)
@@ -80,23 +81,12 @@ def holds_powers(x: Expr) -> bool:
     return isinstance(x, Op) and x.name == "exp"
 
 
-def bare(x: Expr) -> Expr:
-    while isinstance(x, Op) and x.name in ROUNDINGS:
-        x = x.args[0]
-    return x
-
-
-def exact(x: Expr) -> Expr:
-    """An expression without its roundings."""
-    return rewrite(x, lambda y: exact(y.children[0]) if isinstance(y, Op) and y.name in ROUNDINGS else None)
-
-
 def _quotients(r: Reader, n: fx.Node, at: Point) -> Iterator[tuple[Expr, Expr]]:
     """(top, bottom) for each way in which a node is a quotient."""
 
     def value(x: Any) -> Expr:
         found = input_at(r, n, x, at)
-        return Const(0.0) if found is None else bare(found)
+        return Const(0.0) if found is None else unrounded(found)
 
     name = op_name(n).rstrip("_")
     tensors = [x for x in n.args[:2] if isinstance(x, fx.Node) and r.facts.is_tensor(x)]
@@ -110,21 +100,21 @@ def _quotients(r: Reader, n: fx.Node, at: Point) -> Iterator[tuple[Expr, Expr]]:
     elif name == "exp":
         match value(n.args[0]):
             case Op("sub", (a, Op("add", (b, c)))):
-                yield from ((op("exp", op("sub", a, x)), op("exp", bare(y))) for x, y in ((b, c), (c, b)))
+                yield from ((op("exp", op("sub", a, x)), op("exp", unrounded(y))) for x, y in ((b, c), (c, b)))
             case Op("sub", (a, b)):
-                yield op("exp", a), op("exp", bare(b))
+                yield op("exp", a), op("exp", unrounded(b))
             case _:
                 pass
 
 
 def _total(f: Facts, x: Expr) -> Total | None:
     """The sum that a denominator is, or is made of."""
-    match bare(x):
+    match unrounded(x):
         case Op("exp", (Op("log", (a,)),)):
             return _total(f, a)
         case Op("exp", (Load() as load,)) | (Load() as load):
             how = reduction(f, f.by_name.get(load.tensor.removeprefix(DOT)))
-            found = how is not None and how.op == ("logsumexp" if isinstance(bare(x), Op) else "sum")
+            found = how is not None and how.op == ("logsumexp" if isinstance(unrounded(x), Op) else "sum")
             return Total(how, load) if how is not None and found else None
         case Op("add", (a, b)):
             totals = ((_total(f, y), z) for y, z in ((a, b), (b, a)))
@@ -137,14 +127,14 @@ def _total(f: Facts, x: Expr) -> Total | None:
 
 
 def _form(top: Expr, of: Expr) -> Form | None:
-    top = bare(top)
+    top = unrounded(top)
     if top is of:
         return "powers" if isinstance(of, Op) and of.name == "exp" else "plain"
-    inner = bare(of.args[0]) if isinstance(of, Op) and of.name == "abs" else None
+    inner = unrounded(of.args[0]) if isinstance(of, Op) and of.name == "abs" else None
     clipped = bounded(top)
     if inner is top:
         return "signed"
-    above = clipped is not None and clipped[0] == "max" and clipped[2].value == 0 and bare(clipped[1]) is inner
+    above = clipped is not None and clipped[0] == "max" and clipped[2].value == 0 and unrounded(clipped[1]) is inner
     return "clipped" if above else None
 
 
