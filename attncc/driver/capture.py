@@ -70,6 +70,12 @@ class Reading:
         return Facts(self.shadow.graph, dtypes, frozenset(learned), graded, self.off)
 
 
+def has_nested(gm: fx.GraphModule) -> bool:
+    """Whether a Dynamo graph has tensors of rows of several lengths (jagged), which no trace of plain tensors shows."""
+    values = (n.meta.get("example_value") for n in gm.graph.nodes)
+    return any(isinstance(x, torch.Tensor) and x.is_nested for x in values)
+
+
 @dataclass(frozen=True)
 class Body:
     """The graph that a higher-order operator runs, its arguments as the trace has them, and what holds there."""

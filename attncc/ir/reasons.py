@@ -159,7 +159,7 @@ SENTENCES: dict[str, str] = {
     "plan-slower": "its form is no faster here: exact {} us, planned {} us",
     "plan-slower-training": "its form is no faster here with its backward: the model's own {} us, planned {} us",
     "plan-several": "the plan speaks of single attentions, and several are joined here",
-    "weights-needed": "its scores or weights are used elsewhere too, by {}, and so must exist",
+    "weights-needed": "its scores or weights are used elsewhere too, by {}, and no fused kernel gives them",
     "graph-taken": "another site has taken what it reads",
     "graph-place-taken": "another site has taken its place already",
     "graph-sums-in-values": "its values are computed from the sums of its rows",

@@ -71,6 +71,32 @@ def test_forms_agree_with_eager(name: str) -> None:
     torch.testing.assert_close(ours, eager, rtol=1e-5, atol=2e-6, equal_nan=True)
 
 
+class Jagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        x = torch.nested.nested_tensor_from_jagged(rows, offsets)
+        q, k, v = (f(x).unflatten(-1, [4, 8]).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2).values()
+
+
+def test_nested_tensors_keep_the_graph_and_are_reported() -> None:
+    torch.manual_seed(0)
+    model, rows, offsets = Jagged(), torch.randn(19, 32), torch.tensor([0, 7, 19])
+    report = attncc.explain(model, rows, offsets)
+    assert not report.sites
+    assert any("nested tensors" in note for note in report.notes), report.notes
+    assert not any("could not be read" in note for note in report.notes), report.notes
+    torch._dynamo.reset()
+    eager, compiled = model(rows, offsets), torch.compile(model, backend="attncc")(rows, offsets)
+    torch.testing.assert_close(compiled, eager)
+    parameters = list(model.parameters())
+    for want, got in zip(*(torch.autograd.grad(x.square().sum(), parameters) for x in (eager, compiled)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_scores_that_are_needed_elsewhere_keep_the_graph() -> None:
     def strongest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = scores(q, k).softmax(-1)
@@ -90,7 +116,7 @@ def test_products_of_products_are_no_site() -> None:
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.qkv = nn.Linear(32, 96)
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, -1)
