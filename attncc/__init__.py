@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from attncc.ir import Attention
     from attncc.plans.plan import Plan
     from attncc.plans.profile import profile
+    from attncc.plans.stages import Settings
 
-__all__ = ["Plan", "__version__", "backend", "explain", "explain_plan", "explain_program", "profile"]
+__all__ = ["Plan", "Settings", "__version__", "backend", "explain", "explain_plan", "explain_program", "profile"]
 
 _LAZY = {
     "backend": ("attncc.dynamo", "attncc_backend"),
@@ -32,6 +33,7 @@ _LAZY = {
     "explain_plan": ("attncc.driver.explanation", "explain_plan"),
     "Plan": ("attncc.plans.plan", "Plan"),
     "profile": ("attncc.plans.profile", "profile"),
+    "Settings": ("attncc.plans.stages", "Settings"),
     "explain_program": ("attncc.driver.explanation", "explain_program"),
 }
 

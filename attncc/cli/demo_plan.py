@@ -22,7 +22,6 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from attncc.cli.demo import interleaved_medians, machine
-from attncc.cli.plan import summary
 from attncc.cli.profile import bars
 from attncc.frontends.targets import TargetError, one_line
 from attncc.plans import losses
@@ -84,7 +83,7 @@ def run(*, quick: bool = False, plots: Path | None = None) -> bool:
     with bars() as shown:
         plans = profile_for(model, seen, size.budgets, settings=size.settings, unseen=unseen, progress=shown)
     for plan in plans:
-        for line in summary(plan):
+        for line in plan.summary():
             console.print(Text(line))
         console.print()
     ways = ways_of(model, plans)

@@ -92,7 +92,7 @@ def print_plan(known: Plan) -> None:
             f"{sum(s.exact_ms for s in sites):.1f}", f"{sum(s.ms for s in sites):.1f}",
         )  # fmt: skip
     console.print(table)
-    for line in summary(known):
+    for line in known.summary():
         console.print(Text(line))
 
 
@@ -103,29 +103,6 @@ def alike(sites: Iterable[SitePlan]) -> list[list[SitePlan]]:
         rules = tuple((r.form, r.heads) for r in site.rules)
         groups.setdefault((re.sub(r"\d+", "#", site.path), site.place, site.phase, site.what, rules), []).append(site)
     return list(groups.values())
-
-
-def summary(known: Plan) -> list[str]:
-    """The lines under the table."""
-    b, c = known.budget, known.certificate
-    sparse = sum(len(r.heads) for s in known.sites for r in s.rules)
-    heads = sum(s.heads for s in known.sites)
-    limit = "" if b.limit is None else f"<={b.limit:.3g}"
-    asked = f"attention {b.speed:.3g} times as fast" if b.speed else f"{b.metric}{limit} for {b.share:.0%} of inputs"
-    lines = [
-        f"{sparse} of {heads} heads approximate; attention {known.speed():.2f} times as fast as exact, on "
-        f"{known.machine}",
-        f"asked for: {asked}; predicted {b.metric} {known.predicted:.2e} (kappa {known.kappa:.2f})",
-    ]
-    if c is None:
-        lines.append("NOT CERTIFIED: its error on unseen inputs is not known")
-    else:
-        lines.append(
-            f"certified: {c.failures} of {c.samples} unseen samples above {b.metric}{limit} (mean {c.mean:.2e}, worst "
-            f"{c.worst:.2e}), so with confidence {1 - c.delta:.0%} at most {1 - b.share:.0%} of inputs like them are"
-        )
-    lines.append(f"holds for {known.lengths[0]} to {known.lengths[1]} keys; elsewhere the model runs exact")
-    return lines
 
 
 def differences(one: Plan, other: Plan) -> Iterable[str]:

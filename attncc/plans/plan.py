@@ -118,6 +118,33 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         own = sum(s.ms for s in self.sites)
         return sum(s.exact_ms for s in self.sites) / own if own else 1.0
 
+    def summary(self) -> list[str]:
+        """What holds for the whole plan: its size and speed, what was asked for, its certificate and its lengths."""
+        b, c = self.budget, self.certificate
+        sparse = sum(len(r.heads) for s in self.sites for r in s.rules)
+        heads = sum(s.heads for s in self.sites)
+        limit = "" if b.limit is None else f"<={b.limit:.3g}"
+        budget = f"{b.metric}{limit} for {b.share:.0%} of inputs"
+        asked = f"attention {b.speed:.3g} times as fast" if b.speed else budget
+        lines = [
+            f"{sparse} of {heads} heads approximate; attention {self.speed():.2f} times as fast as exact, on "
+            f"{self.machine}",
+            f"asked for: {asked}; predicted {b.metric} {self.predicted:.2e} (kappa {self.kappa:.2f})",
+        ]
+        if c is None:
+            lines.append("NOT CERTIFIED: its error on unseen inputs is not known")
+        else:
+            lines.append(
+                f"certified: {c.failures} of {c.samples} unseen samples above {b.metric}{limit} (mean {c.mean:.2e}, "
+                f"worst {c.worst:.2e}): with confidence {1 - c.delta:.0%}, at most {1 - b.share:.0%} of inputs like "
+                "them are above"
+            )
+        lines.append(f"holds for {self.lengths[0]} to {self.lengths[1]} keys; elsewhere the model runs exact")
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join(self.summary())
+
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all. Raises PlanError."""
         path = Path(path)
