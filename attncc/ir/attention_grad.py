@@ -68,55 +68,73 @@ class AttentionGrad:
             outputs=("out",), layout=(),
         )  # fmt: skip
 
-    @property
+    @cached_property
     def held(self) -> tuple[Axis, ...]:
         """The batch axes that keys or values depend on: over the others their gradients are summed."""
         a = self.attention
         return tuple(x for x in a.batch if any(mentions(n, x.index) for n in (*a.k.index, *a.v.index)))
 
 
-def summed_shape(g: AttentionGrad, x: LoadGrad, table: Mapping[Expr, int]) -> list[int]:
-    """The shape of the sums of a load: the batch, and what they are kept apart by. Distances count from the lowest,
-    1 - rows."""
+def shapes_of_grad(g: AttentionGrad, sizes: Sequence[int]) -> list[list[int]]:
+    """The shapes of what a backward gives. Sums of loads have the axes of the batch and what they are kept apart by;
+    distances, key - row, count from the lowest, 1 - rows."""
     a = g.attention
-    rows, keys = extent(a.i.extent, table), extent(a.j.extent, table)
-    apart = {"": [], "i": [rows], "j": [keys], "j - i": [rows + keys - 1]}[x.over]
-    return [*(extent(b.extent, table) for b in a.batch), *apart]
+    table = size_table(a, sizes)
+    rows, keys, d, e = (extent(x.extent, table) for x in (a.i, a.j, a.d, a.e))
+    batch, held = ([extent(x.extent, table) for x in axes] for axes in (a.batch, g.held))
+    operands = {"q": [*batch, rows, d], "k": [*held, keys, d], "v": [*held, keys, e]}
+    apart: dict[Over, list[int]] = {"": [], "i": [rows], "j": [keys], "j - i": [rows + keys - 1]}
+    return [*(operands[n] for n in g.operands), *([*batch, *apart[x.over]] for x in g.loads)]
+
+
+Ranges = Mapping[Axis, tuple[int, int]]
 
 
 def interpret_grad(
     g: AttentionGrad, tensors: Mapping[str, torch.Tensor], given: Sequence[torch.Tensor], sizes: Sequence[int], *,
-    compute: torch.dtype | None = None,
+    compute: torch.dtype | None = None, ranges: Ranges | None = None,
 ) -> list[torch.Tensor]:  # fmt: skip
     """What the gradient means, in plain torch: the gradients of the wanted operands, q as (*batch, i, d), k and v as
-    (*held, j, d or e), then the sums of each load. `given` are those that `GIVEN` names. Makes N x M objects."""
+    (*held, j, d or e), then the sums of each load. `given` are those that `GIVEN` names. Makes N x M objects.
+
+    `ranges` are the parts of axes that are looked at, all of those that it does not name: what is summed over an axis
+    is summed over its part."""
     a = g.attention
     table = size_table(a, sizes)
     wide = compute or DTYPE_OF[a.compute_dtype]
     axes = a.axes
-    ev = Evaluator(index_grid(axes, table, given[0].device), tensors, wide, checked=True)
+    span = {x: (0, extent(x.extent, table)) for x in axes} | dict(ranges or {})
+    leaves = index_grid((), table, given[0].device)
+    for at, x in enumerate(axes):
+        leaves[x.index] = torch.arange(*span[x], device=given[0].device).view([-1 if n == at else 1 for n in range(len(axes))])
+    ev = Evaluator(leaves, tensors, wide, checked=True)
 
     def operand(access: Access, last: Axis, row: Axis) -> torch.Tensor:
         value = ev(Load(access.tensor, access.index, "float"))
         kept = [n for n, x in enumerate(axes) if x in (*a.batch, row, last)]
-        shape = [extent(x.extent, table) if n in kept else 1 for n, x in enumerate(axes)]
+        shape = [length(x) if n in kept else 1 for n, x in enumerate(axes)]
         return value.expand(shape).reshape([shape[n] for n in kept])
 
-    full = [extent(x.extent, table) for x in (*a.batch, a.i, a.j)]
+    def length(x: Axis) -> int:
+        return span[x][1] - span[x][0]
+
+    full = [length(x) for x in (*a.batch, a.i, a.j)]
 
     def over_ij(x: Expr) -> torch.Tensor:
         value = ev(x)
         return (value[..., 0, 0] if value.ndim else value).expand(full)
 
     q, k, v = operand(a.q, a.d, a.i), operand(a.k, a.d, a.j), operand(a.v, a.e, a.j)
-    grad, out, lse, grad_lse = (x.to(wide) for x in given)
+    cut = tuple(slice(*span[x]) for x in (*a.batch, a.i))
+    grad, out, lse, grad_lse = (x[cut].to(wide) for x in given)
     ev.known[S] = (q @ k.mT)[..., None, None]
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-    p = torch.where(over_ij(a.mask), (over_ij(a.score) - lse[..., None]).exp(), 0.0)
+    visible = over_ij(a.mask)
+    p = torch.where(visible, (over_ij(a.score) - lse[..., None]).exp(), 0.0)
     delta = (grad * out).sum(-1) - grad_lse
     by_weight = over_ij(g.by_weight)
     t = p * (by_weight * (grad @ v.mT) - delta[..., None])
-    ds = torch.where(over_ij(a.mask), t * over_ij(g.by_score), 0.0)
+    ds = torch.where(visible, t * over_ij(g.by_score), 0.0)
     shared = [n for n, x in enumerate(a.batch) if x not in g.held]
 
     def over_held(x: torch.Tensor) -> torch.Tensor:
@@ -125,7 +143,7 @@ def interpret_grad(
     found: dict[str, torch.Tensor] = {"q": ds @ k, "k": over_held(ds.mT @ q), "v": over_held((p * by_weight).mT @ grad)}
     result = [found[n] for n in g.operands]
     for x in g.loads:
-        terms = torch.where(over_ij(a.mask), t * over_ij(x.slope), 0.0)
+        terms = torch.where(visible, t * over_ij(x.slope), 0.0)
         result.append(_summed(terms, x.over))
     return result
 

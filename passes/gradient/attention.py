@@ -4,6 +4,7 @@ is summed along."""
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from attncc.ir import Attention, Expr, Load, S, W
 from attncc.ir.attention_grad import AttentionGrad, LoadGrad, Over
@@ -44,7 +45,8 @@ def gradient_of(a: Attention, wanted: Collection[str]) -> AttentionGrad | str:
     except NotDifferentiable as error:
         return str(error)
     zero: Expr = const(0.0)
-    return AttentionGrad(a, operands, zero if by_score is None else plain(by_score), plain(factor), tuple(found))
+    values = replace(a, score=plain(a.score), mask=plain(a.mask), weight=plain(a.weight))
+    return AttentionGrad(values, operands, zero if by_score is None else plain(by_score), plain(factor), tuple(found))
 
 
 def _over(a: Attention, x: Load) -> Over | None:
