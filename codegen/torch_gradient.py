@@ -78,8 +78,7 @@ class _Backward:
         access: dict[str, tuple[Access, Axis, Axis]] = {
             "q": (a.q, a.i, a.d), "k": (a.k, a.j, a.d), "v": (a.v, a.j, a.e)
         }  # fmt: skip
-        alone = {n for n in g.operands if self._alone(access[n][0].tensor)}
-        places = {n: self._place(n, *access[n], shape, n in alone) for n, shape in zip(g.operands, shapes, strict=False)}
+        places = {n: self._place(n, *access[n], shape) for n, shape in zip(g.operands, shapes, strict=False)}
         totals = [torch.empty(shape, dtype=self.wide, device=self.device) for shape in shapes[len(places) :]]
         kernel([*self.tensors, *given], self.sizes, [*(x.written for x in places.values()), *totals])
         for x, total in zip(g.loads, totals, strict=True):
@@ -100,14 +99,15 @@ class _Backward:
         roots = [a.score, a.mask, a.weight, *([] if a.sink is None else [a.sink])]
         return uses == 1 and all(x.tensor != tensor for x in loads(*roots))
 
-    def _place(self, name: str, access: Access, row: Axis, last: Axis, shape: Sequence[int], alone: bool) -> _Place:
+    def _place(self, name: str, access: Access, row: Axis, last: Axis, shape: Sequence[int]) -> _Place:
         """The tensor's gradient itself, where the operand is all of it, each element once."""
         a = self.a
         axes = a.batch if name == "q" else self.g.held
-        if alone:
+        if self._alone(access.tensor):
             x = self.named[access.tensor]
             source = torch.empty_like(x, dtype=self.wide)
-            view = Blocks(a, {**self.named, access.tensor: source}, self.table, self.whole).view(access.tensor, access.index)
+            ev = Blocks(a, {**self.named, access.tensor: source}, self.table, self.whole)
+            view = ev.view(access.tensor, access.index)
             if view is not None:
                 gone = [n for n, x in enumerate(a.axes) if x not in (*axes, row, last)]
                 view = view.squeeze(gone)

@@ -106,7 +106,8 @@ def interpret_grad(
     span = {x: (0, extent(x.extent, table)) for x in axes} | dict(ranges or {})
     leaves = index_grid((), table, given[0].device)
     for at, x in enumerate(axes):
-        leaves[x.index] = torch.arange(*span[x], device=given[0].device).view([-1 if n == at else 1 for n in range(len(axes))])
+        grid = torch.arange(*span[x], device=given[0].device)
+        leaves[x.index] = grid.view([-1 if n == at else 1 for n in range(len(axes))])
     ev = Evaluator(leaves, tensors, wide, checked=True)
 
     def operand(access: Access, last: Axis, row: Axis) -> torch.Tensor:

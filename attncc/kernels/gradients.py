@@ -134,5 +134,6 @@ def _ranks(g: AttentionGrad) -> Ranks:
     return Ranks(tuple(len(t.shape) for t in a.tensors), len(a.sizes), outputs)
 
 
-def _refused(*_: object) -> None:
+def _refused(tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]) -> None:
+    """What stands in the place of a kernel that was found wrong."""
     raise WrongKernel

@@ -1,4 +1,4 @@
-"""From the gradient of an attention to one C++ translation unit: the hooks that the skeleton in `lib/gradient_*.h` calls.
+"""From the gradient of an attention to one C++ translation unit: the hooks that `lib/gradient_*.h` calls.
 
 The attention is seen from its keys: lanes are keys, the loop goes over query rows, and the bounds are those of the
 transposed mask.
@@ -129,8 +129,10 @@ class _GradientEmitter(Emitter):
             lines.append(f"    int64_t s_{t.name}[{max(len(t.shape), 1)}];")
         lines += [f"    int64_t z_{s.name};" for s in a.sizes]
         for name, axis in (("N", a.i), ("M", a.j), ("D", a.d), ("E", a.e)):
-            constant = isinstance(axis.extent, Const)
-            lines.append(f"    static constexpr int64_t {name} = {axis.extent.value};" if constant else f"    int64_t {name};")
+            if isinstance(axis.extent, Const):
+                lines.append(f"    static constexpr int64_t {name} = {axis.extent.value};")
+            else:
+                lines.append(f"    int64_t {name};")
         lines.append(f"    int64_t {', '.join(self._strides())};")
         lines += [f"    real* {n};\n    int64_t s_{n}[{max(rank, 1)}];" for n, rank in self._ranks().items()]
         lines.append("};")
@@ -143,10 +145,10 @@ class _GradientEmitter(Emitter):
         """What steps along rows and channels are worth, by name."""
         rank = len(self.a.batch)
         grad, out, lse, grad_lse = (t.name for t in self.a.tensors[-4:])
-        found = {
-            "q_i": self._stride(self.lane_k, self.lane_k.row_terms), "q_d": self._stride(self.lane_k, self.lane_k.col_terms),
-            "v_i": self._stride(self.lane_v, self.lane_v.row_terms), "v_e": self._stride(self.lane_v, self.lane_v.col_terms),
-            "k_j": self._stride(self.query, self.query.row_terms), "k_d": self._stride(self.query, self.query.col_terms),
+        operands = (("q_i", "q_d", self.lane_k), ("v_i", "v_e", self.lane_v), ("k_j", "k_d", self.query))
+        found = {row: self._stride(x, x.row_terms) for row, _, x in operands}
+        found |= {column: self._stride(x, x.col_terms) for _, column, x in operands}
+        found |= {
             "k_grad_j": f"c.s_{grad}[{rank}]", "grad_e": f"c.s_{grad}[{rank + 1}]",
             "out_j": f"c.s_{out}[{rank}]", "out_e": f"c.s_{out}[{rank + 1}]",
             "lse_j": f"c.s_{lse}[{rank}]", "grad_lse_j": f"c.s_{grad_lse}[{rank}]",
@@ -173,7 +175,8 @@ class _GradientEmitter(Emitter):
                     lines.append(f"at.x_{x.name} = {number};")
                 else:
                     lines += [f"at.x_{x.name} = {number} % {self._extent(x)};", f"{number} /= {self._extent(x)};"]
-        out.append(function("static Batch batch_of(const Call& c, int64_t point, int64_t member)", [*lines, "return at;"]))
+        lines.append("return at;")
+        out.append(function("static Batch batch_of(const Call& c, int64_t point, int64_t member)", lines))
         out.append("INLINE int64_t distances(const Call& c) { return c.N + c.M - 1; }\n")
         return "".join(out)
 
@@ -197,15 +200,17 @@ class _GradientEmitter(Emitter):
         steps = [
             f"if (n == {n}) return c.s_sum{n}[{len(self.a.batch)}];" for n, x in enumerate(self.g.loads) if x.over
         ]
-        out.append(function("INLINE real* sums_at(const Call& c, const Batch& b, int n)",
-                            ["(void)c; (void)b; (void)n;", *sums, "return nullptr;"]))  # fmt: skip
-        out.append(function("INLINE int64_t sums_step(const Call& c, int n)", ["(void)c; (void)n;", *steps, "return 1;"]))
+        sums = ["(void)c; (void)b; (void)n;", *sums, "return nullptr;"]
+        out.append(function("INLINE real* sums_at(const Call& c, const Batch& b, int n)", sums))
+        steps = ["(void)c; (void)n;", *steps, "return 1;"]
+        out.append(function("INLINE int64_t sums_step(const Call& c, int n)", steps))
         body = ["t.lane[0][lane] = (lane_int)i;"]
         out.append(function("INLINE void set_lane(Tile& t, int64_t lane, const Group&, int64_t i)", body))
         return "\n".join(out)
 
     def _pointer(self, name: str, ctype: str, body: str) -> str:
-        return function(f"INLINE {ctype} {name}(const Call& c, const Batch& b)", ["(void)c; (void)b;", f"return {body};"])
+        lines = ["(void)c; (void)b;", f"return {body};"]
+        return function(f"INLINE {ctype} {name}(const Call& c, const Batch& b)", lines)
 
     def _along(self, name: str, axes: tuple[Axis, ...]) -> str:
         strides = name.removeprefix("t_")
@@ -225,8 +230,8 @@ class _GradientEmitter(Emitter):
         lines += [f"terms[{n}] = term{n};" for n in range(len(g.loads))]
         head = (
             "template <bool MASKED>\n"
-            "INLINE void local(const Call& c, const Uniform& u, const RowValues& r, int64_t j, vreal s, vmask& visible,\n"
-            "                  vreal& logit, vreal& slope, vreal& factor, vreal* terms)"
+            "INLINE void local(const Call& c, const Uniform& u, const RowValues& r, int64_t j, vreal s,\n"
+            "                  vmask& visible, vreal& logit, vreal& slope, vreal& factor, vreal* terms)"
         )
         return function(head, lines)
 

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from attncc.ir import Attention, Expr, Load, S, W
-from attncc.ir.attention_grad import AttentionGrad, LoadGrad, Over
 from attncc.ir.analysis import linear_factor
+from attncc.ir.attention_grad import AttentionGrad, LoadGrad, Over
 from attncc.ir.build import const
 from attncc.ir.distance import ByDistance
 from attncc.ir.expr import free, loads, mentions

@@ -37,7 +37,8 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
     "codegen.triton": ("ir",),
     "runtime": ("ir", "torch_private"),
     "kernels": (
-        "passes.tables", "passes.gradient", "passes.pipeline", "codegen.torch", "codegen.cpp", "codegen.triton", "runtime", "progress",
+        "passes.tables", "passes.gradient", "passes.pipeline", "codegen.torch", "codegen.cpp", "codegen.triton",
+        "runtime", "progress",
     ),
     "report": ("passes.bounds",),
     "plans.plan": ("passes.pipeline", "errors"),
