@@ -118,7 +118,7 @@ def _compiled(g: AttentionGrad, target: Target, *, wide: bool = False) -> BuiltB
         name = f"backward-{kernel_name(a)}"
         larger = cache(lambda: _compiled(g, target, wide=True).kernel or _refused) if a.sizes and not wide else None
         kernel = compiled(
-            _ranks(g), source, target.arch, target.toolchain, name, default_store(), gradient_check(g),
+            ranks_of(g), source, target.arch, target.toolchain, name, default_store(), gradient_check(g),
             lambda: _refused, larger,
         )  # fmt: skip
     except CompileError as error:
@@ -128,7 +128,8 @@ def _compiled(g: AttentionGrad, target: Target, *, wide: bool = False) -> BuiltB
     return BuiltBackward(g, kernel, source, f"C++ {target.arch} kernel")
 
 
-def _ranks(g: AttentionGrad) -> Ranks:
+def ranks_of(g: AttentionGrad) -> Ranks:
+    """What a backward kernel of `g` takes."""
     a = g.by_key
     outputs = tuple(map(len, shapes_of_grad(g, [1] * len(a.sizes))))
     return Ranks(tuple(len(t.shape) for t in a.tensors), len(a.sizes), outputs)

@@ -155,9 +155,9 @@ class _GradientEmitter(Emitter):
         }  # fmt: skip
         held = len(self.g.held)
         for n, own in (("q", rank), ("k", held), ("v", held)):
-            if n in self.g.operands:
-                found |= {f"d{n}_{'j' if n == 'q' else 'i'}": f"c.s_d{n}[{own}]",
-                          f"d{n}_{'e' if n == 'v' else 'd'}": f"c.s_d{n}[{own + 1}]"}  # fmt: skip
+            names = f"d{n}_{'j' if n == 'q' else 'i'}", f"d{n}_{'e' if n == 'v' else 'd'}"
+            wanted = n in self.g.operands
+            found |= {x: f"c.s_d{n}[{own + at}]" if wanted else "0" for at, x in enumerate(names)}
         return found
 
     def _groups(self) -> str:
