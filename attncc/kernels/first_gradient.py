@@ -24,7 +24,7 @@ from attncc.torch_private import apart
 #: Pairs of each part, where only parts are compared.
 _PART = 1 << 18
 #: Roundings that a kernel may be off beside what the equations in its own type are: at the worst place, and on average.
-_WORST, _AVERAGE = 6, 24
+_WORST, _AVERAGE, _AVERAGE_16 = 6, 24, 1
 #: Products of a backward: twice the scores, and one for each gradient.
 _PRODUCTS = 3
 
@@ -85,7 +85,7 @@ def _differs(
             for n, (name, given) in enumerate(zip(_names(g), outputs, strict=True)):
                 if axis is not None and not _whole_over(g, n, axis):
                     continue
-                why = _compared(name, given[_cut(g, n, part)].double(), exact[n], plain[n].double())
+                why = _compared(name, given[_cut(g, n, part)].double(), exact[n], plain[n].double(), _rounding(g))
                 told = told or why != ""
                 if why:
                     return why
@@ -133,7 +133,16 @@ def _parts(g: AttentionGrad, whole: Ranges) -> list[tuple[Ranges, Axis | None]]:
     return found
 
 
-def _compared(name: str, given: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> str | None:
+def _rounding(g: AttentionGrad) -> torch.dtype:
+    """What products may take their factors in: bfloat16 operands stay so, their weights and gradients become so."""
+    a = g.attention
+    halves = all(a.tensor(x.tensor).dtype == "bf16" for x in (a.q, a.k, a.v)) and a.dtype == "bf16"
+    return torch.bfloat16 if halves else DTYPE_OF[a.compute_dtype]
+
+
+def _compared(
+    name: str, given: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, rounding: torch.dtype
+) -> str | None:
     finite = exact.isfinite() & plain.isfinite()
     if not bool(finite.any()):
         return ""
@@ -142,9 +151,9 @@ def _compared(name: str, given: torch.Tensor, exact: torch.Tensor, plain: torch.
         return f"{name} is {float(given[~given.isfinite()][0])} where it should be finite"
     own, error = (plain - exact).abs(), (given - exact).abs()
     scale = float(exact.abs().max())
-    unit = torch.finfo(torch.float32).eps
+    unit = max(torch.finfo(rounding).eps, 1e-13)  # in float64 the plain form's own error is not seen
     worst = _WORST * (float(own.max()) + unit * scale)
-    average = _AVERAGE * (_root(own) + unit * _root(exact))
+    average = (_AVERAGE_16 if rounding is torch.bfloat16 else _AVERAGE) * (_root(own) + unit * _root(exact))
     if float(error.max()) > worst or _root(error) > average:
         return f"{name} is off by {float(error.max()):.3g} at the worst place, where {worst:.3g} are roundings"
     return None

@@ -26,7 +26,9 @@ from attncc.ir.attention_grad import AttentionGrad, print_grad
 from attncc.ir.build import TRUE
 
 #: Query rows of a block: their scores and gradients stay in the nearest cache beside a tile of keys.
-ROWS = 48
+_PLAIN = {"KEYS": 48, "SCORE_ROW": "QUERIES", "SCORE_NEXT": "LANES", "BLOCK_STEP": 1}
+#: The same in the matrix unit, whose tiles of sums take a vector of keys, and 32 rows along.
+_TILES = {"KEYS": 64, "SCORE_ROW": "LANES", "SCORE_NEXT": "(KEYS * LANES)", "BLOCK_STEP": 32}
 _OVER = {"": "ALL", "i": "QUERY", "j": "KEY", "j - i": "DISTANCE"}
 _LOG2E = math.log2(math.e)
 
@@ -63,6 +65,8 @@ class _GradientEmitter(Emitter):
         self.raw, factor = scaled(folded(a.score))
         self.a, self.name, self.isa = replace(a, score=self.raw), isa, TABLE[isa]
         self.folded, self.held = (), a.batch
+        tensors = {a.tensor(x.tensor).dtype for x in (a.q, a.k, g.attention.v)} | {g.attention.dtype}
+        self.tiles = self.isa.tiles and tensors == {"bf16"}
         self.p = Printer(self.a, ())
         self.scale = factor * _LOG2E
         self.lane_k, self.lane_v = operand(a.q, a.i, a.d), operand(g.attention.v, a.i, a.e)
@@ -73,11 +77,13 @@ class _GradientEmitter(Emitter):
         hooks = [self._bounds(), self._local()]
         hooks.append(prepared.slanted(self.p))  # they fill the slots printed below
         parts = [self._header(), self._config(), *map(library, ("vector", "integers", "convert", "layout"))]
-        parts += [library("gradient_product")]
+        parts += [library("matrix_unit" if self.tiles else "gradient_product")]
         parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), self._groups()]
         parts += [prepared.slots(self.p), *map(library, ("spans", "tile")), prepared.fills(self.p), *hooks]
         parts += [prepared.staged(self.p), self._rows()]
-        return "\n".join([*parts, *map(library, ("slanted", "gradient_tile", "gradient_run")), self._entry()])
+        parts += [library("slanted")]
+        own = "gradient_tiles" if self.tiles else "gradient_plain"
+        return "\n".join([*parts, *map(library, ("gradient_tile", own, "gradient_run")), self._entry()])
 
     def _header(self) -> str:
         lines = [f"attncc: a C++ kernel for {self.name}, the gradient of", ""]
@@ -92,8 +98,8 @@ class _GradientEmitter(Emitter):
         narrow = not double and not self.wide and fits_32_bits(a, *roots)
         both = (*self.bounds.visit, *self.hidden)
         over = ", ".join([*(_OVER[x.over] for x in g.loads), "ALL"])
-        defines = machine(self.isa, self.name, double=double, pairs=False, tiles=False, wide=False) | {
-            "KEYS": ROWS, "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged),
+        defines = machine(self.isa, self.name, double=double, pairs=self.tiles, tiles=self.tiles, wide=False) | {
+            **(_TILES if self.tiles else _PLAIN), "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged),
             "SLANTED": len(self.p.diagonals.tables), "ROW_AXES": 1, "MOST_FEW": 0,
             "MAX_SPANS": max(len(self.bounds.visit), 1), "MAX_HIDDEN": max(len(self.hidden), 1),
             "MAX_STRIPES": max((len(x.stripes) for x in both), default=0),
@@ -101,9 +107,11 @@ class _GradientEmitter(Emitter):
             "SCALE": self._real(self.scale), "LOG2E": self._real(_LOG2E),
             "WANTS_Q": int("q" in g.operands), "WANTS_K": int("k" in g.operands), "WANTS_V": int("v" in g.operands),
             "NEEDS_SLOPES": int(g.operands != ("v",) or bool(g.loads)), "TERMS": len(g.loads),
-            "OUT_OF_MEMORY": 1, "TOO_LARGE": 2,
+            "OUT_OF_MEMORY": 1, "TOO_LARGE": 2, "NO_MATRIX_UNIT": 3,
         }  # fmt: skip
-        lines = [f"#include <{h}>" for h in ("math.h", "omp.h", "stddef.h", "stdint.h", "stdlib.h", "string.h")]
+        headers = ["math.h", "omp.h", "stddef.h", "stdint.h", "stdlib.h", "string.h"]
+        headers += ["sys/syscall.h", "unistd.h"] if self.tiles else []
+        lines = [f"#include <{h}>" for h in headers]
         lines += [f"#define {name} {value}" for name, value in defines.items()]
         lines += [f"typedef {'double' if double else 'float'} real;  // the compute type"]
         lines += [f"typedef {'int64_t' if double else 'int32_t'} mask_int;"]

@@ -22,44 +22,65 @@ INLINE int64_t sums_of_term(const Call& c, int term) {
     return OVER[term] == ALL ? 1 : OVER[term] == QUERY ? c.M : OVER[term] == DISTANCE ? distances(c) : 0;
 }
 static size_t part_size(const Call& c, const Plan& p) {
-    size_t size = WANTS_Q ? lines(p.group * c.M * padded_d(c) * sizeof(real)) : 0;
+    size_t size = WANTS_Q ? lines(p.group * dq_member(c) * sizeof(real)) : 0;
     for (int n = 0; n < TERMS; ++n) size += lines((p.group * sums_of_term(c, n) + QUERIES) * sizeof(real));
     return size;
 }
 static Part part_at(const Call& c, const Plan& p, char* at) {
     Part x = {};
     auto take = [&](size_t count) { char* from = at; at += lines(count * sizeof(real)); return (real*)from; };
-    if (WANTS_Q) x.dq = take(p.group * c.M * padded_d(c));
+    if (WANTS_Q) x.dq = take(p.group * dq_member(c));
     for (int n = 0; n < TERMS; ++n) x.sums[n] = take(p.group * sums_of_term(c, n) + QUERIES);
     return x;
 }
 
-// One thread's working memory, given back when its item is done with.
+// One thread's working memory, given back when its items are done with.
 struct Room {
     char* memory = nullptr;
     ~Room() { free(memory); }
     Work w;
-    real *bases, *deltas;
-    char* part;
     bool reserve(const Call& c, const Plan& p) {
         const size_t rows = p.group * c.M * sizeof(real), block = QUERIES * KEYS * sizeof(real), column = QUERIES * sizeof(real);
-        const size_t sizes[] = {block, block, column * c.D, column * c.E, column * padded_d(c), column * c.D, column * c.E,
-                                KEYS * c.D * sizeof(real), KEYS * c.E * sizeof(real), (STAGED * KEYS * LANES + LANES) * sizeof(real),
-                                (TERMS + 1) * column, slanted_size(), rows, rows, part_size(c, p)};
+        void** const places[] = {(void**)&w.scores, (void**)&w.slopes, (void**)&w.dk, (void**)&w.dv, (void**)&w.near,
+                                 (void**)&w.key_sums, (void**)&w.slants.at, (void**)&w.bases, (void**)&w.deltas, &w.k, &w.v,
+                                 &w.k_rows, &w.q, &w.g, &w.turned, &w.packed, (void**)&w.part};
+        const size_t sizes[] = {block, block, column * dk_rows(c), column * dv_rows(c),
+                                (STAGED * KEYS * LANES + LANES) * sizeof(real), (TERMS + 1) * column, slanted_size(), rows, rows,
+                                k_room(c), v_room(c), k_rows_room(c), q_room(c), g_room(c), turned_room(c, p.group), packed_room(),
+                                p.splits > 1 ? 0 : part_size(c, p)};
         size_t total = 0;
         for (size_t n : sizes) total += lines(n);
         memory = (char*)aligned_alloc(128, lines(total));
         if (!memory) return false;
         char* at = memory;
-        int next = 0;
-        auto take = [&] { char* from = at; at += lines(sizes[next++]); return (real*)from; };
-        real** const places[] = {&w.scores, &w.slopes, &w.k, &w.v, &w.k_rows, &w.dk, &w.dv, &w.q, &w.g, &w.near, &w.key_sums,
-                                 &w.slants.at, &bases, &deltas};
-        for (real** to : places) *to = take();
-        part = (char*)take();
+        for (size_t n = 0; n < sizeof sizes / sizeof *sizes; ++n) *places[n] = at, at += lines(sizes[n]);
         return true;
     }
 };
+
+// Everything that one tile of keys and one block of query rows of member `t.g0` of the group give.
+static void add_block(const Call& c, const Batch& b, Tile& t, const Rows& at, const Part& part, Work& w) {
+    score_products(c, t, at, w);
+    int64_t from, to;
+    full_run(t, at.j0, at.count, from, to);
+    if (t.rows < t.columns * LANES) from = to = at.count;
+    Uniform u = uniform(c, b, t);
+    u.near = w.near;
+    u.j0 = at.j0;
+    vreal whole[TERMS + 1];
+    for (int x = 0; x < TERMS; ++x) whole[x] = vreal{};
+    for (int64_t column = 0; column < t.columns; ++column) {
+        if (STAGED) bring_near(c, u, t.values[column], at.count, w.near);
+        if (SLANTED) bring_slanted(c, b, u, t, column * LANES, at.count, w.slants);
+        derive_rows<true>(c, t, u, column, 0, from, part, w, whole);
+        derive_rows<false>(c, t, u, column, from, to, part, w, whole);
+        derive_rows<true>(c, t, u, column, to, at.count, part, w, whole);
+        pack_column(at, column, w);
+    }
+    for (int x = 0; x < TERMS; ++x)
+        if (OVER[x] == ALL) part.sums[x][t.g0] += sum_of_lanes(whole[x]);
+    gradient_products(c, t, at, part, w);
+}
 
 // The bases of weights, in powers of two, and what weighted gradients of a row's weights sum to.
 static void prepare_rows(const Call& c, const Batch& b, real* bases, real* deltas) {
@@ -80,16 +101,16 @@ static void prepare_rows(const Call& c, const Batch& b, real* bases, real* delta
 }
 
 // Rows of columns of lanes to where they belong.
-template <class T> static void put_columns(const Tile& t, const real* in, int64_t width, T* out, int64_t row, int64_t step) {
+template <class T>
+static void put_columns(const Tile& t, const real* in, int64_t rows_in, int64_t width, T* out, int64_t row, int64_t step) {
     for (int64_t n = 0; n < t.columns; ++n) {
         T* rows[LANES];
         for (int64_t l = 0; l < LANES; ++l) rows[l] = n * LANES + l < t.rows ? out + (t.i0 + n * LANES + l) * row : nullptr;
-        from_lanes(in + n * width * LANES, splat(1), splat_mask(true), rows, step, width);
+        from_lanes(in + n * rows_in * LANES, splat(1), splat_mask(true), rows, step, width);
     }
 }
 
-static void run_tile(const Call& c, const Plan& p, int64_t point, int64_t number, Room& r, const Part& part) {
-    Work& w = r.w;
+static void run_tile(const Call& c, const Plan& p, int64_t point, int64_t number, Work& w, const Part& part) {
     Tile& t = w.tile;
     t.i0 = number * QUERIES;
     t.i1 = t.i0 + QUERIES < c.N ? t.i0 + QUERIES : c.N;
@@ -97,8 +118,8 @@ static void run_tile(const Call& c, const Plan& p, int64_t point, int64_t number
     t.columns = (t.rows + LANES - 1) / LANES;
     t.few = false;
     load_keys(c, batch_of(c, point, 0), t, w);
-    if (WANTS_K) memset(w.dk, 0, QUERIES * c.D * sizeof(real));
-    if (WANTS_V) memset(w.dv, 0, QUERIES * c.E * sizeof(real));
+    if (WANTS_K) memset(w.dk, 0, QUERIES * dk_rows(c) * sizeof(real));
+    if (WANTS_V) memset(w.dv, 0, QUERIES * dv_rows(c) * sizeof(real));
     for (int64_t m = 0; m < p.group; ++m) {
         const Batch b = batch_of(c, point, m);
         t.g0 = m;
@@ -110,22 +131,18 @@ static void run_tile(const Call& c, const Plan& p, int64_t point, int64_t number
         for (int64_t n = 0; n < t.columns; ++n) t.values[n] = row_values(c, b, u, t, n * LANES);
         if (TERMS) memset(w.key_sums, 0, TERMS * QUERIES * sizeof(real));
         w.slants.group = -1;
-        const auto* q = query_at(c, b);
-        const auto* g = grad_at(c, b);
-        for (int64_t j0 = t.lo; (j0 = first_key(t, j0)) < t.hi;) {
-            const int64_t most = j0 + KEYS < t.hi ? j0 + KEYS : t.hi, end = run_end(t, j0, most), count = end - j0;
-            const Rows at = {j0, count, rows_of(q + j0 * c.k_j, c.k_j, c.k_d, count, c.D, w.q),
-                             rows_of(g + j0 * c.k_grad_j, c.k_grad_j, c.grad_e, count, c.E, w.g)};
-            add_block(c, b, t, at, r.bases + m * c.M, r.deltas + m * c.M, part, w);
-            j0 = end;
+        for (int64_t j = t.lo; (j = first_key(t, j)) < t.hi;) {
+            const int64_t j0 = j / BLOCK_STEP * BLOCK_STEP, most = j0 + KEYS < t.hi ? j0 + KEYS : t.hi, end = run_end(t, j, most);
+            add_block(c, b, t, rows_at(c, b, j0, end - j0, w), part, w);
+            j = end;
         }
         for (int n = 0; n < TERMS; ++n)
             if (OVER[n] == KEY)
                 for (int64_t l = 0; l < t.rows; ++l) sums_at(c, b, n)[(t.i0 + l) * sums_step(c, n)] = w.key_sums[n * QUERIES + l];
     }
     const Batch b = batch_of(c, point, 0);
-    if (WANTS_K) put_columns(t, w.dk, c.D, dk_at(c, b), c.dk_i, c.dk_d);
-    if (WANTS_V) put_columns(t, w.dv, c.E, dv_at(c, b), c.dv_i, c.dv_e);
+    if (WANTS_K) put_columns(t, w.dk, dk_rows(c), c.D, dk_at(c, b), c.dk_i, c.dk_d);
+    if (WANTS_V) put_columns(t, w.dv, dv_rows(c), c.E, dv_at(c, b), c.dv_i, c.dv_e);
 }
 
 // What the items of a point add up to, written where it belongs.
@@ -133,11 +150,12 @@ static void put_part(const Call& c, const Plan& p, int64_t point, const Part& pa
     for (int64_t m = 0; m < p.group; ++m) {
         const Batch b = batch_of(c, point, m);
         for (int64_t j = 0; j < c.M && WANTS_Q; ++j) {
-            const real* from = part.dq + (m * c.M + j) * padded_d(c);
+            const real* from = part.dq + m * dq_member(c) + j * dq_row(c);
             real* to = dq_at(c, b) + j * c.dq_j;
-            if (c.dq_d == 1) memcpy(to, from, c.D * sizeof(real));
-            else
-                for (int64_t d = 0; d < c.D; ++d) to[d * c.dq_d] = from[d];
+            int64_t d = 0;
+            for (; d + LANES <= c.D && c.dq_d == 1; d += LANES, from += dq_next(c)) store(to + d, load(from));
+            for (; d < c.D; from += dq_next(c))
+                for (int64_t l = 0; l < LANES && d < c.D; ++l, ++d) to[d * c.dq_d] = from[l];
         }
         for (int n = 0; n < TERMS; ++n)
             for (int64_t x = 0; x < sums_of_term(c, n); ++x)
@@ -145,13 +163,16 @@ static void put_part(const Call& c, const Plan& p, int64_t point, const Part& pa
     }
 }
 
-static void run_item(const Call& c, const Plan& p, int64_t item, Room& r, char* parts) {
+static void run_item(const Call& c, const Plan& p, int64_t item, Work& w, char* parts) {
     const int64_t point = item / p.splits, split = item % p.splits;
-    char* const own = p.splits > 1 ? parts + item * part_size(c, p) : r.part;
+    char* const own = p.splits > 1 ? parts + item * part_size(c, p) : w.part;
     memset(own, 0, part_size(c, p));
     const Part part = part_at(c, p, own);
-    for (int64_t m = 0; m < p.group; ++m) prepare_rows(c, batch_of(c, point, m), r.bases + m * c.M, r.deltas + m * c.M);
-    for (int64_t n = split; n < p.tiles; n += p.splits) run_tile(c, p, point, n, r, part);
+    for (int64_t m = 0; m < p.group; ++m) {
+        prepare_rows(c, batch_of(c, point, m), w.bases + m * c.M, w.deltas + m * c.M);
+        prepare_member(c, batch_of(c, point, m), m, w);
+    }
+    for (int64_t n = split; n < p.tiles; n += p.splits) run_tile(c, p, point, n, w, part);
     if (p.splits == 1) put_part(c, p, point, part);
 }
 
@@ -165,7 +186,12 @@ static void join(const Call& c, const Plan& p, int64_t point, char* parts) {
     put_part(c, p, point, part_at(c, p, (char*)first));
 }
 
+static_assert(LEAST_GAP >= BLOCK_STEP, "a block that begins early meets the one before it");
+
 static int32_t run(const Call& c) {
+#if TILES
+    if (!allow_matrix_unit()) return NO_MATRIX_UNIT;
+#endif
     const Plan p = plan(c, omp_get_max_threads());
     const int64_t items = p.items(), team = p.threads < items ? p.threads : items;
     if (items == 0) return 0;
@@ -180,9 +206,15 @@ static int32_t run(const Call& c) {
 #pragma omp atomic write
             failed = OUT_OF_MEMORY;
         }
+#if TILES
+        const uint32_t before = enter_matrix_unit();
+#endif
 #pragma omp for schedule(dynamic, 1)
         for (int64_t n = 0; n < items; ++n)
-            if (ready) run_item(c, p, n, r, parts);
+            if (ready) run_item(c, p, n, r.w, parts);
+#if TILES
+        leave_matrix_unit(before);
+#endif
         if (p.splits > 1) {
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < p.points; ++n)

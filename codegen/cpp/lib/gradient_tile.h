@@ -1,12 +1,13 @@
 // ---- a tile of a backward: QUERIES keys in lanes, and the blocks of query rows that they are seen by -----------------
-// What it says of "rows" are keys, of "keys" queries: the attention seen from its keys.
+// What a tile says of "rows" are keys, of "keys" queries: the attention seen from its keys.
 INLINE int64_t round_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-INLINE int64_t padded_d(const Call& c) { return round_to(c.D, LANES); }
 
-// One thread's working memory of a tile. Scores and their gradients lie as [query][QUERIES]; keys, values and their
-// gradients as columns of lanes, [column][D or E][LANES]; keys once more as rows, zeros past the last and past D.
+// One thread's working memory. Scores and their gradients hold a vector of keys for each query row, `SCORE_ROW` from row to
+// row and `SCORE_NEXT` from vector to vector; what else there is says gradient_plain.h or gradient_tiles.h.
 struct Work {
-    real *scores, *slopes, *k, *v, *k_rows, *dk, *dv, *q, *g, *near, *key_sums;
+    real *scores, *slopes, *dk, *dv, *near, *key_sums, *bases, *deltas;
+    void *k, *v, *k_rows, *q, *g, *turned, *packed;
+    char* part;
     Slants slants;
     Tile tile;
 };
@@ -17,47 +18,8 @@ struct Part {
     real* sums[TERMS + 1];
 };
 
-// A block of query rows: queries and gradients of the output, in the compute type.
-struct Rows {
-    int64_t j0, count;
-    Left q, g;
-};
-INLINE const real* as_real(const real* p) { return p; }
-template <class T> INLINE const real* as_real(const T*) { return nullptr; }
-template <class T>
-INLINE Left rows_of(const T* p, int64_t row, int64_t column, int64_t count, int64_t width, real* room) {
-    if (const real* own = as_real(p)) return {own, row, column};
-    return {plain(p, row, column, count, width, room), width, 1};
-}
-
-static void load_keys(const Call& c, const Batch& b, Tile& t, Work& w) {
-    const lane_k* k = lane_k_at(c, b);
-    const lane_v* v = lane_v_at(c, b);
-    for (int64_t n = 0; n < t.columns; ++n) {
-        const lane_k* k_rows[LANES];
-        const lane_v* v_rows[LANES];
-        for (int64_t l = 0; l < LANES; ++l) {
-            const int64_t i = n * LANES + l < t.rows ? t.i0 + n * LANES + l : t.i1 - 1;  // past the last key it again
-            k_rows[l] = k + i * c.q_i;
-            v_rows[l] = v + i * c.v_i;
-            set_lane(t, n * LANES + l, {}, i);
-        }
-        to_lanes(k_rows, c.q_d, c.D, w.k + n * c.D * LANES);
-        to_lanes(v_rows, c.v_e, c.E, w.v + n * c.E * LANES);
-    }
-    for (int64_t r = 0; r < QUERIES; ++r) {
-        real* to = w.k_rows + r * padded_d(c);
-        int64_t d = 0;
-        if (r < t.rows && c.q_d == 1)
-            for (; d + LANES <= c.D; d += LANES) store(to + d, row(k + (t.i0 + r) * c.q_i + d));
-        if (r < t.rows)
-            for (; d < c.D; ++d) to[d] = value(k[(t.i0 + r) * c.q_i + d * c.q_d]);
-        for (; d < padded_d(c); ++d) to[d] = 0;
-    }
-}
-
-// One vector of keys against query row j: the score in `s` becomes the weight of the gradient that is the value's, the one in
-// `ds`, gradient times value, becomes the score's. `terms` are the gradients of loads.
+// One vector of keys against query row j: the score in `s` becomes the weight that the value's gradient takes, the number in
+// `ds`, gradient times value, becomes the gradient of the score. `terms` are the gradients of loads.
 template <bool MASKED>
 INLINE void derive(const Call& c, const Uniform& u, const RowValues& r, int64_t j, real base, real delta, vmask present,
                    real* s, real* ds, vreal (&terms)[TERMS + 1]) {
@@ -74,18 +36,19 @@ INLINE void derive(const Call& c, const Uniform& u, const RowValues& r, int64_t 
 
 INLINE real sum_of_lanes(vreal x) { real s = 0; EACH_LANE(s += x[l]) return s; }
 
-// Row n of the table of a term's sums that a query row's terms are added to.
+// Rows [from, to) of the block from j0 on against one vector of keys.
 template <bool MASKED>
-static void derive_rows(const Call& c, const Tile& t, const Uniform& u, int64_t column, const Rows& at, int64_t from, int64_t to,
-                        const real* bases, const real* deltas, const Part& part, Work& w, vreal (&whole)[TERMS + 1]) {
+static void derive_rows(const Call& c, const Tile& t, const Uniform& u, int64_t column, int64_t from, int64_t to,
+                        const Part& part, Work& w, vreal (&whole)[TERMS + 1]) {
     vmask present = splat_mask(true);
     if (MASKED) EACH_LANE(present[l] = -(mask_int)(column * LANES + l < t.rows))
     const RowValues& r = t.values[column];
+    const real *bases = w.bases + t.g0 * c.M, *deltas = w.deltas + t.g0 * c.M;
+    real *s = w.scores + column * SCORE_NEXT, *ds = w.slopes + column * SCORE_NEXT;
     for (int64_t n = from; n < to; ++n) {
         vreal terms[TERMS + 1];
-        const int64_t j = at.j0 + n;
-        real* s = w.scores + n * QUERIES + column * LANES;
-        derive<MASKED>(c, u, r, j, bases[j], deltas[j], present, s, w.slopes + n * QUERIES + column * LANES, terms);
+        const int64_t j = u.j0 + n;
+        derive<MASKED>(c, u, r, j, bases[j], deltas[j], present, s + n * SCORE_ROW, ds + n * SCORE_ROW, terms);
         for (int x = 0; x < TERMS; ++x) {
             if (OVER[x] == ALL) whole[x] += terms[x];
             if (OVER[x] == QUERY) part.sums[x][t.g0 * c.M + j] += sum_of_lanes(terms[x]);
@@ -99,39 +62,4 @@ static void derive_rows(const Call& c, const Tile& t, const Uniform& u, int64_t 
             }
         }
     }
-}
-
-// Everything that one tile of keys and one block of query rows of member `t.g0` of the group give.
-static void add_block(const Call& c, const Batch& b, Tile& t, const Rows& at, const real* bases, const real* deltas,
-                      const Part& part, Work& w) {
-    const int64_t columns = t.columns;
-    gradient_product<false>(at.count, columns, at.q, {w.k, LANES, c.D * LANES}, c.D, {w.scores, QUERIES, LANES});
-    if (NEEDS_SLOPES)
-        gradient_product<false>(at.count, columns, at.g, {w.v, LANES, c.E * LANES}, c.E, {w.slopes, QUERIES, LANES});
-    int64_t from, to;
-    full_run(t, at.j0, at.count, from, to);
-    if (t.rows < columns * LANES) from = to = at.count;
-    Uniform u = uniform(c, b, t);
-    u.near = w.near;
-    u.j0 = at.j0;
-    vreal whole[TERMS + 1];
-    for (int x = 0; x < TERMS; ++x) whole[x] = vreal{};
-    for (int64_t column = 0; column < columns; ++column) {
-        if (STAGED) bring_near(c, u, t.values[column], at.count, w.near);
-        if (SLANTED) bring_slanted(c, b, u, t, column * LANES, at.count, w.slants);
-        derive_rows<true>(c, t, u, column, at, 0, from, bases, deltas, part, w, whole);
-        derive_rows<false>(c, t, u, column, at, from, to, bases, deltas, part, w, whole);
-        derive_rows<true>(c, t, u, column, at, to, at.count, bases, deltas, part, w, whole);
-    }
-    for (int x = 0; x < TERMS; ++x)
-        if (OVER[x] == ALL) part.sums[x][t.g0] += sum_of_lanes(whole[x]);
-    if (WANTS_V)
-        gradient_product<true>(c.E, columns, {at.g.at, at.g.step, at.g.row}, {w.scores, QUERIES, LANES}, at.count,
-                               {w.dv, LANES, c.E * LANES});
-    if (WANTS_K)
-        gradient_product<true>(c.D, columns, {at.q.at, at.q.step, at.q.row}, {w.slopes, QUERIES, LANES}, at.count,
-                               {w.dk, LANES, c.D * LANES});
-    if (WANTS_Q)
-        gradient_product<true>(at.count, padded_d(c) / LANES, {w.slopes, QUERIES, 1}, {w.k_rows, padded_d(c), LANES}, t.rows,
-                               {part.dq + (t.g0 * c.M + at.j0) * padded_d(c), padded_d(c), LANES});
 }
