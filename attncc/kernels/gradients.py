@@ -92,6 +92,14 @@ def built_backward(a: Attention, wanted: tuple[str, ...]) -> BuiltBackward:
     return _built(a, wanted, target_of(torch.device("cpu")))
 
 
+def described(a: Attention, wanted: tuple[str, ...], device: str) -> tuple[str, str | None]:
+    """What computes the gradients of the `wanted` tensors, as a report says it, and the source where it is a kernel."""
+    if device != "cpu":
+        return f"plain torch: no backward kernels for {device}", None
+    found = built_backward(a, wanted)
+    return (found.name, found.source) if found.kernel is not None else (f"{found.name}: {found.reason}", None)
+
+
 @lru_cache(maxsize=1024)
 def _gradient(a: Attention, wanted: tuple[str, ...]) -> AttentionGrad | str:
     """The gradient that a C++ kernel may be made of, or why none is."""
