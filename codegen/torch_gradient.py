@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 
-from attncc.codegen.torch_form import Blocks, operand, whole_ranges
+from attncc.codegen.torch_form import Blocks, Ranges, operand, whole_ranges
 from attncc.ir import Access, Attention, Axis, Expr, Size
 from attncc.ir.attention_grad import AttentionGrad, LoadGrad, shapes_of_grad
 from attncc.ir.build import ZERO
@@ -36,13 +37,61 @@ def learned_by_sink(a: Attention, wanted: Sequence[str]) -> list[str]:
     return [] if a.sink is None else [x.tensor for x in loads(a.sink) if x.tensor in wanted]
 
 
-def run_gradient(
-    g: AttentionGrad, kernel: GradientKernel, grads: Mapping[str, torch.Tensor], tensors: Sequence[torch.Tensor],
-    outputs: Mapping[str, torch.Tensor], sizes: Sequence[int], wanted: Sequence[str],
-) -> list[torch.Tensor]:  # fmt: skip
-    """The gradients of the `wanted` tensors, in their order; `grads` and `outputs` are those of out and lse. Gradients
-    may be of a wider type than their tensors."""
-    return _Backward(g, tensors, sizes, wanted)(kernel, grads, outputs)
+class Gradients:
+    """A backward: a gradient with its kernel. Where the kernel writes is worked out once for each layout of a tensor."""
+
+    def __init__(self, g: AttentionGrad, kernel: GradientKernel) -> None:
+        self.g, self.kernel = g, kernel
+        a = g.attention
+        self.access: dict[str, tuple[Access, Axis, Axis]] = {
+            "q": (a.q, a.i, a.d), "k": (a.k, a.j, a.d), "v": (a.v, a.j, a.e)
+        }  # fmt: skip
+        self.alone = {n for n in g.operands if _alone(a, self.access[n][0].tensor)}
+        self._layouts: dict[tuple[object, ...], _Layout | None] = {}
+
+    def __call__(
+        self, grads: Mapping[str, torch.Tensor], tensors: Sequence[torch.Tensor], outputs: Mapping[str, torch.Tensor],
+        sizes: Sequence[int], wanted: Sequence[str],
+    ) -> list[torch.Tensor]:  # fmt: skip
+        """The gradients of the `wanted` tensors, in their order; `grads` and `outputs` are those of out and lse.
+        Gradients may be of a wider type than their tensors."""
+        return _Run(self, tensors, sizes, wanted)(grads, outputs)
+
+    def layout(self, name: str, source: torch.Tensor, sizes: Sequence[int]) -> _Layout | None:
+        """Where the gradient of an operand lies in that of its tensor; None where it is not all of it, each element
+        once."""
+        key = (name, source.shape, source.stride(), *sizes)
+        if key not in self._layouts:
+            if len(self._layouts) >= _MOST_LAYOUTS:  # shapes that never come back must not pile up
+                self._layouts.clear()
+            self._layouts[key] = self._layout(name, source, sizes)
+        return self._layouts[key]
+
+    def _layout(self, name: str, source: torch.Tensor, sizes: Sequence[int]) -> _Layout | None:
+        a, (access, row, last) = self.g.attention, self.access[name]
+        like = torch.empty_strided(source.shape, source.stride(), device="meta")
+        table = dict(zip(a.sizes, sizes, strict=True))
+        named = {t.name: like for t in a.tensors}
+        view = Blocks(a, named, table, whole_ranges(a, table)).view(access.tensor, access.index)
+        if view is None:
+            return None
+        axes = (*(a.batch if name == "q" else self.g.held), row, last)
+        view = view.squeeze([n for n, x in enumerate(a.axes) if x not in axes])
+        want = shapes_of_grad(self.g, sizes)[self.g.operands.index(name)]
+        if list(view.shape) != want or view.numel() != source.numel() or not _apart(view):
+            return None
+        return view.shape, view.stride(), int(view.storage_offset())
+
+
+_Layout = tuple[Sequence[int], Sequence[int], int]  # size, strides, offset
+_MOST_LAYOUTS = 256
+
+
+def _alone(a: Attention, tensor: str) -> bool:
+    """Whether a tensor is read as one operand and nothing else."""
+    uses = sum(x.tensor == tensor for x in (a.q, a.k, a.v))
+    roots = [a.score, a.mask, a.weight, *([] if a.sink is None else [a.sink])]
+    return uses == 1 and all(x.tensor != tensor for x in loads(*roots))
 
 
 @dataclass(frozen=True)
@@ -55,32 +104,38 @@ class _Place:
     view: torch.Tensor | None
 
 
-class _Backward:
+class _Run:
     def __init__(
-        self, g: AttentionGrad, tensors: Sequence[torch.Tensor], sizes: Sequence[int], wanted: Sequence[str]
+        self, own: Gradients, tensors: Sequence[torch.Tensor], sizes: Sequence[int], wanted: Sequence[str]
     ) -> None:  # fmt: skip
-        self.g, self.a, self.sizes, self.wanted = g, g.attention, sizes, wanted
+        self.own, self.g, self.a, self.sizes, self.wanted = own, own.g, own.g.attention, sizes, wanted
         self.tensors = [x.detach() for x in tensors]
         self.named = {t.name: x for t, x in zip(self.a.tensors, self.tensors, strict=True)}
-        self.table: dict[Size, int] = dict(zip(self.a.sizes, sizes, strict=True))
         self.wide = DTYPE_OF[self.a.compute_dtype]
-        self.leaves = {n: self.named[n].detach().requires_grad_() for n in wanted}
-        self.whole = whole_ranges(self.a, self.table)
         self.sums: dict[str, torch.Tensor] = {}
         self.device = self.tensors[0].device
 
+    @cached_property
+    def table(self) -> dict[Size, int]:
+        return dict(zip(self.a.sizes, self.sizes, strict=True))
+
+    @cached_property
+    def whole(self) -> Ranges:
+        return whole_ranges(self.a, self.table)
+
+    @cached_property
+    def leaves(self) -> dict[str, torch.Tensor]:
+        return {n: self.named[n].detach().requires_grad_() for n in self.wanted}
+
     def __call__(
-        self, kernel: GradientKernel, grads: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+        self, grads: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
     ) -> list[torch.Tensor]:
         a, g = self.a, self.g
         given = [grads["out"].to(DTYPE_OF[a.dtype]), outputs["out"], outputs["lse"], self._grad_lse(grads, outputs)]
-        shapes = shapes_of_grad(g, self.sizes)
-        access: dict[str, tuple[Access, Axis, Axis]] = {
-            "q": (a.q, a.i, a.d), "k": (a.k, a.j, a.d), "v": (a.v, a.j, a.e)
-        }  # fmt: skip
-        places = {n: self._place(n, *access[n], shape) for n, shape in zip(g.operands, shapes, strict=False)}
-        totals = [torch.empty(shape, dtype=self.wide, device=self.device) for shape in shapes[len(places) :]]
-        kernel([*self.tensors, *given], self.sizes, [*(x.written for x in places.values()), *totals])
+        places = {n: self._place(n) for n in g.operands}
+        shapes = shapes_of_grad(g, self.sizes)[len(places) :] if g.loads else []
+        totals = [torch.empty(shape, dtype=self.wide, device=self.device) for shape in shapes]
+        self.own.kernel([*self.tensors, *given], self.sizes, [*(x.written for x in places.values()), *totals])
         for x, total in zip(g.loads, totals, strict=True):
             self._add(x, total)
         if learned_by_sink(a, self.wanted):
@@ -92,34 +147,19 @@ class _Backward:
             return grads["lse"].to(self.wide)
         return torch.zeros((), dtype=self.wide, device=self.device).expand(outputs["lse"].shape)
 
-    def _alone(self, tensor: str) -> bool:
-        """Whether a tensor is read as one operand and nothing else."""
-        a = self.a
-        uses = sum(x.tensor == tensor for x in (a.q, a.k, a.v))
-        roots = [a.score, a.mask, a.weight, *([] if a.sink is None else [a.sink])]
-        return uses == 1 and all(x.tensor != tensor for x in loads(*roots))
-
-    def _place(self, name: str, access: Access, row: Axis, last: Axis, shape: Sequence[int]) -> _Place:
+    def _place(self, name: str) -> _Place:
         """The tensor's gradient itself, where the operand is all of it, each element once."""
-        a = self.a
-        axes = a.batch if name == "q" else self.g.held
-        if self._alone(access.tensor):
-            x = self.named[access.tensor]
-            source = torch.empty_like(x, dtype=self.wide)
-            ev = Blocks(a, {**self.named, access.tensor: source}, self.table, self.whole)
-            view = ev.view(access.tensor, access.index)
-            if view is not None:
-                gone = [n for n, x in enumerate(a.axes) if x not in (*axes, row, last)]
-                view = view.squeeze(gone)
-                if list(view.shape) == list(shape) and view.numel() == source.numel() and _apart(view):
-                    return _Place(view, source, None)
+        access, row, last = self.own.access[name]
+        if name in self.own.alone:
+            source = torch.empty_like(self.named[access.tensor], dtype=self.wide)
+            layout = self.own.layout(name, source, self.sizes)
+            if layout is not None:
+                return _Place(source.as_strided(*layout), source, None)
+        shape = shapes_of_grad(self.g, self.sizes)[self.g.operands.index(name)]
         with torch.enable_grad():
-            value = operand(Blocks(a, self.leaves_or_named, self.table, self.whole), a, access, row, last)
+            ev = Blocks(self.a, {**self.named, **self.leaves}, self.table, self.whole)
+            value = operand(ev, self.a, access, row, last)
         return _Place(torch.empty(shape, dtype=self.wide, device=self.device), None, value)
-
-    @property
-    def leaves_or_named(self) -> dict[str, torch.Tensor]:
-        return {**self.named, **self.leaves}
 
     def _result(self, places: Mapping[str, _Place]) -> list[torch.Tensor]:
         a = self.a
@@ -185,7 +225,7 @@ class _Backward:
     ) -> None:  # fmt: skip
         a = self.a
         assert a.sink is not None
-        ev = Blocks(a, self.leaves_or_named, self.table, self.whole)
+        ev = Blocks(a, {**self.named, **self.leaves}, self.table, self.whole)
         with torch.enable_grad():
             value = ev(a.sink)
             value = value[..., 0, 0, 0] if value.ndim else value  # a sink is of rows alone

@@ -10,7 +10,7 @@ from functools import cache, lru_cache
 import torch
 
 from attncc.codegen import cpp, torch_backward
-from attncc.codegen.torch_gradient import run_gradient
+from attncc.codegen.torch_gradient import Gradients
 from attncc.ir import Attention, Bounds
 from attncc.ir.attention_grad import AttentionGrad, shapes_of_grad
 from attncc.ir.build import TRUE
@@ -28,8 +28,7 @@ from attncc.runtime.store import StoreError
 class BuiltBackward:
     """A backward kernel with its source, or the reason why plain torch computes the gradients."""
 
-    gradient: AttentionGrad | None = None
-    kernel: Kernel | None = None
+    run: Gradients | None = None
     source: str = ""
     name: str = "plain torch"
     reason: str = ""
@@ -55,10 +54,10 @@ class Backward:
         if _suffices(a, tensors, outputs):
             names = tuple(t.name for t, w in zip(a.tensors, wanted, strict=True) if w)
             found = built_backward(a, names)
-            if found.gradient is not None and found.kernel is not None:
+            if found.run is not None:
                 made = dict(zip(a.outputs, grads, strict=True))
                 with suppress(WrongKernel):
-                    return run_gradient(found.gradient, found.kernel, made, tensors, outputs, sizes, names)
+                    return found.run(made, tensors, outputs, sizes, names)
         return torch_backward.backward(a, grads, tensors, outputs, sizes, wanted, bounds=_bounds(a))
 
 
@@ -97,7 +96,7 @@ def described(a: Attention, wanted: tuple[str, ...], device: str) -> tuple[str, 
     if device != "cpu":
         return f"plain torch: no backward kernels for {device}", None
     found = built_backward(a, wanted)
-    return (found.name, found.source) if found.kernel is not None else (f"{found.name}: {found.reason}", None)
+    return (found.name, found.source) if found.run is not None else (f"{found.name}: {found.reason}", None)
 
 
 @lru_cache(maxsize=1024)
@@ -124,7 +123,7 @@ def _compiled(g: AttentionGrad, target: Target, *, wide: bool = False) -> BuiltB
     try:
         source = cpp.emit_gradient(g, loop_bounds(g.by_key, rows=True), target.arch, wide=wide)
         name = f"backward-{kernel_name(a)}"
-        larger = cache(lambda: _compiled(g, target, wide=True).kernel or _refused) if a.sizes and not wide else None
+        larger = cache(lambda: _wide(g, target)) if a.sizes and not wide else None
         kernel = compiled(
             ranks_of(g), source, target.arch, target.toolchain, name, default_store(), gradient_check(g),
             lambda: _refused, larger,
@@ -133,7 +132,12 @@ def _compiled(g: AttentionGrad, target: Target, *, wide: bool = False) -> BuiltB
         return BuiltBackward(reason=f"the C++ compiler failed: {first_error(str(error))}")
     except (CppKernelError, StoreError, OSError) as error:
         return BuiltBackward(reason=str(error))
-    return BuiltBackward(g, kernel, source, f"C++ {target.arch} kernel")
+    return BuiltBackward(Gradients(g, kernel), source, f"C++ {target.arch} kernel")
+
+
+def _wide(g: AttentionGrad, target: Target) -> Kernel:
+    run = _compiled(g, target, wide=True).run
+    return _refused if run is None else run.kernel
 
 
 def ranks_of(g: AttentionGrad) -> Ranks:

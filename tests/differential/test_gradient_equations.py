@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_ir.programs import Program, programs
 
-from attncc.codegen.torch_gradient import run_gradient
+from attncc.codegen.torch_gradient import Gradients
 from attncc.ir import Attention, interpret
 from attncc.ir.attention_grad import AttentionGrad, interpret_grad
 from attncc.ir.build import TRUE
@@ -51,7 +51,7 @@ def both(
         [o for o, _ in pairs], sources, [s for _, s in pairs], allow_unused=True, materialize_grads=True
     )
     values = {n: x.detach() for n, x in outputs.items()}
-    got = run_gradient(g, Equations(g), seeds, list(tensors.values()), values, sizes, wanted)
+    got = Gradients(g, Equations(g))(seeds, list(tensors.values()), values, sizes, wanted)
     return got, list(want)
 
 
