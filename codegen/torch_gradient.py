@@ -38,7 +38,7 @@ def learned_by_sink(a: Attention, wanted: Sequence[str]) -> list[str]:
 
 
 class Gradients:
-    """A backward: a gradient with its kernel. Where the kernel writes is worked out once for each layout of a tensor."""
+    """A backward: a gradient with its kernel. Where that writes is worked out once for each layout of a tensor."""
 
     def __init__(self, g: AttentionGrad, kernel: GradientKernel) -> None:
         self.g, self.kernel = g, kernel
