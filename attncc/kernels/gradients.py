@@ -55,7 +55,7 @@ class Backward:
             names = tuple(t.name for t, w in zip(a.tensors, wanted, strict=True) if w)
             found = built_backward(a, names)
             if found.run is not None:
-                made = dict(zip(a.outputs, grads, strict=True))
+                made: dict[str, torch.Tensor] = dict(zip(a.outputs, grads, strict=True))
                 with suppress(WrongKernel):
                     return found.run(made, tensors, outputs, sizes, names)
         return torch_backward.backward(a, grads, tensors, outputs, sizes, wanted, bounds=_bounds(a))
