@@ -54,14 +54,14 @@ def _differentiable(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequen
 
 
 class _Backward:
-    def kept(self, a: Attention) -> tuple[str, ...] | None:
-        return import_module("attncc.kernels.build").backward.kept(a)
+    def kept(self, a: Attention, device: torch.device) -> tuple[str, ...] | None:
+        return import_module("attncc.kernels.gradients").backward.kept(a, device)
 
     def __call__(
         self, a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor],
         outputs: Mapping[str, torch.Tensor], sizes: Sequence[int], wanted: Sequence[bool],
     ) -> list[torch.Tensor] | None:  # fmt: skip
-        return import_module("attncc.kernels.build").backward(a, grads, tensors, outputs, sizes, wanted)
+        return import_module("attncc.kernels.gradients").backward(a, grads, tensors, outputs, sizes, wanted)
 
 
 def _seen(

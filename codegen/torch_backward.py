@@ -99,6 +99,11 @@ def backward(
     return _to_tensors(names, leaves, {"q": q, "k": k, "v": v}, found, run.sums)
 
 
+def is_rough(lse: torch.Tensor) -> bool:
+    """Whether weights cannot be made of scores and the sums of rows `lse` alone: see `_ROUGH`; or some row is NaN."""
+    return any(_kinds(lse))
+
+
 def _kinds(lse: torch.Tensor) -> tuple[bool, bool]:
     """Whether sums of rows are rough, and whether some row is NaN. Another device than the CPU would be waited for."""
     if not lse.is_cpu or not lse.numel():

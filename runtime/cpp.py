@@ -195,15 +195,29 @@ _Words = ctypes.c_int64
 _Pointers = ctypes.c_void_p
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """What a kernel takes: the dimensions of each tensor and of each output, and how many sizes."""
+
+    tensors: tuple[int, ...]
+    sizes: int
+    outputs: tuple[int, ...]
+
+    @staticmethod
+    def of(a: Attention) -> Ranks:
+        outputs = tuple(len(a.batch) + (2 if o == "out" else 1) for o in a.outputs)
+        return Ranks(tuple(len(t.shape) for t in a.tensors), len(a.sizes), outputs)
+
+
 class CppKernel:
     """A loaded kernel. Call it with the attention's tensors, sizes and preallocated outputs, in declaration order.
 
     Outputs have their logical shapes, (*batch, i, e) and (*batch, i), in any strides. The arrays that carry strides are
     kept by the strides' values, so a call in a loop only writes its pointers."""
 
-    def __init__(self, path: Path, a: Attention, binary: bytes | None = None) -> None:
+    def __init__(self, path: Path, a: Attention | Ranks, binary: bytes | None = None) -> None:
         """`binary` is what `path` held when it was checked. Raises CompileError where that is no library."""
-        self.path, self.attention = path, a
+        self.path, self.ranks = path, Ranks.of(a) if isinstance(a, Attention) else a
         #: The kernel for calls with sizes that this one refuses, made when the first of them comes.
         self.larger: Callable[[], Callable[..., None]] | None = None
         self._library = loaded(path.read_bytes() if binary is None else binary)
@@ -235,15 +249,16 @@ class CppKernel:
     def _layout(
         self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
     ) -> tuple[object, ...]:
-        a = self.attention
-        if (len(tensors), len(sizes), len(outputs)) != (len(a.tensors), len(a.sizes), len(a.outputs)):
+        r = self.ranks
+        given = len(tensors), len(sizes), len(outputs)
+        if given != (len(r.tensors), r.sizes, len(r.outputs)):
             raise CppKernelError(
-                f"the kernel takes {len(a.tensors)} tensors, {len(a.sizes)} sizes and {len(a.outputs)} outputs, got "
-                f"{len(tensors)}, {len(sizes)} and {len(outputs)}"
+                f"the kernel takes {len(r.tensors)} tensors, {r.sizes} sizes and {len(r.outputs)} outputs, got "
+                f"{given[0]}, {given[1]} and {given[2]}"
             )
-        ranks = [len(t.shape) for t in a.tensors], [len(a.batch) + (2 if o == "out" else 1) for o in a.outputs]
-        if ranks != ([t.ndim for t in tensors], [t.ndim for t in outputs]):
-            raise CppKernelError(f"the kernel takes tensors and outputs of {ranks[0]} and {ranks[1]} dimensions")
+        if (r.tensors, r.outputs) != (tuple(t.ndim for t in tensors), tuple(t.ndim for t in outputs)):
+            takes = f"{list(r.tensors)} and {list(r.outputs)}"
+            raise CppKernelError(f"the kernel takes tensors and outputs of {takes} dimensions")
         held: list[object] = []
         pointers: list[ctypes.Array[ctypes.c_void_p]] = []
         for group in (tensors, outputs):

@@ -51,7 +51,7 @@ Differentiable = Callable[[Attention, Sequence[torch.Tensor], Sequence[int]], li
 class Backward(Protocol):
     """Gradients of an attention from what its forward kept."""
 
-    def kept(self, a: Attention) -> tuple[str, ...] | None:
+    def kept(self, a: Attention, device: torch.device) -> tuple[str, ...] | None:
         """The outputs of the forward that are needed, None where the gradients of `a` are not known this way."""
         ...
 
@@ -105,9 +105,9 @@ class _Installed:
                 site.kernels[place] = self._build(site.signature.attention, spec, device)
             return site.kernels[place]
 
-    def kept(self, a: Attention) -> tuple[str, ...]:
+    def kept(self, a: Attention, device: torch.device) -> tuple[str, ...]:
         """The outputs that backward reads, none where it begins with the tensors alone."""
-        names = (None if self.backward is None else self.backward.kept(a)) or ()
+        names = (None if self.backward is None else self.backward.kept(a, device)) or ()
         return names if set(names) <= set(a.outputs) else ()
 
     def _build(self, a: Attention, spec: str, device: torch.device) -> Kernel:
@@ -234,7 +234,7 @@ class _Differentiated(function._SingleLevelFunction):  # pyright: ignore[reportP
         with _C._AutoDispatchBelowAutograd():
             outputs = tuple(_attention.redispatch(keys, tensors, sizes, spec))
         a = signature_of(spec).attention
-        kept = _installed.kept(a)
+        kept = _installed.kept(a, tensors[0].device)
         if kept and any(map(is_distributed, tensors)):  # parts over keys need what the weights' gradients sum to
             kept = tuple(dict.fromkeys((*kept, "out")))
         normal = (t.clone() if t.is_inference() else t for t in tensors)

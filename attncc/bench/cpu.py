@@ -75,7 +75,7 @@ def measure_row(row: CpuRow, seconds: float, rivals: Sequence[str]) -> dict[str,
                 warm.add(name)
         except Exception as why:  # a rival may fail in any way of its own
             absent[name] = (str(why).splitlines() or [type(why).__name__])[0]
-    samples = _samples(calls, absent, seconds, warm)
+    samples = samples_of(calls, absent, seconds, warm)
     own = samples["attncc"]
     pairs = visible_pairs(row.row, t)
     element = t["k"].element_size()
@@ -105,7 +105,7 @@ def _spread(samples: list[float]) -> float:
     return (high - low) / middle
 
 
-def _samples(
+def samples_of(
     calls: dict[str, Call], absent: dict[str, str], seconds: float, warm: set[str]
 ) -> dict[str, list[float]]:
     """Seconds of a call, a list for each rival, one number a turn. A rival whose call takes longer than `seconds` is
@@ -145,7 +145,8 @@ def product_rate(dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def _threads(n: int) -> Iterator[None]:
+def threads_set(n: int) -> Iterator[None]:
+    """torch's number of threads, for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -186,19 +187,19 @@ def run(
     chosen = _chosen(only, quick=quick) if only != "none" else []
     kinds = [d for d in EVERY if d in (dtypes or EVERY[: 2 if quick else 3])]
     counts = list(threads) or ([1] if quick else [1, 2])
-    report = _report(json)
+    report = report_of(json)
     wanted = [in_dtype(r, d) for d in kinds for r in chosen]
     build_all((spec(x), "cpu") for r in wanted for x in (r.row, r.plain) if x is not None)
     for count in counts if wanted else ():
-        with _threads(count), torch.no_grad():
+        with threads_set(count), torch.no_grad():
             for row in wanted:
                 torch.compiler.reset()
                 done = _measured(row, _rivals(row.row.dtype, count, rivals), 0.5 if quick else 1.0)
                 print(line(done), flush=True)
-                _keep(report, done)
-                _write(json, json_module.dumps(report, indent=1) + "\n")
-    _write(picture, lambda: plot(report))
-    _write(table, lambda: markdown(report))
+                keep(report, done)
+                write(json, json_module.dumps(report, indent=1) + "\n")
+    write(picture, lambda: plot(report))
+    write(table, lambda: markdown(report))
     return report
 
 
@@ -210,7 +211,7 @@ def _measured(row: CpuRow, rivals: Sequence[str], seconds: float) -> dict[str, A
     return done
 
 
-def _report(path: Path | None) -> dict[str, Any]:
+def report_of(path: Path | None) -> dict[str, Any]:
     """An empty report of this machine, or the one that `path` holds."""
     try:
         own = version("attncc")
@@ -226,11 +227,13 @@ def _report(path: Path | None) -> dict[str, Any]:
     return {"machine": machine, "rows": []}
 
 
-def _keep(report: dict[str, Any], done: dict[str, Any]) -> None:
+def keep(report: dict[str, Any], done: dict[str, Any]) -> None:
+    """Put a row into a report, in the place of what it was."""
     same = ("row", "dtype", "threads")
     report["rows"] = [r for r in report["rows"] if any(r[x] != done[x] for x in same)] + [done]
 
 
-def _write(path: Path | None, text: str | Callable[[], str]) -> None:
+def write(path: Path | None, text: str | Callable[[], str]) -> None:
+    """Write a file that was asked for."""
     if path is not None:
         path.write_text(text if isinstance(text, str) else text(), encoding="utf-8")

@@ -26,6 +26,7 @@ from attncc.ir import Attention, Program, print_attention, print_linear, print_p
 from attncc.ir.expr import Expr, Size
 from attncc.ir.reasons import Reason, because
 from attncc.kernels.build import build_all, built, optimise
+from attncc.kernels.gradients import described
 from attncc.passes.pipeline import Stage, standard
 from attncc.passes.rewrites.row_sums import with_sums
 from attncc.patterns.graph.facts import Facts
@@ -36,6 +37,7 @@ from attncc.patterns.site.assemble import Lifted
 from attncc.patterns.site.program import SiteProgram, program_of
 from attncc.progress import step
 from attncc.report.model import Site
+from attncc.runtime.outputs import signature_of
 from attncc.torch_private.state import preserved, under, without_autocast
 
 
@@ -377,6 +379,9 @@ def _record(site: Lifted, proposal: Proposal | fx.Node, verdict: Choice, place: 
     sizes = None if collecting.get() is None else describe.sizes_of(site, facts)
     area, picture = (None, None) if sizes is None else describe.extent_of(shown, sizes)
     area = area if made is None else made.area(area)
+    backward: tuple[str, str | None] = ("", None)
+    if isinstance(proposal, Proposal) and proposal.learned and verdict.fused:
+        backward = described(signature_of(proposal.spec).attention, proposal.learned, proposal.device)
     return Site(
         place.index, "fused" if verdict.fused else "kept", str(verdict.reason), place.path, place.where,
         describe.equation(shown), describe.mask(shown), describe.shapes(site),
@@ -386,5 +391,5 @@ def _record(site: Lifted, proposal: Proposal | fx.Node, verdict: Choice, place: 
         trains=isinstance(proposal, Proposal) and bool(proposal.learned),
         ir=proposal.spec if isinstance(proposal, Proposal) else print_attention(shown), program=shown_program,
         kernel=None if made is None else made.source, language=None if made is None else made.language,
-        picture=picture, sizes=sizes, code=verdict.reason.codes,
+        picture=picture, sizes=sizes, code=verdict.reason.codes, backward=backward[0], backward_kernel=backward[1],
     )  # fmt: skip

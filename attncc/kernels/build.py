@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from attncc.codegen import cpp, torch_backward, torch_form, triton
+from attncc.codegen import cpp, torch_form, triton
 from attncc.ir import Attention, Bounds, parse_attention, print_attention
 from attncc.kernels.compiled import checks, compiled
-from attncc.kernels.first_use import Extra, differs
+from attncc.kernels.first_use import Extra, check_of, differs
 from attncc.kernels.skip_tables import BySize, Tabled
 from attncc.kernels.tile_order import TileOrdered, movable
 from attncc.passes.bounds.area import Area
@@ -25,7 +25,7 @@ from attncc.passes.rewrites.forward_only import forward_only
 from attncc.passes.rewrites.tile_choice import InTiles, in_tiles
 from attncc.passes.tables.spans import Spanned, reads_by_key, spanned, tables
 from attncc.runtime import compilers
-from attncc.runtime.cpp import CompileError, CppKernelError, CppToolchain, detect_isa
+from attncc.runtime.cpp import CompileError, CppKernelError, CppToolchain, Ranks, detect_isa
 from attncc.runtime.notices import notice
 from attncc.runtime.op import Kernel
 from attncc.runtime.store import VARIABLE, Store, StoreError, key
@@ -72,22 +72,6 @@ class TorchKernel:
 def blocked(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
     """The plain-torch form, which leaves out the keys that a block of rows does not see. Differentiable."""
     return torch_form.run_blocked(a, tensors, sizes, bounds=_bounds(a))
-
-
-class _Backward:
-    """The gradients that plain torch computes from what the forward kept, for `attncc.runtime.op`."""
-
-    def kept(self, a: Attention) -> tuple[str, ...] | None:
-        return torch_backward.kept(a)
-
-    def __call__(
-        self, a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor],
-        outputs: Mapping[str, torch.Tensor], sizes: Sequence[int], wanted: Sequence[bool],
-    ) -> list[torch.Tensor] | None:  # fmt: skip
-        return torch_backward.backward(a, grads, tensors, outputs, sizes, wanted, bounds=_bounds(a))
-
-
-backward = _Backward()
 
 
 @lru_cache(maxsize=1024)
@@ -228,15 +212,17 @@ def _cpp(
         name, store = kernel_name(a), default_store()
         larger = cache(lambda: _cpp(a, bounds, target, extra, wide=True).kernel) if a.sizes and not wide else None
         plain = partial(TorchKernel, a)
-        kernel = compiled(a, source, target.arch, target.toolchain, name, store, extra, plain, larger)
+        check = check_of(a, extra)
+        kernel = compiled(Ranks.of(a), source, target.arch, target.toolchain, name, store, check, plain, larger)
     except CompileError as error:
-        return _torch(a, f"the C++ compiler failed: {_first_error(str(error))}")
+        return _torch(a, f"the C++ compiler failed: {first_error(str(error))}")
     except (CppKernelError, StoreError, OSError) as error:
         return _torch(a, str(error))
     return Built(kernel, source, "cpp", f"C++ {target.arch} kernel", note=target.toolchain.note)
 
 
-def _first_error(message: str) -> str:
+def first_error(message: str) -> str:
+    """The line of a compiler's message that says most."""
     lines = message.strip().splitlines() or ["no word"]
     return next((line.removeprefix("error: ") for line in lines if "error" in line), lines[-1])
 
@@ -296,7 +282,7 @@ def _isa(_toolchain: CppToolchain, _chosen: str | None) -> tuple[str, str]:
     try:
         return detect_isa(), ""
     except (CppKernelError, CompileError) as error:
-        return "", _first_error(str(error))
+        return "", first_error(str(error))
 
 
 def default_store() -> Store:

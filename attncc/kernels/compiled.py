@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 
-from attncc.ir import Attention
-from attncc.kernels.first_use import CheckedAtFirst, Extra, Untried, wrong
+from attncc.kernels.first_use import Check, CheckedAtFirst, Untried
 from attncc.progress import step
 from attncc.runtime.compilers import timeout_s
-from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, processor, whole
+from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, Ranks, processor, whole
 from attncc.runtime.measure import device_name
 from attncc.runtime.notices import notice
 from attncc.runtime.op import Kernel
@@ -36,14 +35,14 @@ _log = logging.getLogger(__name__)
 
 
 def compiled(
-    a: Attention, source: str, isa: str, toolchain: CppToolchain, name: str, store: Store,
-    extra: Extra | None, otherwise: Callable[[], Kernel], larger: Callable[[], Kernel] | None,
+    takes: Ranks, source: str, isa: str, toolchain: CppToolchain, name: str, store: Store,
+    check: Check, otherwise: Callable[[], Kernel], larger: Callable[[], Kernel] | None,
 ) -> Kernel:  # fmt: skip
-    """The kernel that `source` gives. `extra` makes the tensors that it takes beside those of `a`, for a check at its
-    first use; `otherwise` runs in its place where a later check finds it wrong, `larger` for sizes that it refuses.
+    """The kernel that `source` gives, held by `check` against what it should give at its first use; `otherwise` runs in
+    its place where a later check finds it wrong, `larger` for sizes that it refuses.
 
     Raises CompileError where the compiler fails or made a kernel that is wrong, StoreError and OSError."""
-    made = _Made(a, source, isa, toolchain, name, store)
+    made = _Made(takes, source, isa, toolchain, name, store)
     known = store.recall(made.failed)
     if known is not None:
         raise CompileError(f"error: {known.get('why')}")
@@ -53,10 +52,10 @@ def compiled(
         return kernel
     step(f"checking {name}")
     try:
-        why = wrong(kernel, a, extra)
+        why = check.wrong(kernel)
     except Untried as reason:
         _log.debug("%s is checked at its first call: %s", name, reason)
-        return CheckedAtFirst(kernel, a, lambda found: made.settled(found, kernel, otherwise))
+        return CheckedAtFirst(kernel, check.differs, lambda found: made.settled(found, kernel, otherwise))
     if why is not None:
         raise CompileError(f"error: {made.refused(why)}")
     made.passed()
@@ -72,9 +71,9 @@ class _Made:
     """A kernel in the store, and where the store keeps what checks of it found."""
 
     def __init__(
-        self, a: Attention, source: str, isa: str, toolchain: CppToolchain, name: str, store: Store
+        self, takes: Ranks, source: str, isa: str, toolchain: CppToolchain, name: str, store: Store
     ) -> None:  # fmt: skip
-        self.attention, self.source, self.isa, self.toolchain = a, source, isa, toolchain
+        self.takes, self.source, self.isa, self.toolchain = takes, source, isa, toolchain
         self.name, self.store = name, store
         flags = " ".join(toolchain.flags(isa))
         self.key = key({"source": source, "isa": isa, "compiler": toolchain.version, "flags": flags})
@@ -97,7 +96,7 @@ class _Made:
         self.checked = key({"kind": "first use", "library": hashlib.sha256(binary).hexdigest(),
                             "compiler": self.toolchain.version, "version": _VERSION, **_here()})  # fmt: skip
         try:
-            return CppKernel(self.folder / _LIBRARY, self.attention, binary)
+            return CppKernel(self.folder / _LIBRARY, self.takes, binary)
         except CompileError:
             self.store.discard(self.folder)
             raise

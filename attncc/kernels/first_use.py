@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -76,12 +77,30 @@ class Untried(Exception):
     """A kernel cannot be tried on made-up data; the message says why."""
 
 
-class CheckedAtFirst:
-    """A kernel whose first call is compared with the plain-torch form on the call's own tensors, on some rows. If it is
-    wrong, `report` is told why and gives the kernel that runs from then on, this call included."""
+#: How the outputs of a call differ from what they should be; nothing if they do not, empty where that cannot be said.
+Differs = Callable[[Sequence[torch.Tensor], Sequence[int], Sequence[torch.Tensor]], str | None]
 
-    def __init__(self, kernel: Kernel, a: Attention, report: Callable[[str | None], Kernel]) -> None:
-        self.kernel, self.attention, self._report = kernel, a, report
+
+@dataclass(frozen=True)
+class Check:
+    """How a kernel is held against what it should give: on made-up data (`wrong` raises Untried where that cannot
+    tell), and on those of a call."""
+
+    wrong: Callable[[Kernel], str | None]
+    differs: Differs
+
+
+def check_of(a: Attention, extra: Extra | None = None) -> Check:
+    """The check of kernels of `a`, against the plain-torch form."""
+    return Check(lambda kernel: wrong(kernel, a, extra), lambda *call: differs(a, *call))
+
+
+class CheckedAtFirst:
+    """A kernel whose first call is checked on the call's own tensors. If it is wrong, `report` is told why and gives
+    the kernel that runs from then on, this call included."""
+
+    def __init__(self, kernel: Kernel, differs: Differs, report: Callable[[str | None], Kernel]) -> None:
+        self.kernel, self._differs, self._report = kernel, differs, report
         self._checked = False
 
     def __call__(
@@ -90,7 +109,7 @@ class CheckedAtFirst:
         self.kernel(tensors, sizes, outputs)
         if self._checked:
             return
-        why = differs(self.attention, tensors, sizes, outputs)
+        why = self._differs(tensors, sizes, outputs)
         if why == "":  # nothing to compare: the next call may tell more
             return
         self.kernel, self._checked = self._report(why), True

@@ -27,7 +27,8 @@ class Site:
     understood. `shapes` maps operand names to dimensions, symbols as text. `visible`, `visited` and `total` count
     scores of the whole site: those the mask lets through, those the kernel computes, and all. `speedup` is the time of
     the best alternative over the time of the kernel, as measured on this machine. Where `trains`, gradients are needed,
-    and both times are of forward and backward together. `ir` is the text of the site's attention, `program` that of
+    and both times are of forward and backward together; `backward` is what computes them, `backward_kernel` its source
+    where it is a kernel. `ir` is the text of the site's attention, `program` that of
     all that takes its place in the graph. `sizes` are the values that the sizes of `ir` had when the graph was
     captured. `code` names the kind of the reason (`attncc.ir.reasons`), with those of the reasons in it: a key to group
     by, where `reason` is the sentence.
@@ -54,6 +55,8 @@ class Site:
     picture: str | None = None
     sizes: tuple[int, ...] | None = None
     code: str = ""
+    backward: str = ""
+    backward_kernel: str | None = None
 
     def __post_init__(self) -> None:
         if self.status not in COLOURS:
@@ -147,7 +150,8 @@ def alike(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
     groups: dict[str, list[Site]] = {}
     for site in sites:
         path = re.sub(r"\d+", "#", site.path)
-        key = replace(site, index=0, path=path, speedup=None, ir=None, kernel=None, picture=None, sizes=None)
+        key = replace(site, index=0, path=path, speedup=None, ir=None, kernel=None, picture=None, sizes=None,
+                      backward_kernel=None)  # fmt: skip
         groups.setdefault(repr(key), []).append(site)
     return [tuple(group) for group in groups.values()]
 
@@ -198,6 +202,8 @@ def _result(sites: Sequence[Site]) -> Text:
     text = Text(site.status, style=COLOURS[site.status])
     if site.became:
         text.append(f": {site.became}", style="default")
+    if site.backward:
+        text.append(f"\nbackward: {site.backward}", style="default")
     gains = sorted(s.speedup for s in sites if s.speedup is not None)
     if gains and not site.reason:  # a reason says what was measured
         low, high = f"{gains[0]:.2f}", f"{gains[-1]:.2f}"

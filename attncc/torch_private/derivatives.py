@@ -35,9 +35,13 @@ def each_of_a_batch(args: Sequence[Any], call: Callable[[list[Any]], Sequence[An
     first = args[held.index(True)]
     count = _remove(first, level, 1, 0).shape[0]
     opened = [_remove(x, level, count, 0) if own else x for x, own in zip(args, held, strict=True)]
-    results = [
-        call([x[at] if own else x for x, own in zip(opened, held, strict=True)]) for at in range(count)
-    ]
+    _C._vmapmode_decrement_nesting()  # inside of which torch refuses random numbers, to kernels that are tried too
+    try:
+        results = [
+            call([x[at] if own else x for x, own in zip(opened, held, strict=True)]) for at in range(count)
+        ]
+    finally:
+        _C._vmapmode_increment_nesting()
     return [_together(same, level) for same in zip(*results, strict=True)]
 
 

@@ -26,7 +26,7 @@ from attncc.ir.bounds import Bits
 from attncc.ir.build import TRUE
 from attncc.ir.expr import free, loads, walk
 
-_ELEMENT = {
+ELEMENT = {
     "f64": "double", "f32": "float", "bf16": "bf16", "f16": "f16", "i64": "int64_t", "i32": "int32_t",
     "i16": "int16_t", "i8": "int8_t", "u8": "uint8_t", "bool": "bool",
 }  # fmt: skip
@@ -39,14 +39,14 @@ def unsupported(a: Attention) -> str | None:
     """Why no C++ kernel gives `a`, or None."""
     if "weights" in a.outputs:
         return "the weights are asked for; the C++ kernel never forms them"
-    if a.dtype not in _ELEMENT or a.dtype not in ("f64", "f32", "bf16", "f16"):
+    if a.dtype not in ELEMENT or a.dtype not in ("f64", "f32", "bf16", "f16"):
         return f"out as {a.dtype}"
     if a.empty != "zero" and a.normalizer == "softmax" and not zero_at_zero(a.weight, W):
         return f"a weight that is not 0 where w is 0, with empty rows as {a.empty}"
     if a.empty == "nan" and a.normalizer == "softmax" and not keeps_nan(a.weight, W):
         return "a weight that may replace the NaN of an empty row"
     try:
-        _operands(a)
+        operands_of(a)
     except NotAffine as error:
         return str(error)
     return None
@@ -61,19 +61,19 @@ def emit(a: Attention, bounds: Bounds, isa: str, *, wide: bool = False) -> str:
         raise ValueError(f"no C++ kernel: {reason}")
     if isa not in TABLE:
         raise ValueError(f"no such instruction set {isa!r}; it is one of {', '.join(TABLE)}")
-    return _Emitter(a, bounds, isa, wide=wide).source()
+    return Emitter(a, bounds, isa, wide=wide).source()
 
 
-def _operands(a: Attention) -> tuple[Operand, Operand, Operand]:
+def operands_of(a: Attention) -> tuple[Operand, Operand, Operand]:
     return operand(a.q, a.i, a.d), operand(a.k, a.j, a.d), operand(a.v, a.j, a.e)
 
 
 @cache
-def _library(name: str) -> str:
+def library(name: str) -> str:
     return (Path(__file__).parent / "lib" / f"{name}.h").read_text()
 
 
-class _Emitter:
+class Emitter:
     def __init__(self, a: Attention, bounds: Bounds, isa: str, *, wide: bool) -> None:
         self.wide = wide
         a = replace(a, score=folded(a.score), weight=folded(a.weight))
@@ -83,7 +83,7 @@ class _Emitter:
         self.folded = folded_axes(a, bounds.expressions)
         self.held = tuple(x for x in a.batch if x not in self.folded)
         self.p = Printer(a, [x.index for x in self.folded])
-        self.q, self.k, self.v = _operands(a)
+        self.q, self.k, self.v = operands_of(a)
         factor = linear_factor(a.weight, W) if a.normalizer == "softmax" else None
         self.factor = None if factor is None or S in free(factor) else factor
         self.early = a.normalizer == "softmax" and self.factor is None
@@ -99,21 +99,21 @@ class _Emitter:
     def source(self) -> str:
         hooks = [self._bounds(), self._logit(), self._weights(), self._sink()]
         hooks.append(prepared.slanted(self.p))  # they fill the slots printed below
-        parts = [self._header(), self._config(), *map(_library, ("vector", "integers", "convert", "layout"))]
-        parts += [_library("matrix_unit" if self.tiles else "product")]
+        parts = [self._header(), self._config(), *map(library, ("vector", "integers", "convert", "layout"))]
+        parts += [library("matrix_unit" if self.tiles else "product")]
         parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), prepared.slots(self.p)]
-        parts += [*map(_library, ("spans", "tile", "peak")), prepared.fills(self.p), *hooks]
+        parts += [*map(library, ("spans", "tile", "peak")), prepared.fills(self.p), *hooks]
         parts += [prepared.staged(self.p), self._rows()]
-        parts += [_library("pairs" if self.pairs else "plain"), _library("few")]
-        parts += [*([_library("few_tiles")] if self.tiles else []), _library("few_attend")]
-        return "\n".join([*parts, *map(_library, ("begin", "slanted", "attend", "run")), self._entry()])
+        parts += [library("pairs" if self.pairs else "plain"), library("few")]
+        parts += [*([library("few_tiles")] if self.tiles else []), library("few_attend")]
+        return "\n".join([*parts, *map(library, ("begin", "slanted", "attend", "run")), self._entry()])
 
     # ---- text ------------------------------------------------------------------------------------------------------
     def _header(self) -> str:
         lines = ["attncc: a C++ kernel for " + self.name, "", *_equation(self.a), ""]
         lines += print_attention(self.a).splitlines()
-        lines += ["", *(f"visit  {_shown(x)}" for x in self.bounds.visit)]
-        lines += [f"hidden {_shown(x)}" for x in self.hidden]
+        lines += ["", *(f"visit  {interval_text(x)}" for x in self.bounds.visit)]
+        lines += [f"hidden {interval_text(x)}" for x in self.hidden]
         return "\n".join(f"// {line}".rstrip() for line in lines) + "\n"
 
     def _config(self) -> str:
@@ -167,7 +167,7 @@ class _Emitter:
         lines = ["// What a call passes: pointers, strides in elements, sizes."]
         lines.append("struct Call {")
         for t in a.tensors:
-            element = _ELEMENT[t.dtype]
+            element = ELEMENT[t.dtype]
             lines.append(f"    const {element}* t_{t.name};  // {t.dtype}[{', '.join(map(repr, t.shape))}]")
             lines.append(f"    int64_t s_{t.name}[{max(len(t.shape), 1)}];")
         lines += [f"    int64_t z_{s.name};" for s in a.sizes]
@@ -179,14 +179,14 @@ class _Emitter:
         lines.append("    int64_t q_d, q_i, k_j, k_d, v_j, v_e, out_e;")
         rank = len(a.batch)
         if "out" in a.outputs:
-            lines.append(f"    {_ELEMENT[a.dtype]}* out;\n    int64_t s_out[{rank + 2}];")
+            lines.append(f"    {ELEMENT[a.dtype]}* out;\n    int64_t s_out[{rank + 2}];")
         if "lse" in a.outputs:
             lines.append(f"    real* lse;\n    int64_t s_lse[{rank + 1}];")
         lines.append("};")
         for role, x in (("q", self.q), ("k", self.k), ("v", self.v)):
-            dtype = _ELEMENT[a.tensor(x.tensor).dtype]
+            dtype = ELEMENT[a.tensor(x.tensor).dtype]
             lines.append(f"typedef {dtype} {role}_element;")
-        lines.append(f"typedef {_ELEMENT[a.dtype]} out_element;")
+        lines.append(f"typedef {ELEMENT[a.dtype]} out_element;")
         return "\n".join(lines) + "\n"
 
     def _extent(self, x: Axis) -> str:
@@ -312,7 +312,7 @@ class _Emitter:
             most = WIDE_BOUND if self.wide else INDEX_BOUND
             lines += [f"if (sizes[{n}] > {most}) return TOO_LARGE;", f"c.z_{s.name} = sizes[{n}];"]
         for n, t in enumerate(a.tensors):
-            lines.append(f"c.t_{t.name} = (const {_ELEMENT[t.dtype]}*)tensors[{n}];")
+            lines.append(f"c.t_{t.name} = (const {ELEMENT[t.dtype]}*)tensors[{n}];")
             lines += [f"c.s_{t.name}[{d}] = strides[{n}][{d}];" for d in range(len(t.shape))]
         for name, axis in (("N", a.i), ("M", a.j), ("D", a.d), ("E", a.e)):
             if not isinstance(axis.extent, Const):
@@ -323,7 +323,7 @@ class _Emitter:
         lines.append("c.out_e = 1;")
         for n, name in enumerate(x for x in a.outputs):
             rank = len(a.batch) + (2 if name == "out" else 1)
-            ctype = _ELEMENT[a.dtype] if name == "out" else "real"
+            ctype = ELEMENT[a.dtype] if name == "out" else "real"
             lines.append(f"c.{name} = ({ctype}*)outputs[{n}];")
             lines += [f"c.s_{name}[{d}] = out_strides[{n}][{d}];" for d in range(rank)]
             if name == "out":
@@ -344,14 +344,15 @@ _PLACE = "const Call& c, const Uniform& u, const RowValues& r, int64_t j"
 _UNUSED = "(void)c; (void)u; (void)r; (void)j;"
 
 
-def _shown(x: Interval) -> str:
-    stripes = "".join(f", (j - ({s.offset!r})) % {s.step!r} < {s.width!r}" for s in x.stripes)
+def interval_text(x: Interval, key: str = "j") -> str:
+    """An interval as a kernel's head says it."""
+    stripes = "".join(f", ({key} - ({s.offset!r})) % {s.step!r} < {s.width!r}" for s in x.stripes)
     verbs = ("lacks" if b.outside else "holds" for b in x.bits)
     bits = "".join(
-        f", {b.tensor}[{', '.join(map(repr, b.index))}] {verb} j // {b.block}"
+        f", {b.tensor}[{', '.join(map(repr, b.index))}] {verb} {key} // {b.block}"
         for b, verb in zip(x.bits, verbs, strict=True)
     )
-    return f"{x.lo!r} <= j < {x.hi!r}{stripes}{bits}"
+    return f"{x.lo!r} <= {key} < {x.hi!r}{stripes}{bits}"
 
 
 def _equation(a: Attention) -> list[str]:

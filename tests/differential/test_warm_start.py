@@ -15,7 +15,7 @@ from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
 
 from attncc import torch_private
 from attncc.driver import backend, selection
-from attncc.kernels import build, compiled
+from attncc.kernels import build, compiled, first_use
 from attncc.runtime import measure
 from attncc.runtime.measure import Timings
 
@@ -60,11 +60,11 @@ def test_a_warm_start_neither_compiles_nor_checks(tmp_path: Path, monkeypatch: p
         pytest.skip("no C++ compiler")
     monkeypatch.setenv("ATTNCC_CACHE_DIR", str(tmp_path))
     done: list[str] = []
-    compile_, check = compiled.CppToolchain.compile, compiled.wrong
+    compile_, check = compiled.CppToolchain.compile, first_use.wrong
     monkeypatch.setattr(
         compiled.CppToolchain, "compile", lambda self, *args: done.append("compiled") or compile_(self, *args)
     )
-    monkeypatch.setattr(compiled, "wrong", lambda *args: done.append("checked") or check(*args))
+    monkeypatch.setattr(first_use, "wrong", lambda *args: done.append("checked") or check(*args))
     program = PROGRAMS["two sites"]
     run, given = program.make()
     for _ in range(2):

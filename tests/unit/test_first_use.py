@@ -18,9 +18,9 @@ from random_ir.programs import Program, programs
 
 import attncc
 from attncc.ir import Attention, parse_attention, print_attention
-from attncc.kernels import build, compiled
+from attncc.kernels import build, compiled, first_use
 from attncc.kernels.build import TorchKernel, built, find_toolchain
-from attncc.kernels.first_use import CheckedAtFirst, Untried, wrong
+from attncc.kernels.first_use import CheckedAtFirst, Untried, check_of, wrong
 from attncc.kernels.made_up import attempts
 
 DENSE = """attention
@@ -169,7 +169,7 @@ def test_the_first_call(spoil: str | None) -> None:
     want, have = want.permute(0, 2, 1, 3).view(2, 2, 2, 80, 16), have.permute(0, 2, 1, 3).view(2, 2, 2, 80, 16)
     right, told = TorchKernel(a), list[str | None]()
     tried = right if spoil is None else Spoilt(a, SPOILT[spoil])
-    kernel = CheckedAtFirst(tried, a, lambda why: told.append(why) or right)
+    kernel = CheckedAtFirst(tried, check_of(a).differs, lambda why: told.append(why) or right)
     right(given, [80, 90], [want])
     for _ in range(3):
         kernel(given, [80, 90], [have])
@@ -181,7 +181,7 @@ def test_calls_that_tell_nothing_are_followed_by_a_check() -> None:
     a = case("causal", "f32", d=16, e=16)
     given = list(tensors_of(a, 8, 8).values())
     told: list[str | None] = []
-    kernel = CheckedAtFirst(TorchKernel(a), a, lambda why: told.append(why) or TorchKernel(a))
+    kernel = CheckedAtFirst(TorchKernel(a), check_of(a).differs, lambda why: told.append(why) or TorchKernel(a))
     out = torch.empty(2, 2, 2, 8, 16)
     kernel([torch.full_like(x, float("nan")) for x in given], [8, 8], [out])
     assert told == []
@@ -204,7 +204,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.slow
 def test_a_check_costs_once(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checks: list[object] = []
-    monkeypatch.setattr(compiled, "wrong", lambda *args: checks.append(args))
+    monkeypatch.setattr(first_use, "wrong", lambda *args: checks.append(args))
     spec = print_attention(case("dense", "f32", d=16, e=16))
     assert built(spec, "cpu").language == "cpp" and len(checks) == 1
     build._built.cache_clear()

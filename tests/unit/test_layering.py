@@ -28,6 +28,7 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
     "passes.protocol": ("ir",),
     "passes.bounds": ("ir",),
     "passes.tables": ("passes.bounds",),
+    "passes.gradient": ("ir",),
     "passes.rewrites": ("passes.bounds", "passes.protocol"),
     "passes.policies": ("passes.bounds", "passes.protocol"),
     "passes.pipeline": ("passes.rewrites", "passes.policies"),
@@ -36,7 +37,8 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
     "codegen.triton": ("ir",),
     "runtime": ("ir", "torch_private"),
     "kernels": (
-        "passes.tables", "passes.pipeline", "codegen.torch", "codegen.cpp", "codegen.triton", "runtime", "progress",
+        "passes.tables", "passes.gradient", "passes.pipeline", "codegen.torch", "codegen.cpp", "codegen.triton",
+        "runtime", "progress",
     ),
     "report": ("passes.bounds",),
     "plans.plan": ("passes.pipeline", "errors"),

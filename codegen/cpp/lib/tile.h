@@ -61,5 +61,24 @@ INLINE int64_t run_end(const Tile& t, int64_t j, int64_t most) {
     }
 }
 
+// The longest run of keys of the block that every row of the tile sees, of the first few.
+INLINE void full_run(const Tile& t, int64_t j0, int64_t count, int64_t& from, int64_t& to) {
+    const int64_t end = j0 + count;
+    from = to = count;
+    int64_t j = j0;
+    for (int round = 0; round < 2 * ROUNDS && j < end; ++round) {
+        int64_t next = end, past = j;
+        for (int64_t n = 0; n < t.hides; ++n) {
+            const Span& s = t.hidden[n];
+            if (s.hi <= j) continue;
+            const int64_t first = first_key(s, j);
+            if (first == j) past = run_end(s, j) > past ? run_end(s, j) : past;
+            else if (first < s.hi && first < next) next = first;
+        }
+        if (past == j && next - j > to - from) from = j - j0, to = next - j0;
+        j = past == j ? next : past;
+    }
+}
+
 // Axis `n` of the rows (0 is i) at LANES lanes from `at` on.
 INLINE vint lane_values(const Tile& t, int n, int64_t at) { return *(const vint*)&t.lane[n][at]; }

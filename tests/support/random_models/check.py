@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from attncc.driver import backend, rewriting
 from attncc.ir import Attention, interpret, parse_attention
 from attncc.ir.evaluate import DTYPE_OF
-from attncc.kernels import build
+from attncc.kernels import build, gradients
 from attncc.kernels.build import Built
 from attncc.report.model import Site
 from attncc.runtime import op
@@ -50,7 +50,7 @@ def _oracle(spec: str, device: str) -> Built:
 
 @contextmanager
 def kernels_of(kind: str) -> Any:
-    op.install(build.build, build.blocked, build.backward)  # forget the kernels of another kind
+    op.install(build.build, build.blocked, gradients.backward)  # forget the kernels of another kind
     if kind == "oracle":
         with mock.patch.object(build, "built", _oracle), mock.patch.object(rewriting, "built", _oracle):
             yield

@@ -1,0 +1,163 @@
+"""The first use of a backward kernel on a machine: it is held against the equations of the gradient in plain torch.
+
+On made-up data, all of it where that is little; else the gradients of some rows, which need all their keys, and those
+of some keys, which need all rows that see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from attncc.codegen.torch_form import run_blocked, whole_ranges
+from attncc.ir.attention import Axis
+from attncc.ir.attention_grad import AttentionGrad, interpret_grad, shapes_of_grad
+from attncc.ir.evaluate import DTYPE_OF
+from attncc.kernels.first_use import EVERY_PAIR, MOST_WORK, Check, Ranges, Untried
+from attncc.kernels.made_up import attempts
+from attncc.runtime.cpp import CppKernelError
+from attncc.runtime.op import Kernel
+from attncc.torch_private import apart
+
+#: Pairs of each part, where only parts are compared.
+_PART = 1 << 18
+#: Roundings that a kernel may be off beside what the equations in its own type are: at the worst place, and on average.
+_WORST, _AVERAGE, _AVERAGE_16 = 6, 24, 1
+#: Products of a backward: twice the scores, and one for each gradient.
+_PRODUCTS = 3
+
+
+def gradient_check(g: AttentionGrad) -> Check:
+    """The check of kernels of `g`."""
+    return Check(lambda kernel: _wrong(g, kernel), lambda *call: _differs(g, *call))
+
+
+def _wrong(g: AttentionGrad, kernel: Kernel) -> str | None:
+    a = g.attention
+    with apart(), torch.no_grad():
+        reason = "its tensors are too much for a trial"
+        for data in attempts(a, len(a.tensors)):
+            whole = whole_ranges(a, dict(zip(a.sizes, data.sizes, strict=True)))
+            if min(end for _, end in whole.values()) < 1:
+                continue
+            if prod(whole[x][1] for x in (*a.batch, a.i, a.j, a.d)) * 2 * _PRODUCTS > MOST_WORK:
+                raise Untried("its work is too much for a trial")
+            try:
+                made = dict(zip(a.outputs, run_blocked(a, data.tensors, data.sizes), strict=True))
+            except (IndexError, ZeroDivisionError, RuntimeError) as error:
+                reason = f"the plain-torch form fails on made-up data ({error})"
+                continue
+            if not bool(made["out"].isfinite().all()):
+                reason = "no data that could be made up has finite results"
+                continue
+            random = torch.Generator().manual_seed(1)
+            grads = [torch.randn(x.shape, generator=random).to(x.dtype) for x in (made["out"], made["lse"])]
+            tensors = [*data.tensors, grads[0], made["out"], made["lse"], grads[1]]
+            outputs = [
+                torch.full(n, float("nan"), dtype=DTYPE_OF[a.compute_dtype]) for n in shapes_of_grad(g, data.sizes)
+            ]
+            try:
+                kernel(tensors, data.sizes, outputs)
+            except CppKernelError as error:
+                raise Untried(str(error)) from error
+            return _differs(g, tensors, data.sizes, outputs) or None
+    raise Untried(reason)
+
+
+def _differs(
+    g: AttentionGrad, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
+) -> str | None:
+    """How the outputs of a call differ from the equations."""
+    a = g.attention
+    count = len(a.tensors)
+    named = {t.name: x for t, x in zip(a.tensors, tensors, strict=False)}
+    with apart(), torch.no_grad():
+        whole = whole_ranges(a, dict(zip(a.sizes, sizes, strict=True)))
+        if min(end for _, end in whole.values()) < 1:
+            return ""
+        told = False
+        for part, axis in _parts(g, whole):
+            exact, plain = (
+                interpret_grad(g, named, tensors[count:], sizes, ranges=part, compute=x) for x in (torch.float64, None)
+            )
+            for n, (name, given) in enumerate(zip(_names(g), outputs, strict=True)):
+                if axis is not None and not _whole_over(g, n, axis):
+                    continue
+                why = _compared(name, given[_cut(g, n, part)].double(), exact[n], plain[n].double(), _rounding(g))
+                told = told or why != ""
+                if why:
+                    return why
+    return None if told else ""
+
+
+def _names(g: AttentionGrad) -> list[str]:
+    return [*(f"the gradient of {n}" for n in g.operands), *(f"the gradient of {x.load!r}" for x in g.loads)]
+
+
+def _over(g: AttentionGrad, n: int) -> str:
+    """What output `n` is kept apart by."""
+    if n < len(g.operands):
+        return "i" if g.operands[n] == "q" else "j"
+    return g.loads[n - len(g.operands)].over
+
+
+def _whole_over(g: AttentionGrad, n: int, axis: Axis) -> bool:
+    """Whether a part of `axis` has all of what output `n` is summed over."""
+    return _over(g, n) == ("i" if axis == g.attention.i else "j")
+
+
+def _cut(g: AttentionGrad, n: int, part: Ranges) -> tuple[slice, ...]:
+    a, over = g.attention, _over(g, n)
+    held = n < len(g.operands) and g.operands[n] != "q"
+    axes = [*(g.held if held else a.batch), *{"i": [a.i], "j": [a.j]}.get(over, [])]
+    return tuple(slice(*part[x]) for x in axes)
+
+
+def _parts(g: AttentionGrad, whole: Ranges) -> list[tuple[Ranges, Axis | None]]:
+    """What is compared, and the axis of which it is a part: rows, then keys, at the begin and the end of the first and
+    of the last point that holds keys."""
+    a = g.attention
+    if prod(whole[x][1] for x in (*a.batch, a.i, a.j)) <= EVERY_PAIR:
+        return [(whole, None)]
+    group = prod(whole[x][1] for x in a.batch if x not in g.held)
+    found: list[tuple[Ranges, Axis | None]] = []
+    for last in (False, True):
+        point = {x: (whole[x][1] - 1, whole[x][1]) if last else (0, 1) for x in g.held}
+        for axis, other in ((a.i, a.j), (a.j, a.i)):
+            length = whole[axis][1]
+            run = max(1, min(length, _PART // (whole[other][1] * group)))
+            start = length - run if last else 0
+            found.append(({**whole, **point, axis: (start, start + run)}, axis))
+    return found
+
+
+def _rounding(g: AttentionGrad) -> torch.dtype:
+    """What products may take their factors in: bfloat16 operands stay so, their weights and gradients become so."""
+    a = g.attention
+    halves = all(a.tensor(x.tensor).dtype == "bf16" for x in (a.q, a.k, a.v)) and a.dtype == "bf16"
+    return torch.bfloat16 if halves else DTYPE_OF[a.compute_dtype]
+
+
+def _compared(
+    name: str, given: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, rounding: torch.dtype
+) -> str | None:
+    finite = exact.isfinite() & plain.isfinite()
+    if not bool(finite.any()):
+        return ""
+    given, exact, plain = given[finite], exact[finite], plain[finite]
+    if not bool(given.isfinite().all()):
+        return f"{name} is {float(given[~given.isfinite()][0])} where it should be finite"
+    own, error = (plain - exact).abs(), (given - exact).abs()
+    scale = float(exact.abs().max())
+    unit = max(torch.finfo(rounding).eps, 1e-13)  # in float64 the plain form's own error is not seen
+    worst = _WORST * (float(own.max()) + unit * scale)
+    average = (_AVERAGE_16 if rounding is torch.bfloat16 else _AVERAGE) * (_root(own) + unit * _root(exact))
+    if float(error.max()) > worst or _root(error) > average:
+        return f"{name} is off by {float(error.max()):.3g} at the worst place, where {worst:.3g} are roundings"
+    return None
+
+
+def _root(x: torch.Tensor) -> float:
+    return float(x.square().mean().sqrt())

@@ -1,0 +1,152 @@
+"""The backward of an attention: a C++ kernel where there is one, else plain torch, from what the forward kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+
+from attncc.codegen import cpp, torch_backward
+from attncc.codegen.torch_gradient import Gradients
+from attncc.ir import Attention, Bounds
+from attncc.ir.attention_grad import AttentionGrad, shapes_of_grad
+from attncc.ir.build import TRUE
+from attncc.kernels.build import Target, default_store, first_error, kernel_name, optimise, target_of
+from attncc.kernels.compiled import compiled
+from attncc.kernels.first_gradient import gradient_check
+from attncc.passes.bounds.bounds import loop_bounds
+from attncc.passes.gradient import gradient_of
+from attncc.runtime.cpp import CompileError, CppKernelError, Ranks
+from attncc.runtime.op import Kernel
+from attncc.runtime.store import StoreError
+
+
+@dataclass(frozen=True)
+class BuiltBackward:
+    """A backward kernel with its source, or the reason why plain torch computes the gradients."""
+
+    run: Gradients | None = None
+    source: str = ""
+    name: str = "plain torch"
+    reason: str = ""
+
+
+class WrongKernel(Exception):
+    """A check at the first call found a backward kernel wrong."""
+
+
+class Backward:
+    """The gradients from what the forward kept, for `attncc.runtime.op`."""
+
+    def kept(self, a: Attention, device: torch.device) -> tuple[str, ...] | None:
+        names = torch_backward.kept(a)
+        if names is not None and device.type == "cpu" and has_kernel(a):
+            return tuple(dict.fromkeys(("out", *names)))
+        return names
+
+    def __call__(
+        self, a: Attention, grads: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor],
+        outputs: Mapping[str, torch.Tensor], sizes: Sequence[int], wanted: Sequence[bool],
+    ) -> list[torch.Tensor] | None:  # fmt: skip
+        if _suffices(a, tensors, outputs):
+            names = tuple(t.name for t, w in zip(a.tensors, wanted, strict=True) if w)
+            found = built_backward(a, names)
+            if found.run is not None:
+                made: dict[str, torch.Tensor] = dict(zip(a.outputs, grads, strict=True))
+                with suppress(WrongKernel):
+                    return found.run(made, tensors, outputs, sizes, names)
+        return torch_backward.backward(a, grads, tensors, outputs, sizes, wanted, bounds=_bounds(a))
+
+
+backward = Backward()
+
+
+def _suffices(a: Attention, tensors: Sequence[torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a kernel can begin with what the forward kept: `delta` is of more keys than those here, and weights are
+    made of scores and sums of rows where these are known well."""
+    if not {"out", "lse"} <= set(outputs) or "delta" in outputs or not tensors[0].is_cpu:
+        return False
+    lse = outputs["lse"]
+    if torch_backward.is_rough(lse):
+        return False
+    return a.empty == "zero" or a.mask is TRUE or not bool((lse == float("-inf")).any())
+
+
+@lru_cache(maxsize=1024)
+def _bounds(a: Attention) -> Bounds:
+    return loop_bounds(optimise(a), rows=True)
+
+
+def has_kernel(a: Attention) -> bool:
+    """Whether the gradients of an attention's operands have a kernel on this machine."""
+    operands = tuple(dict.fromkeys((a.q.tensor, a.k.tensor, a.v.tensor)))
+    return not target_of(torch.device("cpu")).missing and not isinstance(_gradient(a, operands), str)
+
+
+def built_backward(a: Attention, wanted: tuple[str, ...]) -> BuiltBackward:
+    """The backward kernel for the gradients of the `wanted` tensors of an attention, compiled and kept in the store."""
+    return _built(a, wanted, target_of(torch.device("cpu")))
+
+
+def described(a: Attention, wanted: tuple[str, ...], device: str) -> tuple[str, str | None]:
+    """What computes the gradients of the `wanted` tensors, as a report says it, and the source where it is a kernel."""
+    if device != "cpu":
+        return f"plain torch: no backward kernels for {device}", None
+    found = built_backward(a, wanted)
+    return (found.name, found.source) if found.run is not None else (f"{found.name}: {found.reason}", None)
+
+
+@lru_cache(maxsize=1024)
+def _gradient(a: Attention, wanted: tuple[str, ...]) -> AttentionGrad | str:
+    """The gradient that a C++ kernel may be made of, or why none is."""
+    if set(a.outputs) != {"out", "lse"}:
+        return "the forward does not give its output and the sums of its rows"
+    g = gradient_of(optimise(a), wanted)
+    return g if isinstance(g, str) else cpp.unsupported_gradient(g) or g
+
+
+@lru_cache(maxsize=1024)
+def _built(a: Attention, wanted: tuple[str, ...], target: Target) -> BuiltBackward:
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        if target.missing:
+            return BuiltBackward(reason=target.missing)
+        g = _gradient(a, wanted)
+        return BuiltBackward(reason=g) if isinstance(g, str) else _compiled(g, target)
+
+
+def _compiled(g: AttentionGrad, target: Target, *, wide: bool = False) -> BuiltBackward:
+    a = g.attention
+    assert target.toolchain is not None  # else the target would lack it
+    try:
+        source = cpp.emit_gradient(g, loop_bounds(g.by_key, rows=True), target.arch, wide=wide)
+        name = f"backward-{kernel_name(a)}"
+        larger = cache(lambda: _wide(g, target)) if a.sizes and not wide else None
+        kernel = compiled(
+            ranks_of(g), source, target.arch, target.toolchain, name, default_store(), gradient_check(g),
+            lambda: _refused, larger,
+        )  # fmt: skip
+    except CompileError as error:
+        return BuiltBackward(reason=f"the C++ compiler failed: {first_error(str(error))}")
+    except (CppKernelError, StoreError, OSError) as error:
+        return BuiltBackward(reason=str(error))
+    return BuiltBackward(Gradients(g, kernel), source, f"C++ {target.arch} kernel")
+
+
+def _wide(g: AttentionGrad, target: Target) -> Kernel:
+    run = _compiled(g, target, wide=True).run
+    return _refused if run is None else run.kernel
+
+
+def ranks_of(g: AttentionGrad) -> Ranks:
+    """What a backward kernel of `g` takes."""
+    a = g.by_key
+    outputs = tuple(map(len, shapes_of_grad(g, [1] * len(a.sizes))))
+    return Ranks(tuple(len(t.shape) for t in a.tensors), len(a.sizes), outputs)
+
+
+def _refused(tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]) -> None:
+    """What stands in the place of a kernel that was found wrong."""
+    raise WrongKernel

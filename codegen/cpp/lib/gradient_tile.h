@@ -1,0 +1,65 @@
+// ---- a tile of a backward: QUERIES keys in lanes, and the blocks of query rows that they are seen by -----------------
+// What a tile says of "rows" are keys, of "keys" queries: the attention seen from its keys.
+INLINE int64_t round_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// One thread's working memory. Scores and their gradients hold a vector of keys for each query row, `SCORE_ROW` from row to
+// row and `SCORE_NEXT` from vector to vector; what else there is says gradient_plain.h or gradient_tiles.h.
+struct Work {
+    real *scores, *slopes, *dk, *dv, *near, *key_sums, *bases, *deltas;
+    void *k, *v, *k_rows, *q, *g, *turned, *packed;
+    char* part;
+    Slants slants;
+    Tile tile;
+};
+
+// What the items of a batch point add up: dq, then the sums of loads, each for all members of its group.
+struct Part {
+    real* dq;
+    real* sums[TERMS + 1];
+};
+
+// One vector of keys against query row j: the score in `s` becomes the weight that the value's gradient takes, the number in
+// `ds`, gradient times value, becomes the gradient of the score. `terms` are the gradients of loads.
+template <bool MASKED>
+INLINE void derive(const Call& c, const Uniform& u, const RowValues& r, int64_t j, real base, real delta, vmask present,
+                   real* s, real* ds, vreal (&terms)[TERMS + 1]) {
+    vmask visible = present;
+    vreal logit, slope, factor;
+    local<MASKED>(c, u, r, j, load(s), visible, logit, slope, factor, terms);
+    vreal p = exp2_weight(logit * SCALE - splat(base));
+    if (MASKED) p = pick(visible, p, vreal{});
+    const vreal t = p * (load(ds) * factor - splat(delta)), x = t * slope;
+    store(s, p * factor);
+    store(ds, MASKED ? pick(visible, x, vreal{}) : x);
+    for (int n = 0; n < TERMS; ++n) terms[n] = MASKED ? pick(visible, t * terms[n], vreal{}) : t * terms[n];
+}
+
+INLINE real sum_of_lanes(vreal x) { real s = 0; EACH_LANE(s += x[l]) return s; }
+
+// Rows [from, to) of the block from j0 on against one vector of keys.
+template <bool MASKED>
+static void derive_rows(const Call& c, const Tile& t, const Uniform& u, int64_t column, int64_t from, int64_t to,
+                        const Part& part, Work& w, vreal (&whole)[TERMS + 1]) {
+    vmask present = splat_mask(true);
+    if (MASKED) EACH_LANE(present[l] = -(mask_int)(column * LANES + l < t.rows))
+    const RowValues& r = t.values[column];
+    const real *bases = w.bases + t.g0 * c.M, *deltas = w.deltas + t.g0 * c.M;
+    real *s = w.scores + column * SCORE_NEXT, *ds = w.slopes + column * SCORE_NEXT;
+    for (int64_t n = from; n < to; ++n) {
+        vreal terms[TERMS + 1];
+        const int64_t j = u.j0 + n;
+        derive<MASKED>(c, u, r, j, bases[j], deltas[j], present, s + n * SCORE_ROW, ds + n * SCORE_ROW, terms);
+        for (int x = 0; x < TERMS; ++x) {
+            if (OVER[x] == ALL) whole[x] += terms[x];
+            if (OVER[x] == QUERY) part.sums[x][t.g0 * c.M + j] += sum_of_lanes(terms[x]);
+            if (OVER[x] == KEY) {
+                real* to = w.key_sums + (x * QUERIES + column * LANES);
+                store(to, load(to) + terms[x]);
+            }
+            if (OVER[x] == DISTANCE) {
+                real* to = part.sums[x] + t.g0 * distances(c) + (t.i0 + column * LANES - j + c.M - 1);
+                store(to, load(to) + terms[x]);
+            }
+        }
+    }
+}
