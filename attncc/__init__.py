@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
     from attncc.driver.backend import attncc_backend as backend
     from attncc.driver.explanation import explain, explain_plan, explain_program
+    from attncc.driver.recording import record
     from attncc.ir import Attention
     from attncc.plans.plan import Plan
     from attncc.plans.profile import profile
 
-__all__ = ["Plan", "__version__", "backend", "explain", "explain_plan", "explain_program", "profile"]
+__all__ = ["Plan", "__version__", "backend", "explain", "explain_plan", "explain_program", "profile", "record"]
 
 _LAZY = {
     "backend": ("attncc.dynamo", "attncc_backend"),
@@ -32,6 +33,7 @@ _LAZY = {
     "explain_plan": ("attncc.driver.explanation", "explain_plan"),
     "Plan": ("attncc.plans.plan", "Plan"),
     "profile": ("attncc.plans.profile", "profile"),
+    "record": ("attncc.driver.recording", "record"),
     "explain_program": ("attncc.driver.explanation", "explain_program"),
 }
 

@@ -9,6 +9,7 @@ import typer
 
 from attncc.cli.bench import bench
 from attncc.cli.cache import cache
+from attncc.cli.diff import diff
 from attncc.cli.inspect import inspect
 from attncc.cli.opt import opt
 from attncc.cli.output import Debug, clear_errors
@@ -22,6 +23,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 app.command()(inspect)
+app.command()(diff)
 
 
 @app.command()

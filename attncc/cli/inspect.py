@@ -18,7 +18,8 @@ from attncc.errors import PlanError
 from attncc.frontends.targets import Target, TargetError, load, one_line
 from attncc.progress import reporting
 from attncc.report.mask_image import LEGEND, mask_image
-from attncc.report.model import Report, Site
+from attncc.report.model import Report
+from attncc.report.site import Site
 
 LANGUAGES = {"cpp": "cpp", "triton": "python", "torch": "python"}
 

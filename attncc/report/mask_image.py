@@ -11,7 +11,7 @@ import torch
 
 from attncc.ir import parse_attention
 from attncc.passes.bounds.mask_cells import mask_cells
-from attncc.report.model import Site
+from attncc.report.site import Site
 
 #: By class of `attncc.passes.bounds.mask_cells`: skipped, wasted, partial, visible.
 PALETTE = ((255, 255, 255), (244, 178, 102), (134, 171, 214), (31, 78, 140))

@@ -1,6 +1,6 @@
 """C++ for CPUs: one freestanding translation unit an attention."""
 
-from attncc.codegen.cpp.emitter import emit, unsupported
+from attncc.codegen.cpp.emitter import emit, instructions, unsupported
 from attncc.codegen.cpp.isa import ISAS
 
-__all__ = ["ISAS", "emit", "unsupported"]
+__all__ = ["ISAS", "emit", "instructions", "unsupported"]

@@ -15,7 +15,8 @@ from typer.testing import CliRunner, Result
 
 import attncc
 from attncc.cli.app import app
-from attncc.report.model import Report, Site
+from attncc.report.model import Report
+from attncc.report.site import Site
 from attncc.runtime.store import Store, key
 
 pytestmark = pytest.mark.slow
