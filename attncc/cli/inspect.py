@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +20,7 @@ from attncc.frontends.targets import Target, TargetError, load, one_line
 from attncc.progress import reporting
 from attncc.report.mask_image import LEGEND, mask_image
 from attncc.report.model import Report
+from attncc.report.page import PageError
 from attncc.report.site import Site
 
 LANGUAGES = {"cpp": "cpp", "triton": "python", "torch": "python"}
@@ -34,6 +36,8 @@ def inspect(
     mask: Annotated[int | None, typer.Option("--mask", metavar="N", help="Draw the mask of site N.")] = None,
     picture: Annotated[Path | None, typer.Option("--picture", metavar="PATH", help="Draw each mask and what the kernel "
                                                  "visits, into a folder; or one (--mask N) into FILE.png.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page for a "
+                                              "browser, complete in itself.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     every: Annotated[bool, typer.Option("--all", help="One row a site, where equal layers would share one.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Show training beside inference: the model in train mode, with "
@@ -50,6 +54,9 @@ def inspect(
             if train:
                 reports["training"] = examine(training(loaded), gradients=True, plan=plan)
         report = list(reports.values())[-1]
+        if html is not None:
+            write_page(report, html, target)
+            return
         console = Console(soft_wrap=not sys.stdout.isatty())
         if as_json:
             every_way = {name: each.to_dict() for name, each in reports.items()}
@@ -87,6 +94,22 @@ def print_stages(console: Console, report: Report, name: str) -> None:
         raise TargetError(f"--print-after {name}: no such pass ran; those that ran: {ran}")
     for made_by, text in found:
         print_text(console, f"# after {made_by}\n{text}\n")
+
+
+def write_page(report: Report, path: Path, target: str) -> None:
+    """The page of a report into a file, which is replaced by a complete one only."""
+    try:
+        whole = report.html(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            part.write_text(whole, encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, PageError) as error:
+        raise TargetError(f"{path}: {one_line(error)}") from error
+    print(f"{path}: {report.summary}")
 
 
 def draw(report: Report, path: Path, target: str, number: int | None) -> None:

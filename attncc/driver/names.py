@@ -30,7 +30,7 @@ def names_of(site: Lifted, reading: Reading) -> dict[str, str]:
         if tensor.name in own:
             continue
         origin = reading.origin.get(node) or reading.owner.get(node)
-        name = _name(origin) if origin is not None else ""
+        name = graph_name(origin) if origin is not None else ""
         bare = re.sub(r"_\d+$", "", name)
         name = next((x for x in (bare, name) if x and x not in taken), tensor.name)
         taken.add(name)
@@ -38,7 +38,7 @@ def names_of(site: Lifted, reading: Reading) -> dict[str, str]:
     return found
 
 
-def _name(n: fx.Node) -> str:
+def graph_name(n: fx.Node) -> str:
     """What a node of a Dynamo graph is called: `attention_mask`, of the input `L['kwargs']['attention_mask']`."""
     source = getattr(n.meta.get("grapharg"), "source", None)
     if n.op == "placeholder" and source is not None:

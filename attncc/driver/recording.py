@@ -53,6 +53,12 @@ class Recording:
     def to_dict(self) -> dict[str, Any]:
         return self.report.to_dict()
 
+    def html(self, title: str = "a model") -> str:
+        return self.report.html(title)
+
+    def _repr_html_(self) -> str | None:
+        return self.report._repr_html_()
+
     def __rich__(self) -> Any:
         return self.report.table()
 

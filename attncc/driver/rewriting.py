@@ -22,6 +22,7 @@ from attncc.driver.planning import Places, PlannedSite, Planner, parameters_of
 from attncc.driver.selection import decide
 from attncc.driver.site_groups import SiteGroup, together
 from attncc.driver.site_record import Place, Proposal, recorded
+from attncc.driver.surroundings import around
 from attncc.driver.training import Training, runs_again, training_of
 from attncc.errors import EditError, PlanError, unforeseen
 from attncc.ir import Attention, Program, print_attention, print_linear
@@ -37,7 +38,7 @@ from attncc.patterns.refusals.reasons import used_by
 from attncc.patterns.site.assemble import Lifted
 from attncc.patterns.site.program import SiteProgram, program_of
 from attncc.progress import step
-from attncc.report.site import Site
+from attncc.report.site import GraphNode, Site
 from attncc.torch_private.state import preserved, under, without_autocast
 
 
@@ -171,9 +172,21 @@ def _edited(
         if isinstance(proposal, fx.Node) and site.anchor in said:
             continue  # a softmax whose weights go to several products, and must exist
         said.add(site.anchor)
-        names = names_of(site, reading)
-        settled.append(recorded(site, proposal, verdicts[site.node], Place(index, path, where), facts, names))
+        made = recorded(site, proposal, verdicts[site.node], Place(index, path, where), facts, names_of(site, reading))
+        settled.append(made if collecting.get() is None else replace(made, **_surroundings(site, reading, editor)))
     return editor.finish()
+
+
+def _surroundings(site: Lifted, reading: capture.Reading, editor: Editor) -> dict[str, tuple[GraphNode, ...]]:
+    """The graph around a site before and after it was fused, where Dynamo's graph has nodes of its own for it."""
+    old, copy = reading.origin.get(site.node), editor.reading.origin.get(site.node)
+    operands = {n for x in site.tensors if (n := reading.origin.get(x)) is not None}
+    given = {n for x in site.tensors if (n := editor.reading.origin.get(x)) is not None}
+    new = None if copy is None else editor.taken.get(copy)
+    return {
+        "graph": () if old is None else around(old, operands),
+        "fused_graph": () if new is None else around(new, given),
+    }
 
 
 def _place(reading: capture.Reading, site: Lifted | Refusal | Recognised) -> fx.Node:

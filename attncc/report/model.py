@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
+from attncc.report import page
 from attncc.report.site import Site, Status
 from attncc.report.table import WIDTH, table
 
@@ -82,6 +83,13 @@ class Report:
     def __rich__(self) -> RenderableType:
         return self.table()
 
+    def html(self, title: str = "a model") -> str:
+        """One page for a browser, complete in itself. Raises PageError where jinja2 is not installed."""
+        return page.page(self, title)
+
+    def _repr_html_(self) -> str | None:
+        return page.in_notebook(self)
+
     def __repr__(self) -> str:
         return f"<attncc report, {self.summary}>"
 
@@ -89,3 +97,4 @@ class Report:
         stream = StringIO()
         Console(file=stream, width=WIDTH, color_system=None, force_terminal=False).print(self.table())
         return "\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").splitlines())
+

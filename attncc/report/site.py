@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 
 Status = Literal["fused", "kept", "refused"]
+#: Fields of a site that pages show and the JSON leaves out.
+PAGE_ONLY = ("stages", "cells", "graph", "fused_graph")
 STATUSES: tuple[Status, ...] = ("fused", "kept", "refused")
 
 
@@ -22,6 +24,17 @@ class HeadForm:
     heads: tuple[int, ...]
     density: float
     error: float
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """A node of a model's graph in a drawing: its name, what it does (nothing for an input), the places of its inputs
+    in the drawing, and whether it is `given` to the site, the site's `own`, its output (`site`) or a `user` of that."""
+
+    name: str
+    operation: str
+    inputs: tuple[int, ...]
+    role: str
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,7 +52,8 @@ class Site:
     the kind of the reason (`attncc.ir.reasons`), with those of the reasons in it: a key to group by, where `reason` is
     the sentence. `isa` is the instruction set that the kernel uses, or the capability of the GPU. `forms`: what heads
     do under a plan. `cells` are the mask of the first batch point in a call, uint8[rows, keys], by the classes of
-    `attncc.passes.bounds.mask_cells`; None where `ir` and `sizes` say all that there is to it.
+    `attncc.passes.bounds.mask_cells`; None where `ir` and `sizes` say all that there is to it. `graph` is the part of
+    the model's graph that the site stands in, `fused_graph` the same with the kernel in it.
     """
 
     index: int
@@ -68,6 +82,8 @@ class Site:
     isa: str = ""
     forms: tuple[HeadForm, ...] = ()
     stages: tuple[tuple[str, str], ...] = ()
+    graph: tuple[GraphNode, ...] = ()
+    fused_graph: tuple[GraphNode, ...] = ()
     cells: torch.Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -84,7 +100,7 @@ class Site:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as in the JSON of a report (docs/report.md) but for `kernel`, which is the source itself.
         """
-        names = [f for f in self.__dataclass_fields__ if f not in ("stages", "cells")]
+        names = [f for f in self.__dataclass_fields__ if f not in PAGE_ONLY]
         values = {name: getattr(self, name) for name in names}
         return values | {
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},

@@ -127,6 +127,16 @@ def test_json_is_the_report_alone() -> None:
     assert json.loads(result.stdout) == json.loads(json.dumps(REPORT.to_dict()))
 
 
+def test_html_is_a_page_in_a_file(tmp_path: Path, explained: list[Any]) -> None:
+    out = tmp_path / "new" / "report.html"
+    result = run("inspect", "attncc_cli_target:factory", "--html", str(out))
+    assert result.exit_code == 0 and result.stdout == f"{out}: 2 sites: 1 fused, 0 kept, 1 refused\n"
+    assert "<h1>attncc_cli_target:factory</h1>" in out.read_text() and [*out.parent.iterdir()] == [out]
+    (tmp_path / "file").write_text("")
+    refused = run("inspect", "attncc_cli_target:factory", "--html", str(tmp_path / "file" / "report.html"))
+    assert refused.exit_code == 2 and refused.stderr.startswith(f"attncc: {tmp_path / 'file' / 'report.html'}: ")
+
+
 def test_kernel_is_printed_to_the_byte() -> None:
     assert run("inspect", "attncc_cli_target:factory", "--kernel", "0").stdout == SOURCE
 
