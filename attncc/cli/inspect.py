@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import attncc
 from attncc.cli.output import Debug, clear_errors, print_report, print_source, print_text, quiet
 from attncc.errors import PlanError
+from attncc.frontends.small import random_model
 from attncc.frontends.targets import Target, TargetError, load, one_line
 from attncc.progress import reporting
 from attncc.report.mask_image import LEGEND, mask_image
@@ -23,11 +24,14 @@ from attncc.report.model import Report
 from attncc.report.page import PageError
 from attncc.report.site import Site
 
+HF = "hf:"
 LANGUAGES = {"cpp": "cpp", "triton": "python", "torch": "python"}
 
 
 def inspect(
-    target: Annotated[str, typer.Argument(help="`module:factory` or a .pt2 file. The factory returns (model, args).")],
+    target: Annotated[str, typer.Argument(help="`module:factory`, `path/file.py:factory` or a .pt2 file; the factory "
+                                          "returns (model, args). Or `hf:TYPE`, a type of transformers' models such as "
+                                          "hf:bert, with random weights.")],
     ir: Annotated[bool, typer.Option("--ir", help="Print the IR of each site.")] = False,
     print_after: Annotated[str, typer.Option("--print-after", metavar="PASS", help="Print the program of each site "
                                              "after this pass, or after `all`.")] = "",
@@ -42,6 +46,8 @@ def inspect(
     every: Annotated[bool, typer.Option("--all", help="One row a site, where equal layers would share one.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Show training beside inference: the model in train mode, with "
                                         "gradients. Parts (--ir, --kernel, ...) are then those of training.")] = False,
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Layers of an hf:TYPE (2).")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=8, help="Tokens of its texts (256).")] = None,
     plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="Show what each site becomes under a plan."
                                               )] = None,
     debug: Debug = False,
@@ -49,7 +55,9 @@ def inspect(
     """Show each attention of a model: what was found, what it became, or why it was left alone."""
     with clear_errors(debug):
         with quiet(debug):
-            loaded = load(target)
+            loaded = of_type(target, layers or 2, tokens or 256) if target.startswith(HF) else load(target)
+            if not target.startswith(HF) and (layers or tokens):
+                raise TargetError(f"{target}: --layers and --tokens go with hf:TYPE")
             reports = {"inference": examine(loaded, plan=plan)}
             if train:
                 reports["training"] = examine(training(loaded), gradients=True, plan=plan)
@@ -84,6 +92,11 @@ def inspect(
             print_text(console, _part(site, site.picture, "picture of a mask", target))
         if picture is not None:
             draw(report, picture, target, mask)
+
+
+def of_type(target: str, layers: int, tokens: int) -> Target:
+    model, inputs = random_model(target.removeprefix(HF), layers, tokens)
+    return Target(target, model, (), inputs)
 
 
 def print_stages(console: Console, report: Report, name: str) -> None:

@@ -12,8 +12,8 @@ from rich.text import Text
 from attncc.report import words
 from attncc.report.site import Site, Status, alike, merged_path, ranges
 
-#: Where there is no terminal to ask.
-WIDTH = 100
+#: Columns where there is no terminal to ask.
+WIDTH = 80
 COLOURS: dict[Status, str] = {"fused": "green", "kept": "yellow", "refused": "red"}
 #: Characters and lines of a mask beside its site.
 _WIDE, _HIGH = 22, 9

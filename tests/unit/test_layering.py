@@ -44,6 +44,7 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
     "attncc": ("driver", "plans"),
     "frontends": ("attncc",),
     "plans": ("driver",),
+    "__main__": ("cli",),
     "cli": ("frontends", "attncc"),
     "bench": ("frontends", "attncc"),
 }  # fmt: skip
