@@ -44,7 +44,7 @@ def _block(sites: Sequence[Site]) -> Iterator[RenderableType]:
     if site.where:
         yield Text(site.where, style="dim")
     rows = Table.grid(padding=(0, 1))
-    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(style="dim", no_wrap=True, min_width=9)
     rows.add_column(overflow="fold")
     for name, text in facts(sites):
         rows.add_row(Text(name), Text(text))
