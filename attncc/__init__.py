@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 
     from attncc.driver.backend import attncc_backend as backend
     from attncc.driver.explanation import explain, explain_plan, explain_program
+    from attncc.driver.installing import install_in_inductor
     from attncc.driver.recording import record
     from attncc.ir import Attention
     from attncc.plans.plan import Plan
     from attncc.plans.profile import profile
 
-__all__ = ["Plan", "__version__", "backend", "explain", "explain_plan", "explain_program", "profile", "record"]
+__all__ = [
+    "Plan", "__version__", "backend", "explain", "explain_plan", "explain_program", "install_in_inductor", "profile",
+    "record",
+]  # fmt: skip
 
 _LAZY = {
     "backend": ("attncc.dynamo", "attncc_backend"),
@@ -33,6 +37,7 @@ _LAZY = {
     "explain_plan": ("attncc.driver.explanation", "explain_plan"),
     "Plan": ("attncc.plans.plan", "Plan"),
     "profile": ("attncc.plans.profile", "profile"),
+    "install_in_inductor": ("attncc.driver.installing", "install_in_inductor"),
     "record": ("attncc.driver.recording", "record"),
     "explain_program": ("attncc.driver.explanation", "explain_program"),
 }
