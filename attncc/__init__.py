@@ -20,12 +20,17 @@ if TYPE_CHECKING:
 
     from attncc.driver.backend import attncc_backend as backend
     from attncc.driver.explanation import explain, explain_plan, explain_program
+    from attncc.driver.installing import install_in_inductor
+    from attncc.driver.recording import record
     from attncc.ir import Attention
     from attncc.plans.plan import Plan
     from attncc.plans.profile import profile
     from attncc.plans.stages import Settings
 
-__all__ = ["Plan", "Settings", "__version__", "backend", "explain", "explain_plan", "explain_program", "profile"]
+__all__ = [
+    "Plan", "Settings", "__version__", "backend", "explain", "explain_plan", "explain_program", "install_in_inductor",
+    "profile", "record",
+]  # fmt: skip
 
 _LAZY = {
     "backend": ("attncc.dynamo", "attncc_backend"),
@@ -34,6 +39,8 @@ _LAZY = {
     "Plan": ("attncc.plans.plan", "Plan"),
     "profile": ("attncc.plans.profile", "profile"),
     "Settings": ("attncc.plans.stages", "Settings"),
+    "install_in_inductor": ("attncc.driver.installing", "install_in_inductor"),
+    "record": ("attncc.driver.recording", "record"),
     "explain_program": ("attncc.driver.explanation", "explain_program"),
 }
 

@@ -32,6 +32,7 @@ from attncc.runtime.derivatives import (
 )
 from attncc.runtime.outputs import Signature, signature_of
 from attncc.runtime.recent import Recent
+from attncc.runtime.watching import watcher
 from attncc.torch_private.derivatives import each_of_a_batch, has_tangents
 from attncc.torch_private.distributed import is_distributed
 
@@ -155,8 +156,10 @@ def _run(tensors: list[torch.Tensor], sizes: list[int], spec: str) -> list[torch
     if kernel is None:
         site.signature.check(tensors, sizes)  # the first call alone: graphs do not change what they pass
         kernel = installed.kernel(spec, device)
+    seen = watcher.get()
     try:
-        kernel(tensors, sizes, outputs)
+        with nullcontext() if seen is None else seen(tensors, sizes, spec):
+            kernel(tensors, sizes, outputs)
     except Exception as error:
         raise KernelError(f"the kernel of this attention failed on {device}: {error}\n{spec}") from error
     return outputs

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from attncc.bench.chosen import chosen
 from attncc.progress import listening
 
 #: Steps of the driver that are own work; what else it reports while it decides is building and measuring.
@@ -43,11 +44,9 @@ _WARM_STARTS = 3
 def run(quick: bool = False, json: Path | None = None, *, only: str = "") -> dict[str, Any]:
     """Measure the rows whose names hold one of the words of `only` (by commas), print them, and write `json` (other
     rows that it holds stay)."""
-    words = [w.strip() for w in only.split(",") if w.strip()]
+    names = chosen(cases((4,) if quick else (8, 32, 64)), only)
     rows: dict[str, Any] = json_format.loads(json.read_text())["rows"] if json is not None and json.exists() else {}
-    for name in cases((4,) if quick else (8, 32, 64)):
-        if words and not any(w in name for w in words):
-            continue
+    for name in names:
         rows[name] = _apart(name)
         print(line(name, rows[name]), flush=True)
         if json is not None:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from attncc.bench.chosen import chosen
 from attncc.runtime import sharding
 from attncc.runtime.memory import peak_bytes
 
@@ -102,11 +103,10 @@ def _process(rank: int, world: int, folder: str, names: list[str], n: int, round
 
 def run(*, quick: bool = False, json: Path | None = None, only: str = "") -> list[dict[str, Any]]:
     """Measure on two and four processes; prints a line a row. `only`: masks whose names hold one of these words."""
-    words = [w for w in only.split(",") if w]
-    names = [x for x in MASKS if not words or any(w in x for w in words)]
+    names = chosen(MASKS, only)
     n, rounds = (1024, 2) if quick else (4096, 5)
     rows: list[dict[str, Any]] = []
-    for world in (2, 4):
+    for world in (2, 4) if names else ():
         with mp.get_context("spawn").Manager() as manager, tempfile.TemporaryDirectory() as folder:
             found: Any = manager.dict()
             given = (world, folder, names, n, rounds, found)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from attncc.bench.chosen import chosen
 from attncc.bench.cpu_rivals import RIVALS, Call, Tensors, eager, ours, spec
 from attncc.bench.cpu_rows import EVERY, CpuRow, rows
 from attncc.bench.report import line, markdown, plot
@@ -156,13 +157,9 @@ def threads_set(n: int) -> Iterator[None]:
 
 
 def _chosen(wanted: str, *, quick: bool) -> list[CpuRow]:
-    """The rows whose names contain one of the comma-separated words."""
-    words = [w.strip() for w in wanted.split(",") if w.strip()]
     every = rows(quick=quick)
-    found = [r for r in every if not words or any(w in r.row.name for w in words)]
-    if not found:
-        raise TargetError(f"bench: no row is called {wanted!r}; rows are {', '.join(r.row.name for r in every)}")
-    return found
+    names = chosen((r.row.name for r in every), wanted)
+    return [r for r in every if r.row.name in names]
 
 
 def _rivals(dtype: str, threads: int, wanted: Sequence[str]) -> list[str]:
@@ -184,11 +181,11 @@ def run(
         unknown = [x for x in asked if x not in there]
         if unknown:
             raise TargetError(f"bench: no {what} {', '.join(unknown)}; there are {', '.join(there)}")
-    chosen = _chosen(only, quick=quick) if only != "none" else []
+    named = _chosen(only, quick=quick)
     kinds = [d for d in EVERY if d in (dtypes or EVERY[: 2 if quick else 3])]
     counts = list(threads) or ([1] if quick else [1, 2])
     report = report_of(json)
-    wanted = [in_dtype(r, d) for d in kinds for r in chosen]
+    wanted = [in_dtype(r, d) for d in kinds for r in named]
     build_all((spec(x), "cpu") for r in wanted for x in (r.row, r.plain) if x is not None)
     for count in counts if wanted else ():
         with threads_set(count), torch.no_grad():

@@ -148,7 +148,8 @@ def small(name: str, batch: int, n: int) -> CpuRow:
 
 def decode(keys: int, batch: int = 1, queries: int = 1) -> CpuRow:
     """New tokens of 32 heads on 8 key heads; several queries see all keys but each other's later ones."""
-    name = f"decode {keys}" + (f" batch {batch}" if batch > 1 else "") + (f", {queries} queries" if queries > 1 else "")
+    name = f"decode {keys}" + (f" batch {batch}" if batch > 1 else "")
+    name += f" with {queries} queries" if queries > 1 else ""
     row = Row(name, batch, 8, 4, queries, keys, 128)
     if queries > 1:
         last = keys - queries

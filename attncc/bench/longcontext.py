@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from attncc.bench.chosen import chosen
 from attncc.bench.windows import limited
 from attncc.driver.backend import Collected, collecting
-from attncc.frontends.targets import TargetError
 from attncc.runtime.measure import device_name
 from attncc.runtime.memory import peak_bytes
 
@@ -64,7 +64,7 @@ MASKS: dict[str, Mask] = {
     "documents": _doc,
     "causal documents": lambda i, j, x: _doc(i, j, x) & (j <= i),
     "sliding window": lambda i, j, x: (j <= i) & (i - j <= WINDOW),
-    "sliding window, both ways": lambda i, j, x: (i - j).abs() <= WINDOW,
+    "sliding window both ways": lambda i, j, x: (i - j).abs() <= WINDOW,
     "shared question": lambda i, j, x: (j <= i) & (_doc(i, j, x) | (x["doc"][j] == 0)),
     "causal blockwise": _causal_blockwise,
     "prefix LM": lambda i, j, x: (j < PREFIX) | (j <= i),
@@ -103,14 +103,11 @@ def run(
     quick: bool = False, json: Path | None = None, *, only: str = "", lengths: Sequence[int] = (), rounds: int = 5
 ) -> dict[str, Any]:
     """Measure the masks whose names hold one of the words of `only`, print a table, and write `json` after each row."""
-    words = [w.strip() for w in only.split(",") if w.strip()]
-    chosen = [name for name in MASKS if not words or any(w in name for w in words)]
-    if not chosen and only != "none":
-        raise TargetError(f"bench: no row is called {only!r}; rows are {', '.join(MASKS)}")
+    names = chosen(MASKS, only)
     found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(),
                              "processor": device_name(torch.device("cpu")), "machine": platform.machine(),
                              "rows": []}  # fmt: skip
-    for name in chosen:
+    for name in names:
         for n in lengths or (LENGTHS[:1] if quick else LENGTHS):
             for trains in (False, True):
                 row = measured(name, n, trains=trains, rounds=3 if quick else rounds)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from attncc.bench.chosen import chosen
 from attncc.driver.lowering import lower
 from attncc.ir import Attention, Program, parse_attention, print_attention
 from attncc.ir.evaluate import DTYPE_OF
@@ -166,7 +167,6 @@ def line(row: dict[str, Any]) -> str:
 def run(*, quick: bool = False, json: Path | None = None, only: str = "") -> dict[str, Any]:
     """Measures and prints every row, and writes them to `json`. `only`: words, by commas, of the rows' names."""
     n, rounds = (FEW_TOKENS, 3) if quick else (TOKENS, 7)
-    wanted = [w.strip() for w in only.split(",") if w.strip()]
     jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = []
     for dtype in ("f32", "bf16"):
         for block in BLOCKS:
@@ -174,12 +174,14 @@ def run(*, quick: bool = False, json: Path | None = None, only: str = "") -> dic
                 name = f"blocks of {block} {density} {dtype}"
                 jobs.append((name, lambda t=(block, density, most, n, dtype, rounds): block_row(*t)))
         for spelling, rows in (*((x, 0) for x in POLICIES), *((x, 1) for x in DECODE)):
-            jobs.append((f"{spelling} {dtype}", lambda t=(spelling, n, dtype, rows, rounds): policy_row(*t)))
+            name = f"{spelling.replace(',', ' ')} {dtype}"  # commas separate the words of --rows
+            jobs.append((name, lambda t=(spelling, n, dtype, rows, rounds): policy_row(*t)))
+    names = chosen((name for name, _ in jobs), only)
     found: list[dict[str, Any]] = []
     print(f"{n} tokens, {HEADS} heads on {HEADS // GROUP}, width {WIDTH}, {torch.get_num_threads()} threads, "
           f"{platform.processor() or platform.machine()}")  # fmt: skip
     for name, job in jobs:
-        if not wanted or any(w in name for w in wanted):
+        if name in names:
             found.append(job())
             print(line(found[-1]), flush=True)
     report = {"threads": torch.get_num_threads(), "rows": found}

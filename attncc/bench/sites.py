@@ -1,9 +1,9 @@
 """`attncc bench --suite sites`: how much of the attention of real models attncc and Inductor find, in one run.
 
-Every model type of the installed transformers that can be made small (bench_small.py), with its attention written out
-or as SDPA, in float32. What its eager run asks of softmax and SDPA is counted; attncc compiles it, every lifted site
-runs its generated kernel, and the results are compared with a float64 run; Inductor's passes read the same model and
-say how many attentions their patterns replaced.
+Every model type of the installed transformers that can be made small (`attncc.frontends.small`), with its attention
+written out or as SDPA, in float32. What its eager run asks of softmax and SDPA is counted; attncc compiles it, every
+lifted site runs its generated kernel, and the results are compared with a float64 run; Inductor's passes read the same
+model and say how many attentions their patterns replaced.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from attncc import torch_private
-from attncc.bench.small import NotSmall, model_types, small_models
+from attncc.bench.chosen import NONE
 from attncc.bench.windows import limited
 from attncc.driver.backend import Collected, attncc_backend, collecting
-from attncc.driver.explanation import report
+from attncc.driver.recording import report
+from attncc.frontends.small import NotSmall, model_types, small_models
+from attncc.frontends.targets import TargetError
 
 SPELLINGS = ("eager", "sdpa")
 #: What a model's eager run must not need more of, and what compiling and running it with one peer must not.
@@ -49,8 +51,13 @@ def run(quick: bool = False, json: Path | None = None, *, only: str = "") -> dic
     """Measure the models whose names are among the words of `only` (by commas), print them, and write `json` after
     each; rows that it holds already are not measured again. `quick` takes every tenth type, written out."""
     words = [w.strip() for w in only.split(",") if w.strip()]
+    known = list(model_types())
+    rows_of = {x for name in known for x in (name, *(f"{name} {spelling}" for spelling in SPELLINGS))}
+    strange = [w for w in words if w not in rows_of and w != NONE]
+    if strange:
+        raise TargetError(f"bench: no model type is called {', '.join(map(repr, strange))} in this transformers")
     rows: dict[str, Any] = json_format.loads(json.read_text())["rows"] if json is not None and json.exists() else {}
-    for name in list(model_types())[:: 10 if quick else 1]:
+    for name in known[:: 10 if quick else 1]:
         for spelling in SPELLINGS[: 1 if quick else None]:
             row = f"{name} {spelling}"
             if row in rows or (words and name not in words and row not in words):

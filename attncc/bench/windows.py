@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from attncc.frontends.targets import TargetError
+from attncc.bench.chosen import chosen
 from attncc.runtime.measure import on_cpu
 
 LENGTHS = (4096, 8192, 16384, 32768)
@@ -114,15 +114,15 @@ def neighbourhood(i: Tensor, j: Tensor, doc: Tensor) -> Tensor:
 
 #: Masks of the layers.
 MODELS: dict[str, tuple[Callable[..., Tensor], ...]] = {
-    "Mistral-like, window 1024": (causal_window, causal_window),
-    "Gemma-like, window 1024 and global, cap": (causal_window, causal),
-    "ModernBERT-like, window 128": (local, local),
-    "Longformer-like, window 512 and 16 global": (local_and_global, local_and_global),
+    "Mistral-like window 1024": (causal_window, causal_window),
+    "Gemma-like window 1024 and global with cap": (causal_window, causal),
+    "ModernBERT-like window 128": (local, local),
+    "Longformer-like window 512 and 16 global": (local_and_global, local_and_global),
     "neighbourhood 13 x 13": (neighbourhood, neighbourhood),
     "documents of about 1000": (documents, documents),
 }
 _MOST_ROUNDS = 15
-CAPS = {"Gemma-like, window 1024 and global, cap": 50.0}
+CAPS = {"Gemma-like window 1024 and global with cap": 50.0}
 
 
 @dataclass
@@ -141,13 +141,11 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the models whose names hold one of the words `only`, print, and write `json` (its other rows stay)."""
     lengths = lengths or (LENGTHS[:1] if quick else LENGTHS)
-    chosen = [name for name in MODELS if not only or any(w.strip() in name for w in only.split(","))]
-    if not chosen:
-        raise TargetError(f"bench: no row is called {only!r}; rows are {', '.join(MODELS)}")
+    names = chosen(MODELS, only)
     kept = json_format.loads(json.read_text())["rows"] if json is not None and json.exists() else []
-    rows: list[dict[str, Any]] = [r for r in kept if r["model"] not in chosen or r["length"] not in lengths]
+    rows: list[dict[str, Any]] = [r for r in kept if r["model"] not in names or r["length"] not in lengths]
     limits = limits or Limits()
-    for name in chosen:
+    for name in names:
         last: dict[str, float] = {}
         for n in lengths:
             row = measured(name, n, peers, rounds, limits, last)

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from attncc.cli.bench import bench
 from attncc.cli.cache import cache
+from attncc.cli.diff import diff
 from attncc.cli.inspect import inspect
 from attncc.cli.opt import opt
 from attncc.cli.output import Debug, clear_errors
 from attncc.cli.plan import plan
 from attncc.cli.profile import profile
 from attncc.frontends.targets import TargetError
+from attncc.version import __version__
 
 app = typer.Typer(
     help="An attention compiler for PyTorch: see what it finds in a model, and try it.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"attncc {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _attncc(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the versions of "
+                                          "attncc, torch and Python.")] = False,
+) -> None:  # fmt: skip
+    pass
+
+
 app.command()(inspect)
+app.command()(diff)
 
 
 @app.command()

@@ -50,6 +50,10 @@ def bench(
         foreign = [f"--{_OPTION.get(name, name)}" for name in sorted(given - set(taken))]
         if foreign:
             raise TargetError(f"bench: --suite {suite} has no {', '.join(foreign)}")
+        for option, path in (("--json", out), ("--plot", picture), ("--table", table)):
+            if path is not None and (not path.parent.is_dir() or path.is_dir()):
+                why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+                raise TargetError(f"bench: {option} {path} cannot be written: {why}")
         _suite(suite)(quick=quick, json=out, **taken)
 
 

@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attncc.cli.output import Debug, clear_errors, print_source
+from attncc.cli.output import WIDTH, Debug, clear_errors, print_source
 from attncc.frontends.targets import TargetError, one_line
-from attncc.report.model import WIDTH
 from attncc.runtime.store import Entry, Store, StoreError
 
 cache = typer.Typer(help="The kernels that were built: list, show, verify, prune or clear them.")

@@ -23,9 +23,10 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import attncc
+from attncc.cli.output import WIDTH
 from attncc.frontends.targets import TargetError, one_line
 from attncc.progress import reporting, step
-from attncc.report.model import WIDTH, Report
+from attncc.report.model import Report
 
 #: attncc may round differently from eager, not worse: its error may be this many times the larger one of the others.
 ALLOWED = 4.0

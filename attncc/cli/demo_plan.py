@@ -22,12 +22,12 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from attncc.cli.demo import interleaved_medians, machine
+from attncc.cli.output import WIDTH
 from attncc.cli.profile import bars
 from attncc.frontends.targets import TargetError, one_line
 from attncc.plans import losses
 from attncc.plans.plan import Plan
 from attncc.plans.profile import Settings, profile_for
-from attncc.report.model import WIDTH
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUDGETS = ("kl<=0.01@90%", "kl<=0.02@90%", "kl<=0.05@90%")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,16 +16,22 @@ from torch.utils._pytree import tree_leaves
 import attncc
 from attncc.cli.output import Debug, clear_errors, print_report, print_source, print_text, quiet
 from attncc.errors import PlanError
+from attncc.frontends.small import random_model
 from attncc.frontends.targets import Target, TargetError, load, one_line
 from attncc.progress import reporting
 from attncc.report.mask_image import LEGEND, mask_image
-from attncc.report.model import Report, Site
+from attncc.report.model import Report
+from attncc.report.page import PageError
+from attncc.report.site import Site
 
+HF = "hf:"
 LANGUAGES = {"cpp": "cpp", "triton": "python", "torch": "python"}
 
 
 def inspect(
-    target: Annotated[str, typer.Argument(help="`module:factory` or a .pt2 file. The factory returns (model, args).")],
+    target: Annotated[str, typer.Argument(help="`module:factory`, `path/file.py:factory` or a .pt2 file; the factory "
+                                          "returns (model, args). Or `hf:TYPE`, a type of transformers' models such as "
+                                          "hf:bert, with random weights.")],
     ir: Annotated[bool, typer.Option("--ir", help="Print the IR of each site.")] = False,
     print_after: Annotated[str, typer.Option("--print-after", metavar="PASS", help="Print the program of each site "
                                              "after this pass, or after `all`.")] = "",
@@ -33,11 +40,15 @@ def inspect(
     mask: Annotated[int | None, typer.Option("--mask", metavar="N", help="Draw the mask of site N.")] = None,
     picture: Annotated[Path | None, typer.Option("--picture", metavar="PATH", help="Draw each mask and what the kernel "
                                                  "visits, into a folder; or one (--mask N) into FILE.png.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page for a "
+                                              "browser, complete in itself.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     every: Annotated[bool, typer.Option("--all", help="One row per site, also where equal "
                                        "layers would share a row.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Show training beside inference: the model in train mode, with "
                                         "gradients. Parts (--ir, --kernel, ...) are then those of training.")] = False,
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Layers of an hf:TYPE (2).")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=8, help="Tokens of its texts (256).")] = None,
     plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="Show what each site becomes under a plan."
                                               )] = None,
     debug: Debug = False,
@@ -45,11 +56,16 @@ def inspect(
     """Show each attention of a model: what was found, what it became, or why it was left alone."""
     with clear_errors(debug):
         with quiet(debug):
-            loaded = load(target)
+            loaded = of_type(target, layers or 2, tokens or 256) if target.startswith(HF) else load(target)
+            if not target.startswith(HF) and (layers or tokens):
+                raise TargetError(f"{target}: --layers and --tokens go with hf:TYPE")
             reports = {"inference": examine(loaded, plan=plan)}
             if train:
                 reports["training"] = examine(training(loaded), gradients=True, plan=plan)
         report = list(reports.values())[-1]
+        if html is not None:
+            write_page(report, html, target)
+            return
         console = Console(soft_wrap=not sys.stdout.isatty())
         if as_json:
             every_way = {name: each.to_dict() for name, each in reports.items()}
@@ -79,6 +95,11 @@ def inspect(
             draw(report, picture, target, mask)
 
 
+def of_type(target: str, layers: int, tokens: int) -> Target:
+    model, inputs = random_model(target.removeprefix(HF), layers, tokens)
+    return Target(target, model, (), inputs)
+
+
 def print_stages(console: Console, report: Report, name: str) -> None:
     """The programs after the passes of a name, or after all of them."""
     found = [(made_by, text) for made_by, text in report.stages if name in ("all", made_by)]
@@ -87,6 +108,22 @@ def print_stages(console: Console, report: Report, name: str) -> None:
         raise TargetError(f"--print-after {name}: no such pass ran; those that ran: {ran}")
     for made_by, text in found:
         print_text(console, f"# after {made_by}\n{text}\n")
+
+
+def write_page(report: Report, path: Path, target: str) -> None:
+    """The page of a report into a file, which is replaced by a complete one only."""
+    try:
+        whole = report.html(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            part.write_text(whole, encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, PageError) as error:
+        raise TargetError(f"{path}: {one_line(error)}") from error
+    print(f"{path}: {report.summary}")
 
 
 def draw(report: Report, path: Path, target: str, number: int | None) -> None:

@@ -10,13 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from attncc.cli.output import Debug, clear_errors
+from attncc.cli.output import WIDTH, Debug, clear_errors
 from attncc.frontends.targets import TargetError, one_line
 from attncc.ir import ParseError, Program, VerifyError, parse_program, print_program, verify_program
 from attncc.ir.node import KINDS
 from attncc.ir.program import program_of_node
 from attncc.passes.pipeline import PassError, Pipeline, Stage, parse_pipeline, standard
-from attncc.report.model import WIDTH
 
 #: A larger file is no program that attncc wrote.
 MOST_BYTES = 8 << 20

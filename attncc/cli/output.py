@@ -17,8 +17,11 @@ from rich.text import Text
 
 from attncc.errors import PlanError
 from attncc.frontends.targets import TargetError
-from attncc.report.model import WIDTH, Report
+from attncc.report import table
+from attncc.report.model import Report
 
+#: Of tables where there is no terminal to ask. Narrower ones fold the cells.
+WIDTH = 160
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -48,7 +51,7 @@ def quiet(debug: bool) -> Iterator[None]:
 
 
 def print_report(report: Report, *, every: bool = False) -> None:
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    console = Console() if sys.stdout.isatty() else Console(width=table.WIDTH)
     console.print(report.table(every=every))
 
 

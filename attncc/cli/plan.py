@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attncc.cli.output import Debug, clear_errors, print_report, quiet
+from attncc.cli.output import WIDTH, Debug, clear_errors, print_report, quiet
 from attncc.frontends.targets import TargetError, load
-from attncc.report.model import WIDTH, merged_path, ranges
+from attncc.report.site import merged_path, ranges
 
 if TYPE_CHECKING:
     from attncc.plans.plan import Plan, SitePlan

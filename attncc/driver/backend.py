@@ -9,11 +9,13 @@ from typing import Any
 from torch import fx
 
 from attncc import torch_private
+from attncc.driver.collected import Collected, collecting
 from attncc.driver.graph_edits import GraphEdits
 from attncc.driver.options import Options, options_of
 from attncc.driver.plain import plain
 from attncc.driver.planning import Following, Planner
-from attncc.driver.rewriting import Collected, collecting, left_alone, rewrite
+from attncc.driver.recording import Ran
+from attncc.driver.rewriting import left_alone, rewrite
 from attncc.driver.sign_bits import may_write, signed_inputs, with_their_numbers
 from attncc.errors import log, unforeseen
 from attncc.ir.reasons import because
@@ -73,7 +75,8 @@ def compile_graph(
     outer = collecting.get()
     if outer is not None:
         outer.add(found)
-    return with_their_numbers(compiled, signed) if signed else compiled
+    run = with_their_numbers(compiled, signed) if signed else compiled
+    return Ran(run, found, outer is not None) if found.sites else run
 
 
 def _compiled(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from attncc.ir import Attention
 from attncc.ir.reasons import Reason, because
@@ -25,16 +26,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """Whether the kernel takes the site, by what ratio of times it beats the alternative (if known), and why."""
+    """Whether the kernel takes the site, by what ratio of times it beats the alternative (if known), and why. `us` are
+    the microseconds of a call of each candidate that was measured."""
 
     fused: bool
     speedup: float | None
     reason: Reason
+    us: Mapping[str, float] = field(default_factory=dict)
 
 
 def settled(fused: bool, speedup: float | None, decision: Decision) -> Choice:
     """What a measurement decided."""
-    return Choice(fused, speedup, because("faster" if fused else "slower", decision.reason))
+    return Choice(fused, speedup, because("faster" if fused else "slower", decision.reason), decision.us)
 
 
 def unmeasured(trains: bool, why: str) -> Choice:

@@ -43,12 +43,16 @@ def user_line(n: fx.Node) -> str:
     own = [f for f in frames if not f["file"].startswith(torch_home)] or frames
     if not own:
         return ""
-    file = Path(own[-1]["file"])
+    return f"{short_path(own[-1]['file'])}:{own[-1]['line']}"
+
+
+def short_path(name: str) -> Path:
+    """A file's path from the current directory, or its last three parts."""
+    file = Path(name)
     try:
-        file = file.relative_to(Path.cwd())
+        return file.relative_to(Path.cwd())
     except ValueError:
-        file = Path(*file.parts[-3:]) if len(file.parts) > 3 else file
-    return f"{file}:{own[-1]['line']}"
+        return Path(*file.parts[-3:]) if len(file.parts) > 3 else file
 
 
 def equation(a: Attention) -> str:

@@ -25,7 +25,7 @@ from attncc.passes.policies.places import head_count
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.site.assemble import Lifted
 from attncc.plans.plan import Key, Phase, Plan, SitePlan
-from attncc.report.model import ranges
+from attncc.report.site import HeadForm, ranges
 
 #: Rows from which on a call fills a cache rather than reads it.
 PREFILL_ROWS = 17
@@ -71,6 +71,10 @@ class Planner(Protocol):
         """What the plan says of a site, in one line."""
         ...
 
+    def forms(self, site: PlannedSite) -> tuple[HeadForm, ...]:
+        """The same as values: what some of its heads do, and then the others."""
+        ...
+
     def made(self, site: PlannedSite, taken: Program, final: Program, call: fx.Node) -> None:
         """Sees the calls of attncc's operator that a site became: `taken` is its program, `final` that after the
         passes."""
@@ -107,6 +111,13 @@ def _extent(lifted: Lifted, axis: Axis, facts: Facts) -> Any:
 def summary(a: Attention) -> str:
     """An attention in one line without its lengths and mask: `9 heads of 64 and 64, f32: softmax(s * 0.125) v`."""
     return f"{head_count(a)} heads of {a.d.extent!r} and {a.e.extent!r}, {a.dtype}: {equation(a)}"
+
+
+def head_forms(planned: SitePlan) -> tuple[HeadForm, ...]:
+    """What each rule of a site's plan says of its heads, and the heads that stay exact."""
+    found = [HeadForm(r.form, r.heads, r.density, r.error) for r in planned.rules if r.heads]
+    rest = sorted({*range(planned.heads)} - {h for f in found for h in f.heads})
+    return (*found, *([HeadForm("exact", tuple(rest), 1.0, 0.0)] if rest else []))
 
 
 def in_words(planned: SitePlan) -> str:
@@ -173,6 +184,10 @@ class Following:
     def says(self, site: PlannedSite) -> str:
         planned = self._site(site)
         return "" if planned is None else in_words(planned)
+
+    def forms(self, site: PlannedSite) -> tuple[HeadForm, ...]:
+        planned = self._site(site)
+        return () if planned is None else head_forms(planned)
 
     def made(self, site: PlannedSite, taken: Program, final: Program, call: fx.Node) -> None:
         pass

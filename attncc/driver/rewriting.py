@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,19 +13,22 @@ from torch import fx
 
 from attncc.driver import capture, describe
 from attncc.driver.candidate import Candidate, Choice, unmeasured
+from attncc.driver.collected import Collected, collecting
 from attncc.driver.edit import Editor, source_text
 from attncc.driver.graph_edits import GraphEdits, copied
+from attncc.driver.names import names_of
 from attncc.driver.planned_times import slower
 from attncc.driver.planning import Places, PlannedSite, Planner, parameters_of
 from attncc.driver.selection import decide
 from attncc.driver.site_groups import SiteGroup, together
+from attncc.driver.site_record import Place, Proposal, recorded
+from attncc.driver.surroundings import around
 from attncc.driver.training import Training, runs_again, training_of
 from attncc.errors import EditError, PlanError, unforeseen
-from attncc.ir import Attention, Program, print_attention, print_linear, print_program
+from attncc.ir import Attention, Program, print_attention, print_linear
 from attncc.ir.expr import Expr, Size
 from attncc.ir.reasons import Reason, because
-from attncc.kernels.build import build_all, built, optimise
-from attncc.kernels.gradients import described
+from attncc.kernels.build import build_all, built
 from attncc.passes.pipeline import Stage, standard
 from attncc.passes.rewrites.row_sums import with_sums
 from attncc.patterns.graph.facts import Facts
@@ -36,31 +38,8 @@ from attncc.patterns.refusals.reasons import used_by
 from attncc.patterns.site.assemble import Lifted
 from attncc.patterns.site.program import SiteProgram, program_of
 from attncc.progress import step
-from attncc.report.model import Site
-from attncc.runtime.outputs import signature_of
+from attncc.report.site import GraphNode, Site
 from attncc.torch_private.state import preserved, under, without_autocast
-
-
-@dataclass
-class Collected:
-    """What compilations inside an `explain` found."""
-
-    sites: list[Site] = field(default_factory=list)
-    before: list[str] = field(default_factory=list)
-    after: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    stages: list[Stage] = field(default_factory=list)
-
-    def add(self, other: Collected) -> None:
-        """What another compilation found, after what there is."""
-        first = len(self.sites)
-        self.sites += [replace(site, index=first + at) for at, site in enumerate(other.sites)]
-        self.before += other.before
-        self.after += other.after
-        self.notes += other.notes
-
-
-collecting: ContextVar[Collected | None] = ContextVar("attncc_collecting", default=None)
 
 
 def rewrite(
@@ -196,8 +175,21 @@ def _edited(
         if isinstance(proposal, fx.Node) and site.anchor in said:
             continue  # a softmax whose weights go to several products, and must exist
         said.add(site.anchor)
-        settled.append(_record(site, proposal, verdicts[site.node], Place(index, path, where), facts))
+        made = recorded(site, proposal, verdicts[site.node], Place(index, path, where), facts, names_of(site, reading))
+        settled.append(made if collecting.get() is None else replace(made, **_surroundings(site, reading, editor)))
     return editor.finish()
+
+
+def _surroundings(site: Lifted, reading: capture.Reading, editor: Editor) -> dict[str, tuple[GraphNode, ...]]:
+    """The graph around a site before and after it was fused, where Dynamo's graph has nodes of its own for it."""
+    old, copy = reading.origin.get(site.node), editor.reading.origin.get(site.node)
+    operands = {n for x in site.tensors if (n := reading.origin.get(x)) is not None}
+    given = {n for x in site.tensors if (n := editor.reading.origin.get(x)) is not None}
+    new = None if copy is None else editor.taken.get(copy)
+    return {
+        "graph": () if old is None else around(old, operands),
+        "fused_graph": () if new is None else around(new, given),
+    }
 
 
 def _place(reading: capture.Reading, site: Lifted | Refusal | Recognised) -> fx.Node:
@@ -232,40 +224,12 @@ def _target(site: Lifted) -> fx.Node:
     return site.node if site.piece is None else site.piece.anchor
 
 
-def _unseen(call: fx.Node) -> None:
-    """Nobody asks for the calls that sites become."""
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What a site would become: its program after the passes, shared by the sites of one place, its own attention in
-    there with its text, and the device it runs on. `learned` names the tensors whose gradients are wanted. `planned`:
-    what a plan says of it, where it follows one; `held` is why it does not, where it should."""
-
-    origin: SiteProgram
-    program: Program
-    final: Attention
-    spec: str
-    device: str
-    learned: tuple[str, ...] = ()
-    planned: str = ""
-    held: Reason | None = None
-    made: Callable[[fx.Node], object] = _unseen
-
-
 @dataclass(frozen=True)
 class Way:
     """How a graph is rewritten: whether kernels are measured, and who gives attentions another form."""
 
     measure: bool = True
     planner: Planner | None = None
-
-
-@dataclass(frozen=True)
-class Place:
-    index: int
-    path: str
-    where: str
 
 
 def _proposals(
@@ -284,20 +248,21 @@ def _proposals(
             learned = tuple(training.learned(site, facts) for site in sites)
             program = program_of(sites, facts)
             own = places.get(id(sites[0]))
-            taken: Program | Reason | None = None
-            planned, made = "", _unseen
+            extra: dict[str, Any] = {}
             if planner is not None and own is not None:
                 taken = _taken(planner, own, program, sites, facts, training if any(learned) else None)
                 if isinstance(taken, Program):
-                    program, planned = replace(program, program=taken), planner.says(own)
-            final = _optimised(program, tuple(map(bool, learned)))
+                    program = replace(program, program=taken)
+                    extra = {"planned": planner.says(own), "forms": planner.forms(own)}
+                elif taken is not None:
+                    extra = {"held": taken}
+            final, stages = _run_passes(program.program, program.factors, tuple(map(bool, learned)))
             attentions = [step.node for step in final.steps if isinstance(step.node, Attention)]
             device = str(facts.value(sites[0].node).device)
             if planner is not None and own is not None:
-                made = partial(planner.made, own, program.program, final)
-            held = taken if isinstance(taken, Reason) else None
+                extra["made"] = partial(planner.made, own, program.program, final)
             for site, a, names in zip(sites, attentions, learned, strict=True):
-                found[id(site)] = Proposal(program, final, a, _text(a), device, names, planned, held, made)
+                found[id(site)] = Proposal(program, final, a, _text(a), device, stages, names, **extra)
     return found
 
 
@@ -315,15 +280,6 @@ def _taken(
     if place.phase == "prefill" and training is None:
         return taken
     return slower(program, taken, sites[0], facts, training) or taken
-
-
-def _optimised(site: SiteProgram, learned: tuple[bool, ...]) -> Program:
-    """The program of a site after the passes, which are shown to whoever is collecting."""
-    final, stages = _run_passes(site.program, site.factors, learned)
-    outer = collecting.get()
-    if outer is not None:
-        outer.stages += stages
-    return final
 
 
 @lru_cache(maxsize=256)
@@ -366,30 +322,3 @@ def _verdict(
         for site, p, made in zip(group.sites, proposals, kernels, strict=True)
     ]
     return decide(parts, facts, training)
-
-
-def _record(site: Lifted, proposal: Proposal | fx.Node, verdict: Choice, place: Place, facts: Facts) -> Site:
-    shown = optimise(site.attention)
-    shown_program = None
-    if isinstance(proposal, Proposal) and collecting.get() is not None:
-        shown_program = print_program(proposal.program)
-    if isinstance(proposal, Proposal) and proposal.held is not None:
-        verdict = replace(verdict, reason=because("plan-held", verdict.reason, proposal.held))
-    made = built(proposal.spec, proposal.device) if isinstance(proposal, Proposal) else None
-    sizes = None if collecting.get() is None else describe.sizes_of(site, facts)
-    area, picture = (None, None) if sizes is None else describe.extent_of(shown, sizes)
-    area = area if made is None else made.area(area)
-    backward: tuple[str, str | None] = ("", None)
-    if isinstance(proposal, Proposal) and proposal.learned and verdict.fused:
-        backward = described(signature_of(proposal.spec).attention, proposal.learned, proposal.device)
-    return Site(
-        place.index, "fused" if verdict.fused else "kept", str(verdict.reason), place.path, place.where,
-        describe.equation(shown), describe.mask(shown), describe.shapes(site),
-        visible=None if area is None else area.visible, visited=None if area is None else area.visited,
-        total=None if area is None else area.total,
-        became=made.shown if made is not None and verdict.fused else "original graph", speedup=verdict.speedup,
-        trains=isinstance(proposal, Proposal) and bool(proposal.learned),
-        ir=proposal.spec if isinstance(proposal, Proposal) else print_attention(shown), program=shown_program,
-        kernel=None if made is None else made.source, language=None if made is None else made.language,
-        picture=picture, sizes=sizes, code=verdict.reason.codes, backward=backward[0], backward_kernel=backward[1],
-    )  # fmt: skip

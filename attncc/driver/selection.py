@@ -89,8 +89,9 @@ def _measure(parts: Sequence[Candidate], spec: str, data: Trial, recomputed: boo
             return _choice(known)
         if len(parts) == 1 and not data.made and not first.site.summed:
             two = products(first.final, data.tensors()[0], data.sizes[0])
-            if _cannot_lose(measured(("products",)), {"attncc": ours, "products": two}, device):
-                return Choice(True, None, because("cannot-lose"))
+            beside = _beside_products(measured(("products",)), {"attncc": ours, "products": two}, device)
+            if beside.winner == "attncc":
+                return Choice(True, None, because("cannot-lose"), beside.us)
         step("compiling the unfused form for comparison")
         try:
             with data.around():
@@ -101,9 +102,11 @@ def _measure(parts: Sequence[Candidate], spec: str, data: Trial, recomputed: boo
         return _settle(where, {"attncc": ours, "unfused": lambda: unfused(*data.inputs)}, device)
 
 
-def _cannot_lose(where: Situation, candidates: dict[str, Callable[[], object]], device: torch.device) -> bool:
-    """Whether a kernel is as fast as the site's two products alone. Remembered, as every measurement: a later process
-    must neither wait for it nor come to another choice."""
+def _beside_products(
+    where: Situation, candidates: dict[str, Callable[[], object]], device: torch.device
+) -> Decision:  # fmt: skip
+    """Won by a kernel that is as fast as the site's two products alone. Remembered, as every measurement: a later
+    process must neither wait for it nor come to another choice."""
 
     def found() -> Decision:
         timings = compare(candidates, BUDGET_S / 3, sampler_for(device))
@@ -111,7 +114,7 @@ def _cannot_lose(where: Situation, candidates: dict[str, Callable[[], object]], 
         won = not timings.failed and us["attncc"] <= us["products"] * (1 + TIE)
         return Decision("attncc" if won else "products", "beside the two products alone", us)
 
-    return remembered(default_store(), where, candidates, found).winner == "attncc"
+    return remembered(default_store(), where, candidates, found)
 
 
 def _settle(where: Any, candidates: dict[str, Callable[[], object]], device: torch.device) -> Choice:

@@ -1,4 +1,4 @@
-"""Loading what the command line is pointed at: `module:factory` or a `.pt2` file.
+"""Loading what the command line is pointed at: `module:factory`, `path/file.py:factory`, or a `.pt2` file.
 
 The factory is called without arguments and returns one of
 
@@ -14,6 +14,7 @@ The factory is called without arguments and returns one of
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import sys
 import textwrap
@@ -56,7 +57,7 @@ def load(text: str) -> Target:
     """The target that `text` names; `TargetError` where it cannot be had."""
     if text.endswith(".pt2"):
         return _program(text)
-    factory = load_object(text, "a target is `module:factory` or a .pt2 file")
+    factory = load_object(text, "a target is `module:factory`, `path/file.py:factory`, `hf:TYPE` or a .pt2 file")
     if not callable(factory) or isinstance(factory, torch.nn.Module):
         return _with_inputs(text, factory)
     try:
@@ -71,7 +72,7 @@ def load_object(text: str, wanted: str = "what is wanted is `module:name`") -> A
     module, colon, name = text.rpartition(":")
     if not colon or not module or not name:
         raise TargetError(f"{text}: {wanted}")
-    return _find(text, module, name)
+    return _find_in_file(text, Path(module), name) if module.endswith(".py") else _find(text, module, name)
 
 
 def _program(text: str) -> Target:
@@ -119,6 +120,33 @@ def _find(text: str, module: str, name: str) -> Any:
         raise TargetError(f"{text}: importing {module} raised {one_line(error)}") from error
     except (Exception, SystemExit) as error:
         raise TargetError(f"{text}: importing {module} raised {one_line(error)}") from error
+    return _named(text, found, module, name)
+
+
+def _find_in_file(text: str, path: Path, name: str) -> Any:
+    """From a file that is run as a module of its own name, with its folder first on the path, as a script has it."""
+    if not path.is_file():
+        raise TargetError(f"{text}: there is no file {path}")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # it ends with .py
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(path.stem)
+    sys.modules[path.stem] = module  # where dataclasses and pickles look
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        if before is None:
+            del sys.modules[path.stem]
+        else:
+            sys.modules[path.stem] = before
+        raise TargetError(f"{text}: running {path} raised {one_line(error)}") from error
+    return _named(text, module, str(path), name)
+
+
+def _named(text: str, found: Any, module: str, name: str) -> Any:
     for part in name.split("."):
         try:
             found = getattr(found, part)

@@ -35,7 +35,7 @@ from attncc.runtime.triton_launch import TritonKernel, capability_of
 @dataclass(frozen=True)
 class Built:
     """A kernel with what a report says of it. `reason` is why it is not a compiled one, where it is not; `note` says
-    more about the one there is."""
+    more about the one there is; `isa` is the instruction set that it uses, or the capability of the GPU."""
 
     kernel: Kernel
     source: str
@@ -43,6 +43,7 @@ class Built:
     name: str
     reason: str = ""
     note: str = ""
+    isa: str = ""
 
     @property
     def shown(self) -> str:
@@ -218,7 +219,8 @@ def _cpp(
         return _torch(a, f"the C++ compiler failed: {first_error(str(error))}")
     except (CppKernelError, StoreError, OSError) as error:
         return _torch(a, str(error))
-    return Built(kernel, source, "cpp", f"C++ {target.arch} kernel", note=target.toolchain.note)
+    isa = cpp.instructions(a, target.arch)
+    return Built(kernel, source, "cpp", f"C++ {isa} kernel", note=target.toolchain.note, isa=isa)
 
 
 def first_error(message: str) -> str:
@@ -237,7 +239,7 @@ def _triton(a: Attention, bounds: Bounds, target: Target, *, lists: bool = False
     check = partial(differs, a, rounding=rounding) if checks() else None
     store, plain = default_store(), partial(TorchKernel, a)
     kernel = TritonKernel(sources, remember=Remembered(store), check=check, report=notice, otherwise=plain)
-    return Built(kernel, sources[0], "triton", f"Triton {target.arch} kernel")
+    return Built(kernel, sources[0], "triton", f"Triton {target.arch} kernel", isa=target.arch)
 
 
 class Remembered(dict[str, str]):

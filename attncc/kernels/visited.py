@@ -1,28 +1,49 @@
-"""How much of the scores a kernel visits in one call, where what bounds its loops is data of the call."""
+"""What a kernel visits in one call, where what bounds its loops is data of the call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from attncc.ir import parse_attention
+from attncc.ir.build import TRUE
 from attncc.kernels.build import built, optimise
 from attncc.kernels.skip_tables import WORTHWHILE, Tabled
-from attncc.passes.bounds.area import Area, area
+from attncc.passes.bounds.area import Area, area, picture
 from attncc.passes.bounds.bounds import loop_bounds
+from attncc.passes.bounds.mask_cells import mask_cells
 from attncc.passes.rewrites.forward_only import forward_only
 
 
-def visited(spec: str, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> Area:
-    """The area of a call of the kernel of `spec`: with the tables that a large call makes of its masks first, or by the
-    bounds alone."""
+@dataclass(frozen=True)
+class Visit:
+    """The area of a call, and its mask for the first batch point: in characters, and in the classes of `mask_cells`
+    with what the kernel's loop visits. Neither where nothing is masked."""
+
+    area: Area
+    picture: str | None = None
+    cells: torch.Tensor | None = None
+
+
+def visited(spec: str, tensors: Sequence[torch.Tensor], sizes: Sequence[int], *, drawn: bool = False) -> Visit:
+    """What a call of the kernel of `spec` visits: with the tables that a large call makes of its masks first, or by the
+    bounds alone. `drawn`: with the mask."""
+    given = [t.detach().cpu() for t in tensors]
     a = optimise(forward_only(parse_attention(spec)))
-    kernel = built(spec, str(tensors[0].device)).kernel
+    bounds = loop_bounds(a, rows=True)
+    named = dict(zip((t.name for t in a.tensors), given, strict=True))
+    made = built(spec, str(tensors[0].device))
+    kernel = made.kernel
     if isinstance(kernel, Tabled) and kernel.work(sizes) >= WORTHWHILE:
         more = kernel.more(tensors, sizes)
         if more is not None:
             found = kernel.found
-            names = [t.name for t in found.attention.tensors]
-            return area(found.attention, found.bounds, sizes, dict(zip(names, [*tensors, *more], strict=True)))
-    return area(a, loop_bounds(a, rows=True), sizes, dict(zip((t.name for t in a.tensors), tensors, strict=True)))
+            a, bounds = found.attention, found.bounds
+            named = dict(zip((t.name for t in a.tensors), [*given, *(t.cpu() for t in more)], strict=True))
+    counted = area(a, bounds, sizes, named)
+    counted = made.area(counted) or counted
+    if not drawn or a.mask is TRUE:
+        return Visit(counted)
+    return Visit(counted, picture(a, sizes, tensors=named), mask_cells(a, sizes, tensors=named, bounds=bounds))

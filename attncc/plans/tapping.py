@@ -27,6 +27,7 @@ from attncc.passes.pipeline import standard
 from attncc.passes.policies.hiding import Form
 from attncc.passes.policies.places import head_count
 from attncc.plans.plan import Key
+from attncc.report.site import HeadForm
 from attncc.runtime.outputs import signature_of
 from attncc.torch_private.compiling import compiled_apart, trace_through_breaks
 
@@ -85,6 +86,9 @@ class Tapped:
 
     def says(self, site: PlannedSite) -> str:
         return ""
+
+    def forms(self, site: PlannedSite) -> tuple[HeadForm, ...]:
+        return ()
 
     def made(self, site: PlannedSite, taken: Program, final: Program, call: fx.Node) -> None:
         self._calls.append((call, site, taken, final))

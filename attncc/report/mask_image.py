@@ -11,7 +11,7 @@ import torch
 
 from attncc.ir import parse_attention
 from attncc.passes.bounds.mask_cells import mask_cells
-from attncc.report.model import Site
+from attncc.report.site import Site
 
 #: By class of `attncc.passes.bounds.mask_cells`: skipped, wasted, partial, visible.
 PALETTE = ((255, 255, 255), (244, 178, 102), (134, 171, 214), (31, 78, 140))
@@ -21,10 +21,15 @@ _SIDE = 768  # pixels, about: cells are as many whole pixels wide as fit
 
 def mask_image(site: Site) -> bytes:
     """The picture of a site whose IR and sizes are known (those with a `picture` of their mask)."""
-    assert site.ir is not None
-    cells = mask_cells(parse_attention(site.ir), site.sizes or ())
+    cells = cells_of(site)
     scale = max(1, _SIDE // max(cells.shape))
     return png(cells.repeat_interleave(scale, 0).repeat_interleave(scale, 1))
+
+
+def cells_of(site: Site) -> torch.Tensor:
+    """The cells of a site's mask: as a call showed them, or as its IR says, where what data decides is let through."""
+    assert site.ir is not None
+    return site.cells if site.cells is not None else mask_cells(parse_attention(site.ir), site.sizes or ())
 
 
 def png(pixels: torch.Tensor) -> bytes:

@@ -323,6 +323,22 @@ def block_tables(
     return create_block_mask(mask_mod, *sizes, device=str(device), BLOCK_SIZE=blocks).as_tuple()[2:-3]
 
 
+def profiling() -> bool:
+    """Whether a profiler of torch is running."""
+    return torch.autograd.profiler._is_profiler_enabled
+
+
+def graph_break_places() -> dict[str, list[tuple[str, int]]]:
+    """Where this process left a graph so far, as files and lines of the user's code, by Dynamo's reason (its first
+    line)."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for known in torch._dynamo.utils.graph_break_reasons:
+        if known.user_stack:
+            at = known.user_stack[-1]
+            found.setdefault(known.reason.splitlines()[0], []).append((at.filename, at.lineno or 0))
+    return found
+
+
 def graph_breaks() -> Counter[str]:
     """How often this process left a graph so far, by Dynamo's reason (its first line)."""
     found: Counter[str] = Counter()

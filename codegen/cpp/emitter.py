@@ -52,6 +52,16 @@ def unsupported(a: Attention) -> str | None:
     return None
 
 
+def instructions(a: Attention, isa: str) -> str:
+    """The instruction set that the kernel of `a` for `isa` makes use of: what AMX and AVX-512-BF16 have beyond AVX-512
+    multiplies bfloat16 alone."""
+    return isa if _in_bf16(a) or not TABLE[isa].pairs else "avx512"
+
+
+def _in_bf16(a: Attention) -> bool:
+    return {a.tensor(x.tensor).dtype for x in (a.q, a.k, a.v)} == {"bf16"}
+
+
 def emit(a: Attention, bounds: Bounds, isa: str, *, wide: bool = False) -> str:
     """The C++ source of `a` for `isa`; `wide` where a call may have sizes beyond 2^24.
 
@@ -88,8 +98,7 @@ class Emitter:
         self.factor = None if factor is None or S in free(factor) else factor
         self.early = a.normalizer == "softmax" and self.factor is None
         # bfloat16 operands alone gain from bfloat16 products; everything else runs in the compute type.
-        bf16 = {a.tensor(x.tensor).dtype for x in (a.q, a.k, a.v)} == {"bf16"}
-        self.pairs = bf16 and self.isa.pairs
+        self.pairs = _in_bf16(a) and self.isa.pairs
         self.tiles = self.pairs and self.isa.tiles
         self.near = self.pairs and any(isinstance(x, Op) and x.name == "tanh" for x in walk(a.score))
         # raw * scale is the logit to base 2 where there is a softmax: the kernel takes the maximum of raw.

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from attncc.ir import Attention
+from attncc.ir import Attention, Bounds
 from attncc.ir.interpret import extent, size_table
 from attncc.passes.bounds.area import mask_at, sampled, with_known_loads
 from attncc.passes.bounds.bounds import loop_bounds
@@ -23,9 +23,11 @@ def mask_cells(
     most: int = 256,
     tensors: Mapping[str, torch.Tensor] | None = None,
     tile_rows: int = 64,
+    bounds: Bounds | None = None,
 ) -> torch.Tensor:
     """The classes of cells of the first batch point, uint8[rows, keys], at most `most` each way: exact where a cell is
-    one pair, otherwise from a few pairs of each. The loop is that of tiles of `tile_rows` rows.
+    one pair, otherwise from a few pairs of each. The loop is that of tiles of `tile_rows` rows under `bounds`, those
+    that the mask gives where none are given.
 
     Where mask and bounds read tensors that are not given, they are taken to allow everything."""
     given = tensors or {}
@@ -34,7 +36,7 @@ def mask_cells(
     n, m = extent(a.i.extent, table), extent(a.j.extent, table)
     rows, keys = sampled(n, min(n, most)), sampled(m, min(m, most))
     seen = mask_at(a, a.mask, table, given, (), (), rows.flatten(), keys.flatten())
-    visited = _visited(a, sizes, given, tile_rows, rows.flatten(), keys.flatten())
+    visited = _visited(a, bounds or loop_bounds(a), sizes, given, tile_rows, rows.flatten(), keys.flatten())
     shape = (*rows.shape, *keys.shape)
     seen, visited = seen.reshape(shape), visited.reshape(shape)
     cells = torch.where(visited.any(3).any(1), WASTED, SKIPPED)
@@ -44,11 +46,11 @@ def mask_cells(
 
 
 def _visited(
-    a: Attention, sizes: Sequence[int], tensors: Mapping[str, torch.Tensor], tile_rows: int,
+    a: Attention, bounds: Bounds, sizes: Sequence[int], tensors: Mapping[str, torch.Tensor], tile_rows: int,
     rows: torch.Tensor, keys: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Whether the tile of each row visits each key, bool[rows, keys]."""
-    tiles = simulate(a, loop_bounds(a), sizes, tensors, tile_rows)
+    tiles = simulate(a, bounds, sizes, tensors, tile_rows)
     first = (0,) * (len(tiles.shape) - 1)
     at = rows // tile_rows
     found = torch.zeros(len(rows), len(keys), dtype=torch.bool)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attncc.driver.backend import Collected, collecting
-from attncc.driver.explanation import report
+from attncc.driver.recording import report
 from attncc.report.model import Report
 
 FAST = {"inductor": False, "measure": False}

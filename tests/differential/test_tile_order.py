@@ -16,7 +16,7 @@ from attncc.kernels.build import built
 from attncc.kernels.tile_order import TileOrdered
 from attncc.passes.bounds.bounds import loop_bounds
 from attncc.passes.rewrites.tile_choice import InTiles, in_tiles
-from attncc.report.model import Site
+from attncc.report.site import Site
 
 MODELS: dict[str, Grid] = {
     "2-D": Neighbourhood((64, 64), (7, 7)),

@@ -13,7 +13,7 @@ from torch import nn
 
 from attncc.bench import sites
 from attncc.bench.sites import line, measured, run, table
-from attncc.bench.small import NotSmall, model_types, small_models
+from attncc.frontends.small import NotSmall, model_types, small_models
 
 pytestmark = pytest.mark.slow
 

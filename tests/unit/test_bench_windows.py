@@ -45,7 +45,7 @@ def test_what_takes_too_long_is_left_out_with_its_reason(monkeypatch: pytest.Mon
     calls(monkeypatch, attncc=0.0, eager=0.0, inductor=30.0, flex=0.02)
     last: dict[str, float] = {}
     start = time.monotonic()
-    name = "Mistral-like, window 1024"
+    name = "Mistral-like window 1024"
     row = measured(name, 64, windows.PEERS, 3, Limits(seconds=0.01, row_seconds=1.0), last)
     assert time.monotonic() - start < 20
     assert {"attncc", "eager"} <= set(row["ms"]) and row["error"] == 0

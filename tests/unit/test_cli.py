@@ -14,8 +14,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 import attncc
+from attncc.bench import compile as compiling
+from attncc.bench import context, cpu, cpu_rows, longcontext, windows
 from attncc.cli.app import app
-from attncc.report.model import Report, Site
+from attncc.report.model import Report
+from attncc.report.site import Site
 from attncc.runtime.store import Store, key
 
 pytestmark = pytest.mark.slow
@@ -124,6 +127,16 @@ def test_inspect_program(tmp_path: Path, explained: list[Any]) -> None:
 def test_json_is_the_report_alone() -> None:
     result = run("inspect", "attncc_cli_target:factory", "--json")
     assert json.loads(result.stdout) == json.loads(json.dumps(REPORT.to_dict()))
+
+
+def test_html_is_a_page_in_a_file(tmp_path: Path, explained: list[Any]) -> None:
+    out = tmp_path / "new" / "report.html"
+    result = run("inspect", "attncc_cli_target:factory", "--html", str(out))
+    assert result.exit_code == 0 and result.stdout == f"{out}: 2 sites: 1 fused, 0 kept, 1 refused\n"
+    assert "<h1>attncc_cli_target:factory</h1>" in out.read_text() and [*out.parent.iterdir()] == [out]
+    (tmp_path / "file").write_text("")
+    refused = run("inspect", "attncc_cli_target:factory", "--html", str(tmp_path / "file" / "report.html"))
+    assert refused.exit_code == 2 and f"attncc: {tmp_path / 'file' / 'report.html'}: " in refused.stderr
 
 
 def test_kernel_is_printed_to_the_byte() -> None:
@@ -289,3 +302,36 @@ def test_a_suite_for_another_machine() -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith("attncc: ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot", "--table"])
+def test_a_file_that_cannot_be_written_is_found_out_before_measuring(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "run", lambda **_: pytest.fail("measured"))
+    missing = run("bench", option, str(tmp_path / "none" / "x.json"))
+    assert missing.exit_code == 2 and f"there is no folder {tmp_path / 'none'}" in missing.stderr
+    assert run("bench", option, str(tmp_path)).exit_code == 2
+
+
+@pytest.mark.parametrize("suite", ["cpu", "windows", "longcontext", "compile", "policies", "context", "sites"])
+def test_rows_that_no_suite_has_are_refused(suite: str) -> None:
+    refused = run("bench", "--suite", suite, "--rows", "a row of nobody")
+    assert refused.exit_code == 2 and "'a row of nobody'" in refused.stderr, refused.output
+    assert run("bench", "--suite", suite, "--rows", "a row of nobody, " + _A_ROW.get(suite, "causal")).exit_code == 2
+
+
+_A_ROW = {"cpu": "dense", "windows": "Mistral", "compile": "bert", "policies": "blocks", "sites": "bert"}
+
+
+def test_names_of_rows_hold_no_comma_which_separates_them() -> None:
+    names = [*windows.MODELS, *longcontext.MASKS, *context.MASKS, *compiling.cases((4,))]
+    names += [r.row.name for quick in (True, False) for r in cpu_rows.rows(quick=quick)]
+    assert len(names) > 50 and not [name for name in names if "," in name]
+
+
+def test_versions_are_printed() -> None:
+    shown = run("--version")
+    assert shown.exit_code == 0 and shown.stdout.startswith(f"attncc {attncc.__version__}, torch {torch.__version__}")
+    done = subprocess.run([sys.executable, "-m", "attncc", "--version"], capture_output=True, text=True)
+    assert done.stdout == shown.stdout, done.stderr

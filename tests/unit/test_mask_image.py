@@ -16,7 +16,8 @@ from attncc.cli.app import app
 from attncc.ir import parse_attention, print_attention
 from attncc.passes.bounds.mask_cells import PARTIAL, SKIPPED, VISIBLE, WASTED, mask_cells
 from attncc.report.mask_image import PALETTE, mask_image, png
-from attncc.report.model import Report, Site
+from attncc.report.model import Report
+from attncc.report.site import Site
 
 
 def pixels_of(data: bytes) -> tuple[torch.Tensor, list[tuple[int, ...]]]:

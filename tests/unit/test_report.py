@@ -2,10 +2,13 @@
 
 import json
 from dataclasses import replace
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
-from attncc.report.model import Report, Site, alike, merged_path, ranges
+from attncc.report.model import Report
+from attncc.report.site import Site, alike, merged_path, ranges
 
 FUSED = Site(
     index=0, status="fused", path="encoder.layer.0.attention.self", where="modeling_bert.py:141",
@@ -48,18 +51,41 @@ def test_to_dict_is_json() -> None:
     assert read["notes"] == ["no C++ compiler found"]
     assert read["versions"] == {"torch": "2.13.0"}
     assert (read["graph_before"], read["graph_after"]) == ("before", "after")
+    assert read["kernels"] == {read["sites"][0]["kernel"]: "void f();"} and read["sites"][1]["kernel"] is None
+    assert read["schema"] == "attncc-report/1"
 
 
 def test_table_says_everything_about_each_site() -> None:
     text = str(REPORT)
     for part in (
-        "encoder.layer.0.attention.self", "modeling_bert.py:141", "softmax_j(s / 8)", "mask: load(m, [b, 0, i, j])",
+        "encoder.layer.0.attention.self", "modeling_bert.py:141", "softmax_j(s / 8)", "mask load(m, [b, 0, i, j])",
         "q, v (2, 12, n, 64) k (2, 12, m, 64)", "C++ avx512 kernel", "1.50 times as fast",
-        "50% of the scores", "25% visible", "at most 4 times as fast by leaving scores out",
+        "100, 50% computed, 25% visible", "at most 4 times as fast by leaving scores out",
         "SDPA is 1.3x faster", "router", "not contracted", "3 sites: 1 fused, 1 kept, 1 refused",
         "note: no C++ compiler found",
     ):  # fmt: skip
         assert part in " ".join(text.replace("│", " ").split()), part
+
+
+def test_times_stand_for_the_sentence_that_says_them_again() -> None:
+    timed = replace(FUSED, reason="1.5 times as fast: ...", code="faster", timings={"SDPA": 1500.0, "attncc": 1000.0})
+    text = " ".join(str(Report(sites=(timed,))).split())
+    assert "measured attncc 1.00 ms, SDPA 1.50 ms: 1.50 times as fast as the best alternative" in text
+    assert "why" not in text
+    assert "why SDPA is 1.3x faster" in " ".join(str(Report(sites=(KEPT,))).split())
+
+
+def test_a_report_is_read_at_eighty_columns() -> None:
+    long = replace(FUSED, mask="attention_mask[b0, j] != 0 and j <= i" * 8, picture="█" * 48 + "\n", path="a." * 80)
+    stream = StringIO()
+    Console(file=stream, width=80).print(Report(sites=(long, KEPT, REFUSED), notes=("x" * 200,)))
+    assert max(map(len, stream.getvalue().splitlines())) <= 80
+
+
+def test_representations_are_short() -> None:
+    big = replace(FUSED, kernel="x" * 90_000, ir="y" * 1000)
+    assert repr(big) == "<site 0, fused, encoder.layer.0.attention.self: softmax_j(s / 8)>"
+    assert repr(Report(sites=(big,))) == "<attncc report, 1 site: 1 fused, 0 kept, 0 refused>"
 
 
 def test_brackets_are_not_markup() -> None:

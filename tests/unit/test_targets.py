@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from attncc.frontends.small import random_model
 from attncc.frontends.targets import TargetError, load
 
 MODULE = """
@@ -98,12 +99,12 @@ def test_exported_program(here: Path) -> None:
         ("attncc_test_raises:thing", "importing attncc_test_raises raised KeyError: 'at import'"),
         ("attncc_test_needs:thing", "raised ModuleNotFoundError: No module named 'attncc_test_absent'"),
         ("attncc_test_exits:thing", "raised SystemExit: usage: ..."),
-        ("no_colon", "`module:factory` or a .pt2 file"),
-        (":thing", "`module:factory` or a .pt2 file"),
-        ("module:", "`module:factory` or a .pt2 file"),
+        ("no_colon", "a target is `module:factory`, `path/file.py:factory`"),
+        (":thing", "a target is `module:factory`, `path/file.py:factory`"),
+        ("module:", "a target is `module:factory`, `path/file.py:factory`"),
         (".:x", "importing . raised"),
         ("absent.pt2", "no such file"),
-        ("", "`module:factory` or a .pt2 file"),
+        ("", "a target is `module:factory`, `path/file.py:factory`"),
     ],
 )
 def test_bad_targets(here: Path, text: str, says: str) -> None:
@@ -124,3 +125,35 @@ def test_truncated_program(here: Path, keep: float) -> None:
     with pytest.raises(TargetError, match=r"^cut\.pt2: not a whole \.pt2 archive") as error:
         load("cut.pt2")
     assert "\n" not in str(error.value)
+
+
+def test_a_file_is_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds its neighbours, as a script does, wherever it is called from."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "neighbour_of_a_target.py").write_text("x = 3\n")
+    file = tmp_path / "target_in_a_file.py"
+    file.write_text(
+        "import torch\nfrom neighbour_of_a_target import x\n"
+        "def made(): return torch.nn.Linear(x, 2), (torch.zeros(1, x),)\n"
+    )
+    target = load(f"{file}:made")
+    assert target.model.in_features == 3 and target.args[0].shape == (1, 3)
+    with pytest.raises(TargetError, match=r"target_in_a_file.py has no 'other'"):
+        load(f"{file}:other")
+    with pytest.raises(TargetError, match=r"there is no file none\.py"):
+        load("none.py:made")
+    file.write_text("raise ValueError('no')\n")
+    with pytest.raises(TargetError, match=r"running .*target_in_a_file.py raised ValueError: no"):
+        load(f"{file}:made")
+
+
+@pytest.mark.slow
+def test_a_type_of_transformers_is_made_with_as_many_layers_as_asked_for() -> None:
+    pytest.importorskip("transformers")
+    model, inputs = random_model("bert", 1, 16)
+    assert len(model.encoder.layer) == 1 and model.config.hidden_size == 768
+    assert inputs["input_ids"].shape == (2, 16)
+    with pytest.raises(TargetError, match=r"hf:brt: .* did you mean bert"):
+        random_model("brt", 1, 16)
+    with pytest.raises(TargetError, match=r"hf:llama: .* billion parameters with 100 layers"):
+        random_model("llama", 100, 16)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import attncc
 from attncc.driver import selection, training_selection
 from attncc.driver.training_selection import OURS
-from attncc.report.model import Site
+from attncc.report.site import Site
 from attncc.runtime.measure import Timings
 from attncc.runtime.memory import peak_bytes
 from attncc.runtime.store import Store

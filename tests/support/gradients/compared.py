@@ -13,7 +13,7 @@ import torch
 from random_models.check import kernels_of
 
 from attncc.driver import backend
-from attncc.report.model import Site
+from attncc.report.site import Site
 
 Q = torch.Tensor
 

@@ -18,7 +18,7 @@ from attncc.ir import Attention, interpret, parse_attention
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.kernels import build, gradients
 from attncc.kernels.build import Built
-from attncc.report.model import Site
+from attncc.report.site import Site
 from attncc.runtime import op
 from random_models.writer import Program, Sizes
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from attncc.driver import rewriting
 from attncc.driver.backend import Collected, collecting
-from attncc.driver.explanation import report
+from attncc.driver.recording import report
 from attncc.patterns.graph.facts import Facts
 from attncc.report.model import Report
 from zoo.case import Case

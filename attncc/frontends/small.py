@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 
-from attncc.bench.small_inputs import candidates
-from attncc.frontends.targets import TargetError
+from attncc.frontends.small_inputs import candidates
+from attncc.frontends.targets import TargetError, one_line
 
 #: What the names that configurations use are set to, where a configuration has them as numbers.
 _SIZES: dict[int, str] = {
@@ -43,8 +44,11 @@ _RECIPES: tuple[dict[str, int], ...] = (
     _SIZE_OF | {"hidden_size": 64, "dim": 64, "image_size": 64, "patch_size": 8},
     _SIZE_OF | {"hidden_size": 512, "head_dim": 128}, _COUNTS,
 )  # fmt: skip
+_LAYERS = tuple(name for name in _COUNTS if name != "vocab_size")
 _PARTS = (dict, list, tuple)
 MOST_PARAMETERS = 30_000_000
+#: Of a model at its own widths: four bytes each.
+MOST_RANDOM_PARAMETERS = 2_000_000_000
 
 
 class NotSmall(Exception):
@@ -88,6 +92,55 @@ def small_models(name: str, spelling: str) -> Iterator[tuple[nn.Module, dict[str
         raise why
 
 
+def random_model(name: str, layers: int, tokens: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A model of a type at its own default widths, with random weights and as many layers as asked for, and texts of
+    `tokens` tokens (or images) that it runs on. Raises TargetError."""
+    configs, models = _mappings()
+    known = list(configs)
+    if name not in known:
+        near = get_close_matches(name, known, 3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise TargetError(f"hf:{name}: transformers has no type of models of this name{hint}")
+    try:
+        config = configs[name]()
+        _with_layers(config, layers)
+        found = models[type(config)]
+        model_class = found[0] if isinstance(found, list | tuple) else found
+        with torch.device("meta"):
+            count = sum(p.numel() for p in model_class(config).parameters())
+        if count > MOST_RANDOM_PARAMETERS:
+            raise TargetError(f"hf:{name}: {count / 1e9:.1f} billion parameters with {layers} layers are too many here")
+        torch.manual_seed(0)
+        model = model_class(config).eval()
+    except TargetError:
+        raise
+    except Exception as error:
+        raise TargetError(f"hf:{name}: making the model raised {one_line(error)}") from error
+    why = "there is no way known to call it"
+    for inputs in candidates(model, config, tokens):
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except Exception as error:
+            why = f"calling it raised {one_line(error)}"
+        else:
+            return model, inputs
+    raise TargetError(f"hf:{name}: {why}; write a factory that returns (model, args)")
+
+
+def _with_layers(config: Any, layers: int) -> None:
+    """A configuration, and its parts, with this many layers: the first kinds of layers stay."""
+    part_class = importlib.import_module("transformers").PretrainedConfig
+    for key in _LAYERS:
+        if isinstance(getattr(config, key, None), int):
+            setattr(config, key, layers)
+    if isinstance(getattr(config, "layer_types", None), list):
+        config.layer_types = config.layer_types[:layers]
+    for part in list(vars(config).values()):
+        if isinstance(part, part_class):
+            _with_layers(part, layers)
+
+
 def _model(model_class: Any, config: Any, spelling: str) -> tuple[nn.Module, Any]:
     try:
         config._attn_implementation = spelling
@@ -104,7 +157,7 @@ def _model(model_class: Any, config: Any, spelling: str) -> tuple[nn.Module, Any
 def _mappings() -> tuple[Any, Any]:
     """Transformers' tables of configurations and base models. The import takes seconds. Raises TargetError."""
     if importlib.util.find_spec("transformers") is None:
-        raise TargetError("the sites suite needs transformers: pip install 'attncc[demo]'")
+        raise TargetError("types of models come from transformers, which is not installed: pip install transformers")
     return (importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING,
             importlib.import_module("transformers.models.auto.modeling_auto").MODEL_MAPPING)  # fmt: skip
 

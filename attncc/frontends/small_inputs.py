@@ -13,8 +13,9 @@ _TOKENS, _PADDED, _SAMPLES, _FRAMES, _PATCHES = 19, 4, 4000, 64, 4
 Maker = Callable[[Any, torch.Generator], Tensor]
 
 
-def candidates(model: Any, config: Any) -> Iterator[dict[str, Any]]:
-    """Arguments to try, from a fixed seed: its main input, others that this may be, then more of what it takes."""
+def candidates(model: Any, config: Any, tokens: int = _TOKENS) -> Iterator[dict[str, Any]]:
+    """Arguments to try, from a fixed seed: its main input, others that this may be, then more of what it takes. Texts
+    have `tokens` tokens."""
     taken = inspect.signature(model.forward).parameters
     required = {n for n, p in taken.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
@@ -31,9 +32,10 @@ def candidates(model: Any, config: Any) -> Iterator[dict[str, Any]]:
         if names in tried:
             continue
         tried.append(names)
-        for kinds in (_MAKERS, _MAKERS | _OTHERWISE):
+        makers = _MAKERS | _texts(tokens)
+        for kinds in (makers, makers | _OTHERWISE):
             g = torch.Generator().manual_seed(0)
-            if names <= kinds.keys() and (kinds is _MAKERS or not names.isdisjoint(_OTHERWISE)):
+            if names <= kinds.keys() and (kinds is makers or not names.isdisjoint(_OTHERWISE)):
                 try:
                     yield {name: kinds[name](config, g) for name in sorted(names)} | fixed
                 except (AttributeError, TypeError):  # the configuration does not say how large it is
@@ -57,10 +59,21 @@ def _tokens(n: int) -> Maker:
     return lambda config, g: torch.randint(3, 99, (2, n), generator=g)
 
 
-def _seen(config: Any, g: torch.Generator) -> Tensor:
-    seen = torch.ones(2, _TOKENS, dtype=torch.long)
-    seen[1, _TOKENS - _PADDED :] = 0
-    return seen
+def _texts(tokens: int) -> dict[str, Maker]:
+    """Two texts of this length, the second padded at its end."""
+
+    def seen(config: Any, g: torch.Generator) -> Tensor:
+        mask = torch.ones(2, tokens, dtype=torch.long)
+        mask[1, tokens - _PADDED :] = 0
+        return mask
+
+    def boxes(config: Any, g: torch.Generator) -> Tensor:
+        corners = torch.rand(2, tokens, 2, 2, generator=g).sort(2).values.flatten(2)
+        return (corners * 31).long()
+
+    return {
+        "input_ids": _tokens(tokens), "decoder_input_ids": _tokens(tokens // 2), "attention_mask": seen, "bbox": boxes,
+    }
 
 
 def _image(config: Any, g: torch.Generator) -> Tensor:
@@ -90,22 +103,13 @@ def _grid(config: Any, g: torch.Generator) -> Tensor:
     return torch.tensor([[1, _PATCHES, _PATCHES], [1, _PATCHES, 2 * _PATCHES]])
 
 
-def _boxes(config: Any, g: torch.Generator) -> Tensor:
-    corners = torch.rand(2, _TOKENS, 2, 2, generator=g).sort(2).values.flatten(2)
-    return (corners * 31).long()
-
-
 _MAKERS: dict[str, Maker] = {
-    "input_ids": _tokens(_TOKENS),
-    "decoder_input_ids": _tokens(_TOKENS // 2),
-    "attention_mask": _seen,
     "pixel_values": _image,
     "input_values": lambda config, g: torch.randn(2, _SAMPLES, generator=g),
     "input_features": _features,
     "input_features_mask": lambda config, g: torch.ones(2, _features(config, g).shape[-1], dtype=torch.long),
     "hidden_states": _patches,
     "grid_thw": _grid,
-    "bbox": _boxes,
     "past_values": lambda config, g: torch.randn(2, _of(config, "context_length", default=_FRAMES), 1, generator=g),
 }
 #: What other models mean by the same names.

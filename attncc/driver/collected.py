@@ -1,0 +1,30 @@
+"""What compilations found, for whoever collects it."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+
+from attncc.report.site import Site
+
+
+@dataclass
+class Collected:
+    """The sites of some compilations in order, the text of their graphs before and after, what the user should know,
+    and what each pass did."""
+
+    sites: list[Site] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, other: Collected) -> None:
+        """What another compilation found, after what there is."""
+        first = len(self.sites)
+        self.sites += [replace(site, index=first + at) for at, site in enumerate(other.sites)]
+        self.before += other.before
+        self.after += other.after
+        self.notes += other.notes
+
+
+collecting: ContextVar[Collected | None] = ContextVar("attncc_collecting", default=None)

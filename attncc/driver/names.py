@@ -1,0 +1,62 @@
+"""The names that a model's own graph has for the tensors of an attention: what Dynamo called a node after the user's
+variable, or an input by its place. Reports use them; the text of an attention, by which kernels are kept, does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import fx
+
+from attncc.driver.capture import Reading
+from attncc.ir import Attention, Expr
+from attncc.ir.rewrite import rewrite
+from attncc.ir.terms import OPS, Const, Load
+from attncc.patterns.site.assemble import Lifted
+
+_WORD = re.compile(r"[A-Za-z_]\w*")
+#: Significant digits of a number in a report: 1 / sqrt(80) is 0.1118.
+_DIGITS = 4
+
+
+def names_of(site: Lifted, reading: Reading) -> dict[str, str]:
+    """For each tensor of a site's attention, beside queries, keys and values, the name that the graph has for it."""
+    a = site.attention
+    own = {a.q.tensor, a.k.tensor, a.v.tensor}
+    taken = {*own, "s", "w", "inf", "nan", *(x.name for x in (*a.axes, *a.sizes)), *OPS}
+    found: dict[str, str] = {}
+    for tensor, node in zip(a.tensors, site.tensors, strict=True):
+        if tensor.name in own:
+            continue
+        origin = reading.origin.get(node) or reading.owner.get(node)
+        name = graph_name(origin) if origin is not None else ""
+        bare = re.sub(r"_\d+$", "", name)
+        name = next((x for x in (bare, name) if x and x not in taken), tensor.name)
+        taken.add(name)
+        found[tensor.name] = name
+    return found
+
+
+def graph_name(n: fx.Node) -> str:
+    """What a node of a Dynamo graph is called: `attention_mask`, of the input `L['kwargs']['attention_mask']`."""
+    source = getattr(n.meta.get("grapharg"), "source", None)
+    if n.op == "placeholder" and source is not None:
+        words = _WORD.findall(str(source.name() if callable(source.name) else source.name))
+        return words[-1] if words else n.name
+    return n.name
+
+
+def readable(a: Attention, names: Mapping[str, str]) -> Attention:
+    """`a` with its score, mask, sink and weight over the graph's names and its numbers rounded: to be read, not run."""
+
+    def shown(y: Expr) -> Expr | None:
+        if isinstance(y, Load) and y.tensor in names:
+            return Load(names[y.tensor], y.index, y.kind)
+        if isinstance(y, Const) and isinstance(y.value, float):
+            return Const(float(f"{y.value:.{_DIGITS}g}"))
+        return None
+
+    sink = None if a.sink is None else rewrite(a.sink, shown)
+    score, mask, weight = (rewrite(x, shown) for x in (a.score, a.mask, a.weight))
+    return replace(a, score=score, mask=mask, weight=weight, sink=sink)

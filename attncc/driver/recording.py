@@ -1,0 +1,174 @@
+"""What ran while a recording was on: the attentions of compiled graphs, and what their kernels visited.
+
+    with attncc.record() as report:
+        model(**inputs)
+    print(report)
+
+A graph that holds sites is called through `Ran`, which does nothing but look whether anybody records, or profiles, in
+this thread. So nothing is compiled anew to be reported on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from attncc import torch_private
+from attncc.driver.breaks import Breaks
+from attncc.driver.collected import Collected, collecting
+from attncc.driver.machine import machine, versions
+from attncc.errors import unforeseen
+from attncc.kernels.visited import visited
+from attncc.report.model import Report
+from attncc.report.site import Site
+from attncc.runtime.watching import watched
+
+
+class Recording:
+    """What was found since a recording began, as a report that grows: everything of `attncc.report.model.Report`, at
+    the time of asking."""
+
+    def __init__(self) -> None:
+        self.collected = Collected()
+        self._graphs: dict[int, tuple[Ran, list[Site]]] = {}
+
+    @property
+    def report(self) -> Report:
+        """What was found until now."""
+        return report(replace(self.collected, sites=[s for _, sites in self._graphs.values() for s in sites]))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.report.sites
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.report.notes
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.report.to_dict()
+
+    def html(self, title: str = "a model") -> str:
+        return self.report.html(title)
+
+    def _repr_html_(self) -> str | None:
+        return self.report._repr_html_()
+
+    def __rich__(self) -> Any:
+        return self.report.table()
+
+    def __repr__(self) -> str:
+        return repr(self.report)
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+    def sites_of(self, graph: Ran) -> list[Site]:
+        """The records of a graph's sites, to be completed. A graph is known by what ran it first."""
+        known = self._graphs.get(id(graph))
+        if known is None:
+            known = self._graphs[id(graph)] = graph, list(graph.found.sites)
+            if not graph.collected:
+                self.note("what was compiled before the recording is shown without its graph and its passes")
+            self.collected.notes += [n for n in graph.found.notes if n not in self.collected.notes]
+        return known[1]
+
+    def note(self, note: str) -> None:
+        """Say something else that the user should know, once."""
+        if note not in self.collected.notes:
+            self.collected.notes.append(note)
+
+
+#: The recordings that are on in this thread, the innermost last.
+recordings: ContextVar[tuple[Recording, ...]] = ContextVar("attncc_recordings", default=())
+
+
+@contextmanager
+def record() -> Iterator[Recording]:
+    """Report on the attentions of every compiled graph that this thread compiles or calls meanwhile.
+
+    Nothing is compiled anew, and what is compiled stays. The first call of a graph in a recording counts what its
+    kernels visit and draws the masks, which takes time: do not measure in a recording. Graph breaks become notes."""
+    taken = Recording()
+    before = Breaks()
+    tokens = recordings.set((*recordings.get(), taken)), collecting.set(taken.collected)
+    try:
+        yield taken
+    finally:
+        collecting.reset(tokens[1])
+        recordings.reset(tokens[0])
+        for note in before.notes():
+            taken.note(note)
+
+
+class Ran:
+    """A compiled graph that holds sites, called by Dynamo. `collected`: it was compiled in a recording."""
+
+    def __init__(self, run: Callable[..., Any], found: Collected, collected: bool) -> None:
+        self.run, self.found, self.collected = run, found, collected
+        for taken in recordings.get():
+            taken.sites_of(self)
+
+    def __call__(self, *args: Any) -> Any:
+        taken = recordings.get()
+        if not taken and not torch_private.profiling():
+            return self.run(*args)
+        calls = _Calls(self, [x.sites_of(self) for x in taken])
+        with watched(calls):
+            return self.run(*args)
+
+
+class _Calls:
+    """The calls of attncc's operator in one call of a graph: of equal attentions, in the order of the sites."""
+
+    def __init__(self, graph: Ran, records: Sequence[list[Site]]) -> None:
+        self.records = records
+        self.left: dict[str, list[int]] = {}
+        for n, site in enumerate(graph.found.sites):
+            if site.status == "fused":
+                self.left.setdefault(site.ir or "", []).append(n)
+        self.sites = graph.found.sites
+
+    def __call__(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], spec: str) -> Any:
+        waiting = self.left.get(spec)
+        if not waiting:
+            return nullcontext()
+        n = waiting.pop(0)
+        for sites in self.records:
+            if sites[n].visible is None:
+                sites[n] = _counted(sites[n], tensors, sizes, spec)
+        if not torch_private.profiling():
+            return nullcontext()
+        return torch.profiler.record_function(f"attncc: {self.sites[n].path or 'attention'}")
+
+
+def _counted(site: Site, tensors: Sequence[torch.Tensor], sizes: Sequence[int], spec: str) -> Site:
+    """The record of a site with what its kernel visits in a call."""
+    try:
+        with torch.no_grad():
+            found = visited(spec, tensors, [int(x) for x in sizes], drawn=True)
+    except Exception as error:  # a report that says less is no reason for a model not to run
+        unforeseen("counting what a kernel visits", error)
+        return site
+    area = found.area
+    return replace(
+        site, visible=area.visible, visited=area.visited, total=area.total, picture=found.picture, cells=found.cells,
+        sizes=tuple(int(x) for x in sizes),
+    )
+
+
+def report(found: Collected) -> Report:
+    """A report on what compilations found."""
+    return Report(
+        sites=tuple(replace(site, index=n) for n, site in enumerate(found.sites)),
+        graph_before="\n\n".join(found.before),
+        graph_after="\n\n".join(found.after),
+        notes=tuple(dict.fromkeys(found.notes)),
+        versions=versions(),
+        machine=machine(),
+    )

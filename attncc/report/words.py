@@ -1,0 +1,72 @@
+"""What reports say of a site in words and numbers: one wording for terminals and for pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from attncc.report.site import Site
+
+
+def shapes(site: Site) -> str:
+    """`q, v (2, 8, 256, 64)  k (2, 2, 256, 64)`: operands of one shape share it."""
+    names: dict[tuple[int | str, ...], list[str]] = {}
+    for name, shape in site.shapes.items():
+        names.setdefault(tuple(shape), []).append(name)
+    return "  ".join(f"{', '.join(same)} ({', '.join(map(str, shape))})" for shape, same in names.items())
+
+
+def scores(site: Site) -> str:
+    """How many scores there are, how many the kernel computes and how many are visible; empty where nothing is known.
+    """
+    if site.total is None:
+        return ""
+    parts = [f"{site.total:,}"]
+    if site.status == "fused" and site.visited is not None:
+        parts.append(f"{_share(site.visited, site.total)} computed")
+    if site.visible is not None:
+        parts.append(f"{_share(site.visible, site.total)} visible")
+    elif site.status != "fused":
+        parts.append("visible ones known only where the kernel runs")
+    most = site.total / max(site.visible or site.total, 1)
+    if most > 1.005:
+        parts.append(f"at most {most:.3g} times as fast by leaving scores out")
+    return ", ".join(parts)
+
+
+def _share(part: int, total: int) -> str:
+    """`50%`; where rounding would say all or none of what is not, one more digit."""
+    share = part / total if total else 0.0
+    whole = f"{share:.0%}"
+    return f"{share:.1%}" if 0 < part < total and whole in ("0%", "100%") else whole
+
+
+def measured(sites: Sequence[Site]) -> str:
+    """`attncc 746.9 us, SDPA 1.81 ms: 2.42 times as fast`, for one site or for several that are alike."""
+    timings = sites[0].timings
+    gains = sorted(s.speedup for s in sites if s.speedup is not None)
+    what = "forward and backward, " if sites[0].trains else ""
+    gain = ""
+    if gains:
+        low, high = f"{gains[0]:.2f}", f"{gains[-1]:.2f}"
+        gain = f"{low if low == high else f'{low} to {high}'} times as fast as the best alternative"
+    shown = times(timings)
+    return what + ": ".join(x for x in (shown, gain) if x) if shown or gain else ""
+
+
+def times(timings: Mapping[str, float]) -> str:
+    """Candidates, the fastest first: `attncc 746.9 us, SDPA 1.81 ms`."""
+    return ", ".join(f"{name} {duration(us)}" for name, us in sorted(timings.items(), key=lambda x: x[1]))
+
+
+def duration(us: float) -> str:
+    """Microseconds in the unit that suits them, three or four digits."""
+    if us < 1000:
+        return f"{us:.1f} us"
+    return f"{us / 1e3:.2f} ms" if us < 1e6 else f"{us / 1e6:.2f} s"
+
+
+def why(site: Site) -> str:
+    """The reason and its code, where the times do not say it already."""
+    if not site.reason or (site.timings and site.code in ("faster", "slower")):
+        return ""
+    return f"{site.reason} [{site.code}]" if site.code else site.reason
