@@ -9,6 +9,7 @@ import typer
 
 from attncc.cli.bench import bench
 from attncc.cli.cache import cache
+from attncc.cli.convert import convert
 from attncc.cli.inspect import inspect
 from attncc.cli.opt import opt
 from attncc.cli.output import Debug, clear_errors
@@ -50,6 +51,7 @@ def demo(
             raise typer.Exit(1)
 
 
+app.command()(convert)
 app.command()(bench)
 app.command()(opt)
 app.command()(profile)

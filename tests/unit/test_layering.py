@@ -44,7 +44,8 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
     "attncc": ("driver", "plans"),
     "frontends": ("attncc",),
     "plans": ("driver",),
-    "cli": ("frontends", "attncc"),
+    "convert": ("frontends", "attncc"),
+    "cli": ("frontends", "attncc", "convert"),
     "bench": ("frontends", "attncc"),
 }  # fmt: skip
 
