@@ -15,8 +15,9 @@ from attncc.driver import describe
 from attncc.driver.lowering import is_direct
 from attncc.driver.site_groups import SiteGroup, together
 from attncc.frontends.onnx.values import DTYPES
-from attncc.ir import Attention, Expr, Program, Size, kind_of, print_attention
+from attncc.ir import Attention, Const, Expr, Program, Size, kind_of, print_attention
 from attncc.ir.evaluate import int_value
+from attncc.ir.expr import free
 from attncc.ir.reasons import because
 from attncc.kernels.build import optimise
 from attncc.passes.pipeline import Pipeline
@@ -104,7 +105,7 @@ def _rewrite(
     final = Pipeline((DropRounding(), FoldPredicates())).run(program.program)
     nodes = Nodes(prefix)
     try:
-        new = _emitted(nodes, traced, program, final)
+        new = _emitted(nodes, traced, facts, program, final)
     except (Inexpressible, NotImplementedError) as error:
         return str(error)
     made = nodes.made
@@ -117,24 +118,16 @@ def _rewrite(
     name, shape, dtype = old.name, old.shape, old.dtype
     old.name = f"{prefix}/replaced"
     out.name, out.shape, out.dtype = name, shape, dtype or out.dtype
-    ir.convenience.replace_all_uses_with(old, out)
-    for at, x in enumerate(graph.outputs):
-        if x is old:
-            graph.outputs[at] = out
+    ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
     return ""
 
 
-def _emitted(nodes: Nodes, traced: Traced, site: SiteProgram, p: Program) -> Value:
+def _emitted(nodes: Nodes, traced: Traced, facts: Facts, site: SiteProgram, p: Program) -> Value:
     values: dict[str, Value] = {}
     sizes: dict[Expr, Any] = {}
     for t, n, dtype in zip(p.inputs, site.inputs, site.dtypes, strict=True):
-        held = traced.values.get(n)
-        if held is None:
-            raise Inexpressible("it reads what is inside of a node")
-        own = DTYPES.get(int(held.dtype)) if held.dtype is not None else None
-        known: torch.dtype = n.meta["val"].dtype if own is None else own
-        extents = tuple(int(x.value) if not isinstance(x, Size) and hasattr(x, "value") else None for x in t.shape)
-        value = Value(nodes, held, known, extents).to(dtype)
+        extents = tuple(int(x.value) if isinstance(x, Const) else None for x in t.shape)
+        value = _held(nodes, traced, n, extents).to(dtype)
         for at, x in enumerate(t.shape):
             if isinstance(x, Size) and x not in sizes:
                 sizes[x] = value.extent(at)
@@ -142,9 +135,9 @@ def _emitted(nodes: Nodes, traced: Traced, site: SiteProgram, p: Program) -> Val
             nodes, value.value, value.dtype,
             tuple(sizes[x] if isinstance(x, Size) else e for x, e in zip(t.shape, extents, strict=True)),
         )  # fmt: skip
-    for x in p.sizes:
+    for x, spelled in zip(p.sizes, site.sizes, strict=True):
         if x not in sizes:
-            raise Inexpressible("one of its sizes is no extent of what it reads")
+            sizes[x] = _computed(nodes, traced, facts, spelled)
     for step in p.steps:
         given = [values[x] for x in step.arguments]
         extents = [int_value(x, sizes) for x in step.sizes]
@@ -158,6 +151,32 @@ def _emitted(nodes: Nodes, traced: Traced, site: SiteProgram, p: Program) -> Val
             raise Inexpressible(f"it takes a node of the kind {type(step.node).__name__.lower()}")
         values |= {r: result[n] for r, n in zip(step.results, names, strict=True)}
     return values[p.outputs[0]]
+
+
+def _held(nodes: Nodes, traced: Traced, n: fx.Node, extents: tuple[Any, ...]) -> Value:
+    """What a node of the trace holds; nodes that the reader made beside it, of those of the trace."""
+    held = traced.values.get(n)
+    if held is not None:
+        own = DTYPES.get(int(held.dtype)) if held.dtype is not None else None
+        return Value(nodes, held, n.meta["val"].dtype if own is None else own, extents)
+    if n.target is torch.ops.aten.to.dtype:
+        return _held(nodes, traced, n.all_input_nodes[0], extents).to(n.args[1])  # type: ignore[arg-type]
+    raise Inexpressible(f"it reads what is inside of a node ({n.target})")
+
+
+def _computed(nodes: Nodes, traced: Traced, facts: Facts, size: Expr) -> Any:
+    """A size that no tensor at hand has, from the extents of the model's inputs."""
+    table: dict[Expr, Any] = {}
+    for symbol in free(size):
+        for n in traced.graph.find_nodes(op="placeholder"):
+            shape = facts.shape(n)
+            if symbol in shape and symbol not in table and n in traced.values:
+                value = Value(nodes, traced.values[n], n.meta["val"].dtype, (None,) * len(shape))
+                table[symbol] = value.extent(shape.index(symbol))
+    try:
+        return int_value(size, table)
+    except (KeyError, TypeError) as error:
+        raise Inexpressible("one of its sizes is no extent of what it reads") from error
 
 
 def _clean(model: ir.Model) -> None:

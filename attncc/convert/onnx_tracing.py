@@ -45,7 +45,7 @@ def sizes_of(model: ir.Model, asked: Mapping[str, int] | None = None) -> dict[st
     """A number for each open dimension, by its name: what was asked for, sums of others where the name is a sum, and
     otherwise some even number of its own."""
     names = dict.fromkeys(
-        _name(v, at) for v in model.graph.inputs if v.shape is not None
+        name_of(v, at) for v in model.graph.inputs if v.shape is not None
         for at, n in enumerate(v.shape) if not isinstance(n, int)
     )  # fmt: skip
     found: dict[str, int] = {}
@@ -60,7 +60,8 @@ def sizes_of(model: ir.Model, asked: Mapping[str, int] | None = None) -> dict[st
     return found
 
 
-def _name(v: ir.Value, at: int) -> str:
+def name_of(v: ir.Value, at: int) -> str:
+    """The name of an open dimension of an input; those without have one by their place."""
     assert v.shape is not None
     n: Any = v.shape[at]
     return str(n.value) if getattr(n, "value", None) is not None else f"{v.name}.{at}"
@@ -69,7 +70,7 @@ def _name(v: ir.Value, at: int) -> str:
 def shape_of(v: ir.Value, sizes: Mapping[str, int]) -> list[int]:
     """The shape of an input for sizes of the open dimensions."""
     assert v.shape is not None
-    return [n if isinstance(n, int) else sizes[_name(v, at)] for at, n in enumerate(v.shape)]
+    return [n if isinstance(n, int) else sizes[name_of(v, at)] for at, n in enumerate(v.shape)]
 
 
 def dtype_of(v: ir.Value) -> torch.dtype:

@@ -53,16 +53,24 @@ _BINARY: dict[str, tuple[Row, Row]] = {
 }
 
 
+def _root(x: Any) -> Any:
+    return torch.sym_sqrt(x) if isinstance(x, torch.SymFloat | torch.SymInt) else float(x) ** 0.5
+
+
+#: What an operation is of a number on the host.
+_HOST: dict[Row, Row] = {
+    torch.neg: operator.neg, torch.sqrt: _root, torch.reciprocal: lambda x: 1.0 / x, torch.abs: abs,
+    torch.logical_not: lambda x: torch.sym_not(x) if isinstance(x, torch.SymBool) else not x,
+}  # fmt: skip
+
+
 def _unary(op: Row) -> Row:
     def row(x: Any) -> Any:
-        if is_number(x) and op is torch.neg:
-            return -x
-        if is_number(x) and op is torch.sqrt:
-            return torch.sym_sqrt(x) if isinstance(x, torch.SymFloat | torch.SymInt) else float(x) ** 0.5
-        if is_number(x) and op is torch.reciprocal:
-            return 1.0 / x
-        if isinstance(x, bool) and op is torch.logical_not:
-            return not x
+        host = _HOST.get(op)
+        if host is not None and is_number(x):
+            return host(x)
+        if host is not None and isinstance(x, list) and x and all(map(is_number, x)):
+            return [host(n) for n in x]
         return op(tensor(x))
 
     return row
@@ -72,6 +80,8 @@ def _binary(of_tensors: Row, of_numbers: Row) -> Row:
     def row(a: Any, b: Any) -> Any:
         if on_host(a) and on_host(b):
             return _each(of_numbers, a, b)
+        if isinstance(a, torch.Tensor) and a.ndim or isinstance(b, torch.Tensor) and b.ndim:
+            a, b = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (a, b))
         a, b = (x if is_number(x) else tensor(x) for x in (a, b))
         if not isinstance(a, torch.Tensor) and of_tensors is not torch.pow:
             if of_tensors in _TURNED:
@@ -165,6 +175,8 @@ def _cast(x: Any, *, to: int, saturate: int = 1) -> Any:
             return bool(x)
     if isinstance(x, list) and dtype == torch.int64 and all(isinstance(n, int | torch.SymInt) for n in x):
         return [int(n) if isinstance(n, bool) else n for n in x]
+    if isinstance(x, list) and dtype == torch.float32 and x and all(isinstance(n, int | torch.SymInt) for n in x):
+        return [torch.sym_float(n) for n in x]
     return tensor(x).to(dtype)
 
 

@@ -80,10 +80,24 @@ def _unsqueeze(x: Any, axes: Any) -> Any:
     return x
 
 
+def _is_table(x: Any) -> bool:
+    """Whether a value is rows of numbers known on the host: exporters reverse padding that way."""
+    return isinstance(x, list) and len(x) > 0 and isinstance(x[0], list)
+
+
+def _transpose(x: Any, *, perm: Any = None) -> Any:
+    if _is_table(x):
+        return [list(column) for column in zip(*x, strict=True)]
+    x = tensor(x)
+    return x.permute(perm or list(range(x.ndim))[::-1])
+
+
 def _reshape(x: Any, shape: Any, *, allowzero: int = 0) -> Any:
     wanted = integers(shape)
     if isinstance(x, list) and len(wanted) == 1:
-        return x
+        return [n for row in x for n in row] if _is_table(x) else x
+    if isinstance(x, list) and len(wanted) == 2 and type(wanted[1]) is int and wanted[1] > 0 and not _is_table(x):
+        return [x[n : n + wanted[1]] for n in range(0, len(x), wanted[1])]
     if on_host(x) and wanted == []:
         return number(x)
     if is_number(x) and not isinstance(x, float | torch.SymFloat) and wanted in ([1], [-1]):
@@ -98,7 +112,7 @@ def _slice(x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) 
     first, last = integers(starts), integers(ends)
     along = list(range(len(first))) if axes is None else integers(axes)
     by = [1] * len(first) if steps is None else integers(steps)
-    if isinstance(x, list):
+    if isinstance(x, list) and along == [0]:
         return x[slice(first[0], last[0], by[0])]
     x = tensor(x)
     for start, end, axis, step in zip(first, last, along, by, strict=True):
@@ -168,7 +182,10 @@ def _pad(x: Any, pads: Any, fill: Any = None, axes: Any = None, *, mode: str = "
         raise Unsupported(f"of the mode {mode!r}")
     while mode != "constant" and sides[-2:] == [0, 0]:
         sides = sides[:-2]
-    value = 0 if fill is None else fill.item() if isinstance(fill, torch.Tensor) else number(fill)
+    if isinstance(fill, torch.Tensor):  # which only the data says
+        inside = F.pad(torch.ones_like(x, dtype=torch.bool), sides)
+        return torch.where(inside, F.pad(x, sides), fill.to(x.dtype))
+    value = 0 if fill is None else number(fill)
     return F.pad(x, sides, names[mode], value if mode == "constant" else None)
 
 
@@ -265,7 +282,7 @@ ROWS: dict[str, Row] = {
     "Split": _split,
     "Squeeze": _squeeze,
     "Tile": _tile,
-    "Transpose": lambda x, *, perm=None: tensor(x).permute(perm or list(range(x.ndim))[::-1]),
+    "Transpose": _transpose,
     "Trilu": _trilu,
     "Unsqueeze": _unsqueeze,
 }
