@@ -8,12 +8,13 @@ Which forms onnxruntime computes, and how, is in the table of tests/unit/test_on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from attncc.codegen.onnx.nodes import Extent, Nodes, Value
-from attncc.ir import Access, Attention, Axis, Const, Expr, Op, Size
-from attncc.ir.build import TRUE
+from attncc.ir import Access, Attention, Axis, Const, Expr, Op, S, Size, W
+from attncc.ir.build import TRUE, op
 from attncc.ir.dense import Dense, dense
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.expr import Load, loads, mentions
@@ -33,16 +34,32 @@ class Inexpressible(Exception):
 def attention(a: Attention, tensors: Sequence[Value], sizes: Mapping[Size, Extent]) -> Value:
     """(*batch, rows, e): the output of `a`, whose tensors and sizes are given. Raises Inexpressible, before any node
     that matters is made."""
+    gate, a = _gated(a)
     form = dense(a)
     if form is None:
         raise Inexpressible("its equation is not that of the operator")
     if a.dtype not in NATIVE:
         raise Inexpressible(f"onnxruntime has no kernel for {a.dtype}")
-    if not form.settled and (a.empty == "nan" or (a.empty == "zero" and form.bias is not None)):
-        raise Inexpressible("rows that see nothing give something else there")
     if a.slope and not form.settled:
         raise Inexpressible("rows that see nothing follow their scores")
-    return _Emitter(a, form, tensors, sizes).emit()
+    emitter = _Emitter(a, form, tensors, sizes)
+    out = emitter.emit()
+    if gate is None:
+        return out
+    rows = emitter.pairs(gate).squeeze([-1]).unsqueeze(-1)
+    return torch.where(rows, out, emitter.nodes.constant(0.0, out.dtype))  # type: ignore[call-overload]
+
+
+def _gated(a: Attention) -> tuple[Expr | None, Attention]:
+    """(rows that are computed, the attention that computes all): weights that are zero for whole rows are zero in the
+    output."""
+    match a.weight:
+        case Op("where", (c, x, y)) if not mentions(c, a.j.index, S, W):
+            if x is W and y == Const(0.0):
+                return c, replace(a, weight=W)
+            if y is W and x == Const(0.0):
+                return op("not", c), replace(a, weight=W)
+    return None, a
 
 
 class _Emitter:
@@ -71,6 +88,8 @@ class _Emitter:
             inputs.append(mask)
         batch, heads, rows, _ = q.shape
         out = self.nodes.call("Attention", inputs, DTYPE_OF[a.dtype], (batch, heads, rows, v.shape[-1]), **how)
+        if a.empty == "nan" and not self.form.settled:
+            out = self.with_nan(out)
         return out if len(a.batch) == 2 else out.reshape([self.extent(x) for x in (*a.batch, a.i, a.e)])
 
     def group(self) -> int:
@@ -95,9 +114,29 @@ class _Emitter:
                 found.add(0)
         return found.pop() if len(found) == 1 and 0 not in found else 1
 
+    def repeats(self, access: Access) -> int:
+        """How many heads in a row share what an operand holds for one."""
+        a = self.a
+        for x, n in zip(access.index, a.tensor(access.tensor).shape, strict=True):
+            match x:
+                case Op("floordiv", (head, Const(by))) if len(a.batch) == 2 and head is a.batch[1].index:
+                    count = a.batch[1].extent
+                    if isinstance(count, Const) and isinstance(n, Const) and int(n.value) * int(by) == int(count.value):
+                        return int(by)
+        return 1
+
     def operand(self, access: Access, row: Axis, last: Axis, group: int) -> Value:
         """(*batch, row, last), with as many heads as there are groups of `group`."""
         a = self.a
+        by = self.repeats(access) if group == 1 else 1
+        if by > 1:
+            x = self.operand(access, row, last, by)
+            batch, heads, rows, channels = x.shape
+            wide = x.unsqueeze(2).expand([batch, heads, by, rows, channels])
+            return self.nodes.call(
+                "Reshape", (wide, self.nodes.constant([0, heads * by, -1, channels])), x.dtype,
+                (batch, heads * by, rows, channels),
+            ) if isinstance(channels, int) else wide.reshape([batch, heads * by, rows, channels])  # fmt: skip
         axes = [*a.batch, row, last]
         index = tuple(
             a.batch[1].index if group > 1 and isinstance(x, Op) and mentions(x, a.batch[1].index) else x
@@ -132,6 +171,15 @@ class _Emitter:
         return self.nodes.call(
             "Reshape", (x, self.nodes.constant([-1, heads, rows, last])), x.dtype, (None, heads, rows, last)
         )
+
+    def with_nan(self, out: Value) -> Value:
+        """NaN in rows that see nothing, where the operator gives zero."""
+        seen = self.laid_out(self.pairs(self.form.mask)).to(torch.float32)
+        most = self.nodes.call(
+            "ReduceMax", (seen, self.nodes.constant([-1])), torch.float32, (*seen.shape[:-1], 1), keepdims=1
+        )
+        rows = torch.gt(most, 0.0)  # type: ignore[arg-type]
+        return torch.where(rows, out, self.nodes.constant(float("nan"), out.dtype))  # type: ignore[call-overload]
 
     def mask(self) -> Value | None:
         """What hides keys and is added to scores, as one tensor; None where the causal flag says it all."""

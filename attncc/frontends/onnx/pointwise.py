@@ -124,6 +124,8 @@ def _where(c: Any, a: Any, b: Any) -> Any:
         a, b = (x if isinstance(x, list) and len(x) == n else [x[0] if isinstance(x, list) else x] * n for x in (a, b))
         return [x if k else y for k, x, y in zip(c, a, b, strict=True)]
     c = tensor(c)
+    if c.ndim:
+        a, b = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (a, b))
     if is_number(a) and is_number(b):
         return torch.where(c, tensor(a), tensor(b))
     a, b = (x if is_number(x) else tensor(x) for x in (a, b))
@@ -175,13 +177,15 @@ def _cast(x: Any, *, to: int, saturate: int = 1) -> Any:
             return bool(x)
     if isinstance(x, list) and dtype == torch.int64 and all(isinstance(n, int | torch.SymInt) for n in x):
         return [int(n) if isinstance(n, bool) else n for n in x]
-    if isinstance(x, list) and dtype == torch.float32 and x and all(isinstance(n, int | torch.SymInt) for n in x):
+    if isinstance(x, list) and dtype == torch.float32 and x and all(isinstance(n, int | float | torch.SymInt) for n in x):
         return [torch.sym_float(n) for n in x]
     return tensor(x).to(dtype)
 
 
 def _cast_like(x: Any, y: Any, *, saturate: int = 1) -> Any:
-    return tensor(x).to(tensor(y).dtype)
+    y = tensor(y)
+    floats = isinstance(x, float) or (isinstance(x, list) and all(isinstance(n, float) for n in x))
+    return x if floats and y.dtype == torch.float32 else tensor(x).to(y.dtype)
 
 
 def _gelu(x: Any, *, approximate: str = "none") -> Any:

@@ -72,6 +72,8 @@ def of_constant(x: torch.Tensor) -> Any:
         return x.tolist()
     if x.ndim == 0 and (x.is_floating_point() or x.dtype == torch.bool):
         return x.item()
+    if x.dtype == torch.float32 and x.ndim == 1 and x.numel() == 1:
+        return x.tolist()
     return x
 
 
