@@ -87,8 +87,8 @@ def run_blocked(
                 k_seen, v_seen = k.index_select(-2, keys), v.index_select(-2, keys)
             args = (a, table, cut, keys, tuple(named), q[..., start:end, :], k_seen, v_seen, *named.values())
             if recomputed:  # a block keeps its inputs alone for the backward pass
-                return _checkpoint(_block, *args, use_reentrant=False, preserve_rng_state=False)
-            return _block(*args)
+                return _checkpoint(one_block, *args, use_reentrant=False, preserve_rng_state=False)
+            return one_block(*args)
 
         return _along(a.i, len(a.batch), rows, ranges, block)
 
@@ -115,7 +115,7 @@ def run_part(
         if any(bool((ev(x) < 0).any()) for x in access.index):
             raise IndexError(f"a negative index of {access.tensor}")
     q, k, v = (operand(ev, a, *x).to(ev.compute) for x in operands(a))
-    return _block(a, table, cut, None, tuple(named), q, k, v, *tensors, checked=True)
+    return one_block(a, table, cut, None, tuple(named), q, k, v, *tensors, checked=True)
 
 
 def whole_ranges(a: Attention, table: Mapping[Size, int]) -> dict[Axis, tuple[int, int]]:
@@ -162,7 +162,9 @@ class Blocks(Evaluator):
         self.scattered = None if keys is None else a.j.index
         wide = DTYPE_OF[a.compute_dtype]
         device = named[a.q.tensor].device
-        leaves: dict[Expr, torch.Tensor] = {s: torch.tensor(n, device=device) for s, n in table.items()}
+        leaves: dict[Expr, torch.Tensor] = {
+            s: torch.full((), n, dtype=torch.int64, device=device) for s, n in table.items()  # also a symbol of a trace
+        }
         for at, axis in enumerate(a.axes):
             start, end = ranges[axis]
             listed = keys is not None and axis == a.j
@@ -263,7 +265,7 @@ def _hides_a_row(
     return not bool(seen.any(-3).all() if seen.ndim else seen)
 
 
-def _block(
+def one_block(
     a: Attention, table: Mapping[Size, int], ranges: Ranges, keys: torch.Tensor | None, names: Sequence[str],
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tensors: torch.Tensor, checked: bool = False,
 ) -> list[torch.Tensor]:  # fmt: skip

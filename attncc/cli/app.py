@@ -11,6 +11,7 @@ import typer
 
 from attncc.cli.bench import bench
 from attncc.cli.cache import cache
+from attncc.cli.convert import convert
 from attncc.cli.diff import diff
 from attncc.cli.inspect import inspect
 from attncc.cli.opt import opt
@@ -71,6 +72,7 @@ def demo(
             raise typer.Exit(1)
 
 
+app.command()(convert)
 app.command()(bench)
 app.command()(opt)
 app.command()(profile)

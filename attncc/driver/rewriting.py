@@ -44,15 +44,16 @@ from attncc.torch_private.state import preserved, under, without_autocast
 
 def rewrite(
     gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, edits: GraphEdits | None = None, *,
-    measure: bool = True, recomputed: bool = False, planner: Planner | None = None,
+    measure: bool = True, recomputed: bool = False, planner: Planner | None = None, kernels: bool = True,
 ) -> fx.GraphModule:  # fmt: skip
     """Fuse a graph's attention where that is right, and record every site in `found` and what was replaced in `edits`.
-    `recomputed`: backward runs the graph once more. `planner` gives attentions another form.
+    `recomputed`: backward runs the graph once more. `planner` gives attentions another form. Without `kernels` every
+    site is fused and none is built: who asks for that gives the operator's calls another form.
 
     Nothing that goes wrong here costs the user the model: the graph then stays as it came, with a note. Raises
     PlanError where the plan is for another model."""
     edits = GraphEdits() if edits is None else edits
-    way = Way(measure, planner)
+    way = Way(measure, planner, kernels)
     if capture.has_nested(gm):
         found.notes.append("a graph over nested tensors is left as it is: torch's own kernels compute its attention")
         return gm
@@ -86,8 +87,9 @@ def _read(
         with under(body.modes):
             again = recomputed or runs_again(gm, body.module)
             rewrite(
-                body.module, body.arguments, found, edits, measure=way.measure, recomputed=again, planner=way.planner
-            )
+                body.module, body.arguments, found, edits, measure=way.measure, recomputed=again, planner=way.planner,
+                kernels=way.kernels,
+            )  # fmt: skip
     return reading
 
 
@@ -146,8 +148,8 @@ def _edited(
     }
     prepared = _proposals({id(j): j for j in groups.values()}.values(), facts, training, way.planner, places)
     proposals = [prepared.get(id(site)) for site in lifted]
-    step("building kernels")
-    build_all((p.spec, p.device) for p in proposals if isinstance(p, Proposal))
+    step("building kernels" if way.kernels else "editing the graph")
+    build_all((p.spec, p.device) for p in proposals if way.kernels and isinstance(p, Proposal))
     step("editing the graph")
     editor = Editor(reading.over(*copied(reading.graph)), facts)
     verdicts: dict[fx.Node, Choice] = {}
@@ -171,11 +173,13 @@ def _edited(
             continue
         assert proposal is not None  # every lifted site has one
         if site.node not in verdicts:
-            verdicts |= _settled(groups[id(site)], prepared, facts, editor, way.measure, training)
+            verdicts |= _settled(groups[id(site)], prepared, facts, editor, way, training)
         if isinstance(proposal, fx.Node) and site.anchor in said:
             continue  # a softmax whose weights go to several products, and must exist
         said.add(site.anchor)
-        made = recorded(site, proposal, verdicts[site.node], Place(index, path, where), facts, names_of(site, reading))
+        at = Place(index, path, where)
+        names = names_of(site, reading)
+        made = recorded(site, proposal, verdicts[site.node], at, facts, names, kernels=way.kernels)
         settled.append(made if collecting.get() is None else replace(made, **_surroundings(site, reading, editor)))
     return editor.finish()
 
@@ -198,14 +202,14 @@ def _place(reading: capture.Reading, site: Lifted | Refusal | Recognised) -> fx.
 
 
 def _settled(
-    group: SiteGroup, proposals: Mapping[int, Proposal | fx.Node | None], facts: Facts, editor: Editor, measure: bool,
+    group: SiteGroup, proposals: Mapping[int, Proposal | fx.Node | None], facts: Facts, editor: Editor, way: Way,
     training: Training,
 ) -> dict[fx.Node, Choice]:  # fmt: skip
     """What becomes of each node that sites which are decided together take the place of; those chosen are fused."""
     pairs = [(site, proposal) for site in group.sites if isinstance(proposal := proposals[id(site)], Proposal)]
     nodes = dict.fromkeys(site.node for site in group.sites)
     spread = any(editor.reading.distributed(n) for site in group.sites for n in site.tensors)
-    verdict = _verdict(group, [proposal for _, proposal in pairs], facts, measure, training, spread=spread)
+    verdict = _verdict(group, [proposal for _, proposal in pairs], facts, way, training, spread=spread)
     step("editing the graph")
     found = dict.fromkeys(nodes, verdict)
     places = dict.fromkeys(_target(site) for site, _ in pairs)
@@ -226,10 +230,12 @@ def _target(site: Lifted) -> fx.Node:
 
 @dataclass(frozen=True)
 class Way:
-    """How a graph is rewritten: whether kernels are measured, and who gives attentions another form."""
+    """How a graph is rewritten: whether kernels are measured, who gives attentions another form, and whether kernels
+    are built at all."""
 
     measure: bool = True
     planner: Planner | None = None
+    kernels: bool = True
 
 
 def _proposals(
@@ -299,12 +305,14 @@ def _text(a: Attention) -> str:
 
 
 def _verdict(
-    group: SiteGroup, proposals: Sequence[Proposal], facts: Facts, measure: bool, training: Training, *, spread: bool
+    group: SiteGroup, proposals: Sequence[Proposal], facts: Facts, way: Way, training: Training, *, spread: bool
 ) -> Choice:  # fmt: skip
     """`spread`: the sites' tensors are distributed over processes."""
     if group.user is not None:
         name = used_by(facts, group.user)
         return Choice(False, None, because("weights-needed", name))
+    if not way.kernels:
+        return Choice(True, None, because("measuring-off"))
     kernels = [built(proposal.spec, proposal.device) for proposal in proposals]
     slow = next((made for made in kernels if made.language == "torch"), None)
     if slow is not None:
@@ -312,7 +320,7 @@ def _verdict(
     planned = [proposal.planned for proposal in proposals if proposal.planned]
     if planned:
         return Choice(True, None, because("planned", *planned))
-    if not measure:
+    if not way.measure:
         return Choice(True, None, because("measuring-off"))
     if spread:
         why = "its tensors are distributed, and all processes must decide alike"

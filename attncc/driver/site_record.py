@@ -58,16 +58,17 @@ class Place:
 
 
 def recorded(
-    site: Lifted, proposal: Proposal | fx.Node, verdict: Choice, place: Place, facts: Facts, names: Mapping[str, str]
-) -> Site:
-    """The record of a site that was understood. `names` are those that the graph has for its tensors. What takes time
-    to find out is left out where nobody collects it."""
+    site: Lifted, proposal: Proposal | fx.Node, verdict: Choice, place: Place, facts: Facts,
+    names: Mapping[str, str], *, kernels: bool = True,
+) -> Site:  # fmt: skip
+    """The record of a site that was understood. `names` are those that the graph has for its tensors; without `kernels`
+    none was built. What takes time to find out is left out where nobody collects it."""
     shown = optimise(site.attention)
     read = readable(shown, names)
     own = proposal if isinstance(proposal, Proposal) else None
     if own is not None and own.held is not None:
         verdict = replace(verdict, reason=because("plan-held", verdict.reason, own.held))
-    made = None if own is None else built(own.spec, own.device)
+    made = built(own.spec, own.device) if own is not None and kernels else None
     shown_program, stages, sizes = None, (), None
     area, picture = None, None
     if collecting.get() is not None:
@@ -79,14 +80,15 @@ def recorded(
             area, picture = describe.extent_of(shown, sizes)
             area = area if made is None else made.area(area)
     backward: tuple[str, str | None] = ("", None)
-    if own is not None and own.learned and verdict.fused:
+    if own is not None and own.learned and verdict.fused and kernels:
         backward = described(signature_of(own.spec).attention, own.learned, own.device)
     return Site(
         place.index, "fused" if verdict.fused else "kept", str(verdict.reason), place.path, place.where,
         describe.equation(read), describe.mask(read), describe.shapes(site),
         visible=None if area is None else area.visible, visited=None if area is None else area.visited,
         total=None if area is None else area.total,
-        became=made.shown if made is not None and verdict.fused else "original graph", speedup=verdict.speedup,
+        became="original graph" if not verdict.fused else "attncc::attention" if made is None else made.shown,
+        speedup=verdict.speedup,
         trains=own is not None and bool(own.learned),
         ir=print_attention(shown) if own is None else own.spec, program=shown_program,
         kernel=None if made is None else made.source, language=None if made is None else made.language,

@@ -26,6 +26,8 @@ from typing import Any, cast
 
 import torch
 
+from attncc.frontends.archives import unsafe
+
 INPUTS = ("example_inputs", "dummy_inputs")
 
 
@@ -81,11 +83,15 @@ def _program(text: str) -> Target:
         raise TargetError(f"{text}: no such file")
     with _logged_errors("torch.export") as logged:
         try:
-            return Target(text, torch.export.load(path))
+            why = unsafe(path)
+            program = None if why else torch.export.load(path)
         except Exception as error:
             # torch tries two formats, logs why the first failed, and raises what the second one said
             why = one_line(logged[-1] if logged else error).split(". ")[0]
             raise TargetError(f"{text}: not a whole .pt2 archive as torch.export.save writes it ({why})") from error
+    if program is None:
+        raise TargetError(f"{text}: not loaded: {why}")
+    return Target(text, program)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
     "codegen.torch": ("ir",),
     "codegen.cpp": ("ir",),
     "codegen.triton": ("ir",),
+    "codegen.onnx": ("ir",),
     "runtime": ("ir", "torch_private"),
     "kernels": (
         "passes.tables", "passes.gradient", "passes.pipeline", "codegen.torch", "codegen.cpp", "codegen.triton",
@@ -46,8 +47,9 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
     "attncc": ("driver", "plans"),
     "frontends": ("attncc",),
     "plans": ("driver",),
+    "convert": ("frontends", "attncc", "codegen.onnx"),
     "__main__": ("cli",),
-    "cli": ("frontends", "attncc"),
+    "cli": ("frontends", "attncc", "convert"),
     "bench": ("frontends", "attncc"),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("passes", "codegen", "patterns", "runtime")
-INNER = ("bench", "cli", "driver", "frontends", "ir", "kernels", "plans", "report", "torch_private")
+INNER = ("bench", "cli", "convert", "driver", "frontends", "ir", "kernels", "plans", "report", "torch_private")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,67 @@
+"""`attncc convert`: a model into a file, with its attentions rewritten."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from attncc.cli.output import Debug, clear_errors, print_report, print_text, quiet
+from attncc.frontends.targets import TargetError
+from attncc.progress import reporting
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="`module:factory`, a .pt2 or a .onnx file.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="The file to write; its suffix "
+                                                "says what: .pt2, .onnx or .mlir.")] = None,
+    to: Annotated[Literal["pt2", "onnx", "mlir"] | None, typer.Option("--to", help="What to write, where the suffix "
+                                                                      "does not say it.")] = None,
+    portable: Annotated[bool, typer.Option("--portable", help="Operators of torch alone: attncc is not needed to run "
+                                           "it.")] = False,
+    dynamic: Annotated[str, typer.Option("--dynamic", metavar="batch,length", help="Leave these dimensions of a "
+                                         "module:factory open.")] = "",
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="Follow a plan (approximate).")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Run both programs, and write nothing where they "
+                                        "disagree (code 3).")] = True,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Leave out kernels that are slower here.")
+                       ] = True,
+    decompose: Annotated[bool, typer.Option("--decompose", help="For .mlir: attention as products and a softmax, "
+                                            "not as one operation.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would become of each attention; write nothing."
+                                          )] = False,
+    every: Annotated[bool, typer.Option("--all", help="One row a site, where equal layers would share one.")] = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Convert a model: find its attentions, rewrite them, check the result, write it."""
+    from attncc.convert import convert as converting  # noqa: PLC0415 loads the compiler
+    from attncc.convert.checking import CheckError  # noqa: PLC0415
+
+    with clear_errors(debug):
+        if output is None and not dry_run:
+            raise TargetError("convert: name the file to write with -o, or look first with --dry-run")
+        kind = (to or "pt2") if output is None else converting.kind_of(output, to)
+        if portable and kind != "pt2":
+            raise TargetError(f"convert: --portable is for .pt2 files; {kind} is so in any case")
+        wish = converting.Wish(
+            source, None if dry_run else output, kind, portable, tuple(x for x in dynamic.split(",") if x), check, plan,
+            measure, decompose,
+        )  # fmt: skip
+        try:
+            with quiet(debug), reporting():
+                done = converting.convert(wish)
+        except CheckError as error:
+            if debug:
+                raise
+            Console(stderr=True, soft_wrap=True).print(Text(f"attncc: {source}: not converted: {error}", style="red"))
+            raise typer.Exit(3) from None
+        print_report(done.report, every=every)
+        console = Console(soft_wrap=not sys.stdout.isatty())
+        if done.checked:
+            print_text(console, done.checked)
+        if wish.output is not None:
+            print_text(console, f"{wish.output}: written")
