@@ -59,6 +59,9 @@ def _wrong(g: AttentionGrad, kernel: Kernel) -> str | None:
             outputs = [
                 torch.full(n, float("nan"), dtype=DTYPE_OF[a.compute_dtype]) for n in shapes_of_grad(g, data.sizes)
             ]
+            for out, x in zip(outputs[len(g.operands) :], g.loads, strict=True):
+                if x.over == "i, j":
+                    out.zero_()  # what no tile visits is not written
             try:
                 kernel(tensors, data.sizes, outputs)
             except CppKernelError as error:
@@ -106,13 +109,13 @@ def _over(g: AttentionGrad, n: int) -> str:
 
 def _whole_over(g: AttentionGrad, n: int, axis: Axis) -> bool:
     """Whether a part of `axis` has all of what output `n` is summed over."""
-    return _over(g, n) == ("i" if axis == g.attention.i else "j")
+    return _over(g, n) in ("i, j", "i" if axis == g.attention.i else "j")
 
 
 def _cut(g: AttentionGrad, n: int, part: Ranges) -> tuple[slice, ...]:
     a, over = g.attention, _over(g, n)
     held = n < len(g.operands) and g.operands[n] != "q"
-    axes = [*(g.held if held else a.batch), *{"i": [a.i], "j": [a.j]}.get(over, [])]
+    axes = [*(g.held if held else a.batch), *{"i": [a.i], "j": [a.j], "i, j": [a.i, a.j]}.get(over, [])]
     return tuple(slice(*part[x]) for x in axes)
 
 
