@@ -23,7 +23,8 @@ from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.expr import Expr, Load, mentions
 from attncc.ir.interpret import extent, index_grid, size_table
 
-#: What the gradient of a load is kept apart by: nothing (one number a batch point), the row, the key, key - row, or both.
+#: What the gradient of a load is kept apart by: nothing (one number a batch point), the row, the key, how far they are
+#: apart, or both.
 Over = Literal["", "i", "j", "j - i", "i, j"]
 OVERS: tuple[str, ...] = get_args(Over)
 #: What a backward is given beside the tensors of its attention, in this order.

@@ -24,7 +24,9 @@ some = settings(
 @pytest.mark.full
 @pytest.mark.parametrize("isa", host_isas())
 @some
-@given(program=programs(simple=True, dtypes=("f32", "bf16", "f64"), normalizers=("softmax",), longest=90, largest_head=40))
+@given(program=programs(
+    simple=True, dtypes=("f32", "bf16", "f64"), normalizers=("softmax",), longest=90, largest_head=40
+))  # fmt: skip
 def test_random_programs(program: Program, isa: str) -> None:
     a, tensors, sizes = program
     a = replace(a, outputs=("out", "lse"))

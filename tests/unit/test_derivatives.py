@@ -86,7 +86,8 @@ def test_an_operation_without_a_rule_is_named() -> None:
     ],
 )  # fmt: skip
 def test_what_the_gradient_of_a_load_is_summed_along(score: str, over: str) -> None:
-    g = gradient_of(parse_attention(TEXT.format(score=score, norm="softmax", weight="w")), ["x", "row", "key", "table", "pairs"])
+    a = parse_attention(TEXT.format(score=score, norm="softmax", weight="w"))
+    g = gradient_of(a, ["x", "row", "key", "table", "pairs"])
     assert not isinstance(g, str)
     assert [x.over for x in g.loads] == [over]
     assert g.operands == () and g.attention.mask is TRUE
