@@ -134,7 +134,8 @@ class _Run:
         given = [grads["out"].to(DTYPE_OF[a.dtype]), outputs["out"], outputs["lse"], self._grad_lse(grads, outputs)]
         places = {n: self._place(n) for n in g.operands}
         shapes = shapes_of_grad(g, self.sizes)[len(places) :] if g.loads else []
-        totals = [torch.empty(shape, dtype=self.wide, device=self.device) for shape in shapes]
+        # pairs that no tile visits are not written
+        totals = [torch.zeros(shape, dtype=self.wide, device=self.device) for shape in shapes]
         self.own.kernel([*self.tensors, *given], self.sizes, [*(x.written for x in places.values()), *totals])
         for x, total in zip(g.loads, totals, strict=True):
             self._add(x, total)
@@ -193,7 +194,7 @@ class _Run:
         """Add the sums of a load to the elements that it reads."""
         a = self.a
         index: tuple[Expr, ...] = x.load.index
-        axes = [*a.batch, *{"": [], "i": [a.i], "j": [a.j], "j - i": [a.i]}[x.over]]
+        axes = [*a.batch, *{"": [], "i": [a.i], "j": [a.j], "j - i": [a.i], "i, j": [a.i, a.j]}[x.over]]
         if x.over == "j - i":  # a distance stands for every row and key that are so far apart
             index = tuple(substitute(n, {a.j.index: ZERO}) for n in index)
         used = [n for n, axis in enumerate(axes) if any(mentions(e, axis.index) for e in index)]

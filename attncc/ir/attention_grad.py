@@ -23,8 +23,9 @@ from attncc.ir.evaluate import DTYPE_OF, Evaluator
 from attncc.ir.expr import Expr, Load, mentions
 from attncc.ir.interpret import extent, index_grid, size_table
 
-#: What the gradient of a load is kept apart by: nothing (one number a batch point), the row, the key, or key - row.
-Over = Literal["", "i", "j", "j - i"]
+#: What the gradient of a load is kept apart by: nothing (one number a batch point), the row, the key, how far they are
+#: apart, or both.
+Over = Literal["", "i", "j", "j - i", "i, j"]
 OVERS: tuple[str, ...] = get_args(Over)
 #: What a backward is given beside the tensors of its attention, in this order.
 GIVEN = ("grad_out", "out", "lse", "grad_lse")
@@ -83,7 +84,7 @@ def shapes_of_grad(g: AttentionGrad, sizes: Sequence[int]) -> list[list[int]]:
     rows, keys, d, e = (extent(x.extent, table) for x in (a.i, a.j, a.d, a.e))
     batch, held = ([extent(x.extent, table) for x in axes] for axes in (a.batch, g.held))
     operands = {"q": [*batch, rows, d], "k": [*held, keys, d], "v": [*held, keys, e]}
-    apart: dict[Over, list[int]] = {"": [], "i": [rows], "j": [keys], "j - i": [rows + keys - 1]}
+    apart: dict[Over, list[int]] = {"": [], "i": [rows], "j": [keys], "j - i": [rows + keys - 1], "i, j": [rows, keys]}
     return [*(operands[n] for n in g.operands), *([*batch, *apart[x.over]] for x in g.loads)]
 
 
@@ -155,7 +156,7 @@ def _summed(terms: torch.Tensor, over: Over) -> torch.Tensor:
         place = torch.arange(keys) - torch.arange(rows)[:, None] + rows - 1
         flat = terms.flatten(-2)
         return flat.new_zeros(*flat.shape[:-1], rows + keys - 1).index_add(-1, place.flatten(), flat)
-    return {"": terms.sum((-2, -1)), "i": terms.sum(-1), "j": terms.sum(-2)}[over]
+    return {"": terms.sum((-2, -1)), "i": terms.sum(-1), "j": terms.sum(-2), "i, j": terms}[over]
 
 
 def print_grad(g: AttentionGrad) -> list[str]:

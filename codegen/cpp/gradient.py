@@ -29,7 +29,8 @@ from attncc.ir.build import TRUE
 _PLAIN = {"KEYS": 48, "SCORE_ROW": "QUERIES", "SCORE_NEXT": "LANES", "BLOCK_STEP": 1}
 #: The same in the matrix unit, whose tiles of sums take a vector of keys, and 32 rows along.
 _TILES = {"KEYS": 64, "SCORE_ROW": "LANES", "SCORE_NEXT": "(KEYS * LANES)", "BLOCK_STEP": 32}
-_OVER = {"": "ALL", "i": "QUERY", "j": "KEY", "j - i": "DISTANCE"}
+_OVER = {"": "ALL", "i": "QUERY", "j": "KEY", "j - i": "DISTANCE", "i, j": "PAIR"}
+_APART = {"": 0, "i": 1, "j": 1, "j - i": 1, "i, j": 2}  # dimensions of sums behind the batch
 _LOG2E = math.log2(math.e)
 
 
@@ -117,7 +118,7 @@ class _GradientEmitter(Emitter):
         lines += [f"typedef {'int64_t' if double else 'int32_t'} mask_int;"]
         lines += [f"typedef {'int32_t' if narrow else 'int64_t'} lane_int;  // what every integer of a lane fits"]
         lines += ["// What the gradients of loads are kept apart by."]
-        lines += ["enum Over { ALL, QUERY, KEY, DISTANCE };", f"constexpr Over OVER[TERMS + 1] = {{{over}}};"]
+        lines += ["enum Over { ALL, QUERY, KEY, DISTANCE, PAIR };", f"constexpr Over OVER[TERMS + 1] = {{{over}}};"]
         return "\n".join(lines) + "\n"
 
     # ---- the call --------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ class _GradientEmitter(Emitter):
         """The dimensions of each output."""
         held = len(self.g.held)
         ranks = {"dq": len(self.a.batch) + 2, "dk": held + 2, "dv": held + 2}
-        sums = {f"sum{n}": len(self.a.batch) + bool(x.over) for n, x in enumerate(self.g.loads)}
+        sums = {f"sum{n}": len(self.a.batch) + _APART[x.over] for n, x in enumerate(self.g.loads)}
         return {n: (ranks | sums)[n] for n in self.outputs}
 
     def _call(self) -> str:
@@ -206,12 +207,12 @@ class _GradientEmitter(Emitter):
             out.append(self._pointer(f"d{n}_at", "real*", body))
         sums = [f"if (n == {n}) return {self._along(f'sum{n}', self.a.batch)};" for n in range(len(self.g.loads))]
         steps = [
-            f"if (n == {n}) return c.s_sum{n}[{len(self.a.batch)}];" for n, x in enumerate(self.g.loads) if x.over
+            f"if (n == {n}) return c.s_sum{n}[{len(self.a.batch)} + at];" for n, x in enumerate(self.g.loads) if x.over
         ]
         sums = ["(void)c; (void)b; (void)n;", *sums, "return nullptr;"]
         out.append(function("INLINE real* sums_at(const Call& c, const Batch& b, int n)", sums))
-        steps = ["(void)c; (void)n;", *steps, "return 1;"]
-        out.append(function("INLINE int64_t sums_step(const Call& c, int n)", steps))
+        steps = ["(void)c; (void)n; (void)at;", *steps, "return 1;"]
+        out.append(function("INLINE int64_t sums_step(const Call& c, int n, int at = 0)", steps))
         body = ["t.lane[0][lane] = (lane_int)i;"]
         out.append(function("INLINE void set_lane(Tile& t, int64_t lane, const Group&, int64_t i)", body))
         return "\n".join(out)

@@ -6,14 +6,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from attncc.ir import Attention, Expr, Load, S, W
+from attncc.ir import Attention, Const, Expr, Load, S, W
 from attncc.ir.analysis import linear_factor
 from attncc.ir.attention_grad import AttentionGrad, LoadGrad, Over
-from attncc.ir.build import const
+from attncc.ir.build import ONE, const
 from attncc.ir.distance import ByDistance
 from attncc.ir.expr import free, loads, mentions
 from attncc.ir.gradients import followed, plain
 from attncc.passes.gradient.derivative import NotDifferentiable, derivative
+
+#: Pairs of a row and a key of a batch point that are few: as many numbers as 128 rows of 128 channels.
+MOST_PAIRS = 1 << 14
 
 
 def gradient_of(a: Attention, wanted: Collection[str]) -> AttentionGrad | str:
@@ -57,4 +60,16 @@ def _over(a: Attention, x: Load) -> Over | None:
     if not (row and key):
         return "i" if row else "j"
     by_distance = ByDistance(a.i.index, a.j.index)
-    return "j - i" if all(by_distance(n) for n in x.index) else None
+    if all(by_distance(n) for n in x.index):
+        return "j - i"
+    return "i, j" if _by_pair(a, x) else None
+
+
+def _by_pair(a: Attention, x: Load) -> bool:
+    """Whether a number for each pair of row and key is no more than what is there anyway: the tensor has all pairs of
+    every batch point itself, or the pairs are few, as in windows."""
+    i, j = a.i.extent, a.j.extent
+    if isinstance(i, Const) and isinstance(j, Const) and int(i.value) * int(j.value) <= MOST_PAIRS:
+        return True
+    own = [axis.index for axis in (*a.batch, a.i, a.j) if axis.extent is not ONE]
+    return all(n in x.index for n in own)

@@ -23,6 +23,7 @@ tensor row: f64[N]
 tensor key: f64[N]
 tensor table: f64[2, 9]
 tensor dense: f64[N, N]
+tensor pairs: f64[2, N, N]
 q      q[h, i, d]
 k      k[h, j, d]
 v      v[h, j, e]
@@ -81,11 +82,12 @@ def test_an_operation_without_a_rule_is_named() -> None:
     ("score", "over"),
     [
         ("s * x[h]", ""), ("s + row[i]", "i"), ("s + key[j]", "j"),
-        ("s + table[h, max(min(i - j, 4), -4) + 4]", "j - i"),
+        ("s + table[h, max(min(i - j, 4), -4) + 4]", "j - i"), ("s + pairs[h, i, j]", "i, j"),
     ],
 )  # fmt: skip
 def test_what_the_gradient_of_a_load_is_summed_along(score: str, over: str) -> None:
-    g = gradient_of(parse_attention(TEXT.format(score=score, norm="softmax", weight="w")), ["x", "row", "key", "table"])
+    a = parse_attention(TEXT.format(score=score, norm="softmax", weight="w"))
+    g = gradient_of(a, ["x", "row", "key", "table", "pairs"])
     assert not isinstance(g, str)
     assert [x.over for x in g.loads] == [over]
     assert g.operands == () and g.attention.mask is TRUE

@@ -1,4 +1,4 @@
-"""A backward kernel is held against the equations before it is used: wrong ones are found, right ones pass."""
+"""A backward kernel is held against the equations before it is used: wrong ones are found, right ones not accused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_large_ones_are_checked_at_their_first_call_in_parts(monkeypatch: pytest
     for spoilt in (None, 0, 1, 2):
         told: list[str | None] = []
         wrong = Equations(g) if spoilt is None else Equations(g, lambda x, n=spoilt: x[n][..., -1, :].mul_(1.1))
-        again = lambda why, told=told: told.append(why) or Equations(g)  # noqa: E731 a kernel in its place
-        kernel = CheckedAtFirst(wrong, gradient_check(g).differs, again)
+        report: Callable[[str | None], Equations] = lambda why, told=told: told.append(why) or Equations(g)  # noqa: E731
+        kernel = CheckedAtFirst(wrong, gradient_check(g).differs, report)
         kernel(call, [], outputs)
         assert len(told) == 1 and (told[0] is None) == (spoilt is None)

@@ -72,9 +72,9 @@ static void add_block(const Call& c, const Batch& b, Tile& t, const Rows& at, co
     for (int64_t column = 0; column < t.columns; ++column) {
         if (STAGED) bring_near(c, u, t.values[column], at.count, w.near);
         if (SLANTED) bring_slanted(c, b, u, t, column * LANES, at.count, w.slants);
-        derive_rows<true>(c, t, u, column, 0, from, part, w, whole);
-        derive_rows<false>(c, t, u, column, from, to, part, w, whole);
-        derive_rows<true>(c, t, u, column, to, at.count, part, w, whole);
+        derive_rows<true>(c, b, t, u, column, 0, from, part, w, whole);
+        derive_rows<false>(c, b, t, u, column, from, to, part, w, whole);
+        derive_rows<true>(c, b, t, u, column, to, at.count, part, w, whole);
         pack_column(at, column, w);
     }
     for (int x = 0; x < TERMS; ++x)

@@ -38,7 +38,7 @@ INLINE real sum_of_lanes(vreal x) { real s = 0; EACH_LANE(s += x[l]) return s; }
 
 // Rows [from, to) of the block from j0 on against one vector of keys.
 template <bool MASKED>
-static void derive_rows(const Call& c, const Tile& t, const Uniform& u, int64_t column, int64_t from, int64_t to,
+static void derive_rows(const Call& c, const Batch& b, const Tile& t, const Uniform& u, int64_t column, int64_t from, int64_t to,
                         const Part& part, Work& w, vreal (&whole)[TERMS + 1]) {
     vmask present = splat_mask(true);
     if (MASKED) EACH_LANE(present[l] = -(mask_int)(column * LANES + l < t.rows))
@@ -52,6 +52,13 @@ static void derive_rows(const Call& c, const Tile& t, const Uniform& u, int64_t 
         for (int x = 0; x < TERMS; ++x) {
             if (OVER[x] == ALL) whole[x] += terms[x];
             if (OVER[x] == QUERY) part.sums[x][t.g0 * c.M + j] += sum_of_lanes(terms[x]);
+            if (OVER[x] == PAIR) {
+                const int64_t step = sums_step(c, x, 1), lane = column * LANES;
+                real* to = sums_at(c, b, x) + j * sums_step(c, x) + (t.i0 + lane) * step;
+                if (step == 1 && lane + LANES <= t.rows) store(to, terms[x]);
+                else
+                    for (int64_t l = 0; l < LANES && lane + l < t.rows; ++l) to[l * step] = terms[x][l];
+            }
             if (OVER[x] == KEY) {
                 real* to = w.key_sums + (x * QUERIES + column * LANES);
                 store(to, load(to) + terms[x]);

@@ -42,6 +42,9 @@ def run_backward(
     """What the kernel gives; it starts as NaN, so that what is not written shows."""
     dtype = DTYPE_OF[g.attention.compute_dtype]
     outputs = [torch.full(shape, float("nan"), dtype=dtype) for shape in shapes_of_grad(g, sizes)]
+    for out, x in zip(outputs[len(g.operands) :], g.loads, strict=True):
+        if x.over == "i, j":
+            out.zero_()  # what no tile visits is not written
     build_backward(g, isa)([tensors[t.name] for t in g.attention.tensors] + list(given), sizes, outputs)
     return outputs
 
