@@ -237,7 +237,8 @@ class _Run:
         seed = (-weight * delta).masked_fill(lse == float("-inf"), 0.0).sum_to_size(value.shape)
         names = learned_by_sink(a, self.wanted)
         found = torch.autograd.grad(value, [self.leaves[n] for n in names], seed, allow_unused=True)
-        for n, x in zip(names, found, strict=True):
+        back: Sequence[torch.Tensor | None] = found  # torch types them as tensors
+        for n, x in zip(names, back, strict=True):
             if x is not None:
                 self._into(n).add_(x)
 
