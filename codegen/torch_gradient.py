@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -236,9 +236,9 @@ class _Run:
         weight = (value.detach() - lse).exp()
         seed = (-weight * delta).masked_fill(lse == float("-inf"), 0.0).sum_to_size(value.shape)
         names = learned_by_sink(a, self.wanted)
-        found = torch.autograd.grad(value, [self.leaves[n] for n in names], seed, allow_unused=True)
-        back: Sequence[torch.Tensor | None] = found  # torch types them as tensors
-        for n, x in zip(names, back, strict=True):
+        made = torch.autograd.grad(value, [self.leaves[n] for n in names], seed, allow_unused=True)
+        found = cast("Sequence[torch.Tensor | None]", made)
+        for n, x in zip(names, found, strict=True):
             if x is not None:
                 self._into(n).add_(x)
 
