@@ -86,10 +86,12 @@ def _differs(
             exact, plain = (
                 interpret_grad(g, named, tensors[count:], sizes, ranges=part, compute=x) for x in (torch.float64, None)
             )
+            least = torch.finfo(DTYPE_OF[a.compute_dtype]).eps * size_of_terms(g, tensors)
             for n, (name, given) in enumerate(zip(_names(g), outputs, strict=True)):
                 if axis is not None and not _whole_over(g, n, axis):
                     continue
-                why = _compared(name, given[_cut(g, n, part)].double(), exact[n], plain[n].double(), _rounding(g))
+                own = given[_cut(g, n, part)].double()
+                why = _compared(name, own, exact[n], plain[n].double(), _rounding(g), least)
                 told = told or why != ""
                 if why:
                     return why
@@ -144,9 +146,18 @@ def _rounding(g: AttentionGrad) -> torch.dtype:
     return torch.bfloat16 if halves else DTYPE_OF[a.compute_dtype]
 
 
+def size_of_terms(g: AttentionGrad, tensors: Sequence[torch.Tensor]) -> float:
+    """About how large what a gradient is the sum of is: where it cancels, as that of a row with a single key does, its
+    rounding is that of its terms."""
+    a = g.attention
+    named = {t.name: x for t, x in zip(g.by_key.tensors, tensors, strict=True)}
+    q, k, v, grad = (_root(named[n].double()) for n in (a.q.tensor, a.k.tensor, a.v.tensor, g.by_key.v.tensor))
+    return 2 * grad * v * max(1.0, q, k) * named[g.by_key.v.tensor].shape[-1] ** 0.5
+
+
 def _compared(
-    name: str, given: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, rounding: torch.dtype
-) -> str | None:
+    name: str, given: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, rounding: torch.dtype, least: float,
+) -> str | None:  # fmt: skip
     finite = exact.isfinite() & plain.isfinite()
     if not bool(finite.any()):
         return ""
@@ -156,8 +167,8 @@ def _compared(
     own, error = (plain - exact).abs(), (given - exact).abs()
     scale = float(exact.abs().max())
     unit = max(torch.finfo(rounding).eps, 1e-13)  # in float64 the plain form's own error is not seen
-    worst = _WORST * (float(own.max()) + unit * scale)
-    average = (_AVERAGE_16 if rounding is torch.bfloat16 else _AVERAGE) * (_root(own) + unit * _root(exact))
+    worst = _WORST * (float(own.max()) + unit * scale + least)
+    average = (_AVERAGE_16 if rounding is torch.bfloat16 else _AVERAGE) * (_root(own) + unit * _root(exact) + least)
     if float(error.max()) > worst or _root(error) > average:
         return f"{name} is off by {float(error.max()):.3g} at the worst place, where {worst:.3g} are roundings"
     return None
