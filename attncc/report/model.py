@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from hashlib import sha256
 from io import StringIO
 from typing import Any
@@ -47,7 +46,7 @@ class Report:
     def _count(self, status: Status) -> int:
         return sum(site.status == status for site in self.sites)
 
-    @cached_property
+    @property
     def kernels(self) -> tuple[str, ...]:
         """The distinct kernel sources, in the order of the sites."""
         return tuple(dict.fromkeys(site.kernel for site in self.sites if site.kernel is not None))
