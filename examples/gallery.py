@@ -120,8 +120,8 @@ INTRODUCTION = """# A gallery of masks and scores
 
 Attention as people write it in plain torch, and what attncc reads of it: the score, the mask as a formula, and how
 much of the scores the kernel computes for tiles of 64 rows. `examples/gallery.py` prints this page; it compares each
-result with eager first. `i` and `j` are `torch.arange(1024)` down and along. Every one of these is fused with `backend="attncc"`
-where it measures no slower; nothing is declared.
+result with eager first. `i` and `j` are `torch.arange(1024)` down and along. Every one of these is fused with
+`backend="attncc"` where it measures no slower; nothing is declared.
 """
 
 if __name__ == "__main__":
