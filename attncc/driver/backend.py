@@ -14,7 +14,7 @@ from attncc.driver.graph_edits import GraphEdits
 from attncc.driver.options import Options, options_of
 from attncc.driver.plain import plain
 from attncc.driver.planning import Following, Planner
-from attncc.driver.recording import Ran
+from attncc.driver.recording import Ran, artifact_of
 from attncc.driver.rewriting import left_alone, rewrite
 from attncc.driver.sign_bits import may_write, signed_inputs, with_their_numbers
 from attncc.errors import log, unforeseen
@@ -72,6 +72,10 @@ def compile_graph(
     floats.forget_asked_floats()
     for note in found.notes:
         _say_once(note)
+    for site in found.sites:
+        log.info("%s %s", site, site.reason)
+    if found.sites:
+        torch_private.artifact("attncc_sites", lambda: artifact_of(found))
     outer = collecting.get()
     if outer is not None:
         outer.add(found)

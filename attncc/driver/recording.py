@@ -10,6 +10,7 @@ this thread. So nothing is compiled anew to be reported on.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -160,6 +161,12 @@ def _counted(site: Site, tensors: Sequence[torch.Tensor], sizes: Sequence[int], 
         site, visible=area.visible, visited=area.visited, total=area.total, picture=found.picture, cells=found.cells,
         sizes=tuple(int(x) for x in sizes),
     )
+
+
+def artifact_of(found: Collected) -> str:
+    """The JSON of a report on a compilation, without the sources of its kernels and the texts of its graph."""
+    whole = report(found).to_dict()
+    return json.dumps({name: x for name, x in whole.items() if name not in ("kernels", "graph_before", "graph_after")})
 
 
 def report(found: Collected) -> Report:

@@ -323,6 +323,14 @@ def block_tables(
     return create_block_mask(mask_mod, *sizes, device=str(device), BLOCK_SIZE=blocks).as_tuple()[2:-3]
 
 
+def artifact(name: str, text: Callable[[], str]) -> None:
+    """JSON for the structured trace of torch (`TORCH_TRACE`), which tlparse shows beside a compilation's own. `text` is
+    asked for where there is such a trace only."""
+    from torch._logging import trace_structured  # noqa: PLC0415 - as below
+
+    trace_structured("artifact", lambda: {"name": name, "encoding": "json"}, payload_fn=text)
+
+
 def profiling() -> bool:
     """Whether a profiler of torch is running."""
     return torch.autograd.profiler._is_profiler_enabled

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -168,3 +170,19 @@ layout i, e
 
 def test_a_site_is_one_line() -> None:
     assert repr(Site(0, "fused", path="a", kernel="x" * 90_000)) == "<site 0, fused, a: >"
+
+
+@torch.no_grad()
+def test_a_structured_trace_has_the_sites_of_each_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[dict[str, str], dict[str, Any]]] = []
+
+    def trace(name: str, metadata: Any = dict, *, payload_fn: Any = str, **_: Any) -> None:
+        """Dynamo and Inductor have artifacts of their own."""
+        if name == "artifact" and str(metadata().get("name")).startswith("attncc"):
+            taken.append((metadata(), json.loads(payload_fn())))
+
+    monkeypatch.setattr(torch._logging, "trace_structured", trace)
+    compiled(Two())(*inputs())
+    ((metadata, payload),) = taken
+    assert metadata == {"name": "attncc_sites", "encoding": "json"}
+    assert [s["path"] for s in payload["sites"]] == ["layers.0", "layers.1"] and "kernels" not in payload

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -51,3 +53,26 @@ def test_what_the_readme_points_at_exists() -> None:
     for module, factory in re.findall(r"inspect (examples\.\w+):(\w+)", text):
         source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
         assert f"def {factory}(" in source
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [("generate", "the same tokens as eager: True"), ("diffusion", "largest difference to eager: "),
+     ("training", "step 3: loss "), ("deployment", "serving: first call ")],
+)  # fmt: skip
+def test_examples_run_as_they_are(example: str, says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", f"examples/{example}.py"], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+
+
+@pytest.mark.full
+def test_the_gallery_is_what_its_example_prints() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "examples/gallery.py"], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
