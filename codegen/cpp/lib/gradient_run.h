@@ -42,10 +42,11 @@ struct Room {
     bool reserve(const Call& c, const Plan& p) {
         const size_t rows = p.group * c.M * sizeof(real), block = QUERIES * KEYS * sizeof(real), column = QUERIES * sizeof(real);
         void** const places[] = {(void**)&w.scores, (void**)&w.slopes, (void**)&w.dk, (void**)&w.dv, (void**)&w.near,
-                                 (void**)&w.key_sums, (void**)&w.slants.at, (void**)&w.bases, (void**)&w.deltas, &w.k, &w.v,
+                                 (void**)&w.key_sums, (void**)&w.diagonals, (void**)&w.slants.at, (void**)&w.bases, (void**)&w.deltas, &w.k, &w.v,
                                  &w.k_rows, &w.q, &w.g, &w.turned, &w.packed, (void**)&w.part};
         const size_t sizes[] = {block, block, column * dk_rows(c), column * dv_rows(c),
-                                (STAGED * KEYS * LANES + LANES) * sizeof(real), (TERMS + 1) * column, slanted_size(), rows, rows,
+                                (STAGED * KEYS * LANES + LANES) * sizeof(real), (TERMS + 1) * column,
+                                BY_DISTANCE ? TERMS * LANES * DIAGONALS * sizeof(real) : 0, slanted_size(), rows, rows,
                                 k_room(c), v_room(c), k_rows_room(c), q_room(c), g_room(c), turned_room(c, p.group), packed_room(),
                                 p.splits > 1 ? 0 : part_size(c, p)};
         size_t total = 0;
@@ -69,6 +70,7 @@ static void add_block(const Call& c, const Batch& b, Tile& t, const Rows& at, co
     u.j0 = at.j0;
     vreal whole[TERMS + 1];
     for (int x = 0; x < TERMS; ++x) whole[x] = vreal{};
+    if (BY_DISTANCE) memset(w.diagonals, 0, TERMS * LANES * DIAGONALS * sizeof(real));
     for (int64_t column = 0; column < t.columns; ++column) {
         if (STAGED) bring_near(c, u, t.values[column], at.count, w.near);
         if (SLANTED) bring_slanted(c, b, u, t, column * LANES, at.count, w.slants);
@@ -79,6 +81,7 @@ static void add_block(const Call& c, const Batch& b, Tile& t, const Rows& at, co
     }
     for (int x = 0; x < TERMS; ++x)
         if (OVER[x] == ALL) part.sums[x][t.g0] += sum_of_lanes(whole[x]);
+        else if (OVER[x] == DISTANCE) add_diagonals(c, t, at.j0, x, part, w);
     gradient_products(c, t, at, part, w);
 }
 

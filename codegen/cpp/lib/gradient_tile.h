@@ -5,7 +5,7 @@ INLINE int64_t round_to(int64_t n, int64_t step) { return (n + step - 1) / step 
 // One thread's working memory. Scores and their gradients hold a vector of keys for each query row, `SCORE_ROW` from row to
 // row and `SCORE_NEXT` from vector to vector; what else there is says gradient_plain.h or gradient_tiles.h.
 struct Work {
-    real *scores, *slopes, *dk, *dv, *near, *key_sums, *bases, *deltas;
+    real *scores, *slopes, *dk, *dv, *near, *key_sums, *diagonals, *bases, *deltas;
     void *k, *v, *k_rows, *q, *g, *turned, *packed;
     char* part;
     Slants slants;
@@ -32,6 +32,26 @@ INLINE void derive(const Call& c, const Uniform& u, const RowValues& r, int64_t 
     store(s, p * factor);
     store(ds, MASKED ? pick(visible, x, vreal{}) : x);
     for (int n = 0; n < TERMS; ++n) terms[n] = MASKED ? pick(visible, t * terms[n], vreal{}) : t * terms[n];
+}
+
+// Sums by distance of a block: those of row n are shifted by n against those of row 0, and a vector that overlaps one just
+// written waits for it. So rows n, n + LANES, .. share a table, in which they meet at whole vectors; `add_diagonals` brings
+// the LANES tables together.
+constexpr int64_t DIAGONALS = QUERIES + KEYS + 2 * LANES;
+INLINE real* diagonals_of(const Work& w, int term, int64_t row) { return w.diagonals + (term * LANES + row) * DIAGONALS; }
+INLINE void add_diagonals(const Call& c, const Tile& t, int64_t j0, int term, const Part& part, const Work& w) {
+    // Of the table of row r, element LANES + p is of distance t.i0 - j0 - r + p - (KEYS - LANES).
+    const int64_t first = t.i0 - j0 - (KEYS - LANES) - (LANES - 1) + c.M - 1, all = distances(c);
+    real* const sums = part.sums[term] + t.g0 * all;
+    for (int64_t p = 0; p + LANES <= QUERIES + KEYS; p += LANES) {
+        vreal sum = {};
+        for (int64_t r = 0; r < LANES; ++r) sum += load(diagonals_of(w, term, r) + p + 1 + r);
+        const int64_t at = first + p;
+        if (at >= 0 && at + LANES <= all) store(sums + at, load(sums + at) + sum);
+        else
+            for (int64_t l = 0; l < LANES; ++l)
+                if (at + l >= 0 && at + l < all) sums[at + l] += sum[l];
+    }
 }
 
 INLINE real sum_of_lanes(vreal x) { real s = 0; EACH_LANE(s += x[l]) return s; }
@@ -64,7 +84,7 @@ static void derive_rows(const Call& c, const Batch& b, const Tile& t, const Unif
                 store(to, load(to) + terms[x]);
             }
             if (OVER[x] == DISTANCE) {
-                real* to = part.sums[x] + t.g0 * distances(c) + (t.i0 + column * LANES - j + c.M - 1);
+                real* to = diagonals_of(w, x, n % LANES) + LANES + column * LANES + KEYS - LANES - n / LANES * LANES;
                 store(to, load(to) + terms[x]);
             }
         }
