@@ -326,7 +326,7 @@ def block_tables(
 def artifact(name: str, text: Callable[[], str]) -> None:
     """JSON for the structured trace of torch (`TORCH_TRACE`), which tlparse shows beside a compilation's own. `text` is
     asked for where there is such a trace only."""
-    from torch._logging import trace_structured  # noqa: PLC0415 - as below
+    from torch._logging._internal import trace_structured  # noqa: PLC0415 - as below
 
     trace_structured("artifact", lambda: {"name": name, "encoding": "json"}, payload_fn=text)
 

@@ -181,7 +181,7 @@ def test_a_structured_trace_has_the_sites_of_each_graph(monkeypatch: pytest.Monk
         if name == "artifact" and str(metadata().get("name")).startswith("attncc"):
             taken.append((metadata(), json.loads(payload_fn())))
 
-    monkeypatch.setattr(torch._logging, "trace_structured", trace)
+    monkeypatch.setattr(torch._logging._internal, "trace_structured", trace)
     compiled(Two())(*inputs())
     ((metadata, payload),) = taken
     assert metadata == {"name": "attncc_sites", "encoding": "json"}
