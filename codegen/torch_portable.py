@@ -9,65 +9,15 @@ Nothing here depends on data, so the form can be traced with symbolic sizes and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from attncc.codegen.torch_form import Blocks, Ranges, is_plain, one_block, operand, operands, whole_ranges
-from attncc.ir import Access, Attention, Axis, Expr, S, W
-from attncc.ir.analysis import scaled
-from attncc.ir.build import TRUE, add, const, op
-from attncc.ir.expr import Op, mentions, substitute
-
-
-@dataclass(frozen=True)
-class Dense:
-    """An attention that scaled_dot_product_attention computes: `scale * s + bias`, visible where `mask`. `causal` says
-    that the mask is j <= i."""
-
-    scale: float
-    bias: Expr | None
-    mask: Expr
-    causal: bool
-
-
-def dense(a: Attention) -> Dense | None:
-    """How scaled_dot_product_attention computes `a`, None where it does not: where it has another normalizer, a sink,
-    a score that is no sum of s and something else, or rows that see nothing and do not give zero."""
-    dtypes = {a.tensor(x.tensor).dtype for x in (a.q, a.k, a.v)} | {a.dtype}
-    if a.normalizer != "softmax" or a.sink is not None or a.weight is not W or a.outputs != ("out",) or len(dtypes) > 1:
-        return None
-    terms = _terms(a.score)
-    own = [x for x in terms if mentions(x, S)]
-    if len(own) != 1 or scaled(own[0])[0] is not S:
-        return None
-    bias: Expr | None = None
-    for x in terms:
-        if x is not own[0]:
-            bias = x if bias is None else add(bias, x)
-    if a.empty != "zero" and not sees_a_key(a):
-        return None
-    if bias is not None and a.mask is not TRUE and not sees_a_key(a):
-        return None  # a row of -inf alone: what that gives differs between its kernels
-    return Dense(scaled(own[0])[1], bias, a.mask, is_plain(a) and a.mask is not TRUE)
-
-
-def _terms(x: Expr) -> tuple[Expr, ...]:
-    """The terms of a sum, left to right."""
-    match x:
-        case Op("add", (left, right)):
-            return (*_terms(left), *_terms(right))
-        case Op("sub", (left, right)):
-            return (*_terms(left), *(op("neg", t) for t in _terms(right)))
-        case _:
-            return (x,)
-
-
-def sees_a_key(a: Attention) -> bool:
-    """Whether each row sees a key for certain: its own, the first one, or any."""
-    own = a.i.extent == a.j.extent and substitute(a.mask, {a.j.index: a.i.index}) is TRUE
-    return a.mask is TRUE or own or substitute(a.mask, {a.j.index: const(0)}) is TRUE or is_plain(a)
+from attncc.codegen.torch_form import Blocks, Ranges, one_block, operand, operands, whole_ranges
+from attncc.ir import Access, Attention, Axis, Expr
+from attncc.ir.build import TRUE
+from attncc.ir.dense import Dense, dense
+from attncc.ir.expr import mentions
 
 
 def portable(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
@@ -80,7 +30,7 @@ def portable(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int]
     ev = Blocks(a, named, table, whole)
     ev.like = tensors[0]
     form = dense(a)
-    if form is not None:
+    if form is not None and not form.cap and form.settled:
         return [_library(a, form, ev, whole)]
     q, k, v = (_operand(ev, a, *x).to(ev.compute) for x in operands(a))
     return one_block(a, table, whole, None, tuple(named), q, k, v, *tensors)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
+from attncc.convert import onnx_files
 from attncc.convert.checking import check
 from attncc.convert.exported import Rewritten, rewritten
 from attncc.convert.exporting import exported, other_inputs
@@ -17,6 +21,7 @@ from attncc.convert.portable import portable_form
 from attncc.convert.writing import replacing
 from attncc.driver.explanation import report
 from attncc.driver.planning import Following
+from attncc.errors import PlanError
 from attncc.frontends.targets import Target, TargetError, load, one_line
 from attncc.plans.plan import load as load_plan
 from attncc.progress import step
@@ -66,10 +71,63 @@ def convert(wish: Wish) -> Converted:
     """Convert, check, and write. Raises TargetError and PlanError for bad input, CheckError where the result computes
     something else; nothing is written then."""
     step("loading the model")
+    if wish.source.lower().endswith(".onnx"):
+        return _of_onnx(wish)
     target = load(wish.source)
     step("exporting the model")
     program = exported(target, wish.dynamic)
+    if wish.to == "onnx":
+        return _to_onnx(wish, program)
     return _program(wish, target, program)
+
+
+def _of_onnx(wish: Wish) -> Converted:
+    if wish.dynamic:
+        raise TargetError(f"{wish.source}: an ONNX file says which of its dimensions are open; drop --dynamic")
+    if wish.to != "onnx":
+        step("exporting the model")
+        return _program(wish, Target(wish.source, None), onnx_files.exported(wish.source))
+    if wish.plan is not None:
+        raise PlanError(f"{wish.source}: a plan speaks of the modules of a model; give --plan a module:factory")
+    with replacing(wish.output) if wish.output is not None else nullcontext() as path:
+        found = onnx_files.rewrite(wish.source, path, checked=wish.checked, measure=wish.measure)
+    return Converted(found.report, found.checked)
+
+
+def _to_onnx(wish: Wish, program: ExportedProgram) -> Converted:
+    """Through torch's own exporter, whose file is then rewritten as any other. A plan is followed before that."""
+    notes: tuple[str, ...] = ()
+    source = program
+    if wish.plan is not None:
+        planner = Following(load_plan(wish.plan))
+        source = rewritten(program, kernels=False, planner=planner, form=portable_form).program
+        notes = tuple(planner.notes)
+    step("writing the model as ONNX")
+    folder, file = onnx_files.export(source, wish.source)
+    try:
+        with replacing(wish.output) if wish.output is not None else nullcontext() as path:
+            found = onnx_files.rewrite(str(file), path, checked=wish.checked, measure=wish.measure)
+            said = found.checked
+            if path is not None and wish.checked:
+                said = _check_onnx(wish, source, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Converted(replace(found.report, notes=(*found.report.notes, *notes)), said)
+
+
+def _check_onnx(wish: Wish, program: ExportedProgram, path: Path) -> str:
+    """The written file against the program that it was made of."""
+    if program.example_inputs is None:
+        raise TargetError(f"{wish.source}: holds no example inputs to check with; --no-check leaves that out")
+    session = onnx_files.Session(path)
+
+    def flat(call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: tuple(x for x in tree_leaves(call(*args, **kwargs)) if isinstance(x, torch.Tensor))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return session(*(x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)))
+
+    return check(flat(program.module()), run, [program.example_inputs, *other_inputs(program)])
 
 
 def _program(wish: Wish, target: Target, program: ExportedProgram) -> Converted:

@@ -34,6 +34,7 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
     "codegen.torch": ("ir",),
     "codegen.cpp": ("ir",),
     "codegen.triton": ("ir",),
+    "codegen.onnx": ("ir",),
     "runtime": ("ir", "torch_private"),
     "kernels": (
         "passes.tables", "passes.pipeline", "codegen.torch", "codegen.cpp", "codegen.triton", "runtime", "progress",
@@ -44,7 +45,7 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
     "attncc": ("driver", "plans"),
     "frontends": ("attncc",),
     "plans": ("driver",),
-    "convert": ("frontends", "attncc"),
+    "convert": ("frontends", "attncc", "codegen.onnx"),
     "cli": ("frontends", "attncc", "convert"),
     "bench": ("frontends", "attncc"),
 }  # fmt: skip

@@ -1,0 +1,283 @@
+"""Conversion of ONNX files: to ONNX again by surgery, and to everything else through torch.export."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from attncc.convert.checking import CheckError, compare
+from attncc.convert.onnx_tracing import dtype_of, name_of, shape_of, sizes_of, traced
+from attncc.frontends.onnx.reading import opset_of, read
+from attncc.frontends.onnx.running import OnnxModule
+from attncc.frontends.targets import TargetError, one_line
+from attncc.progress import step
+from attncc.report.model import Report
+from attncc.runtime.measure import TIE
+from attncc.runtime.measure import compare as timed
+from attncc.version import __version__
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: More data than this does not fit into the file itself (protobuf ends at 2 GiB).
+MOST_INSIDE = 1_800_000_000
+
+
+@dataclass(frozen=True)
+class Session:
+    """A file as onnxruntime runs it on a CPU, as a function of its inputs in order."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        try:
+            import onnxruntime as ort  # noqa: PLC0415 an extra
+        except ImportError as error:
+            raise TargetError(f"{self.path}: checking needs onnxruntime; pip install 'attncc[onnx]', or give --no-check"
+                              ) from error  # fmt: skip
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        try:
+            made = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise TargetError(f"{self.path.name}: onnxruntime does not load it ({one_line(error)})") from error
+        object.__setattr__(self, "_session", made)
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        session: Any = self._session  # type: ignore[attr-defined]
+        feed = {v.name: x.numpy() for v, x in zip(session.get_inputs(), inputs, strict=True)}
+        return tuple(torch.from_numpy(x) for x in session.run(None, feed))
+
+
+def made_up(model: ir.Model, sizes: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
+    """Inputs of a model for sizes of its open dimensions: normal floats, and integers of 0 and 1, the first along the
+    last dimension 1, so that a mask shows something."""
+    generator = torch.Generator().manual_seed(0)
+    found: list[torch.Tensor] = []
+    for v in model.graph.inputs:
+        if v.name in model.graph.initializers:
+            continue
+        shape, dtype = shape_of(v, sizes), dtype_of(v)
+        if dtype.is_floating_point:
+            found.append(torch.randn(shape, generator=generator).to(dtype))
+            continue
+        x = torch.randint(0, 2, shape, generator=generator)
+        if x.ndim:
+            x[..., :1] = 1
+        found.append(x.to(dtype))
+    return tuple(found)
+
+
+def every_size(model: ir.Model, first: Mapping[str, int]) -> list[dict[str, int]]:
+    """Sizes to check with: the first ones, one more of each and more than twice as many, as the open dimensions say."""
+    if not first:
+        return [{}]
+    grown = [sizes_of(model, {n: change(s) for n, s in first.items() if "+" not in n})
+             for change in (lambda n: n + 1, lambda n: 2 * n + 3)]  # fmt: skip
+    return [dict(first), *grown]
+
+
+def exported(path: str) -> ExportedProgram:
+    """The program of an ONNX file, its open dimensions left open. Raises TargetError."""
+    model = read(path)
+    sizes = sizes_of(model)
+    inputs = made_up(model, sizes)
+    own = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
+    shapes = tuple(
+        {at: Dim.DYNAMIC for at, n in enumerate(v.shape or ()) if not isinstance(n, int)} for v in own
+    )  # fmt: skip
+    module = OnnxModule(model)
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                module, inputs, dynamic_shapes=(shapes,) if any(shapes) else None, strict=False
+            )
+    except TargetError as error:
+        raise TargetError(f"{path}: {error}") from error
+    except Exception as error:
+        raise TargetError(f"{path}: torch.export cannot export it ({one_line(error)})") from error
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of a model: its report, and what was said of the check."""
+
+    report: Report
+    checked: str = ""
+
+
+def rewrite(path: str, output: Path | None, *, checked: bool, measure: bool) -> Found:
+    """Rewrite the attentions of an ONNX file into another, `output` (a place that may be written to). Raises
+    TargetError, CheckError."""
+    from attncc.convert.onnx_surgery import operate  # noqa: PLC0415 needs onnx-ir
+
+    model = _upgraded(read(path), path)
+    step("finding attention")
+    try:
+        sizes, trace = _traced(model)
+    except TargetError as error:
+        raise TargetError(f"{path}: {error}") from error
+    found = operate(model, trace)
+    report = Report(tuple(found.sites), versions={"attncc": __version__, "torch": torch.__version__})
+    if output is None:
+        return Found(report)
+    step(f"writing {output.name}")
+    if not found.count:
+        _unchanged(path, output)
+        return Found(replace(report, notes=("nothing was rewritten; the file is as it was",)))
+    save(model, output)
+    if not checked:
+        return Found(report)
+    before, after = Session(Path(path)), Session(output)
+    said = check(before, after, model, every_size(model, _that_run(before, model, sizes)))
+    if measure:
+        slower = _slower(before, after, made_up(model, sizes))
+        if slower:
+            _unchanged(path, output)
+            kept = tuple(
+                replace(s, status="kept", reason=slower, became="its own nodes") if s.status == "fused" else s
+                for s in report.sites
+            )
+            return Found(replace(report, sites=kept, notes=("nothing was rewritten; the file is as it was",)))
+    return Found(report, said)
+
+
+def _unchanged(path: str, output: Path) -> None:
+    """The model of a file as it is, with its data."""
+    for old in list(output.parent.iterdir()):
+        old.unlink()
+    _save(read(path), output)
+
+
+def _traced(model: ir.Model) -> tuple[dict[str, int], Any]:
+    """The trace, with the sizes of open dimensions that it was made for. Where dimensions of other names have to be
+    equal, first ones are taken to be."""
+    sizes = sizes_of(model)
+    try:
+        return sizes, traced(model, sizes)
+    except TargetError:
+        equal = _with_equal_firsts(model, sizes)
+        if equal == sizes:
+            raise
+    return equal, traced(model, equal)
+
+
+def _with_equal_firsts(model: ir.Model, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes with which the first dimensions of all inputs, where they are open, are equal."""
+    firsts = [name_of(v, 0) for v in model.graph.inputs if v.shape and not isinstance(v.shape[0], int)]
+    return {n: sizes[firsts[0]] if n in firsts else s for n, s in sizes.items()}
+
+
+def _that_run(before: Session, model: ir.Model, sizes: Mapping[str, int]) -> Mapping[str, int]:
+    """Sizes that the model takes: the same, or with equal first dimensions."""
+    equal = _with_equal_firsts(model, sizes)
+    if equal != sizes:
+        try:
+            before(*made_up(model, sizes))
+        except Exception:
+            return equal
+    return sizes
+
+
+def _upgraded(model: ir.Model, path: str) -> ir.Model:
+    """The model with the standard operators of the version that has `Attention`."""
+    import onnx_ir as ir  # noqa: PLC0415
+
+    from attncc.convert.onnx_surgery import OPSET  # noqa: PLC0415
+
+    if opset_of(model) < OPSET:
+        try:
+            import onnx  # noqa: PLC0415
+            from onnx import version_converter  # noqa: PLC0415
+        except ImportError as error:
+            raise TargetError(f"{path}: a model of an older opset needs onnx; pip install 'attncc[onnx]'") from error
+        if sum(x.nbytes for x in _inside(model)) > MOST_INSIDE:
+            raise TargetError(f"{path}: of opset {opset_of(model)} and too large to be converted to {OPSET}")
+        try:
+            newer: onnx.ModelProto = version_converter.convert_version(ir.to_proto(model), OPSET)
+            model = ir.from_proto(newer)
+        except Exception as error:
+            raise TargetError(f"{path}: onnx cannot convert it to opset {OPSET} ({one_line(error)})") from error
+        ir.external_data.set_base_dir(model.graph, Path(path).parent)
+    model.ir_version = max(model.ir_version or 0, 10)
+    return model
+
+
+def _inside(model: ir.Model) -> list[Any]:
+    import onnx_ir as ir  # noqa: PLC0415
+
+    every = [v.const_value for v in model.graph.initializers.values()]
+    return [x for x in every if x is not None and not isinstance(x, ir.ExternalTensor)]
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write a model, and read it again as onnxruntime would. Data goes into a file beside it where there is much, or
+    where there was one."""
+    _save(model, path)
+    read(path)
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    import onnx_ir as ir  # noqa: PLC0415
+
+    every = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    apart = sum(x.nbytes for x in every) > MOST_INSIDE or any(isinstance(x, ir.ExternalTensor) for x in every)
+    try:
+        ir.save(model, path, external_data=f"{path.name}.data" if apart else None)
+    except Exception as error:
+        raise TargetError(f"{path.name}: cannot be written ({one_line(error)})") from error
+
+
+def check(before: Any, after: Any, model: ir.Model, every: Sequence[Mapping[str, int]]) -> str:
+    """Run two programs on made-up inputs of several sizes; one line on the largest difference. Raises CheckError."""
+    worst, compared = 0.0, 0
+    for at, sizes in enumerate(every):
+        step(f"checking, inputs {at + 1} of {len(every)}")
+        inputs = made_up(model, sizes)
+        said = ", ".join(f"{n} = {s}" for n, s in sizes.items()) or "the sizes of the model"
+        try:
+            wanted = before(*inputs)
+        except Exception as error:
+            if at == 0:
+                raise CheckError(f"the model itself fails on made-up inputs, {said}: {one_line(error)}") from error
+            continue  # sizes that the model does not take either
+        try:
+            found = after(*inputs)
+        except Exception as error:
+            raise CheckError(f"the converted model fails, {said}: {one_line(error)}") from error
+        worst = max(worst, compare(tuple(wanted), tuple(found), said))
+        compared += 1
+    plural = "" if compared == 1 else "s"
+    return f"checked on {compared} set{plural} of inputs: the largest difference is {worst:.1e} of the largest number"
+
+
+def _slower(before: Session, after: Session, inputs: tuple[torch.Tensor, ...]) -> str:
+    """Why the rewritten file is not taken, where onnxruntime runs it slower."""
+    step("measuring both in onnxruntime")
+    us = timed({"before": lambda: before(*inputs), "after": lambda: after(*inputs)}, 0.5).us
+    if us.get("after", float("inf")) <= us["before"] * (1 + TIE):
+        return ""
+    return f"slower in onnxruntime: {us.get('after', float('nan')):.1f} us, as it was {us['before']:.1f} us"
+
+
+def export(program: ExportedProgram, source: str) -> tuple[Path, Path]:
+    """An exported program as an ONNX file in a folder of its own: (folder, file). Raises TargetError."""
+    folder = Path(tempfile.mkdtemp(prefix="attncc-onnx-"))
+    file = folder / "model.onnx"
+    try:
+        import onnxscript  # noqa: F401, PLC0415 what torch's exporter is written in
+
+        torch.onnx.export(program, (), str(file), dynamo=True, opset_version=23, verbose=False)
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        needs = "needs onnxscript; pip install 'attncc[onnx]'"
+        why = needs if isinstance(error, ImportError) else f"cannot write it ({one_line(error)})"
+        raise TargetError(f"{source}: torch's ONNX exporter {why}") from error
+    return folder, file

@@ -1,0 +1,185 @@
+"""ONNX in, ONNX out: each attention of a graph as the standard operator `Attention`; every other node stays as it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from attncc.codegen.onnx import Inexpressible, Nodes, Value, attention
+from attncc.convert.onnx_tracing import Traced
+from attncc.driver import describe
+from attncc.driver.lowering import is_direct
+from attncc.driver.site_groups import SiteGroup, together
+from attncc.frontends.onnx.values import DTYPES
+from attncc.ir import Attention, Const, Expr, Program, Size, kind_of, print_attention
+from attncc.ir.evaluate import int_value
+from attncc.ir.expr import free
+from attncc.ir.reasons import because
+from attncc.kernels.build import optimise
+from attncc.passes.pipeline import Pipeline
+from attncc.passes.rewrites.drop_rounding import DropRounding
+from attncc.passes.rewrites.fold_predicates import FoldPredicates
+from attncc.patterns.lift import Refusal, lift_all
+from attncc.patterns.linear.linear import Recognised
+from attncc.patterns.refusals.reasons import used_by
+from attncc.patterns.site.assemble import Lifted
+from attncc.patterns.site.program import SiteProgram, program_of
+from attncc.report.model import Site
+
+if TYPE_CHECKING:
+    from attncc.patterns.graph.facts import Facts
+
+#: The version of the standard operators that `Attention` came with.
+OPSET = 23
+
+
+@dataclass
+class Operated:
+    """What was found in a graph, and how many attentions were rewritten."""
+
+    sites: list[Site] = field(default_factory=list)
+    count: int = 0
+
+
+def operate(model: ir.Model, traced: Traced) -> Operated:
+    """Rewrite the attentions of a model whose trace is given."""
+    facts = traced.facts()
+    lifted = lift_all(facts)
+    groups = together([s for s in lifted if isinstance(s, Lifted)], facts)
+    by_site = {id(s): g for g in groups for s in g.sites}
+    done: dict[fx.Node, str] = {}
+    found = Operated()
+    for site in lifted:
+        index = len(found.sites)
+        value = traced.values.get(site.anchor)
+        where = "" if value is None else str(value.name)
+        if isinstance(site, Refusal):
+            found.sites.append(Site(index, "refused", str(site.reason), where, code=site.reason.codes))
+            continue
+        if isinstance(site, Recognised):
+            found.sites.append(Site(
+                index, "kept", str(site.reason), where, equation=describe.linear_equation(site.linear),
+                became="its own nodes", code=site.reason.codes,
+            ))  # fmt: skip
+            continue
+        if site.node not in done:
+            done[site.node] = _rewrite(model, traced, facts, by_site[id(site)], site, f"attncc_{index}")
+        found.sites.append(_record(index, where, site, done[site.node], facts))
+        found.count += not done[site.node]
+    if found.count:
+        _clean(model)
+        model.metadata_props["attncc"] = f"{found.count} attentions rewritten as Attention of opset {OPSET}"
+    return found
+
+
+def _record(index: int, where: str, site: Lifted, why: str, facts: Facts) -> Site:
+    shown = optimise(site.attention)
+    reason = because("onnx-inexpressible", why) if why else None
+    return Site(
+        index, "kept" if why else "fused", "" if reason is None else str(reason), where, "", describe.equation(shown),
+        describe.mask(shown), describe.shapes(site), became="its own nodes" if why else "Attention",
+        ir=print_attention(shown), code="" if reason is None else reason.codes,
+    )  # fmt: skip
+
+
+def _rewrite(
+    model: ir.Model, traced: Traced, facts: Facts, group: SiteGroup, site: Lifted, prefix: str
+) -> str:  # fmt: skip
+    """Why the attentions of a place stay as they are; nothing where they were rewritten."""
+    if group.user is not None:
+        return f"its weights are needed by {used_by(facts, group.user)}"
+    place = [s for s in group.sites if s.node is site.node]
+    if any(s.piece is not None for s in place):
+        return "it is one of several pieces of a softmax"
+    program = program_of(place, facts)
+    if len(program.outputs) != 1:
+        return "the sums of its rows are used"
+    old = traced.values.get(program.outputs[0])
+    producer = None if old is None else old.producer()
+    if old is None or producer is None:
+        return "its output is inside of a node"
+    final = Pipeline((DropRounding(), FoldPredicates())).run(program.program)
+    nodes = Nodes(prefix)
+    try:
+        new = _emitted(nodes, traced, facts, program, final)
+    except (Inexpressible, NotImplementedError) as error:
+        return str(error)
+    made = nodes.made
+    out = new.value
+    if out.producer() not in made:
+        made.append(ir.node("Identity", [out], name=f"{prefix}/Identity"))
+        out = made[-1].outputs[0]
+    graph = model.graph
+    graph.insert_before(producer, made)
+    name, shape, dtype = old.name, old.shape, old.dtype
+    old.name = f"{prefix}/replaced"
+    out.name, out.shape, out.dtype = name, shape, dtype or out.dtype
+    ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
+    return ""
+
+
+def _emitted(nodes: Nodes, traced: Traced, facts: Facts, site: SiteProgram, p: Program) -> Value:
+    values: dict[str, Value] = {}
+    sizes: dict[Expr, Any] = {}
+    for t, n, dtype in zip(p.inputs, site.inputs, site.dtypes, strict=True):
+        extents = tuple(int(x.value) if isinstance(x, Const) else None for x in t.shape)
+        value = _held(nodes, traced, n, extents).to(dtype)
+        for at, x in enumerate(t.shape):
+            if isinstance(x, Size) and x not in sizes:
+                sizes[x] = value.extent(at)
+        values[t.name] = Value(
+            nodes, value.value, value.dtype,
+            tuple(sizes[x] if isinstance(x, Size) else e for x, e in zip(t.shape, extents, strict=True)),
+        )  # fmt: skip
+    for x, spelled in zip(p.sizes, site.sizes, strict=True):
+        if x not in sizes:
+            sizes[x] = _computed(nodes, traced, facts, spelled)
+    for step in p.steps:
+        given = [values[x] for x in step.arguments]
+        extents = [int_value(x, sizes) for x in step.sizes]
+        names = [t.name for t in kind_of(step.node).gives(step.node)]
+        if isinstance(step.node, Attention):
+            result = {"out": attention(step.node, given, dict(zip(step.node.sizes, extents, strict=True)))}
+        elif is_direct(step.node):
+            by_name: Any = {t.name: x for t, x in zip(step.node.tensors, given, strict=True)}
+            result = kind_of(step.node).interpret(step.node, by_name, extents)  # type: ignore[assignment]
+        else:
+            raise Inexpressible(f"it takes a node of the kind {type(step.node).__name__.lower()}")
+        values |= {r: result[n] for r, n in zip(step.results, names, strict=True)}
+    return values[p.outputs[0]]
+
+
+def _held(nodes: Nodes, traced: Traced, n: fx.Node, extents: tuple[Any, ...]) -> Value:
+    """What a node of the trace holds; nodes that the reader made beside it, of those of the trace."""
+    held = traced.values.get(n)
+    if held is not None:
+        own = DTYPES.get(int(held.dtype)) if held.dtype is not None else None
+        return Value(nodes, held, n.meta["val"].dtype if own is None else own, extents)
+    if n.target is torch.ops.aten.to.dtype:
+        return _held(nodes, traced, n.all_input_nodes[0], extents).to(n.args[1])  # type: ignore[arg-type]
+    raise Inexpressible(f"it reads what is inside of a node ({n.target})")
+
+
+def _computed(nodes: Nodes, traced: Traced, facts: Facts, size: Expr) -> Any:
+    """A size that no tensor at hand has, from the extents of the model's inputs."""
+    table: dict[Expr, Any] = {}
+    for symbol in free(size):
+        for n in traced.graph.find_nodes(op="placeholder"):
+            shape = facts.shape(n)
+            if symbol in shape and symbol not in table and n in traced.values:
+                value = Value(nodes, traced.values[n], n.meta["val"].dtype, (None,) * len(shape))
+                table[symbol] = value.extent(shape.index(symbol))
+    try:
+        return int_value(size, table)
+    except (KeyError, TypeError) as error:
+        raise Inexpressible("one of its sizes is no extent of what it reads") from error
+
+
+def _clean(model: ir.Model) -> None:
+    from onnx_ir.passes.common import RemoveUnusedNodesPass  # noqa: PLC0415
+
+    RemoveUnusedNodesPass()(model)

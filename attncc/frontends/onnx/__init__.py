@@ -1,0 +1,1 @@
+"""ONNX files: read, checked and run as torch operations, node by node."""
