@@ -102,6 +102,8 @@ def _rewrite(
     producer = None if old is None else old.producer()
     if old is None or producer is None:
         return "its output is inside of a node"
+    if producer.op_type == "Attention":
+        return "it is the operator Attention already"
     final = Pipeline((DropRounding(), FoldPredicates())).run(program.program)
     nodes = Nodes(prefix)
     try:
