@@ -122,10 +122,10 @@ def _check_onnx(wish: Wish, program: ExportedProgram, path: Path) -> str:
     session = onnx_files.Session(path)
 
     def flat(call: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: tuple(x for x in tree_leaves(call(*args, **kwargs)) if isinstance(x, torch.Tensor))
+        return lambda *args, **kwargs: tuple(_tensors(call(*args, **kwargs)))
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return session(*(x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)))
+        return session(*_tensors((args, kwargs)))
 
     return check(flat(program.module()), run, [program.example_inputs, *other_inputs(program)])
 
@@ -150,6 +150,10 @@ def _program(wish: Wish, target: Target, program: ExportedProgram) -> Converted:
                 raise TargetError(f"{target.name}: holds no example inputs to check with; --no-check leaves that out")
             said = check(program.module(), after, [program.example_inputs, *other_inputs(program)])
     return Converted(shown, said)
+
+
+def _tensors(x: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor)]
 
 
 def _written(wish: Wish, path: Path, program: ExportedProgram, target: Target) -> Callable[..., Any]:

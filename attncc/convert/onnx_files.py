@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from attncc.convert.checking import CheckError, compare
 from attncc.convert.onnx_tracing import dtype_of, name_of, shape_of, sizes_of, traced
 from attncc.frontends.onnx.reading import opset_of, read
-from attncc.frontends.onnx.running import OnnxModule
+from attncc.frontends.onnx.running import OnnxModule, missing
 from attncc.frontends.targets import TargetError, one_line
 from attncc.progress import step
 from attncc.report.model import Report
@@ -86,7 +86,7 @@ def every_size(model: ir.Model, first: Mapping[str, int]) -> list[dict[str, int]
 
 def exported(path: str) -> ExportedProgram:
     """The program of an ONNX file, its open dimensions left open. Raises TargetError."""
-    model = read(path)
+    model = _known(path)
     sizes = sizes_of(model)
     inputs = made_up(model, sizes)
     own = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
@@ -105,6 +105,15 @@ def exported(path: str) -> ExportedProgram:
         raise TargetError(f"{path}: torch.export cannot export it ({one_line(error)})") from error
 
 
+def _known(path: str) -> ir.Model:
+    """The model of a file, all of whose operators have rows. Raises TargetError."""
+    model = read(path)
+    unknown = missing(model)
+    if unknown:
+        raise TargetError(f"{path}: holds operators that are not known here: {', '.join(unknown[:8])}")
+    return model
+
+
 @dataclass(frozen=True)
 class Found:
     """What became of a model: its report, and what was said of the check."""
@@ -118,7 +127,7 @@ def rewrite(path: str, output: Path | None, *, checked: bool, measure: bool) -> 
     TargetError, CheckError."""
     from attncc.convert.onnx_surgery import operate  # noqa: PLC0415 needs onnx-ir
 
-    model = _upgraded(read(path), path)
+    model = _upgraded(_known(path), path)
     step("finding attention")
     try:
         sizes, trace = _traced(model)

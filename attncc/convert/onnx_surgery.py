@@ -1,4 +1,4 @@
-"""ONNX in, ONNX out: each attention of a graph as the standard operator `Attention`; every other node stays as it was."""
+"""ONNX in, ONNX out: each attention as the standard operator `Attention`; every other node stays as it was."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ def _rewrite(
     graph.insert_before(producer, made)
     name, shape, dtype = old.name, old.shape, old.dtype
     old.name = f"{prefix}/replaced"
-    out.name, out.shape, out.dtype = name, shape, dtype or out.dtype
+    out.name, out.shape = name, shape
+    if dtype is not None:
+        out.dtype = dtype
     ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
     return ""
 
@@ -145,10 +147,11 @@ def _emitted(nodes: Nodes, traced: Traced, facts: Facts, site: SiteProgram, p: P
         extents = [int_value(x, sizes) for x in step.sizes]
         names = [t.name for t in kind_of(step.node).gives(step.node)]
         if isinstance(step.node, Attention):
-            result = {"out": attention(step.node, given, dict(zip(step.node.sizes, extents, strict=True)))}
+            own = dict(zip(step.node.sizes, extents, strict=True))
+            result: dict[str, Any] = {"out": attention(step.node, given, own)}
         elif is_direct(step.node):
             by_name: Any = {t.name: x for t, x in zip(step.node.tensors, given, strict=True)}
-            result = kind_of(step.node).interpret(step.node, by_name, extents)  # type: ignore[assignment]
+            result = dict(kind_of(step.node).interpret(step.node, by_name, extents))
         else:
             raise Inexpressible(f"it takes a node of the kind {type(step.node).__name__.lower()}")
         values |= {r: result[n] for r, n in zip(step.results, names, strict=True)}

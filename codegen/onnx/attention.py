@@ -1,6 +1,7 @@
 """An attention as ONNX's standard operator `Attention` (opset 23), with the smallest mask that says the same.
 
-    q (batch, heads, rows, d)   k (batch, heads or fewer, keys, d)   v (.., keys, e)   mask (batch or 1, heads or 1, rows, keys)
+    q (batch, heads, rows, d)   k (batch, heads or fewer, keys, d)   v (.., keys, e)
+    mask (batch or 1, heads or 1, rows, keys)
 
 Which forms onnxruntime computes, and how, is in the table of tests/unit/test_onnxruntime_attention.py.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 
@@ -59,6 +61,8 @@ def _gated(a: Attention) -> tuple[Expr | None, Attention]:
                 return c, replace(a, weight=W)
             if y is W and x == Const(0.0):
                 return op("not", c), replace(a, weight=W)
+        case _:
+            pass
     return None, a
 
 
@@ -123,6 +127,8 @@ class _Emitter:
                     count = a.batch[1].extent
                     if isinstance(count, Const) and isinstance(n, Const) and int(n.value) * int(by) == int(count.value):
                         return int(by)
+                case _:
+                    pass
         return 1
 
     def operand(self, access: Access, row: Axis, last: Axis, group: int) -> Value:
@@ -194,7 +200,7 @@ class _Emitter:
             found = torch.where(hidden, bias, self.nodes.constant(float("-inf"), dtype))  # type: ignore[call-overload]
         else:
             found = hidden if bias is None else bias
-        return None if found is None else self.laid_out(found)
+        return None if found is None else self.laid_out(cast(Value, found))
 
     def laid_out(self, x: Value) -> Value:
         """(batch or 1, heads or 1, rows, keys): the kernel wants the last two whole."""

@@ -140,7 +140,6 @@ class Value:
 
     def __getitem__(self, index: tuple[Value, ...]) -> Value:
         """Elements at broadcast places."""
-        index = tuple(x if isinstance(x, Value) else self.nodes.constant(x) for x in index)
         if len(index) == 1:
             return self.nodes.call("Gather", (self, index[0]), self.dtype, index[0].shape, axis=0)
         every: Value = index[0] * 0
@@ -253,7 +252,8 @@ FUNCTIONS: dict[Any, Callable[..., Value]] = {
     torch.add: _called("Add"), torch.sub: _called("Sub"), torch.mul: _called("Mul"), torch.pow: _called("Pow"),
     torch.remainder: _called("Mod"), torch.minimum: _called("Min"), torch.maximum: _called("Max"),
     torch.logical_and: _called("And"), torch.logical_or: _called("Or"), torch.logical_not: _applied("Not"),
-    torch.lt: _compared("Less"), torch.gt: _compared("Greater"), torch.le: _compared("LessOrEqual"), torch.eq: _compared("Equal"), torch.ne: _unequal,
+    torch.lt: _compared("Less"), torch.gt: _compared("Greater"),
+    torch.le: _compared("LessOrEqual"), torch.eq: _compared("Equal"), torch.ne: _unequal,
     torch.div: _divided, torch.where: _where, torch.neg: _applied("Neg"), torch.abs: _applied("Abs"),
     torch.exp: _applied("Exp"), torch.log: _applied("Log"), torch.tanh: _applied("Tanh"), torch.sqrt: _applied("Sqrt"),
     torch.sigmoid: _applied("Sigmoid"), torch.erf: _applied("Erf"), torch.floor: _applied("Floor"),

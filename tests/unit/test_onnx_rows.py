@@ -94,18 +94,25 @@ CASES: list[Case] = [
     case("TopK", f(2, 5), i([2]), constant=(1,), outputs=2), case("Softmax", f(2, 3, 4), axis=1),
     case("Softmax", f(2, 3, 4), axis=1, opset=11), case("Softmax", f(2, 3, 4), opset=11), case("LogSoftmax", f(2, 3)),
     case("MatMul", f(2, 3, 4), f(4, 5)), case("Gemm", f(2, 3), f(4, 3), f(4), transB=1),
-    case("Gemm", f(3, 2), f(3, 4), f(2, 4), transA=1, alpha=0.5, beta=2.0), case("Einsum", f(2, 3), f(3, 4), equation="ij,jk->ki"),
+    case("Gemm", f(3, 2), f(3, 4), f(2, 4), transA=1, alpha=0.5, beta=2.0),
+    case("Einsum", f(2, 3), f(3, 4), equation="ij,jk->ki"),
     case("LayerNormalization", f(2, 3, 4), p(4), f(4)), case("RMSNormalization", f(2, 4), p(4), opset=23),
     case("GroupNormalization", f(2, 4, 3), p(4), f(4), num_groups=2, opset=21),
-    case("InstanceNormalization", f(2, 3, 4), p(3), f(3)), case("BatchNormalization", f(2, 3, 4), p(3), f(3), f(3), p(3)),
+    case("InstanceNormalization", f(2, 3, 4), p(3), f(3)),
+    case("BatchNormalization", f(2, 3, 4), p(3), f(3), f(3), p(3)),
     case("Conv", f(1, 4, 7, 7), f(6, 2, 3, 3), f(6), group=2, pads=[1, 0, 1, 2], strides=[2, 1]),
-    case("Conv", f(1, 2, 7), f(3, 2, 3), auto_pad="SAME_LOWER", strides=[2]), case("ConvTranspose", f(1, 2, 4), f(2, 3, 3), strides=[2]),
+    case("Conv", f(1, 2, 7), f(3, 2, 3), auto_pad="SAME_LOWER", strides=[2]),
+    case("ConvTranspose", f(1, 2, 4), f(2, 3, 3), strides=[2]),
     case("MaxPool", f(1, 2, 6, 6), kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
-    case("AveragePool", f(1, 2, 6, 6), kernel_shape=[3, 3], pads=[1, 1, 1, 1]), case("GlobalAveragePool", f(1, 2, 3, 3)),
+    case("AveragePool", f(1, 2, 6, 6), kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+    case("GlobalAveragePool", f(1, 2, 3, 3)),
     case("Resize", f(1, 2, 3, 3), None, None, i(1, 2, 6, 6), constant=(3,), mode="linear"),
-    case("Resize", f(1, 2, 3, 3), None, p(0), i(1, 2, 6, 6), constant=(2, 3), coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
-    case("Dropout", f(3)), case("Swish", f(3), opset=24), case("Attention", f(1, 2, 3, 4), f(1, 2, 5, 4), f(1, 2, 5, 4), is_causal=1, opset=23),
-    case("Attention", f(1, 4, 3, 4), f(1, 2, 5, 4), f(1, 2, 5, 4), b(3, 5) | np.eye(3, 5, dtype=bool), scale=0.3, opset=23),
+    case("Resize", f(1, 2, 3, 3), None, p(0), i(1, 2, 6, 6), constant=(2, 3),
+         coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
+    case("Dropout", f(3)), case("Swish", f(3), opset=24),
+    case("Attention", f(1, 2, 3, 4), f(1, 2, 5, 4), f(1, 2, 5, 4), is_causal=1, opset=23),
+    case("Attention", f(1, 4, 3, 4), f(1, 2, 5, 4), f(1, 2, 5, 4), b(3, 5) | np.eye(3, 5, dtype=bool), scale=0.3,
+         opset=23),
     case("RotaryEmbedding", f(1, 2, 3, 4), f(1, 3, 2), f(1, 3, 2), opset=23),
     case("RotaryEmbedding", f(1, 2, 3, 4), f(1, 3, 2), f(1, 3, 2), opset=23, interleaved=1),
     case("Constant", value=numpy_helper.from_array(f(2, 2))), case("Constant", value_ints=[1, 2]),
@@ -119,7 +126,8 @@ def model_of(c: Case) -> tuple[Any, dict[str, np.ndarray]]:
         names.pop()
     data = [numpy_helper.from_array(np.asarray(inputs[n]), f"x{n}") for n in constant if names[n]]
     fed = {f"x{n}": np.asarray(x) for n, x in enumerate(inputs) if n not in constant and x is not None}
-    given = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape) for n, x in fed.items()]
+    given = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
+        for n, x in fed.items()]
     made = [f"y{n}" for n in range(outputs)]
     node = helper.make_node(op, names, made, **how)
     graph = helper.make_graph([node], "g", given, [helper.make_empty_tensor_value_info(n) for n in made], data)

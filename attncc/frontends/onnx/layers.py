@@ -14,7 +14,7 @@ Row = Callable[..., Any]
 
 
 def _gemm(
-    a: Any, b: Any, c: Any = None, *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 0  # noqa: N803
+    a: Any, b: Any, c: Any = None, *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 0
 ) -> Any:
     a = a.t() if transA else a
     if alpha == 1.0 and beta == 1.0 and transB and (c is None or tensor(c).ndim == 1):

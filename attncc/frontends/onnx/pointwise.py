@@ -80,7 +80,7 @@ def _binary(of_tensors: Row, of_numbers: Row) -> Row:
     def row(a: Any, b: Any) -> Any:
         if on_host(a) and on_host(b):
             return _each(of_numbers, a, b)
-        if isinstance(a, torch.Tensor) and a.ndim or isinstance(b, torch.Tensor) and b.ndim:
+        if any(isinstance(x, torch.Tensor) and x.ndim for x in (a, b)):
             a, b = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (a, b))
         a, b = (x if is_number(x) else tensor(x) for x in (a, b))
         if not isinstance(a, torch.Tensor) and of_tensors is not torch.pow:
@@ -104,7 +104,8 @@ def _each(op: Row, a: Any, b: Any) -> Any:
     if is_number(a) and is_number(b):
         return op(a, b)
     n = max(len(x) for x in (a, b) if isinstance(x, list))
-    left, right = (x * n if isinstance(x, list) and len(x) == 1 else x if isinstance(x, list) else [x] * n for x in (a, b))
+    left, right = (x if isinstance(x, list) else [x] for x in (a, b))
+    left, right = (x * n if len(x) == 1 else x for x in (left, right))
     if len(left) != len(right):
         raise Unsupported(f"of {len(left)} and {len(right)} numbers")
     return [op(x, y) for x, y in zip(left, right, strict=True)]
@@ -177,7 +178,7 @@ def _cast(x: Any, *, to: int, saturate: int = 1) -> Any:
             return bool(x)
     if isinstance(x, list) and dtype == torch.int64 and all(isinstance(n, int | torch.SymInt) for n in x):
         return [int(n) if isinstance(n, bool) else n for n in x]
-    if isinstance(x, list) and dtype == torch.float32 and x and all(isinstance(n, int | float | torch.SymInt) for n in x):
+    if isinstance(x, list) and dtype == torch.float32 and x and all(map(is_number, x)):
         return [torch.sym_float(n) for n in x]
     return tensor(x).to(dtype)
 

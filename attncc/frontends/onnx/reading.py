@@ -6,7 +6,6 @@ lie in its folder, and a graph has to be one: each value made once, before it is
 
 from __future__ import annotations
 
-import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +80,8 @@ def _check(model: ir.Model, path: Path) -> None:
     for node in model.graph:
         for x in node.inputs:
             if x is not None and x not in known:
-                raise TargetError(f"{path}: the node {node.name or node.op_type!r} reads {x.name!r}, which nothing makes")
+                where = node.name or node.op_type
+                raise TargetError(f"{path}: the node {where!r} reads {x.name!r}, which nothing makes")
     for x in model.graph.outputs:
         if x is None or x not in known:
             raise TargetError(f"{path}: nothing makes the output {getattr(x, 'name', '')!r}")

@@ -108,13 +108,15 @@ def run(
     last = {x: node for node in model.graph for x in node.inputs if x is not None}
     kept = {*model.graph.outputs, None}
     for node in model.graph:
-        constant = node.op_type == "Constant" and node.outputs[0].name in data
-        made = (data[str(node.outputs[0].name)],) if constant else run_node(node, [known[x] for x in node.inputs], opset)
+        if node.op_type == "Constant" and node.outputs[0].name in data:
+            made: tuple[Any, ...] = (data[str(node.outputs[0].name)],)
+        else:
+            made = run_node(node, [known[x] for x in node.inputs], opset)
         for v, x in zip(node.outputs, made, strict=False):
             known[v] = x
             seen(v, x)
         for x in set(node.inputs):
-            if x not in kept and last.get(x) is node:
+            if x is not None and x not in kept and last.get(x) is node:
                 del known[x]
     return [tensor(known[v]) for v in model.graph.outputs]
 

@@ -1,0 +1,248 @@
+"""ONNX to ONNX: attentions spelled in primitives become the operator, everything else stays, results are equal."""
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx_ir")
+pytest.importorskip("onnxruntime")
+
+import torch  # noqa: E402
+from onnx import helper, numpy_helper  # noqa: E402
+from onnx.backend.test.loader import load_model_tests  # noqa: E402
+
+from attncc.convert.checking import CheckError, check  # noqa: E402
+from attncc.convert.convert import Wish, convert  # noqa: E402
+from attncc.convert.exported import rewritten  # noqa: E402
+from attncc.convert.onnx_files import Session, exported  # noqa: E402
+from attncc.convert.portable import portable_form  # noqa: E402
+from attncc.frontends.targets import TargetError  # noqa: E402
+
+FLOAT = onnx.TensorProto.FLOAT
+
+
+def constant(name: str, x: Any) -> Any:
+    return numpy_helper.from_array(np.asarray(x), name)
+
+
+def spelled(mask: str = "", *, opset: int = 14, heads: int = 2, batch: Any = "batch", length: Any = "length") -> Any:
+    """An attention in primitives: x (batch, length, 16) times one layer, split into heads, and back."""
+    random = np.random.default_rng(0)
+    data = [
+        constant("w", random.standard_normal((16, 48)).astype(np.float32)),
+        constant("heads", [0, 0, 3, heads, 16 // heads]),
+        constant("whole", [0, 0, 16]), constant("scale", np.float32(0.3)), constant("axis", [0]),
+        constant("low", np.float32(-1e9)), constant("zero", np.int64(0)), constant("one", np.int64(1)),
+    ]  # fmt: skip
+    data += [constant(f"at{n}", np.int64(n)) for n in (0, 1, 2)]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["qkv"]), helper.make_node("Reshape", ["qkv", "heads"], ["split"]),
+        helper.make_node("Transpose", ["split"], ["parts"], perm=[2, 0, 3, 1, 4]),
+        *(helper.make_node("Gather", ["parts", f"at{n}"], [name], axis=0) for n, name in enumerate("qkv")),
+        helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]), helper.make_node("MatMul", ["q", "kt"], ["s"]),
+        helper.make_node("Mul", ["s", "scale"], ["scaled"]),
+    ]  # fmt: skip
+    inputs = [helper.make_tensor_value_info("x", FLOAT, [batch, length, 16])]
+    scores = "scaled"
+    if mask == "causal":
+        nodes += [
+            helper.make_node("Shape", ["x"], ["shape"]), helper.make_node("Gather", ["shape", "one"], ["n"], axis=0),
+            helper.make_node("Range", ["zero", "n", "one"], ["at"]), helper.make_node("Unsqueeze", ["at",
+            "minus"], ["rows"]),
+            helper.make_node("LessOrEqual", ["at", "rows"], ["seen"]),
+            helper.make_node("Where", ["seen", "scaled", "low"], ["masked"]),
+        ]  # fmt: skip
+        data.append(constant("minus", [1]))
+        scores = "masked"
+    if mask == "stored":
+        lowest = np.where(np.tril(np.ones((length, length))) > 0, 0, np.finfo(np.float32).min)
+        data.append(constant("stored", lowest.astype(np.float32)))
+        nodes.append(helper.make_node("Add", ["scaled", "stored"], ["masked"]))
+        scores = "masked"
+    if mask == "padding":
+        inputs.append(helper.make_tensor_value_info("mask", onnx.TensorProto.INT64, [batch, length]))
+        data += [constant("axes", [1, 2]), constant("unit", np.float32(1))]
+        nodes += [
+            helper.make_node("Unsqueeze", ["mask", "axes"], ["wide"]),
+            helper.make_node("Cast", ["wide"], ["real"], to=FLOAT),
+            helper.make_node("Sub", ["unit", "real"], ["hidden"]), helper.make_node("Mul", ["hidden",
+            "low"], ["added"]),
+            helper.make_node("Add", ["scaled", "added"], ["masked"]),
+        ]  # fmt: skip
+        scores = "masked"
+    nodes += [
+        helper.make_node("Softmax", [scores], ["weights"], axis=-1), helper.make_node("MatMul", ["weights",
+        "v"], ["o"]),
+        helper.make_node("Transpose", ["o"], ["back"], perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["back", "whole"], ["y"]),
+    ]  # fmt: skip
+    out = helper.make_tensor_value_info("y", FLOAT, [batch, length, 16])
+    graph = helper.make_graph(nodes, "g", inputs, [out], data)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def ops(path: Path) -> Counter[str]:
+    return Counter(n.op_type for n in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize("mask", ["", "causal", "padding"])
+def test_primitives_become_the_operator(mask: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(spelled(mask), source)
+    done = convert(Wish(str(source), out, "onnx", measure=False))
+    assert done.report.fused == 1 and done.checked.startswith("checked on 3 sets")
+    found = ops(out)
+    assert found["Attention"] == 1 and found["Softmax"] == 0 and found["MatMul"] == 1
+    model = onnx.load(out)
+    (node,) = [n for n in model.graph.node if n.op_type == "Attention"]
+    assert len(node.input) == (4 if mask == "padding" else 3)
+    assert any(a.name == "is_causal" and a.i == 1 for a in node.attribute) == (mask == "causal")
+    assert {p.key for p in model.metadata_props} == {"attncc"}
+    assert [x.name for x in model.graph.initializer if x.name == "w"] == ["w"]
+    onnx.checker.check_model(model)
+
+
+def test_a_stored_mask_becomes_the_flag(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(spelled("stored", length=6), source)
+    assert convert(Wish(str(source), out, "onnx", measure=False)).report.sites[0].mask == "j <= i"
+    (node,) = [n for n in onnx.load(out).graph.node if n.op_type == "Attention"]
+    assert len(node.input) == 3
+    assert not [x for x in onnx.load(out).graph.initializer if x.name == "stored"]
+
+
+def test_nothing_is_written_where_results_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attncc.codegen.onnx.nodes import Nodes  # noqa: PLC0415
+
+    call = Nodes.call
+
+    def wrong(self: Any, op: str, inputs: Any, dtype: Any, shape: Any, **how: Any) -> Any:
+        return call(self, op, inputs, dtype, shape, **({"scale": 9.0} if op == "Attention" else how))
+
+    monkeypatch.setattr(Nodes, "call", wrong)
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(spelled(), source)
+    with pytest.raises(CheckError, match="differs most at"):
+        convert(Wish(str(source), out, "onnx", measure=False))
+    assert [x.name for x in tmp_path.iterdir()] == ["in.onnx"]
+
+
+def test_a_file_without_attention_stays_as_it_is(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    model = spelled()
+    del model.graph.node[1:]
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("qkv", FLOAT, ["batch", "length", 48]))
+    onnx.save(model, source)
+    done = convert(Wish(str(source), out, "onnx"))
+    assert done.report.sites == () and "as it was" in done.report.notes[0]
+    assert onnx.load(out).opset_import == model.opset_import
+
+
+def test_to_a_torch_program(tmp_path: Path) -> None:
+    source = tmp_path / "in.onnx"
+    onnx.save(spelled("padding"), source)
+    program = exported(str(source))
+    made = rewritten(program, kernels=False, form=portable_form)
+    assert [s.status for s in made.found.sites] == ["fused"]
+    assert program.example_inputs is not None
+    check(program.module(), made.program.module(), [program.example_inputs])
+    check(Session(source), made.program.module(), [program.example_inputs])
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [({"dynamic": ("batch",)}, "which of its dimensions"), ({"plan": Path("p.json")}, "a plan speaks of the modules")],
+    ids=["dynamic", "plan"],
+)
+def test_what_does_not_go_with_onnx(wish: dict[str, Any], says: str, tmp_path: Path) -> None:
+    source = tmp_path / "in.onnx"
+    onnx.save(spelled(), source)
+    with pytest.raises((TargetError, RuntimeError), match=says):
+        convert(Wish(str(source), tmp_path / "out.onnx", "onnx", **wish))
+
+
+#: Conformance cases whose scores are an output, too, or whose dtype onnxruntime has no kernel for, stay as they are.
+NAMES = ["test_attention_4d_expanded", "test_attention_4d_gqa_causal_expanded", "test_attention_3d_softcap_expanded",
+         "test_attention_4d_attn_mask_bool_expanded", "test_attention_local_window_with_past_expanded",
+         "test_attention_4d_gqa_with_past_and_present_fp16_expanded",
+         "test_flexattention_gqa_expanded_ver26"]  # fmt: skip
+
+
+def conformance() -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = load_model_tests(kind="node")
+    return {t.name: t.model for t in found if t.name.startswith(("test_attention",
+        "test_flexattention")) and "expanded" in t.name}
+
+
+def save(model: Any, path: Path) -> str:
+    onnx.save(model, path)
+    return str(path)
+
+
+@pytest.mark.slow
+def test_conformance_cases(tmp_path: Path) -> None:
+    cases = conformance()
+    for name in NAMES:
+        out = tmp_path / "out.onnx"
+        done = convert(Wish(save(cases[name], tmp_path / "in.onnx"), out, "onnx", measure=False))
+        assert done.report.fused == 1, name
+        assert ops(out)["Attention"] == 1, name
+
+
+@pytest.mark.full
+def test_every_conformance_case(tmp_path: Path) -> None:
+    """All are recognised; those that stay have one of three reasons."""
+    kept: Counter[str] = Counter()
+    fused = 0
+    for name, model in conformance().items():
+        done = convert(Wish(save(model, tmp_path / "in.onnx"), tmp_path / "out.onnx", "onnx", measure=False))
+        assert len(done.report.sites) == 1, name
+        fused += done.report.fused
+        kept.update(s.reason.rpartition(": ")[2] for s in done.report.sites if s.status != "fused")
+    assert fused >= 78, kept
+    assert kept["its weights are needed by the output"] + kept["onnxruntime has no kernel for bf16"] >= 20
+
+
+class Layer(torch.nn.Module):
+    """A layer as models write it, for torch's exporters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        s = q @ k.transpose(-1, -2) / 8**0.5
+        causal = torch.ones(n, n, dtype=torch.bool).tril()
+        s = s.masked_fill(~causal, torch.finfo(s.dtype).min) + (1.0 - mask[:, None, None, :].float()) * -1e9
+        return self.out((s.softmax(-1) @ v).transpose(1, 2).reshape(b, n, 32))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("new", "opset"), [(False, 14), (False, 17), (True, 18), (True, 23)])
+def test_files_of_both_exporters(new: bool, opset: int, dynamic: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    args = torch.randn(2, 10, 32), torch.ones(2, 10, dtype=torch.long)
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    if new:
+        torch.onnx.export(Layer().eval(), args, str(source), dynamo=True, opset_version=opset, verbose=False,
+                          dynamic_shapes=(axes, axes) if dynamic else None)  # fmt: skip
+    else:
+        names = {0: "batch", 1: "length"}
+        torch.onnx.export(Layer().eval(), args, str(source), dynamo=False, opset_version=opset, input_names=["x",
+            "mask"],
+                          dynamic_axes={"x": names, "mask": names} if dynamic else None)  # fmt: skip
+    done = convert(Wish(str(source), out, "onnx", measure=False))
+    assert done.report.fused == 1, done.report.sites
+    assert ops(out)["Attention"] == 1
