@@ -30,6 +30,8 @@ def convert(
                                         "disagree (code 3).")] = True,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Leave out kernels that are slower here.")
                        ] = True,
+    decompose: Annotated[bool, typer.Option("--decompose", help="For .mlir: attention as products and a softmax, not as "
+                                            "one operation.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would become of each attention; write nothing."
                                           )] = False,
     every: Annotated[bool, typer.Option("--all", help="One row a site, where equal layers would share one.")] = False,
@@ -47,7 +49,7 @@ def convert(
             raise TargetError(f"convert: --portable is for .pt2 files; {kind} is so in any case")
         wish = converting.Wish(
             source, None if dry_run else output, kind, portable, tuple(x for x in dynamic.split(",") if x), check, plan,
-            measure,
+            measure, decompose,
         )  # fmt: skip
         try:
             with quiet(debug), reporting():

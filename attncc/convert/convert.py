@@ -14,14 +14,14 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from attncc.convert import onnx_files
-from attncc.convert.checking import check
+from attncc.convert.checking import CheckError, check
 from attncc.convert.exported import Rewritten, rewritten
 from attncc.convert.exporting import exported, other_inputs
 from attncc.convert.portable import portable_form
 from attncc.convert.writing import replacing
 from attncc.driver.explanation import report
 from attncc.driver.planning import Following
-from attncc.errors import PlanError
+from attncc.errors import PlanError, unforeseen
 from attncc.frontends.targets import Target, TargetError, load, one_line
 from attncc.plans.plan import load as load_plan
 from attncc.progress import step
@@ -34,7 +34,7 @@ SUFFIXES: dict[str, Kind] = {".pt2": "pt2", ".onnx": "onnx", ".mlir": "mlir"}
 @dataclass(frozen=True)
 class Wish:
     """What is asked for. `output` None: nothing is written. `portable`: operators of torch alone. `measure`: kernels
-    are measured, and slower ones left out."""
+    are measured, and slower ones left out. `decompose`: MLIR holds no attention as one operation."""
 
     source: str
     output: Path | None
@@ -44,6 +44,7 @@ class Wish:
     checked: bool = True
     plan: Path | None = None
     measure: bool = True
+    decompose: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,13 @@ def _of_onnx(wish: Wish) -> Converted:
         return _program(wish, Target(wish.source, None), onnx_files.exported(wish.source))
     if wish.plan is not None:
         raise PlanError(f"{wish.source}: a plan speaks of the modules of a model; give --plan a module:factory")
-    with replacing(wish.output) if wish.output is not None else nullcontext() as path:
-        found = onnx_files.rewrite(wish.source, path, checked=wish.checked, measure=wish.measure)
+    try:
+        with replacing(wish.output) if wish.output is not None else nullcontext() as path:
+            found = onnx_files.rewrite(wish.source, path, checked=wish.checked, measure=wish.measure)
+    except (TargetError, CheckError):
+        raise
+    except Exception as error:
+        raise TargetError(f"{wish.source}: {unforeseen('converting an ONNX file', error)}") from error
     return Converted(found.report, found.checked)
 
 
@@ -121,13 +127,10 @@ def _check_onnx(wish: Wish, program: ExportedProgram, path: Path) -> str:
         raise TargetError(f"{wish.source}: holds no example inputs to check with; --no-check leaves that out")
     session = onnx_files.Session(path)
 
-    def flat(call: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: tuple(_tensors(call(*args, **kwargs)))
-
     def run(*args: Any, **kwargs: Any) -> Any:
         return session(*_tensors((args, kwargs)))
 
-    return check(flat(program.module()), run, [program.example_inputs, *other_inputs(program)])
+    return check(_flat(program.module()), run, [program.example_inputs, *other_inputs(program)])
 
 
 def _program(wish: Wish, target: Target, program: ExportedProgram) -> Converted:
@@ -145,19 +148,31 @@ def _program(wish: Wish, target: Target, program: ExportedProgram) -> Converted:
         step(f"writing {wish.output.name}")
         after = _written(wish, path, made.program, target)
         said = ""
-        if wish.checked:
+        if wish.checked and after is None:
+            said = "not checked: iree-base-compiler and iree-base-runtime are not installed"
+        elif wish.checked:
             if program.example_inputs is None:
                 raise TargetError(f"{target.name}: holds no example inputs to check with; --no-check leaves that out")
-            said = check(program.module(), after, [program.example_inputs, *other_inputs(program)])
+            before = _flat(program.module()) if wish.to == "mlir" else program.module()
+            said = check(before, after, [program.example_inputs, *other_inputs(program)])
     return Converted(shown, said)
+
+
+def _flat(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A program as a function that gives the tuple of its tensors."""
+    return lambda *args, **kwargs: tuple(_tensors(call(*args, **kwargs)))
 
 
 def _tensors(x: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor)]
 
 
-def _written(wish: Wish, path: Path, program: ExportedProgram, target: Target) -> Callable[..., Any]:
-    """Write a program; what was written, as it is read again."""
+def _written(wish: Wish, path: Path, program: ExportedProgram, target: Target) -> Callable[..., Any] | None:
+    """Write a program; what was written, as it is read again. None where nothing here can run it."""
+    if wish.to == "mlir":
+        from attncc.convert import mlir  # noqa: PLC0415 needs torch-mlir
+
+        return mlir.write(program, path, target.name, decompose=wish.decompose)
     try:
         torch.export.save(program, path)
         return torch.export.load(path).module()

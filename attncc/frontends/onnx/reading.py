@@ -70,6 +70,9 @@ def _check(model: ir.Model, path: Path) -> None:
     for n, node in enumerate(model.graph):
         if n > MOST_NODES:
             raise TargetError(f"{path}: holds more than {MOST_NODES} nodes")
+        texts = node.op_type, node.domain, *(x.name for x in (*node.inputs, *node.outputs) if x is not None)
+        if not all(isinstance(t, str | None) for t in texts):
+            raise TargetError(f"{path}: a node holds names that are no text")
         ordered = ordered and all(x is None or x in known for x in node.inputs)
         known.update(node.outputs)
     if not ordered:

@@ -1,0 +1,77 @@
+"""MLIR out, by torch-mlir in its torch dialect: a portable program, whose attentions stay one operation each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram, default_decompositions
+from torch.utils._pytree import tree_leaves
+
+from attncc.frontends.targets import TargetError, one_line
+from attncc.progress import step
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def write(program: ExportedProgram, path: Path, source: str, *, decompose: bool) -> Callable[..., Any] | None:
+    """Write a program of operators of torch; what IREE makes of the file, as a function, None where IREE is not
+    installed. With `decompose` attentions are written as products and a softmax. Raises TargetError."""
+    try:
+        fx: Any = import_module("torch_mlir.fx")
+        known: Any = import_module("torch_mlir.extras.fx_decomp_util")
+    except ImportError as error:
+        raise TargetError(f"{source}: writing MLIR needs torch-mlir; pip install torch-mlir -f "
+                          "https://github.com/llvm/torch-mlir-release/releases/expanded_assets/dev-wheels") from error
+    table: Any = default_decompositions()
+    for op, how in known.get_decomposition_table().items():
+        table[op] = how
+    if not decompose:
+        table.pop(SDPA, None)
+    try:
+        lowered = program.run_decompositions(table)
+        _persist(lowered)
+        module: Any = fx.export_and_import(lowered, output_type="torch", func_name="main", decomposition_table={})
+        if not module.operation.verify():
+            raise ValueError("it does not verify")
+        text = str(module)
+    except Exception as error:
+        raise TargetError(f"{source}: torch-mlir cannot write this program ({one_line(error)})") from error
+    path.write_text(text, encoding="utf-8")
+    return _compiled(path, source)
+
+
+def _persist(program: ExportedProgram) -> None:
+    """Let buffers that are not saved with a model be such that are: torch-mlir's importer looks for all in the state."""
+    for spec in program.graph_signature.input_specs:
+        if spec.persistent is False and spec.target is not None:
+            spec.persistent = True
+            program.state_dict[spec.target] = program.constants[spec.target]
+
+
+def _compiled(path: Path, source: str) -> Callable[..., Any] | None:
+    try:
+        compiler: Any = import_module("iree.compiler")
+        runtime: Any = import_module("iree.runtime")
+    except ImportError:
+        return None
+    step("compiling with IREE")
+    try:
+        data = compiler.compile_file(
+            str(path), target_backends=["llvm-cpu"], input_type="torch", extra_args=["--iree-llvmcpu-target-cpu=host"]
+        )
+        context = runtime.SystemContext(config=runtime.Config("local-task"))
+        context.add_vm_module(runtime.VmModule.copy_buffer(context.instance, data))
+    except Exception as error:
+        raise TargetError(f"{source}: IREE does not compile what was written ({one_line(error)})") from error
+
+    def run(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        given = [x.numpy() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        found = context.modules.module["main"](*given)
+        every = found if isinstance(found, tuple | list) else (found,)
+        return tuple(torch.from_numpy(x.to_host().copy()) for x in every)
+
+    return run
