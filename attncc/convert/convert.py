@@ -144,6 +144,8 @@ def _program(wish: Wish, target: Target, program: ExportedProgram) -> Converted:
         shown = replace(shown, notes=(*shown.notes, *planner.notes))
     if wish.output is None:
         return Converted(shown)
+    if planner is not None:  # what is written computes what the plan says, and is compared with that
+        program = rewritten(program, kernels=False, planner=planner, form=portable_form).program
     with replacing(wish.output) as path:
         step(f"writing {wish.output.name}")
         after = _written(wish, path, made.program, target)

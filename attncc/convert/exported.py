@@ -18,8 +18,10 @@ from torch.export import ExportedProgram
 
 from attncc.convert.tracing import traced_into
 from attncc.driver.graph_edits import copied
-from attncc.driver.planning import Planner
+from attncc.driver.planning import PlannedSite, Planner
 from attncc.driver.rewriting import Collected, collecting, rewrite
+from attncc.ir import Program
+from attncc.ir.reasons import Reason
 
 #: What a call of the operator becomes: the nodes of its outputs, made at the insertion point of a graph.
 Form = Callable[[fx.Graph, fx.Node], Sequence[fx.Node]]
@@ -49,7 +51,10 @@ def rewritten(
     own = Collected()
     try:
         with tracing(TracingContext(mode)), torch.no_grad():
-            rewrite(gm, inputs, own, measure=measure, planner=planner, kernels=kernels)
+            rewrite(
+                gm, inputs, own, measure=measure, planner=None if planner is None else _Given(planner, program),
+                kernels=kernels,
+            )  # fmt: skip
             _evaluate(gm, mode)
             _as_operators(gm)
             if form is not None:
@@ -62,6 +67,27 @@ def rewritten(
         inner.graph.lint()
         inner.recompile()
     return Rewritten(_program(gm, program), found)
+
+
+class _Given:
+    """A planner that sees a program's own parameters: those that it is read with hold no data."""
+
+    def __init__(self, planner: Planner, program: ExportedProgram) -> None:
+        self.planner, self.program = planner, program
+        self.notes = planner.notes
+
+    def begin(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        names = self.program.graph_signature.parameters
+        self.planner.begin([torch.nn.Parameter(self.program.state_dict[n], requires_grad=False) for n in names])
+
+    def take(self, site: PlannedSite, p: Program) -> Program | Reason | None:
+        return self.planner.take(site, p)
+
+    def says(self, site: PlannedSite) -> str:
+        return self.planner.says(site)
+
+    def made(self, site: PlannedSite, taken: Program, final: Program, call: fx.Node) -> None:
+        self.planner.made(site, taken, final, call)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -119,6 +145,7 @@ def _as_operators(gm: fx.GraphModule) -> None:
                 continue
             with inner.graph.inserting_before(n):
                 (made,) = traced_into(inner.graph, _call_of(n), n.all_input_nodes)
+            made.meta.setdefault("val", n.meta["val"])
             n.replace_all_uses_with(made)
             inner.graph.erase_node(n)
 

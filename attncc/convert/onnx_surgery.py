@@ -33,6 +33,7 @@ from attncc.report.model import Site
 if TYPE_CHECKING:
     from attncc.patterns.graph.facts import Facts
 
+_ALREADY = "already"
 #: The version of the standard operators that `Attention` came with.
 OPSET = 23
 
@@ -78,7 +79,7 @@ def operate(model: ir.Model, traced: Traced) -> Operated:
 
 def _record(index: int, where: str, site: Lifted, why: str, facts: Facts) -> Site:
     shown = optimise(site.attention)
-    reason = because("onnx-inexpressible", why) if why else None
+    reason = None if not why else because("onnx-attention") if why == _ALREADY else because("onnx-inexpressible", why)
     return Site(
         index, "kept" if why else "fused", "" if reason is None else str(reason), where, "", describe.equation(shown),
         describe.mask(shown), describe.shapes(site), became="its own nodes" if why else "Attention",
@@ -103,7 +104,7 @@ def _rewrite(
     if old is None or producer is None:
         return "its output is inside of a node"
     if producer.op_type == "Attention":
-        return "it is the operator Attention already"
+        return _ALREADY
     final = Pipeline((DropRounding(), FoldPredicates())).run(program.program)
     nodes = Nodes(prefix)
     try:

@@ -178,6 +178,7 @@ SENTENCES: dict[str, str] = {
     "faster": "{}",
     "slower": "{}",
     "measuring-off": "not measured",
+    "onnx-attention": "it is ONNX's operator Attention already",
     "onnx-inexpressible": "no operator of ONNX computes it: {}",
     "not-measured": "not measured: {}",
     "training-not-measured": "in training not measured: {}",
