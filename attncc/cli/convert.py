@@ -19,8 +19,8 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="`module:factory`, a .pt2 or a .onnx file.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="The file to write; its suffix "
                                                 "says what: .pt2, .onnx or .mlir.")] = None,
-    to: Annotated[Literal["pt2", "aoti", "onnx", "mlir"] | None, typer.Option("--to", help="What to write; `aoti` is a "
-                                                                              ".pt2 package that is compiled.")] = None,
+    to: Annotated[Literal["pt2", "onnx", "mlir"] | None, typer.Option("--to", help="What to write, where the suffix "
+                                                                      "does not say it.")] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Operators of torch alone: attncc is not needed to run "
                                            "it.")] = False,
     dynamic: Annotated[str, typer.Option("--dynamic", metavar="batch,length", help="Leave these dimensions of a "
@@ -30,8 +30,8 @@ def convert(
                                         "disagree (code 3).")] = True,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Leave out kernels that are slower here.")
                        ] = True,
-    decompose: Annotated[bool, typer.Option("--decompose", help="For .mlir: attention as products and a softmax, not as "
-                                            "one operation.")] = False,
+    decompose: Annotated[bool, typer.Option("--decompose", help="For .mlir: attention as products and a softmax, "
+                                            "not as one operation.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would become of each attention; write nothing."
                                           )] = False,
     every: Annotated[bool, typer.Option("--all", help="One row a site, where equal layers would share one.")] = False,

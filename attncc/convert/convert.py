@@ -27,7 +27,7 @@ from attncc.plans.plan import load as load_plan
 from attncc.progress import step
 from attncc.report.model import Report
 
-Kind = Literal["pt2", "aoti", "onnx", "mlir"]
+Kind = Literal["pt2", "onnx", "mlir"]
 SUFFIXES: dict[str, Kind] = {".pt2": "pt2", ".onnx": "onnx", ".mlir": "mlir"}
 
 
@@ -62,9 +62,6 @@ def kind_of(output: Path, to: Kind | None) -> Kind:
         if suffix not in SUFFIXES:
             raise TargetError(f"{output}: say what it is to be by its suffix ({', '.join(SUFFIXES)}) or by --to")
         return SUFFIXES[suffix]
-    wanted = ".pt2" if to == "aoti" else f".{to}"
-    if suffix != wanted:
-        raise TargetError(f"{output}: --to {to} writes a file whose name ends in {wanted}")
     return to
 
 
@@ -150,9 +147,11 @@ def _program(wish: Wish, target: Target, program: ExportedProgram) -> Converted:
         step(f"writing {wish.output.name}")
         after = _written(wish, path, made.program, target)
         said = ""
-        if wish.checked and after is None:
+        if not wish.checked:
+            pass
+        elif after is None:
             said = "not checked: iree-base-compiler and iree-base-runtime are not installed"
-        elif wish.checked:
+        else:
             if program.example_inputs is None:
                 raise TargetError(f"{target.name}: holds no example inputs to check with; --no-check leaves that out")
             before = _flat(program.module()) if wish.to == "mlir" else program.module()

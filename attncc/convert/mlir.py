@@ -24,8 +24,7 @@ def write(program: ExportedProgram, path: Path, source: str, *, decompose: bool)
         fx: Any = import_module("torch_mlir.fx")
         known: Any = import_module("torch_mlir.extras.fx_decomp_util")
     except ImportError as error:
-        raise TargetError(f"{source}: writing MLIR needs torch-mlir; pip install torch-mlir -f "
-                          "https://github.com/llvm/torch-mlir-release/releases/expanded_assets/dev-wheels") from error
+        raise TargetError(f"{source}: writing MLIR needs torch-mlir; pip install 'attncc[mlir]'") from error
     table: Any = default_decompositions()
     for op, how in known.get_decomposition_table().items():
         table[op] = how
@@ -45,7 +44,7 @@ def write(program: ExportedProgram, path: Path, source: str, *, decompose: bool)
 
 
 def _persist(program: ExportedProgram) -> None:
-    """Let buffers that are not saved with a model be such that are: torch-mlir's importer looks for all in the state."""
+    """Let buffers that are not saved with a model be saved: torch-mlir's importer looks for all in the state."""
     for spec in program.graph_signature.input_specs:
         if spec.persistent is False and spec.target is not None:
             spec.persistent = True

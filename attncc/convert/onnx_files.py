@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from attncc.convert.onnx_tracing import dtype_of, name_of, shape_of, sizes_of, t
 from attncc.frontends.onnx.reading import opset_of, read
 from attncc.frontends.onnx.running import OnnxModule, missing
 from attncc.frontends.targets import TargetError, one_line
+from attncc.ir.reasons import Reason, because
 from attncc.progress import step
 from attncc.report.model import Report
 from attncc.runtime.measure import TIE
@@ -151,7 +153,8 @@ def rewrite(path: str, output: Path | None, *, checked: bool, measure: bool) -> 
         if slower:
             _unchanged(path, output)
             kept = tuple(
-                replace(s, status="kept", reason=slower, became="its own nodes") if s.status == "fused" else s
+                replace(s, status="kept", reason=str(slower), code=slower.codes, became="its own nodes")
+                if s.status == "fused" else s
                 for s in report.sites
             )
             return Found(replace(report, sites=kept, notes=("nothing was rewritten; the file is as it was",)))
@@ -267,13 +270,13 @@ def check(before: Any, after: Any, model: ir.Model, every: Sequence[Mapping[str,
     return f"checked on {compared} set{plural} of inputs: the largest difference is {worst:.1e} of the largest number"
 
 
-def _slower(before: Session, after: Session, inputs: tuple[torch.Tensor, ...]) -> str:
+def _slower(before: Session, after: Session, inputs: tuple[torch.Tensor, ...]) -> Reason | None:
     """Why the rewritten file is not taken, where onnxruntime runs it slower."""
     step("measuring both in onnxruntime")
     us = timed({"before": lambda: before(*inputs), "after": lambda: after(*inputs)}, 0.5).us
     if us.get("after", float("inf")) <= us["before"] * (1 + TIE):
-        return ""
-    return f"slower in onnxruntime: {us.get('after', float('nan')):.1f} us, as it was {us['before']:.1f} us"
+        return None
+    return because("slower", f"onnxruntime {us.get('after', math.inf):.1f} us, as it was {us['before']:.1f} us")
 
 
 def export(program: ExportedProgram, source: str) -> tuple[Path, Path]:

@@ -40,7 +40,7 @@ def test_what_is_no_reason(code: str, args: tuple[str, ...], message: str) -> No
 def test_every_sentence_is_given_somewhere_and_every_code_is_known() -> None:
     """By the text of the sources: a code that nobody gives is no reason, and one without a sentence fails when it is
     needed most."""
-    folders = (ROOT / "patterns", ROOT / "passes", ROOT / "attncc" / "driver")
+    folders = (ROOT / "patterns", ROOT / "passes", ROOT / "attncc" / "driver", ROOT / "attncc" / "convert")
     text = "\n".join(f.read_text(encoding="utf-8") for folder in folders for f in sorted(folder.rglob("*.py")))
     given = {code for call in re.findall(r"because\(([^()]*)", text) for code in re.findall(r'"([a-z-]+)"', call)}
     assert set(SENTENCES) <= given
