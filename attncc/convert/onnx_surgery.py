@@ -51,6 +51,7 @@ def operate(model: ir.Model, traced: Traced) -> Operated:
     facts = traced.facts()
     lifted = lift_all(facts)
     groups = together([s for s in lifted if isinstance(s, Lifted)], facts)
+    shared: dict[object, Value] = {}
     by_site = {id(s): g for g in groups for s in g.sites}
     done: dict[fx.Node, str] = {}
     found = Operated()
@@ -68,7 +69,7 @@ def operate(model: ir.Model, traced: Traced) -> Operated:
             ))  # fmt: skip
             continue
         if site.node not in done:
-            done[site.node] = _rewrite(model, traced, facts, by_site[id(site)], site, f"attncc_{index}")
+            done[site.node] = _rewrite(model, traced, facts, by_site[id(site)], site, Nodes(f"attncc_{index}", shared))
         found.sites.append(_record(index, where, site, done[site.node], facts))
         found.count += not done[site.node]
     if found.count:
@@ -88,7 +89,7 @@ def _record(index: int, where: str, site: Lifted, why: str, facts: Facts) -> Sit
 
 
 def _rewrite(
-    model: ir.Model, traced: Traced, facts: Facts, group: SiteGroup, site: Lifted, prefix: str
+    model: ir.Model, traced: Traced, facts: Facts, group: SiteGroup, site: Lifted, nodes: Nodes
 ) -> str:  # fmt: skip
     """Why the attentions of a place stay as they are; nothing where they were rewritten."""
     if group.user is not None:
@@ -106,10 +107,12 @@ def _rewrite(
     if producer.op_type == "Attention":
         return _ALREADY
     final = Pipeline((DropRounding(), FoldPredicates())).run(program.program)
-    nodes = Nodes(prefix)
+    prefix, known = nodes.prefix, dict(nodes.shared)
     try:
         new = _emitted(nodes, traced, facts, program, final)
     except (Inexpressible, NotImplementedError) as error:
+        nodes.shared.clear()
+        nodes.shared.update(known)  # what was made for this one is not put into the graph
         return str(error)
     made = nodes.made
     out = new.value
@@ -130,19 +133,21 @@ def _rewrite(
 def _emitted(nodes: Nodes, traced: Traced, facts: Facts, site: SiteProgram, p: Program) -> Value:
     values: dict[str, Value] = {}
     sizes: dict[Expr, Any] = {}
+    spelled = dict(zip(p.sizes, site.sizes, strict=True))
     for t, n, dtype in zip(p.inputs, site.inputs, site.dtypes, strict=True):
         extents = tuple(int(x.value) if isinstance(x, Const) else None for x in t.shape)
         value = _held(nodes, traced, n, extents).to(dtype)
         for at, x in enumerate(t.shape):
             if isinstance(x, Size) and x not in sizes:
-                sizes[x] = value.extent(at)
+                key = "size", spelled[x]
+                sizes[x] = nodes.shared[key] = nodes.shared.get(key) or value.extent(at)
         values[t.name] = Value(
             nodes, value.value, value.dtype,
             tuple(sizes[x] if isinstance(x, Size) else e for x, e in zip(t.shape, extents, strict=True)),
         )  # fmt: skip
-    for x, spelled in zip(p.sizes, site.sizes, strict=True):
+    for x in p.sizes:
         if x not in sizes:
-            sizes[x] = _computed(nodes, traced, facts, spelled)
+            sizes[x] = _computed(nodes, traced, facts, spelled[x])
     for step in p.steps:
         given = [values[x] for x in step.arguments]
         extents = [int_value(x, sizes) for x in step.sizes]
@@ -189,3 +194,4 @@ def _clean(model: ir.Model) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass  # noqa: PLC0415
 
     RemoveUnusedNodesPass()(model)
+    model.graph.sort()  # what attentions share was made at the first one found, which need not be the first to run

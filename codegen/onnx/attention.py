@@ -87,8 +87,12 @@ class _Emitter:
             how["softcap"] = float(self.form.cap)
         if self.form.causal:
             how["is_causal"] = 1
-        mask = self.mask()
+        key = self.key()
+        mask = self.nodes.shared.get(key)
+        if mask is None:
+            mask = self.mask()
         if mask is not None:
+            self.nodes.shared[key] = mask
             inputs.append(mask)
         batch, heads, rows, _ = q.shape
         out = self.nodes.call("Attention", inputs, DTYPE_OF[a.dtype], (batch, heads, rows, v.shape[-1]), **how)
@@ -186,6 +190,15 @@ class _Emitter:
         )
         rows = torch.gt(most, 0.0)  # type: ignore[arg-type]
         return torch.where(rows, out, self.nodes.constant(float("nan"), out.dtype))  # type: ignore[call-overload]
+
+    def key(self) -> object:
+        """What the mask is made of, equal for attentions whose masks are."""
+        a, form = self.a, self.form
+        parts = [x for x in (form.mask, form.bias) if x is not None]
+        read = tuple((n, self.tensors[n].value) for n in sorted({x.tensor for x in loads(*parts)}))
+        axes = tuple((x.name, x.extent) for x in (*a.batch, a.i, a.j))
+        sizes = tuple((s, n if isinstance(n, int) else n.value) for s, n in self.sizes.items())
+        return form.mask, form.bias, form.settled, form.causal, a.empty, a.dtype, axes, sizes, read
 
     def mask(self) -> Value | None:
         """What hides keys and is added to scores, as one tensor; None where the causal flag says it all."""

@@ -24,10 +24,12 @@ Extent = Any
 
 
 class Nodes:
-    """The nodes that are made, in order."""
+    """The nodes that are made, in order. `shared` holds masks by what they are made of, for the attentions to come:
+    layers share theirs."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, shared: dict[object, Value] | None = None) -> None:
         self.prefix, self.made = prefix, list[ir.Node]()
+        self.shared: dict[object, Value] = {} if shared is None else shared
 
     def call(
         self, op: str, inputs: Sequence[Value], dtype: torch.dtype, shape: Sequence[Extent], **attributes: Any

@@ -246,3 +246,29 @@ def test_files_of_both_exporters(new: bool, opset: int, dynamic: bool, tmp_path:
     done = convert(Wish(str(source), out, "onnx", measure=False))
     assert done.report.fused == 1, done.report.sites
     assert ops(out)["Attention"] == 1
+
+
+def test_layers_share_their_mask(tmp_path: Path) -> None:
+    """Two layers, one padding mask: what it is made of is computed once."""
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    model = spelled("padding")
+    nodes = list(model.graph.node)
+    first = [n for n in nodes if n.output[0] in ("wide", "real", "hidden", "added")]
+    model.graph.node[-1].output[0] = "between"
+    for n in nodes:
+        if n in first:
+            continue
+        again = onnx.NodeProto()
+        again.CopyFrom(n)
+        given = {x.name for x in model.graph.initializer} | {"added", "x"}
+        again.input[:] = ["between" if x == "x" else x if x in given else f"{x}_2" for x in n.input]
+        again.output[:] = ["y" if n.output[0] == "between" else f"{n.output[0]}_2"]
+        model.graph.node.append(again)
+    # -1e9 is a number that is added, and the lowest float hides: only that is a mask
+    lowest = numpy_helper.from_array(np.float32(np.finfo(np.float32).min), "low")
+    next(x for x in model.graph.initializer if x.name == "low").CopyFrom(lowest)
+    onnx.save(model, source)
+    done = convert(Wish(str(source), out, "onnx", measure=False))
+    assert done.report.fused == 2
+    attentions = [n for n in onnx.load(out).graph.node if n.op_type == "Attention"]
+    assert len(attentions) == 2 and attentions[0].input[3] == attentions[1].input[3]
