@@ -38,7 +38,9 @@ class Traced:
     parameters: frozenset[fx.Node] = frozenset()
 
     def facts(self) -> Facts:
-        return Facts(self.graph, {}, self.parameters)
+        found = Facts(self.graph, {}, self.parameters)
+        found.tables = False  # a node of ONNX reads a bias of all pairs, which the graph has
+        return found
 
 
 def sizes_of(model: ir.Model, asked: Mapping[str, int] | None = None) -> dict[str, int]:

@@ -56,6 +56,7 @@ class Facts:
         self.answers: dict[object, object] = {}  # to what `asked_once` was asked
         self.made: dict[fx.Node, int] = {}  # nodes beside the graph, numbered in the order in which they were made
         self._beside = fx.Graph()
+        self.tables = True  # whether a reader may make tables beside the graph: some graphs cannot take what it makes
         self._once: dict[object, fx.Node] = {}  # made for all sites that read the same
 
     def _live(self) -> frozenset[fx.Node]:

@@ -51,7 +51,7 @@ def by_distance(
     more than the distance of the two indices of `pair`, or where a size is none of the inputs'."""
     key = next((x for x in reversed(at) if x in pair), None)
     row = next((x for x in pair if x is not key), None)
-    if key is None or row is None or len(pair) != 2 or not pair <= free(value):
+    if not f.tables or key is None or row is None or len(pair) != 2 or not pair <= free(value):
         return None
     rows, keys = extents[row], extents[key]
     dtype = f.dtype(n)
