@@ -160,5 +160,5 @@ def _fake(mode: FakeTensorMode, v: ir.Value, sizes: Mapping[str, int]) -> torch.
     assert v.shape is not None
     dims = [DimDynamic.STATIC if isinstance(n, int) else DimDynamic.DUCK for n in v.shape]
     context = StatelessSymbolicContext(dynamic_sizes=dims, constraint_sizes=[None] * len(dims))
-    real = torch.empty((), dtype=dtype_of(v)).expand(shape_of(v, sizes)).contiguous()
+    real = torch.empty(shape_of(v, sizes), dtype=dtype_of(v))
     return mode.from_tensor(real, symbolic_context=context, static_shapes=False)

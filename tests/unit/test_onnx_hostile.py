@@ -136,6 +136,17 @@ def exponential(m: Any) -> None:
     del m.graph.node[3].attribute[:]
 
 
+def huge_input(m: Any) -> None:
+    m.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1 << 40
+
+
+def huge_tile(m: Any) -> None:
+    m.graph.initializer.append(numpy_helper.from_array(np.array([1 << 40], np.int64), "n"))
+    m.graph.node.insert(3, helper.make_node("Tile", ["n", "n"], ["many"]))
+    m.graph.node.insert(4, helper.make_node("Reshape", ["s", "many"], ["s2"]))
+    m.graph.node[5].input[0] = "s2"
+
+
 def bad_axis(m: Any) -> None:
     m.graph.node[1].attribute[0].ints[:] = [0, 7, 1]
 
@@ -145,7 +156,7 @@ BAD: dict[Callable[[Any], None], str] = {
     ancient: "opset 1", no_opset: "opset 0", custom: "com.example", unknown: "Frobnicate", huge: "bytes", negative: "",
     short: "holds 8", strange_type: "", outside: "outside of its folder", absolute: "outside of its folder",
     absent: "no file", beyond: "does not hold", recursive: "calls itself", exponential: "functions make more",
-    bad_axis: "Transpose",
+    bad_axis: "Transpose", huge_input: "shape", huge_tile: "Tile",
 }  # fmt: skip
 
 

@@ -20,6 +20,8 @@ OPSETS = range(7, 28)
 STANDARD = ("", "ai.onnx")
 #: More nodes than any model has: functions inlined into each other can make as many as they like.
 MOST_NODES = 1_000_000
+#: More elements than any input has.
+MOST_ELEMENTS = 1 << 32
 
 
 def read(path: str | Path) -> ir.Model:
@@ -91,6 +93,9 @@ def _check(model: ir.Model, path: Path) -> None:
     for x in model.graph.inputs:
         if x.dtype is None or x.shape is None:
             raise TargetError(f"{path}: the input {x.name!r} has no type and shape")
+        known_extents = [n for n in x.shape if isinstance(n, int)]
+        if any(n < 0 for n in known_extents) or math.prod(known_extents) > MOST_ELEMENTS:
+            raise TargetError(f"{path}: the input {x.name!r} has the shape {list(known_extents)}")
 
 
 def _check_functions(model: ir.Model, path: Path) -> None:

@@ -123,8 +123,8 @@ def _slice(x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) 
         if step < 0:
             if type(n) is not int or type(start) is not int or type(end) is not int:
                 raise Unsupported("backwards needs known sizes")
-            at = list(range(n))[slice(start, None if end < -n else end, step)]
-            x = x.index_select(axis, torch.tensor(at, dtype=torch.int64))
+            at = range(n)[slice(start, None if end < -n else end, step)]
+            x = x.index_select(axis, torch.arange(len(at)) * step + (at.start if len(at) else 0))
             continue
         if type(start) is int and start == 0 and type(end) is int and end >= 1 << 31 and step == 1:
             continue
@@ -191,8 +191,15 @@ def _pad(x: Any, pads: Any, fill: Any = None, axes: Any = None, *, mode: str = "
 
 def _tile(x: Any, repeats: Any) -> Any:
     if isinstance(x, list):
-        return x * number(repeats)
+        times = number(repeats)
+        if type(times) is not int or len(x) * times > _MOST_REPEATED:
+            raise Unsupported(f"{times} times {len(x)} numbers")
+        return x * times
     return tensor(x).repeat(integers(repeats))
+
+
+#: Numbers on the host that a file may ask for.
+_MOST_REPEATED = 1 << 16
 
 
 def _trilu(x: Any, k: Any = 0, *, upper: int = 1) -> Any:
