@@ -286,7 +286,9 @@ class Buckets(torch.nn.Module):
         b, n, _ = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, 4, 8).permute(2, 0, 3, 1, 4)
         at = torch.arange(n)
-        bias = self.bias((at[None] - at[:, None]).abs().clamp(max=15)).permute(2, 0, 1)[None]
+        far = (at[None] - at[:, None]).abs()
+        buckets = 8 + (torch.log(far.clamp(min=1).float() / 8) / 2.8 * 8).to(torch.long)
+        bias = self.bias(torch.where(far < 8, far, buckets.clamp(max=15))).permute(2, 0, 1)[None]
         return ((q @ k.transpose(-1, -2) + bias).softmax(-1) @ v).transpose(1, 2).reshape(b, n, 32)
 
 
