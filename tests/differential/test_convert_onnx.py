@@ -272,3 +272,33 @@ def test_layers_share_their_mask(tmp_path: Path) -> None:
     assert done.report.fused == 2
     attentions = [n for n in onnx.load(out).graph.node if n.op_type == "Attention"]
     assert len(attentions) == 2 and attentions[0].input[3] == attentions[1].input[3]
+
+
+class Buckets(torch.nn.Module):
+    """A learned bias by the distance of a key, as in T5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.bias = torch.nn.Linear(32, 96), torch.nn.Embedding(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        at = torch.arange(n)
+        far = (at[None] - at[:, None]).abs()
+        buckets = 8 + (torch.log(far.clamp(min=1).float() / 8) / 2.8 * 8).to(torch.long)
+        bias = self.bias(torch.where(far < 8, far, buckets.clamp(max=15))).permute(2, 0, 1)[None]
+        return ((q @ k.transpose(-1, -2) + bias).softmax(-1) @ v).transpose(1, 2).reshape(b, n, 32)
+
+
+@pytest.mark.slow
+def test_a_bias_by_distance_with_an_open_length(tmp_path: Path) -> None:
+    """The reader's own table of distances is no node of the file: the bias is read as the file has it."""
+    pytest.importorskip("onnxscript")
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    torch.onnx.export(Buckets().eval(), (torch.randn(2, 10, 32),), str(source), dynamo=True, opset_version=18,
+                      verbose=False, dynamic_shapes=(axes,))  # fmt: skip
+    assert convert(Wish(str(source), out, "onnx", measure=False)).report.fused == 1
+    assert ops(out)["Attention"] == 1
