@@ -54,10 +54,10 @@ def rewrite(
     PlanError where the plan is for another model."""
     edits = GraphEdits() if edits is None else edits
     way = Way(measure, planner, kernels)
-    if capture.has_nested(gm):
-        found.notes.append("a graph over nested tensors is left as it is: torch's own kernels compute its attention")
-        return gm
     try:
+        if capture.has_nested(gm):
+            found.notes.append("a graph over nested tensors is left as it is: torch's own kernels compute attention")
+            return gm
         with preserved():
             reading = _read(gm, inputs, found, edits, way, recomputed)
             with _no_collection(), without_autocast():
