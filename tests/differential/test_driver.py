@@ -116,7 +116,7 @@ def test_products_of_products_are_no_site() -> None:
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+        self.qkv = nn.Linear(32, 96)
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, -1)
