@@ -10,7 +10,7 @@ from random_ir.programs import Program, programs
 from attncc.codegen.cpp import unsupported
 
 some = settings(
-    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 ISAS = host_isas()
 

@@ -38,7 +38,7 @@ LISTS = TritonConfig(16, 16, 4, 1, split=True, lists=True)
 #: Masks that data decides.
 DATA = ("documents", "document starts", "padding", "prefix", "dense mask", "block table", "causal block table",
         "regions", "clusters", "pages")  # fmt: skip
-EXAMPLES = int(os.environ.get("ATTNCC_TRITON_EXAMPLES", "15"))
+EXAMPLES = int(os.environ.get("ATTNCC_TRITON_EXAMPLES", "9"))
 
 
 def tolerance(a: Attention, tensors: dict[str, torch.Tensor], sizes: list[int], name: str) -> float:

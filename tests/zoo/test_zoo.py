@@ -36,7 +36,7 @@ def titled(case: Case, dtype: torch.dtype) -> str:
 
 
 #: Types of 16 bits on every change where something of the form is rounded; the others have them with `--full`.
-ROUNDED = frozenset({"llama-eager", "flex-merged", "sliding-with-columns", "block-sparse"})
+ROUNDED = frozenset({"llama-eager"})
 runs = [
     marked(case, dtype, name=titled(case, dtype), rare=dtype != torch.float32 and case.name not in ROUNDED)
     for case in CASES for dtype in case.dtypes
