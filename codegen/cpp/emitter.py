@@ -175,16 +175,7 @@ class Emitter:
         a = self.a
         lines = ["// What a call passes: pointers, strides in elements, sizes."]
         lines.append("struct Call {")
-        for t in a.tensors:
-            element = ELEMENT[t.dtype]
-            lines.append(f"    const {element}* t_{t.name};  // {t.dtype}[{', '.join(map(repr, t.shape))}]")
-            lines.append(f"    int64_t s_{t.name}[{max(len(t.shape), 1)}];")
-        lines += [f"    int64_t z_{s.name};" for s in a.sizes]
-        for name, axis in (("N", a.i), ("M", a.j), ("D", a.d), ("E", a.e)):
-            if isinstance(axis.extent, Const):
-                lines.append(f"    static constexpr int64_t {name} = {axis.extent.value};")
-            else:
-                lines.append(f"    int64_t {name};")
+        lines += self._fields()
         lines.append("    int64_t q_d, q_i, k_j, k_d, v_j, v_e, out_e;")
         rank = len(a.batch)
         if "out" in a.outputs:
@@ -316,16 +307,7 @@ class Emitter:
 
     def _entry(self) -> str:
         a = self.a
-        lines = ["(void)sizes; (void)outputs; (void)out_strides;", "Call c;"]
-        for n, s in enumerate(a.sizes):
-            most = WIDE_BOUND if self.wide else INDEX_BOUND
-            lines += [f"if (sizes[{n}] > {most}) return TOO_LARGE;", f"c.z_{s.name} = sizes[{n}];"]
-        for n, t in enumerate(a.tensors):
-            lines.append(f"c.t_{t.name} = (const {ELEMENT[t.dtype]}*)tensors[{n}];")
-            lines += [f"c.s_{t.name}[{d}] = strides[{n}][{d}];" for d in range(len(t.shape))]
-        for name, axis in (("N", a.i), ("M", a.j), ("D", a.d), ("E", a.e)):
-            if not isinstance(axis.extent, Const):
-                lines.append(f"c.{name} = {self._extent(axis)};")
+        lines = self._given()
         for role, x, row, col in (("q", self.q, "i", "d"), ("k", self.k, "j", "d"), ("v", self.v, "j", "e")):
             lines.append(f"c.{role}_{row} = {self._stride(x, x.row_terms)};")
             lines.append(f"c.{role}_{col} = {self._stride(x, x.col_terms)};")
@@ -337,13 +319,47 @@ class Emitter:
             lines += [f"c.s_{name}[{d}] = out_strides[{n}][{d}];" for d in range(rank)]
             if name == "out":
                 lines.append(f"c.out_e = c.s_out[{rank - 1}];")
-        lines.append("return run(c);")
+        return self._run(lines)
+
+    def _fields(self) -> list[str]:
+        """Of the call: its tensors, sizes and extents."""
+        a = self.a
+        lines: list[str] = []
+        for t in a.tensors:
+            element = ELEMENT[t.dtype]
+            lines.append(f"    const {element}* t_{t.name};  // {t.dtype}[{', '.join(map(repr, t.shape))}]")
+            lines.append(f"    int64_t s_{t.name}[{max(len(t.shape), 1)}];")
+        lines += [f"    int64_t z_{s.name};" for s in a.sizes]
+        for name, axis in (("N", a.i), ("M", a.j), ("D", a.d), ("E", a.e)):
+            if isinstance(axis.extent, Const):
+                lines.append(f"    static constexpr int64_t {name} = {axis.extent.value};")
+            else:
+                lines.append(f"    int64_t {name};")
+        return lines
+
+    def _given(self) -> list[str]:
+        """The call made of what the entry is passed, but for the outputs."""
+        a = self.a
+        lines = ["(void)sizes; (void)outputs; (void)out_strides;", "Call c;"]
+        for n, s in enumerate(a.sizes):
+            most = WIDE_BOUND if self.wide else INDEX_BOUND
+            lines += [f"if (sizes[{n}] > {most}) return TOO_LARGE;", f"c.z_{s.name} = sizes[{n}];"]
+        for n, t in enumerate(a.tensors):
+            lines.append(f"c.t_{t.name} = (const {ELEMENT[t.dtype]}*)tensors[{n}];")
+            lines += [f"c.s_{t.name}[{d}] = strides[{n}][{d}];" for d in range(len(t.shape))]
+        for name, axis in (("N", a.i), ("M", a.j), ("D", a.d), ("E", a.e)):
+            if not isinstance(axis.extent, Const):
+                lines.append(f"c.{name} = {self._extent(axis)};")
+        return lines
+
+    def _run(self, lines: list[str]) -> str:
+        """The entry, where `lines` make the call."""
         head = (
             'extern "C" __attribute__((visibility("default"))) int32_t attncc_run(\n'
             "    const void* const* tensors, const int64_t* const* strides, const int64_t* sizes,\n"
             "    void* const* outputs, const int64_t* const* out_strides)"
         )
-        return "// ---- entry: 0, OUT_OF_MEMORY or TOO_LARGE\n" + function(head, lines)
+        return "// ---- entry: 0, OUT_OF_MEMORY or TOO_LARGE\n" + function(head, [*lines, "return run(c);"])
 
     def _stride(self, x: Operand, terms: tuple[tuple[Expr, int], ...]) -> str:
         return " + ".join(f"{self.p.scalar(k)} * c.s_{x.tensor}[{dim}]" for k, dim in terms) or "0"

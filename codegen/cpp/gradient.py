@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from attncc.codegen.cpp import prepared
 from attncc.codegen.cpp.emitter import ELEMENT, Emitter, interval_text, library, operands_of
-from attncc.codegen.cpp.expressions import INDEX_BOUND, WIDE_BOUND, Printer, fits_32_bits
+from attncc.codegen.cpp.expressions import Printer, fits_32_bits
 from attncc.codegen.cpp.fold import folded
 from attncc.codegen.cpp.isa import TABLE, machine
 from attncc.codegen.cpp.operands import NotAffine, operand
@@ -134,15 +134,7 @@ class _GradientEmitter(Emitter):
         a = self.a
         lines = ["// What a call passes: pointers, strides in elements, sizes. Rows (N) are keys, keys (M) queries."]
         lines.append("struct Call {")
-        for t in a.tensors:
-            lines.append(f"    const {ELEMENT[t.dtype]}* t_{t.name};  // {t.dtype}[{', '.join(map(repr, t.shape))}]")
-            lines.append(f"    int64_t s_{t.name}[{max(len(t.shape), 1)}];")
-        lines += [f"    int64_t z_{s.name};" for s in a.sizes]
-        for name, axis in (("N", a.i), ("M", a.j), ("D", a.d), ("E", a.e)):
-            if isinstance(axis.extent, Const):
-                lines.append(f"    static constexpr int64_t {name} = {axis.extent.value};")
-            else:
-                lines.append(f"    int64_t {name};")
+        lines += self._fields()
         lines.append(f"    int64_t {', '.join(self._strides())};")
         lines += [f"    real* {n};\n    int64_t s_{n}[{max(rank, 1)}];" for n, rank in self._ranks().items()]
         lines.append("};")
@@ -246,26 +238,10 @@ class _GradientEmitter(Emitter):
         return function(head, lines)
 
     def _entry(self) -> str:
-        a = self.a
-        lines = ["(void)sizes; (void)outputs; (void)out_strides;", "Call c;"]
-        for n, s in enumerate(a.sizes):
-            most = WIDE_BOUND if self.wide else INDEX_BOUND
-            lines += [f"if (sizes[{n}] > {most}) return TOO_LARGE;", f"c.z_{s.name} = sizes[{n}];"]
-        for n, t in enumerate(a.tensors):
-            lines.append(f"c.t_{t.name} = (const {ELEMENT[t.dtype]}*)tensors[{n}];")
-            lines += [f"c.s_{t.name}[{d}] = strides[{n}][{d}];" for d in range(len(t.shape))]
-        for name, axis in (("N", a.i), ("M", a.j), ("D", a.d), ("E", a.e)):
-            if not isinstance(axis.extent, Const):
-                lines.append(f"c.{name} = {self._extent(axis)};")
+        lines = self._given()
         for n, (name, rank) in enumerate(self._ranks().items()):
             lines.append(f"c.{name} = (real*)outputs[{n}];")
             lines += [f"c.s_{name}[{d}] = out_strides[{n}][{d}];" for d in range(rank)]
         lines += [f"c.{name} = {code};" for name, code in self._strides().items()]
-        lines.append("return run(c);")
-        head = (
-            'extern "C" __attribute__((visibility("default"))) int32_t attncc_run(\n'
-            "    const void* const* tensors, const int64_t* const* strides, const int64_t* sizes,\n"
-            "    void* const* outputs, const int64_t* const* out_strides)"
-        )
-        return "// ---- entry: 0, OUT_OF_MEMORY or TOO_LARGE\n" + function(head, lines)
+        return self._run(lines)
 

@@ -324,7 +324,7 @@ def test_what_is_no_softmax_is_left_alone() -> None:
         ("block-means{share=all}", "share is one of"), ("block-means{take=mass,amount=1.5}", "mass cannot be 1.5"),
         ("antidiagonal{stride=3}", "do not divide"), ("self-similar{similar=2}", "a cosine"),
         ("vertical-slash{columns=0}", "at least 1"), ("flex-prefill{gamma=0}", "gamma is above 0"),
-        ("chunk-means{budget=1}", "the budget a chunk"), ("pages{budget=8}", "the budget a page"),
+        ("chunk-means{budget=1}", "the budget one chunk"), ("pages{budget=8}", "the budget is at least a page"),
         ("page-mass{page=0}", "at least 1 token"), ("draft", "name as many sides"),
         ("draft{grid=6x8,patch=4x4}", "do not divide"), ("draft{grid=6x8,patch=2x4,sparsity=1}", "below 1"),
     ],
