@@ -132,7 +132,8 @@ def _compiled(g: AttentionGrad, target: Target, *, wide: bool = False) -> BuiltB
         return BuiltBackward(reason=f"the C++ compiler failed: {first_error(str(error))}")
     except (CppKernelError, StoreError, OSError) as error:
         return BuiltBackward(reason=str(error))
-    return BuiltBackward(Gradients(g, kernel), source, f"C++ {target.arch} kernel")
+    isa = cpp.gradient_instructions(g, target.arch)
+    return BuiltBackward(Gradients(g, kernel), source, f"C++ {isa} kernel")
 
 
 def _wide(g: AttentionGrad, target: Target) -> Kernel:

@@ -48,6 +48,17 @@ def unsupported_gradient(g: AttentionGrad) -> str | None:
     return None
 
 
+def gradient_instructions(g: AttentionGrad, isa: str) -> str:
+    """The instruction set that the kernel of `g` for `isa` makes use of: outside of the matrix unit products run in
+    float32."""
+    return "avx512" if TABLE[isa].pairs and not _in_matrix_unit(g, isa) else isa
+
+
+def _in_matrix_unit(g: AttentionGrad, isa: str) -> bool:
+    a = g.attention
+    return TABLE[isa].tiles and {a.tensor(x.tensor).dtype for x in (a.q, a.k, a.v)} | {a.dtype} == {"bf16"}
+
+
 def emit_gradient(g: AttentionGrad, bounds: Bounds, isa: str, *, wide: bool = False) -> str:
     """The C++ source of `g` for `isa`; `bounds` are loop bounds of `g.by_key`, `wide` is for calls with sizes beyond
     2^24. Raises ValueError where `unsupported_gradient(g)` has a reason."""
@@ -66,8 +77,7 @@ class _GradientEmitter(Emitter):
         self.raw, factor = scaled(folded(a.score))
         self.a, self.name, self.isa = replace(a, score=self.raw), isa, TABLE[isa]
         self.folded, self.held = (), a.batch
-        tensors = {a.tensor(x.tensor).dtype for x in (a.q, a.k, g.attention.v)} | {g.attention.dtype}
-        self.tiles = self.isa.tiles and tensors == {"bf16"}
+        self.tiles = _in_matrix_unit(g, isa)
         self.p = Printer(self.a, ())
         self.scale = factor * _LOG2E
         self.lane_k, self.lane_v = operand(a.q, a.i, a.d), operand(g.attention.v, a.i, a.e)
