@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from parameters.thinned import thinned
 from torch import nn
+from torch._functorch import config as functorch
 from torch._higher_order_ops.map import map as mapped_over
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
@@ -88,6 +89,7 @@ MAKE: dict[str, Callable[[], tuple[Any, list[Q]]]] = {
 }
 
 
+@functorch.patch(donated_buffer=False)  # torch refuses to retain a graph of donated buffers
 @pytest.mark.parametrize(("name", "shape"), thinned(list(MAKE), [(2, 2, 12, 16), (1, 1, 12, 16)]))
 def test_batches_of_gradients(name: str, shape: tuple[int, ...]) -> None:
     """`is_grads_batched`: Inductor's own backward reads memory that such tensors do not have."""
