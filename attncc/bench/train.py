@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from attncc.bench import cpu_rows
+from attncc.bench.chosen import chosen
 from attncc.bench.cpu import in_dtype, keep, product_rate, report_of, samples_of, threads_set, write
 from attncc.bench.cpu_rivals import Call, Tensors, inductor, sdpa
 from attncc.bench.cpu_rows import CpuRow
@@ -162,16 +163,13 @@ def run(
     unknown = [x for x in dtypes if x not in DTYPES]
     if unknown:
         raise TargetError(f"bench: no dtype {', '.join(unknown)}; there are {', '.join(DTYPES)}")
-    words = [w.strip() for w in only.split(",") if w.strip()]
-    every = rows(quick=quick)
-    chosen = [x for x in every if not words or any(w in x.row.row.name for w in words)]
-    if not chosen:
-        raise TargetError(f"bench: no row is called {only!r}; rows are {', '.join(x.row.row.name for x in every)}")
+    every = {x.row.row.name: x for x in rows(quick=quick)}
+    named = [every[name] for name in chosen(every, only)]
     report = report_of(json)
     for count in threads or [1]:
         with threads_set(count):
             for dtype in dtypes or DTYPES[:2]:
-                for x in chosen:
+                for x in named:
                     torch.compiler.reset()
                     done = measure_row(TrainRow(in_dtype(x.row, dtype), x.least), 0.5 if quick else 1.0)
                     done["mm_gflops"] = product_rate(DTYPE_OF[dtype])

@@ -34,7 +34,8 @@ def convert(
                                             "not as one operation.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would become of each attention; write nothing."
                                           )] = False,
-    every: Annotated[bool, typer.Option("--all", help="One row a site, where equal layers would share one.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="One row per site, also where equal "
+                                       "layers would share a row.")] = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Convert a model: find its attentions, rewrite them, check the result, write it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import attncc
 from attncc.cli.output import Debug, clear_errors, print_report, print_source, print_text, quiet
+from attncc.convert.writing import replacing
 from attncc.errors import PlanError
 from attncc.frontends.small import random_model
 from attncc.frontends.targets import Target, TargetError, load, one_line
@@ -115,12 +115,8 @@ def write_page(report: Report, path: Path, target: str) -> None:
     try:
         whole = report.html(target)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as part:
             part.write_text(whole, encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
     except (OSError, PageError) as error:
         raise TargetError(f"{path}: {one_line(error)}") from error
     print(f"{path}: {report.summary}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,26 +21,41 @@ class CheckError(Exception):
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
+@dataclass(frozen=True)
+class Trial:
+    """Arguments to run both programs on, made when they are needed, and what to call them."""
+
+    name: str
+    make: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
 def check(
     before: Callable[..., Any], after: Callable[..., Any], inputs: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
 ) -> str:
-    """Run both on each of the inputs; one line on the largest difference. Raises CheckError where they disagree."""
+    """`agree` on example inputs, and then on those of other sizes."""
+    names = ["example inputs", *(f"inputs of sizes {_sizes(x)}" for x in inputs[1:])]
+    return agree(before, after, [Trial(name, lambda x=x: x) for name, x in zip(names, inputs, strict=True)])
+
+
+def agree(before: Callable[..., Any], after: Callable[..., Any], trials: Sequence[Trial]) -> str:
+    """Run both on each trial; one line on the largest difference. Raises CheckError where they disagree, or where the
+    model fails on the first."""
     worst, compared = 0.0, 0
-    for at, (args, kwargs) in enumerate(inputs):
-        step(f"checking, inputs {at + 1} of {len(inputs)}")
-        sizes = "example inputs" if at == 0 else f"inputs of sizes {_sizes((args, kwargs))}"
+    for at, trial in enumerate(trials):
+        step(f"checking, inputs {at + 1} of {len(trials)}")
+        args, kwargs = trial.make()
         with torch.no_grad():
             try:
                 wanted = before(*args, **kwargs)
             except Exception as error:
                 if at == 0:
-                    raise CheckError(f"the model itself fails on its {sizes}: {one_line(error)}") from error
+                    raise CheckError(f"the model itself fails on {trial.name}: {one_line(error)}") from error
                 continue  # sizes that the model does not take either
             try:
                 found = after(*args, **kwargs)
             except Exception as error:
-                raise CheckError(f"the converted program fails on {sizes}: {one_line(error)}") from error
-        worst = max(worst, compare(wanted, found, sizes))
+                raise CheckError(f"the converted program fails on {trial.name}: {one_line(error)}") from error
+        worst = max(worst, compare(wanted, found, trial.name))
         compared += 1
     plural = "" if compared == 1 else "s"
     return f"checked on {compared} set{plural} of inputs: the largest difference is {worst:.1e} of the largest number"

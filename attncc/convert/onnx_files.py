@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from attncc.convert.checking import CheckError, compare
+from attncc.convert.checking import Trial, agree
 from attncc.convert.onnx_tracing import dtype_of, name_of, shape_of, sizes_of, traced
 from attncc.frontends.onnx.reading import opset_of, read
 from attncc.frontends.onnx.running import OnnxModule, missing
@@ -143,31 +143,30 @@ def rewrite(path: str, output: Path | None, *, checked: bool, measure: bool) -> 
         return Found(report)
     step(f"writing {output.name}")
     if not found.count:
-        _unchanged(path, output)
-        return Found(replace(report, notes=("nothing was rewritten; the file is as it was",)))
+        return _unchanged(path, output, report)
     save(model, output)
     if not checked:
         return Found(report)
     before, after = Session(Path(path)), Session(output)
-    said = check(before, after, model, every_size(model, _that_run(before, model, sizes)))
+    said = agree(before, after, _trials(model, every_size(model, _that_run(before, model, sizes))))
     if measure:
         slower = _slower(before, after, made_up(model, sizes))
         if slower:
-            _unchanged(path, output)
             kept = tuple(
                 replace(s, status="kept", reason=str(slower), code=slower.codes, became="its own nodes")
                 if s.status == "fused" else s
                 for s in report.sites
             )
-            return Found(replace(report, sites=kept, notes=("nothing was rewritten; the file is as it was",)))
+            return _unchanged(path, output, replace(report, sites=kept))
     return Found(report, said)
 
 
-def _unchanged(path: str, output: Path) -> None:
-    """The model of a file as it is, with its data."""
+def _unchanged(path: str, output: Path, report: Report) -> Found:
+    """The model of a file as it is, with its data, and what is reported then."""
     for old in list(output.parent.iterdir()):
         old.unlink()
     _save(read(path), output)
+    return Found(replace(report, notes=("nothing was rewritten; the file is as it was",)))
 
 
 def _traced(model: ir.Model) -> tuple[dict[str, int], Any]:
@@ -249,27 +248,10 @@ def _save(model: ir.Model, path: Path) -> None:
         raise TargetError(f"{path.name}: cannot be written ({one_line(error)})") from error
 
 
-def check(before: Any, after: Any, model: ir.Model, every: Sequence[Mapping[str, int]]) -> str:
-    """Run two programs on made-up inputs of several sizes; one line on the largest difference. Raises CheckError."""
-    worst, compared = 0.0, 0
-    for at, sizes in enumerate(every):
-        step(f"checking, inputs {at + 1} of {len(every)}")
-        inputs = made_up(model, sizes)
-        said = ", ".join(f"{n} = {s}" for n, s in sizes.items()) or "the sizes of the model"
-        try:
-            wanted = before(*inputs)
-        except Exception as error:
-            if at == 0:
-                raise CheckError(f"the model itself fails on made-up inputs, {said}: {one_line(error)}") from error
-            continue  # sizes that the model does not take either
-        try:
-            found = after(*inputs)
-        except Exception as error:
-            raise CheckError(f"the converted model fails, {said}: {one_line(error)}") from error
-        worst = max(worst, compare(tuple(wanted), tuple(found), said))
-        compared += 1
-    plural = "" if compared == 1 else "s"
-    return f"checked on {compared} set{plural} of inputs: the largest difference is {worst:.1e} of the largest number"
+def _trials(model: ir.Model, every: Sequence[Mapping[str, int]]) -> list[Trial]:
+    """Made-up inputs of several sizes."""
+    named = [", ".join(f"{n} = {s}" for n, s in sizes.items()) or "the sizes of the model" for sizes in every]
+    return [Trial(name, lambda x=x: (made_up(model, x), {})) for name, x in zip(named, every, strict=True)]
 
 
 def _slower(before: Session, after: Session, inputs: tuple[torch.Tensor, ...]) -> Reason | None:

@@ -44,7 +44,7 @@ def _wrong(g: AttentionGrad, kernel: Kernel) -> str | None:
             if min(end for _, end in whole.values()) < 1:
                 continue
             if prod(whole[x][1] for x in (*a.batch, a.i, a.j, a.d)) * 2 * _PRODUCTS > MOST_WORK:
-                raise Untried("its work is too much for a trial")
+                raise Untried("it takes too much work for a trial")
             try:
                 made = dict(zip(a.outputs, run_blocked(a, data.tensors, data.sizes), strict=True))
             except (IndexError, ZeroDivisionError, RuntimeError) as error:
@@ -82,11 +82,11 @@ def _differs(
         if min(end for _, end in whole.values()) < 1:
             return ""
         told = False
+        least = torch.finfo(DTYPE_OF[a.compute_dtype]).eps * size_of_terms(g, tensors)
         for part, axis in _parts(g, whole):
             exact, plain = (
                 interpret_grad(g, named, tensors[count:], sizes, ranges=part, compute=x) for x in (torch.float64, None)
             )
-            least = torch.finfo(DTYPE_OF[a.compute_dtype]).eps * size_of_terms(g, tensors)
             for n, (name, given) in enumerate(zip(_names(g), outputs, strict=True)):
                 if axis is not None and not _whole_over(g, n, axis):
                     continue

@@ -6,34 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from gradients.equations import Equations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_ir.programs import Program, programs
 
 from attncc.codegen.torch_gradient import Gradients
 from attncc.ir import Attention, interpret
-from attncc.ir.attention_grad import AttentionGrad, interpret_grad
+from attncc.ir.attention_grad import AttentionGrad
 from attncc.ir.build import TRUE
 from attncc.passes.gradient import gradient_of
 
 many = settings(
     max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-
-
-class Equations:
-    """The equations in the place of a kernel."""
-
-    def __init__(self, g: AttentionGrad) -> None:
-        self.g = g
-
-    def __call__(
-        self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
-    ) -> None:
-        count = len(self.g.attention.tensors)
-        named = {t.name: x for t, x in zip(self.g.attention.tensors, tensors[:count], strict=True)}
-        for out, value in zip(outputs, interpret_grad(self.g, named, tensors[count:], sizes), strict=True):
-            out.copy_(value)
 
 
 def both(

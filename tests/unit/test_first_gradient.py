@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
 from cpp_kernels.backward import gradient
 from cpp_kernels.cases import case
+from gradients.equations import Equations
 
 from attncc.ir import Attention, parse_attention, print_attention
-from attncc.ir.attention_grad import AttentionGrad, interpret_grad
 from attncc.kernels import first_gradient
 from attncc.kernels.first_gradient import gradient_check
 from attncc.kernels.first_use import CheckedAtFirst, Untried
 
 FORMS = ["causal", "relative table", "alibi", "padding", "sinks"]
-
-
-class Equations:
-    """The equations in the place of a kernel, with what they give changed by `spoil`."""
-
-    def __init__(self, g: AttentionGrad, spoil: Callable[[list[torch.Tensor]], object] = lambda x: None) -> None:
-        self.g, self.spoil = g, spoil
-
-    def __call__(
-        self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
-    ) -> None:
-        count = len(self.g.attention.tensors)
-        named = {t.name: x for t, x in zip(self.g.attention.tensors, tensors[:count], strict=True)}
-        for out, value in zip(outputs, interpret_grad(self.g, named, tensors[count:], sizes), strict=True):
-            out.copy_(value)
-        self.spoil(list(outputs))
 
 
 @pytest.mark.full
