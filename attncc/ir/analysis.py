@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from attncc.ir.affine import Extents, expr, less_than, linear_in, nonnegative, poly
 from attncc.ir.attention import Attention, Axis
-from attncc.ir.build import ONE, const, mul, op, sub
+from attncc.ir.build import ONE, const, mul, not_, op, sub
 from attncc.ir.rewrite import rewrite, substitute
 from attncc.ir.terms import ROUNDINGS, Const, Expr, Load, Op, Size, Var, free, loads, mentions, walk
 
@@ -58,6 +58,21 @@ def linear_factor(x: Expr, v: Var) -> Expr | None:
 def _joined(name: str, *args: Expr | None) -> Expr | None:
     known = [x for x in args if x is not None]
     return op(name, *known) if len(known) == len(args) else None
+
+
+def zero_unless(x: Expr, *, products: bool = False) -> tuple[Expr, Expr] | None:
+    """(c, a) where an expression is a where c holds and zero elsewhere, by a choice.
+
+    Products of a with the choice of 1 or 0 are read too if `products`: these are NaN where a is, whatever c says."""
+    match x:
+        case Op("where", (c, a, Const(0.0))):
+            return c, a
+        case Op("where", (c, Const(0.0), a)):
+            return not_(c), a
+        case Op("mul", (a, Op("where", (c, Const(1.0), Const(0.0))))) if products:
+            return c, a
+        case _:
+            return None
 
 
 def zero_at_zero(x: Expr, v: Var) -> bool:

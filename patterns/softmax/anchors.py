@@ -33,9 +33,7 @@ from attncc.patterns.softmax.shares import Form, Share, Total, fractions, holds_
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-_SOFTMAXES = (
-    aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default,
-)  # fmt: skip
+_SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default)
 _LOGS = (aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.default)
 _QUOTIENTS = ("div", "divide", "true_divide", "mul", "multiply", "exp")
 

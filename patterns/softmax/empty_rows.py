@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from attncc.ir.analysis import zero_unless
 from attncc.ir.attention import W
 from attncc.ir.build import TRUE, not_, op
 from attncc.ir.expr import Const, Expr, Load, Op
@@ -27,12 +28,9 @@ def unguarded(reader: Reader, term: Term, weight: Expr, score: Expr, key: Expr) 
     match weight:
         case Op("where", (Op("isnan", (inner,)), Const(0.0), rest)) if _in_unit_range(rest) is inner is W:
             return W
-        case Op("where", (some, inner, Const(0.0))) if row.sees(some):
-            return inner
-        case Op("where", (none, Const(0.0), inner)) if row.sees(not_(none)):
-            return inner
         case _:
-            return None
+            kept = zero_unless(weight)
+            return None if kept is None or not row.sees(kept[0]) else kept[1]
 
 
 def masked_again(weight: Expr, score: Expr, *, half: bool) -> Expr | None:
@@ -40,15 +38,7 @@ def masked_again(weight: Expr, score: Expr, *, half: bool) -> Expr | None:
 
     Such rows as see nothing then are zero, be the mask's fill finite or not; a product with zero leaves a NaN one."""
     masked = split_mask(score, half=half, infinite_empty="nan")
-    match weight:
-        case Op("where", (shown, inner, Const(0.0))):
-            visible = shown
-        case Op("where", (hidden, Const(0.0), inner)):
-            visible = not_(hidden)
-        case Op("mul", (inner, Op("where", (shown, Const(1.0), Const(0.0))))) if masked.empty != "nan":
-            visible = shown
-        case _:
-            return None
+    visible, inner = zero_unless(weight, products=masked.empty != "nan") or (TRUE, weight)
     return inner if visible is masked.mask and visible is not TRUE else None
 
 

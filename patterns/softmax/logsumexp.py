@@ -21,7 +21,6 @@ from attncc.patterns.site import (
     Reader,
     is_maximum,
     op_name,
-    reduction,
     rows_of,
     skip_casts,
 )
@@ -55,13 +54,9 @@ def _exponents(frame: Frame, r: Reader, term: Term, n: fx.Node) -> Expr | None:
     """What a node sums the exponentials of over the keys, where it holds the logarithm of the sum of a row."""
     f, dim = r.facts, term.anchor.dim
     shape, key = f.shape(term.anchor.node), term.at[dim]
-    if n.target is torch.ops.aten.logsumexp.default:
-        how = reduction(f, n)
-        alike = how is not None and how.dim == dim and f.shape(how.source) == shape
-        return r.value_at(how.source, term.at, f.order[n]) if how is not None and alike else None
-    logs = [x for x in n.all_input_nodes if op_name(x) == "log"] if op_name(n) == "add" else []
     rows = {(*shape[:dim], *middle, *shape[dim + 1 :]): middle for middle in ((), (ONE,))}
-    if not logs or f.shape(n) not in rows:
+    written = op_name(n) == "add" and any(op_name(x) == "log" for x in n.all_input_nodes)
+    if not (written or n.target is torch.ops.aten.logsumexp.default) or f.shape(n) not in rows:
         return None
     row = (*term.at[:dim], *(ZERO for _ in rows[f.shape(n)]), *term.at[dim + 1 :])
     match frame.reader().value_at(n, row):
@@ -71,8 +66,8 @@ def _exponents(frame: Frame, r: Reader, term: Term, n: fx.Node) -> Expr | None:
                     return x
                 case _:
                     return None
-        case _:
-            return None
+        case value:
+            return r.reduced(value, key, "logsumexp")
 
 
 def without_shift(frame: Frame, x: Expr) -> Expr:

@@ -14,10 +14,10 @@ from typing import TypeGuard
 
 from torch import fx
 
-from attncc.ir.analysis import unrounded
+from attncc.ir.analysis import unrounded, zero_unless
 from attncc.ir.attention import S, W
 from attncc.ir.build import NEG_INF, add, const, gt, lt, maximum, mul, op, where
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, free, rewrite
+from attncc.ir.expr import ROUNDINGS, Expr, Op, free, rewrite
 from attncc.ir.gradients import bounded
 from attncc.ir.reasons import because
 from attncc.ir.signs import is_flat, sign
@@ -51,6 +51,9 @@ def _log(x: Expr, at: fx.Node, *, zero: bool, wants_grad: bool) -> Expr:
     def log(x: Expr, wants_grad: bool = wants_grad) -> Expr:
         return _log(x, at, zero=zero, wants_grad=wants_grad)
 
+    kept = zero_unless(x, products=True)
+    if kept is not None and S not in free(kept[0]):
+        return where(kept[0], log(kept[1]), NEG_INF)
     match x:
         case Op(name, (a,)) if name in ROUNDINGS:
             return log(a)
@@ -62,10 +65,6 @@ def _log(x: Expr, at: fx.Node, *, zero: bool, wants_grad: bool) -> Expr:
             return log(where(c, *(op(x.name, *(y if z is hidden else z for z in x.args)) for y in chosen)))
         case Op("sigmoid", (a,)):
             return log_sigmoid(a)
-        case Op("where", (c, a, b)) if S not in free(c) and (_is_zero(a) or _is_zero(b)):
-            return where(c, *(NEG_INF if _is_zero(y) else log(y) for y in (a, b)))
-        case Op("mul", (a, Op("where", (c, Const(1.0), Const(0.0))))) if S not in free(c):
-            return where(c, log(a), NEG_INF)
         case Op("mul", (a, b)) if a is b:
             return mul(log(a if sign(a) == 2 else op("abs", a), wants_grad=False), const(2.0))
         case Op("mul", (a, b)) if 2 in (sign(a), sign(b)):
@@ -86,7 +85,3 @@ def _log(x: Expr, at: fx.Node, *, zero: bool, wants_grad: bool) -> Expr:
 def _is_hidden(x: Expr) -> TypeGuard[Op]:
     """Whether an expression is -inf where a mask hides keys."""
     return isinstance(x, Op) and x.name == "where" and x.args[2] is NEG_INF and S not in free(x.args[0])
-
-
-def _is_zero(x: Expr) -> bool:
-    return isinstance(x, Const) and x.value == 0

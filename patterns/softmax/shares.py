@@ -104,7 +104,7 @@ def _quotients(r: Reader, n: fx.Node, at: Point) -> Iterator[tuple[Expr, Expr]]:
             case Op("sub", (a, b)):
                 yield op("exp", a), op("exp", unrounded(b))
             case _:
-                pass
+                return
 
 
 def _total(f: Facts, x: Expr) -> Total | None:

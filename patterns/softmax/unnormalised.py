@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from torch import fx
 
-from attncc.ir.analysis import linear_factor
+from attncc.ir.analysis import linear_factor, unrounded, zero_unless
 from attncc.ir.attention import Normalizer, S
-from attncc.ir.build import TRUE, and_, not_
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Op, loads, mentions, rewrite, walk
+from attncc.ir.build import TRUE, and_
+from attncc.ir.expr import Const, Expr, Op, loads, mentions, rewrite, walk
 from attncc.ir.gradients import bounded, thawed
 from attncc.ir.reasons import because
 from attncc.patterns.site import (
@@ -105,19 +105,13 @@ def _taken_apart(x: Expr, *, wants_grad: bool) -> tuple[Normalizer, Expr, Expr]:
     """(normaliser, score, visible) of a weight: hidden ones are zero, and a known outermost function has a name. Where
     gradients are `wants_grad`, a maximum with zero is `relu` only if its gradient at zero is zero."""
     visible: Expr = TRUE
-    while isinstance(x, Op):
-        if x.name in ROUNDINGS:
-            x = x.args[0]
-        elif x.name == "where" and _zero(x.args[2]):
-            visible, x = and_(visible, x.args[0]), x.args[1]
-        elif x.name == "where" and _zero(x.args[1]):
-            visible, x = and_(visible, not_(x.args[0])), x.args[2]
-        else:
-            break
+    while (kept := zero_unless(unrounded(x))) is not None:
+        visible, x = and_(visible, kept[0]), kept[1]
+    x = unrounded(x)
     if isinstance(x, Op) and x.name == "sigmoid":
         return "sigmoid", x.args[0], visible
     found = bounded(x)
-    if found is not None and found[0] == "max" and _zero(found[2]) and (not wants_grad or found[3] == 0):
+    if found is not None and found[0] == "max" and found[2].value == 0 and (not wants_grad or found[3] == 0):
         return "relu", found[1], visible
     return "none", x, visible
 
@@ -131,7 +125,3 @@ def _is_scaled(x: Expr, key: Expr) -> bool:
 
 def _is_huge(x: Expr) -> bool:
     return isinstance(x, Const) and isinstance(x.value, float) and 1e4 <= abs(x.value) < math.inf
-
-
-def _zero(x: Expr) -> bool:
-    return isinstance(x, Const) and x.value == 0.0
