@@ -1,17 +1,27 @@
-"""What all tests share: golden files, the markers of the long ones, and the share of those that a day runs."""
+"""What all tests share: golden files, the markers of the long ones, and the share of those that a day runs.
+
+A test is long if it is marked `full`, or if it once took more processor time than `COSTLY` by `costs.json`, which
+`--update-costs` writes. Time of a processor, that of the compilers and processes it starts with it, says the same on a
+machine that does other things too.
+"""
 
 import argparse
+import json
 import os
 import re
+import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from zlib import crc32
 
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+COSTS = Path(__file__).parent / "costs.json"
+#: Seconds of processor time from which on a test is long, and those from which on `costs.json` names it.
+COSTLY, NAMED = 4.0, 1.0
 MARKERS = (
     "full: too long for every change; deselected unless --full, --shard or -m asks for it",
     "slow: compiles or starts processes; left out of `make quick`",
@@ -20,6 +30,7 @@ MARKERS = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
+    parser.addoption("--update-costs", action="store_true", help="write what the tests cost that this run ran")
     parser.addoption("--full", action="store_true", help="run the tests marked `full` too")
     parser.addoption(
         "--shard", type=shard, metavar="N/M",
@@ -57,7 +68,12 @@ LONGEST = (
 )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    known: dict[str, float] = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.is_file() else {}
+    for item in items:
+        if known.get(item.nodeid, 0) > COSTLY:
+            item.add_marker(pytest.mark.full)
     places = {str(Path(__file__).parent / name): at for at, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(str(item.path), len(LONGEST)))
     if config.option.full or "full" in config.option.markexpr:
@@ -71,6 +87,41 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         dropped = set(left_out)
         items[:] = [item for item in items if item not in dropped]
         config.hook.pytest_deselected(items=left_out)
+
+
+def processor_s() -> float:
+    """Seconds of processor time that this process and those that it waited for took so far."""
+    both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(used.ru_utime + used.ru_stime for used in both)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    item.user_properties.append(("before", processor_s()))
+    return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    if call.when == "teardown":
+        item.user_properties.append(("after", processor_s()))
+
+
+#: What the tests of this run cost, by name; where several processes run them, in the one that hears of all.
+_spent: dict[str, float] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    told = dict(report.user_properties)
+    if "before" in told and "after" in told:
+        _spent[report.nodeid] = float(told["after"]) - float(told["before"])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.option.update_costs and not hasattr(session.config, "workerinput"):
+        known = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.is_file() else {}
+        whole = {name: round(cost, 1) for name, cost in {**known, **_spent}.items() if cost >= NAMED}
+        COSTS.write_text(json.dumps(whole, indent=0, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,17 @@ def test_short() -> None: ...
 @pytest.mark.full
 @pytest.mark.parametrize("n", range(40))
 def test_long(n: int) -> None: ...
+"""
+
+
+COSTLY = """
+import subprocess, sys, time
+
+def test_quick() -> None: ...
+
+def test_slow() -> None:
+    work = "import time; end = time.process_time() + 1.1\\nwhile time.process_time() < end: pass"
+    subprocess.run([sys.executable, "-c", work], check=True)
 """
 
 
@@ -53,3 +65,14 @@ def test_the_part_is_printed_and_those_that_are_none_are_refused(folder: Path) -
     assert "--shard 2/7" in run(folder, "--shard", "2/7", "-q").stdout
     refused = run(folder, "--shard", "8/7")
     assert refused.returncode != 0 and "8/7" in refused.stderr
+
+
+def test_a_test_that_cost_too_much_is_one_of_the_long_ones(folder: Path) -> None:
+    (folder / "test_costly.py").write_text(COSTLY)
+    assert "test_costly.py::test_slow" in names(run(folder, "test_costly.py", "--update-costs"))
+    known = json.loads((folder / "costs.json").read_text())
+    assert list(known) == ["test_costly.py::test_slow"] and 1 <= known["test_costly.py::test_slow"] < 4
+    (folder / "costs.json").write_text(json.dumps({"test_costly.py::test_slow": 4.5}))
+    left = {"test_costly.py::test_quick"}
+    assert names(run(folder, "test_costly.py")) == left == names(run(folder, "test_costly.py", "-m", "not full"))
+    assert names(run(folder, "test_costly.py", "--full")) == {*left, "test_costly.py::test_slow"}
