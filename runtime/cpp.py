@@ -161,13 +161,14 @@ class CppToolchain:
         command = [*self.command, *self.flags(isa), "-x", "c++", "-fsyntax-only", os.devnull]
         return compilers.run(command, seconds=min(_PROBE_S, compilers.timeout_s()))[0] == 0
 
-    def compile(self, source: str, isa: str, out: Path) -> None:
-        """Builds the shared library `out` from `source`, in the folder of `out`. Raises CompileError with the
-        compiler's message, or with what is wrong with the library."""
+    def compile(self, source: str, isa: str, out: Path, *, whole: bool = True) -> None:
+        """Builds the shared library `out` from `source`, in the folder of `out`; an object of one where not `whole`.
+        Raises CompileError with the compiler's message, or with what is wrong with the library."""
         with tempfile.TemporaryDirectory(prefix="compiling-", dir=out.parent) as folder:
             unit = Path(folder) / "kernel.cpp"
             unit.write_text(source)
-            command = [*self.command, *self.flags(isa), str(unit), "-o", str(out)]
+            flags = [x for x in self.flags(isa) if whole or x != "-shared"]
+            command = [*self.command, *flags, *([] if whole else ["-c"]), str(unit), "-o", str(out)]
             status, said = compilers.run(command, scratch=Path(folder))
         if status != 0:
             raise CompileError(f"{' '.join(command)}\n{said.strip() or f'error: exit status {status}'}")

@@ -19,8 +19,11 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="`module:factory`, a .pt2 or a .onnx file.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="The file to write; its suffix "
                                                 "says what: .pt2, .onnx or .mlir.")] = None,
-    to: Annotated[Literal["pt2", "onnx", "mlir"] | None, typer.Option("--to", help="What to write, where the suffix "
-                                                                      "does not say it.")] = None,
+    to: Annotated[Literal["pt2", "onnx", "mlir", "aoti"] | None, typer.Option(
+        "--to", help="What to write, where the suffix does not say it; `aoti`: an AOTInductor package (.pt2) with the "
+        "kernels inside.")] = None,
+    isa: Annotated[str, typer.Option("--isa", metavar="amx,avx512,avx2", help="What a package's kernels are compiled "
+                                     "for, one of which is chosen where it is loaded (this machine).")] = "",
     portable: Annotated[bool, typer.Option("--portable", help="Operators of torch alone: attncc is not needed to run "
                                            "it.")] = False,
     dynamic: Annotated[str, typer.Option("--dynamic", metavar="batch,length", help="Leave these dimensions of a "
@@ -47,10 +50,14 @@ def convert(
             raise TargetError("convert: name the file to write with -o, or look first with --dry-run")
         kind = (to or "pt2") if output is None else converting.kind_of(output, to)
         if portable and kind != "pt2":
-            raise TargetError(f"convert: --portable is for .pt2 files; {kind} is so in any case")
+            raise TargetError(f"convert: --portable is for .pt2 programs, not for {kind}")
+        if isa and kind != "aoti":
+            raise TargetError(f"convert: --isa goes with --to aoti; kernels of {kind} are built where they run")
+        if kind == "aoti" and output is not None and output.suffix != ".pt2":
+            raise TargetError(f"{output}: torch loads packages from files named .pt2")
         wish = converting.Wish(
             source, None if dry_run else output, kind, portable, tuple(x for x in dynamic.split(",") if x), check, plan,
-            measure, decompose,
+            measure, decompose, tuple(x for x in isa.split(",") if x),
         )  # fmt: skip
         try:
             with quiet(debug), reporting():

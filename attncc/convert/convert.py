@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from attncc.convert import onnx_files
+from attncc.convert.aoti import Packing
 from attncc.convert.checking import CheckError, check
 from attncc.convert.exported import Rewritten, rewritten
 from attncc.convert.exporting import exported, other_inputs
@@ -27,14 +28,15 @@ from attncc.plans.plan import load as load_plan
 from attncc.progress import step
 from attncc.report.model import Report
 
-Kind = Literal["pt2", "onnx", "mlir"]
+Kind = Literal["pt2", "onnx", "mlir", "aoti"]
 SUFFIXES: dict[str, Kind] = {".pt2": "pt2", ".onnx": "onnx", ".mlir": "mlir"}
 
 
 @dataclass(frozen=True)
 class Wish:
     """What is asked for. `output` None: nothing is written. `portable`: operators of torch alone. `measure`: kernels
-    are measured, and slower ones left out. `decompose`: MLIR holds no attention as one operation."""
+    are measured, and slower ones left out. `decompose`: MLIR holds no attention as one operation. `isas`: what the
+    kernels of an AOTInductor package are compiled for, this machine where none is named."""
 
     source: str
     output: Path | None
@@ -45,6 +47,7 @@ class Wish:
     plan: Path | None = None
     measure: bool = True
     decompose: bool = False
+    isas: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,11 @@ def _check_onnx(wish: Wish, program: ExportedProgram, path: Path) -> str:
 
 
 def _program(wish: Wish, target: Target, program: ExportedProgram) -> Converted:
-    operators = wish.to == "pt2" and not wish.portable
+    operators = wish.to == "aoti" or (wish.to == "pt2" and not wish.portable)
+    packing = Packing(wish.isas) if wish.to == "aoti" else None
     planner = None if wish.plan is None else Following(load_plan(wish.plan))
-    made = rewritten(
-        program, kernels=operators, measure=wish.measure, planner=planner, form=None if operators else portable_form
-    )
+    form = packing.form if packing is not None else None if operators else portable_form
+    made = rewritten(program, kernels=operators, measure=wish.measure, planner=planner, form=form)
     shown = _shown(made, operators)
     if planner is not None:
         shown = replace(shown, notes=(*shown.notes, *planner.notes))
@@ -145,7 +148,10 @@ def _program(wish: Wish, target: Target, program: ExportedProgram) -> Converted:
         program = rewritten(program, kernels=False, planner=planner, form=portable_form).program
     with replacing(wish.output) as path:
         step(f"writing {wish.output.name}")
-        after = _written(wish, path, made.program, target)
+        if packing is not None:
+            after = packing.write(made.program, path, target.name)
+        else:
+            after = _written(wish, path, made.program, target)
         said = ""
         if not wish.checked:
             pass

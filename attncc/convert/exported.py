@@ -21,6 +21,7 @@ from attncc.driver.collected import Collected, collecting
 from attncc.driver.graph_edits import copied
 from attncc.driver.planning import PlannedSite, Planner
 from attncc.driver.rewriting import rewrite
+from attncc.frontends.targets import TargetError
 from attncc.ir import Program
 from attncc.ir.reasons import Reason
 from attncc.report.site import HeadForm
@@ -44,12 +45,14 @@ def rewritten(
     """The program with its attentions fused, as the backend does it. Without `kernels` all of them are, and nothing is
     built or measured. `form` gives each call of the operator another form.
 
-    Raises PlanError where the plan is for another model."""
+    Raises PlanError where the plan is for another model, TargetError where an open dimension would be so no more."""
     gm = _copy(program.graph_module)
     inputs = _as_dynamo(gm, program)
     found = Collected()
     token = collecting.set(found)
     mode = detect_fake_mode([x for x in inputs if isinstance(x, torch.Tensor)])
+    sizes = None if mode is None else mode.shape_env
+    closed = set[Any]() if sizes is None else set(sizes.replacements)
     own = Collected()
     try:
         with tracing(TracingContext(mode)), torch.no_grad():
@@ -64,6 +67,9 @@ def rewritten(
             _evaluate(gm, mode)
     finally:
         collecting.reset(token)
+    if sizes is not None and (fixed := set(sizes.replacements) - closed):
+        named = ", ".join(f"{x} = {sizes.replacements[x]}" for x in sorted(fixed, key=str))
+        raise TargetError(f"the rewritten program would hold for the sizes of the example inputs alone: {named}")
     found.add(own)
     for inner in _modules(gm):
         inner.graph.lint()

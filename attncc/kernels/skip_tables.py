@@ -35,6 +35,15 @@ MOST_RESTS = 64
 MOST_PLACES = 256
 
 
+def work_of(a: Attention, sizes: Sequence[int]) -> int:
+    """Pairs of a row and a key, or numbers of keys and values: a cache is mostly empty, and read for one row."""
+    table = size_table(a, sizes)
+    held = set[Expr]().union(*(free(x) for x in (*a.k.index, *a.v.index)))
+    heads = prod(extent(x.extent, table) for x in a.batch if x.index in held)
+    read = heads * extent(a.j.extent, table) * (extent(a.d.extent, table) + extent(a.e.extent, table))
+    return max(extent(a.i.extent, table) * extent(a.j.extent, table), read)
+
+
 class BySize:
     """`plain` for small calls of `a`; for large ones the kernel that `build` gives, built when the first of them comes.
     """
@@ -90,12 +99,8 @@ class Tabled(BySize):
         self._places = Recent[tuple[int, ...], _Place](MOST_PLACES)
 
     def work(self, sizes: Sequence[int]) -> int:
-        """Pairs, or what there is to read of keys and values: a cache is mostly empty, and read for one row."""
-        a, table = self.attention, size_table(self.attention, sizes)
-        held = set[Expr]().union(*(free(x) for x in (*a.k.index, *a.v.index)))
-        heads = prod(extent(x.extent, table) for x in a.batch if x.index in held)
-        read = heads * extent(a.j.extent, table) * (extent(a.d.extent, table) + extent(a.e.extent, table))
-        return max(super().work(sizes), read)
+        """Pairs, or what there is to read."""
+        return work_of(self.attention, sizes)
 
     def more(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor] | None:
         named = dict(zip(self._names, tensors, strict=True))

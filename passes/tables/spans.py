@@ -191,7 +191,7 @@ def span_tables(
     result: dict[str, torch.Tensor] = {}
     for span in spans:
         device = next(iter(tensors.values())).device
-        leaves: dict[Expr, torch.Tensor] = {s: torch.tensor(v, device=device) for s, v in table.items()}
+        leaves: dict[Expr, torch.Tensor] = {s: torch.full((), v, device=device) for s, v in table.items()}
         axes = [x for x in a.batch if x.index in span.index]
         counts = [extent(x.extent, table) for x in axes]
         for at, axis in enumerate(axes):

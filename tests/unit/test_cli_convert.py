@@ -65,7 +65,10 @@ def test_a_failed_check_is_3(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([TARGET], "name the file to write with -o"),
         ([TARGET, "-o", "out.bin"], "say what it is to be by its suffix"),
-        ([TARGET, "-o", "out.onnx", "--portable"], "--portable is for .pt2 files"),
+        ([TARGET, "-o", "out.onnx", "--portable"], "--portable is for .pt2 programs"),
+        ([TARGET, "-o", "out.pt2", "--isa", "avx2"], "--isa goes with --to aoti"),
+        ([TARGET, "-o", "out.so", "--to", "aoti"], "torch loads packages from files named .pt2"),
+        ([TARGET, "-o", "out.pt2", "--to", "aoti", "--isa", "avx9"], "--isa avx9: known are"),
         (["nowhere:made", "-o", "out.pt2"], "no module named 'nowhere'"),
         (["absent.pt2", "-o", "out.pt2"], "no such file"),
         (["absent.onnx", "-o", "out.pt2"], "no such file"),
@@ -74,7 +77,10 @@ def test_a_failed_check_is_3(monkeypatch: pytest.MonkeyPatch) -> None:
         ([TARGET, "-o", "absent/out.pt2", "--portable"], "cannot be written"),
         ([TARGET, "-o", "out.pt2", "--plan", "absent.plan"], "absent.plan"),
     ],
-    ids=["no-output", "suffix", "portable", "module", "pt2", "onnx", "dynamic", "export", "folder", "plan"],
+    ids=[
+        "no-output", "suffix", "portable", "isa-of-none", "package", "isa", "module", "pt2", "onnx", "dynamic",
+        "export", "folder", "plan",
+    ],
 )
 def test_bad_input_is_2_and_one_line(args: list[str], says: str, here: Path) -> None:
     before = {x.name for x in here.iterdir()}
