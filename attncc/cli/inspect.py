@@ -29,9 +29,9 @@ LANGUAGES = {"cpp": "cpp", "triton": "python", "torch": "python"}
 
 
 def inspect(
-    target: Annotated[str, typer.Argument(help="`module:factory`, `path/file.py:factory` or a .pt2 file; the factory "
-                                          "returns (model, args). Or `hf:TYPE`, a type of transformers' models such as "
-                                          "hf:bert, with random weights.")],
+    target: Annotated[str, typer.Argument(help="`module:factory`, `path/file.py:factory`, a .pt2 or a .onnx file; the "
+                                          "factory returns (model, args). Or `hf:TYPE`, a type of transformers' models "
+                                          "such as hf:bert, with random weights.")],
     ir: Annotated[bool, typer.Option("--ir", help="Print the IR of each site.")] = False,
     print_after: Annotated[str, typer.Option("--print-after", metavar="PASS", help="Print the program of each site "
                                              "after this pass, or after `all`.")] = "",
@@ -56,9 +56,7 @@ def inspect(
     """Show each attention of a model: what was found, what it became, or why it was left alone."""
     with clear_errors(debug):
         with quiet(debug):
-            loaded = of_type(target, layers or 2, tokens or 256) if target.startswith(HF) else load(target)
-            if not target.startswith(HF) and (layers or tokens):
-                raise TargetError(f"{target}: --layers and --tokens go with hf:TYPE")
+            loaded = loaded_from(target, layers, tokens)
             reports = {"inference": examine(loaded, plan=plan)}
             if train:
                 reports["training"] = examine(training(loaded), gradients=True, plan=plan)
@@ -95,9 +93,18 @@ def inspect(
             draw(report, picture, target, mask)
 
 
-def of_type(target: str, layers: int, tokens: int) -> Target:
-    model, inputs = random_model(target.removeprefix(HF), layers, tokens)
-    return Target(target, model, (), inputs)
+def loaded_from(target: str, layers: int | None, tokens: int | None) -> Target:
+    """What the command line names: an ONNX file and a type of models here, what has inputs of its own elsewhere."""
+    if target.startswith(HF):
+        model, inputs = random_model(target.removeprefix(HF), layers or 2, tokens or 256)
+        return Target(target, model, (), inputs)
+    if layers or tokens:
+        raise TargetError(f"{target}: --layers and --tokens go with hf:TYPE")
+    if target.lower().endswith(".onnx"):
+        from attncc.convert import onnx_files  # noqa: PLC0415 needs onnx
+
+        return Target(target, onnx_files.exported(target))
+    return load(target)
 
 
 def print_stages(console: Console, report: Report, name: str) -> None:

@@ -1,5 +1,6 @@
 """`attncc convert` around the conversion: what it prints, its exit codes, and what it asks for."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -88,3 +89,23 @@ def test_bad_input_is_2_and_one_line(args: list[str], says: str, here: Path) -> 
     assert done.exit_code == 2, done.output
     assert done.stderr.startswith("attncc: ") and says in done.stderr and done.stderr.count("\n") == 1
     assert {x.name for x in here.iterdir()} - {"__pycache__"} == before - {"__pycache__"}
+
+
+def test_an_onnx_file_is_inspected(here: Path) -> None:
+    pytest.importorskip("onnxscript")
+    from onnx import helper  # noqa: PLC0415
+
+    ends = [helper.make_tensor_value_info(name, 1, [2, 16, 8]) for name in "xy"]
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]), helper.make_node("MatMul", ["x", "t"], ["s"]),
+        helper.make_node("Softmax", ["s"], ["w"], axis=-1), helper.make_node("MatMul", ["w", "x"], ["y"]),
+    ]  # fmt: skip
+    graph = helper.make_graph(nodes, "attention", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    (here / "model.onnx").write_bytes(model.SerializeToString())
+    done = CliRunner().invoke(app, ["inspect", "model.onnx", "--json"])
+    assert done.exit_code == 0, done.output
+    (site,) = json.loads(done.stdout)["sites"]
+    assert site["equation"].startswith("softmax") and site["status"] in ("fused", "kept")
+    done = CliRunner().invoke(app, ["inspect", "absent.onnx"])
+    assert done.exit_code == 2 and "absent.onnx: no such file" in done.stderr
