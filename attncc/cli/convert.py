@@ -24,6 +24,8 @@ def convert(
         "kernels inside.")] = None,
     isa: Annotated[str, typer.Option("--isa", metavar="amx,avx512,avx2", help="What a package's kernels are compiled "
                                      "for, one of which is chosen where it is loaded (this machine).")] = "",
+    own_kernels: Annotated[bool, typer.Option("--own-kernels", help="For .onnx: attncc's kernels as operators, in a "
+                                              "library beside the file.")] = False,
     portable: Annotated[bool, typer.Option("--portable", help="Operators of torch alone: attncc is not needed to run "
                                            "it.")] = False,
     dynamic: Annotated[str, typer.Option("--dynamic", metavar="batch,length", help="Leave these dimensions of a "
@@ -51,13 +53,15 @@ def convert(
         kind = (to or "pt2") if output is None else converting.kind_of(output, to)
         if portable and kind != "pt2":
             raise TargetError(f"convert: --portable is for .pt2 programs, not for {kind}")
-        if isa and kind != "aoti":
-            raise TargetError(f"convert: --isa goes with --to aoti; kernels of {kind} are built where they run")
+        if own_kernels and kind != "onnx":
+            raise TargetError(f"convert: --own-kernels is for .onnx files, not for {kind}")
+        if isa and kind != "aoti" and not own_kernels:
+            raise TargetError("convert: --isa goes with --to aoti or --own-kernels; others are built as they run")
         if kind == "aoti" and output is not None and output.suffix != ".pt2":
             raise TargetError(f"{output}: torch loads packages from files named .pt2")
         wish = converting.Wish(
             source, None if dry_run else output, kind, portable, tuple(x for x in dynamic.split(",") if x), check, plan,
-            measure, decompose, tuple(x for x in isa.split(",") if x),
+            measure, decompose, tuple(x for x in isa.split(",") if x), own_kernels,
         )  # fmt: skip
         try:
             with quiet(debug), reporting():

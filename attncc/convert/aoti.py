@@ -1,6 +1,6 @@
 """AOTInductor packages with attncc's kernels inside, which run in a process without attncc and without Python.
 
-Each call of attncc's operator becomes an operator of its own, whose C function (`attncc.codegen.cpp.packed`) and
+Each call of attncc's operator becomes an operator of its own, whose C function (`attncc.codegen.cpp.aoti`) and
 kernels are linked into the package. What has no compiled kernel becomes operators of torch.
 """
 
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import operator
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -23,19 +21,20 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from attncc.codegen import cpp
-from attncc.codegen.cpp.packed import MOST_TENSORS, Packed, functions, unit
+from attncc.codegen.cpp.aoti import declaration, functions
+from attncc.codegen.cpp.packed import Packed
+from attncc.convert.packing import Compiling
 from attncc.convert.portable import portable_form
 from attncc.convert.tracing import traced_into
 from attncc.frontends.targets import TargetError, one_line
 from attncc.ir import Attention, Bounds, parse_attention, print_attention
-from attncc.kernels.build import find_toolchain, optimise
+from attncc.kernels.build import optimise
 from attncc.kernels.skip_tables import WORTHWHILE, work_of
 from attncc.passes.bounds.bounds import loop_bounds
 from attncc.passes.rewrites.forward_only import forward_only
 from attncc.passes.tables.spans import Spanned, reads_by_key, spanned, tables
 from attncc.patterns.graph.operators import hint
 from attncc.progress import step
-from attncc.runtime.cpp import CompileError, CppToolchain, detect_isa
 from attncc.runtime.outputs import signature_of
 
 #: What everything but the kernels is compiled for where the user says for which instruction sets these are.
@@ -57,17 +56,7 @@ class Packing:
     def __init__(self, isas: Sequence[str] = ()) -> None:
         """`isas`: instruction sets, one of which is chosen where the package is loaded; this machine's alone if none
         is named."""
-        unknown = [x for x in isas if x not in cpp.ISAS]
-        if unknown:
-            raise TargetError(f"--isa {','.join(unknown)}: known are {', '.join(cpp.ISAS)}")
-        toolchain = find_toolchain()
-        if toolchain is None:
-            raise TargetError("a package needs a C++ compiler, and none was found")
-        missing = [x for x in isas if not toolchain.speaks(x)]
-        if missing:
-            raise TargetError(f"--isa {','.join(missing)}: {toolchain.path} does not compile for it")
-        self.toolchain, self.chosen = toolchain, bool(isas)
-        self.isas = tuple(isas) or (detect_isa(),)
+        self.compiling, self.chosen = Compiling.of(isas), bool(isas)
         self._kernels: dict[str, _Kernel] = {}
         self._library = torch.library.Library("attncc_packed", "FRAGMENT")
 
@@ -76,11 +65,11 @@ class Packing:
         assert isinstance(spec, str) and isinstance(tensors, Sequence) and isinstance(sizes, Sequence)
         a = optimise(forward_only(parse_attention(spec)))
         found = _spanned(a, sizes)
-        if cpp.unsupported(a) is not None or len(found.attention.tensors) > MOST_TENSORS:
-            return portable_form(graph, call)
         name = f"attncc_{sha256(f'{spec}{print_attention(found.attention)}'.encode()).hexdigest()[:16]}"
+        packed = Packed(name, found.attention, self.compiling.isas)
+        if cpp.unsupported(a) is not None or not packed.fits:
+            return portable_form(graph, call)
         if name not in self._kernels:
-            packed = Packed(name, found.attention, self.isas)
             self._kernels[name] = _Kernel(packed, found.bounds, self._operator(packed, spec, len(a.tensors)))
         more = _tables(graph, found, len(a.tensors), tensors, sizes)
         made = graph.call_function(self._kernels[name].operator, (*tensors, *more, *sizes))
@@ -117,13 +106,14 @@ class Packing:
     def write(self, program: ExportedProgram, path: Path, name: str) -> Callable[..., Any]:
         """The package of a program whose calls `form` made, into a file; that package, loaded."""
         with tempfile.TemporaryDirectory(prefix="attncc-packed-") as folder:
-            options: dict[str, Any] = dict(_ANY_X86) if self.chosen and "neon" not in self.isas else {}
+            options: dict[str, Any] = dict(_ANY_X86) if self.chosen and "neon" not in self.compiling.isas else {}
             if self._kernels:
-                step(f"compiling {len(self._kernels) * len(self.isas)} kernels")
-                self._archive(Path(folder))
+                kernels = {x.packed: x.bounds for x in self._kernels.values()}
+                objects = self.compiling.objects(Path(folder), functions(list(kernels)), kernels)
+                self.compiling.archive(objects, Path(folder) / "libattncc_packed.a")
                 options |= {
                     "aot_inductor.custom_ops_to_c_shims": {
-                        x.operator: [x.packed.declaration] for x in self._kernels.values()
+                        x.operator: [declaration(x.packed)] for x in self._kernels.values()
                     },
                     "aot_inductor.custom_op_libs": ["attncc_packed"],
                 }
@@ -136,32 +126,6 @@ class Packing:
                 return torch._inductor.aoti_load_package(str(path))
             except Exception as error:
                 raise TargetError(f"{name}: AOTInductor cannot compile this program ({one_line(error)})") from error
-
-    def _archive(self, folder: Path) -> None:
-        """The static library of the functions and their kernels."""
-        least = "neon" if "neon" in self.isas else "avx2"
-        texts = {"functions": (functions([x.packed for x in self._kernels.values()]), least)}
-        for x in self._kernels.values():
-            for isa in self.isas:
-                name = x.packed.kernel(isa)
-                texts[name] = unit(cpp.emit(x.packed.attention, x.bounds, isa), name), isa
-        try:
-            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                objects = list(pool.map(lambda x: self._object(folder, x[0], *x[1]), texts.items()))
-        except CompileError as error:
-            raise TargetError(f"the kernels of a package do not compile: {one_line(error)}") from error
-        archiver = _said_by(self.toolchain, "-print-prog-name=ar")
-        done = subprocess.run(
-            [archiver, "rcs", str(folder / "libattncc_packed.a"), *map(str, objects)], capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        if done.returncode:
-            raise TargetError(f"the kernels of a package cannot be put together: {archiver}: {done.stderr.strip()}")
-
-    def _object(self, folder: Path, name: str, source: str, isa: str) -> Path:
-        out = folder / f"{name}.o"
-        self.toolchain.compile(source, isa, out, whole=False)
-        return out
 
 
 def _spanned(a: Attention, sizes: Sequence[Any]) -> Spanned:
@@ -188,11 +152,6 @@ def _tables(
         return [made[name] for name in names[own:]]
 
     return traced_into(graph, run, [*tensors, *sizes])
-
-
-def _said_by(toolchain: CppToolchain, question: str) -> str:
-    done = subprocess.run([*toolchain.command, question], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "ar"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.export import ExportedProgram
@@ -28,6 +28,9 @@ from attncc.plans.plan import load as load_plan
 from attncc.progress import step
 from attncc.report.model import Report
 
+if TYPE_CHECKING:
+    from attncc.convert.onnx_kernels import KernelLibrary
+
 Kind = Literal["pt2", "onnx", "mlir", "aoti"]
 SUFFIXES: dict[str, Kind] = {".pt2": "pt2", ".onnx": "onnx", ".mlir": "mlir"}
 
@@ -36,7 +39,8 @@ SUFFIXES: dict[str, Kind] = {".pt2": "pt2", ".onnx": "onnx", ".mlir": "mlir"}
 class Wish:
     """What is asked for. `output` None: nothing is written. `portable`: operators of torch alone. `measure`: kernels
     are measured, and slower ones left out. `decompose`: MLIR holds no attention as one operation. `isas`: what the
-    kernels of an AOTInductor package are compiled for, this machine where none is named."""
+    kernels of a package or a library are compiled for, this machine where none is named. `own_kernels`: ONNX calls
+    attncc's operators, from a library beside the file."""
 
     source: str
     output: Path | None
@@ -48,6 +52,7 @@ class Wish:
     measure: bool = True
     decompose: bool = False
     isas: tuple[str, ...] = ()
+    own_kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ def _of_onnx(wish: Wish) -> Converted:
         raise PlanError(f"{wish.source}: a plan speaks of the modules of a model; give --plan a module:factory")
     try:
         with replacing(wish.output) if wish.output is not None else nullcontext() as path:
-            found = onnx_files.rewrite(wish.source, path, checked=wish.checked, measure=wish.measure)
+            found = onnx_files.rewrite(wish.source, path, checked=wish.checked, measure=wish.measure,
+                                       kernels=_library(wish))  # fmt: skip
     except (TargetError, CheckError):
         raise
     except Exception as error:
@@ -112,13 +118,22 @@ def _to_onnx(wish: Wish, program: ExportedProgram) -> Converted:
     folder, file = onnx_files.export(source, wish.source)
     try:
         with replacing(wish.output) if wish.output is not None else nullcontext() as path:
-            found = onnx_files.rewrite(str(file), path, checked=wish.checked, measure=wish.measure)
+            found = onnx_files.rewrite(str(file), path, checked=wish.checked, measure=wish.measure,
+                                       kernels=_library(wish))  # fmt: skip
             said = found.checked
             if path is not None and wish.checked:
                 said = _check_onnx(wish, source, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Converted(replace(found.report, notes=(*found.report.notes, *notes)), said)
+
+
+def _library(wish: Wish) -> KernelLibrary | None:
+    if not wish.own_kernels:
+        return None
+    from attncc.convert.onnx_kernels import KernelLibrary  # noqa: PLC0415 needs onnx-ir
+
+    return KernelLibrary(wish.isas)
 
 
 def _check_onnx(wish: Wish, program: ExportedProgram, path: Path) -> str:

@@ -28,10 +28,17 @@ from attncc.version import __version__
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from attncc.convert.onnx_kernels import KernelLibrary
+
 #: More data than this does not fit into the file itself (protobuf ends at 2 GiB).
 MOST_INSIDE = 1_800_000_000
 #: How long both files are timed, in seconds: on a busy machine less tells nothing.
 MEASURED_S = 2.0
+
+
+def beside(path: Path) -> Path:
+    """Where the library of a model's own operators lies."""
+    return path.with_name(f"{path.name}.so")
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Session:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         try:
+            if (library := beside(self.path)).is_file():
+                options.register_custom_ops_library(str(library))
             made = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise TargetError(f"{self.path.name}: onnxruntime does not load it ({one_line(error)})") from error
@@ -126,9 +135,11 @@ class Found:
     checked: str = ""
 
 
-def rewrite(path: str, output: Path | None, *, checked: bool, measure: bool) -> Found:
-    """Rewrite the attentions of an ONNX file into another, `output` (a place that may be written to). Raises
-    TargetError, CheckError."""
+def rewrite(
+    path: str, output: Path | None, *, checked: bool, measure: bool, kernels: KernelLibrary | None = None
+) -> Found:
+    """Rewrite the attentions of an ONNX file into another, `output` (a place that may be written to), which calls
+    `kernels` beside it where these are given. Raises TargetError, CheckError."""
     from attncc.convert.onnx_surgery import operate  # noqa: PLC0415 needs onnx-ir
 
     model = _upgraded(_known(path), path)
@@ -137,7 +148,7 @@ def rewrite(path: str, output: Path | None, *, checked: bool, measure: bool) -> 
         sizes, trace = _traced(model)
     except TargetError as error:
         raise TargetError(f"{path}: {error}") from error
-    found = operate(model, trace)
+    found = operate(model, trace, kernels)
     report = Report(tuple(found.sites), versions={"attncc": __version__, "torch": torch.__version__})
     if output is None:
         return Found(report)
@@ -145,6 +156,8 @@ def rewrite(path: str, output: Path | None, *, checked: bool, measure: bool) -> 
     if not found.count:
         return _unchanged(path, output, report)
     save(model, output)
+    if kernels is not None and kernels.called:
+        kernels.write(beside(output))
     if not checked:
         return Found(report)
     before, after = Session(Path(path)), Session(output)

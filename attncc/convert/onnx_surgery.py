@@ -9,7 +9,9 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from attncc.codegen.cpp.onnxruntime import DOMAIN
 from attncc.codegen.onnx import Inexpressible, Nodes, Value, attention
+from attncc.convert.onnx_kernels import KernelLibrary
 from attncc.convert.onnx_tracing import Traced
 from attncc.driver import describe
 from attncc.driver.lowering import is_direct
@@ -46,8 +48,8 @@ class Operated:
     count: int = 0
 
 
-def operate(model: ir.Model, traced: Traced) -> Operated:
-    """Rewrite the attentions of a model whose trace is given."""
+def operate(model: ir.Model, traced: Traced, kernels: KernelLibrary | None = None) -> Operated:
+    """Rewrite the attentions of a model whose trace is given; those that have one as operators of `kernels`."""
     facts = traced.facts()
     lifted = lift_all(facts)
     groups = together([s for s in lifted if isinstance(s, Lifted)], facts)
@@ -69,27 +71,34 @@ def operate(model: ir.Model, traced: Traced) -> Operated:
             ))  # fmt: skip
             continue
         if site.node not in done:
-            done[site.node] = _rewrite(model, traced, facts, by_site[id(site)], site, Nodes(f"attncc_{index}", shared))
-        found.sites.append(_record(index, where, site, done[site.node], facts))
+            nodes = Nodes(f"attncc_{index}", shared)
+            done[site.node] = _rewrite(model, traced, facts, by_site[id(site)], site, nodes, kernels)
+        own = kernels is not None and kernels.has(optimise(site.attention))
+        became = "attncc's kernel" if own else "Attention"
+        found.sites.append(_record(index, where, site, done[site.node], became))
         found.count += not done[site.node]
     if found.count:
         _clean(model)
-        model.metadata_props["attncc"] = f"{found.count} attentions rewritten as Attention of opset {OPSET}"
+        said = f"Attention of opset {OPSET}" if kernels is None or not kernels.called else "attncc's kernels"
+        model.metadata_props["attncc"] = f"{found.count} attentions rewritten as {said}"
+        if kernels is not None and kernels.called:
+            model.opset_imports[DOMAIN] = 1
     return found
 
 
-def _record(index: int, where: str, site: Lifted, why: str, facts: Facts) -> Site:
+def _record(index: int, where: str, site: Lifted, why: str, became: str) -> Site:
     shown = optimise(site.attention)
     reason = None if not why else because("onnx-attention") if why == _ALREADY else because("onnx-inexpressible", why)
     return Site(
         index, "kept" if why else "fused", "" if reason is None else str(reason), where, "", describe.equation(shown),
-        describe.mask(shown), describe.shapes(site), became="its own nodes" if why else "Attention",
+        describe.mask(shown), describe.shapes(site), became="its own nodes" if why else became,
         ir=print_attention(shown), code="" if reason is None else reason.codes,
     )  # fmt: skip
 
 
 def _rewrite(
-    model: ir.Model, traced: Traced, facts: Facts, group: SiteGroup, site: Lifted, nodes: Nodes
+    model: ir.Model, traced: Traced, facts: Facts, group: SiteGroup, site: Lifted, nodes: Nodes,
+    kernels: KernelLibrary | None,
 ) -> str:  # fmt: skip
     """Why the attentions of a place stay as they are; nothing where they were rewritten."""
     if group.user is not None:
@@ -109,7 +118,7 @@ def _rewrite(
     final = Pipeline((DropRounding(), FoldPredicates())).run(program.program)
     prefix, known = nodes.prefix, dict(nodes.shared)
     try:
-        new = _emitted(nodes, traced, facts, program, final)
+        new = _emitted(nodes, traced, facts, program, final, kernels)
     except (Inexpressible, NotImplementedError) as error:
         nodes.shared.clear()
         nodes.shared.update(known)  # what was made for this one is not put into the graph
@@ -130,7 +139,9 @@ def _rewrite(
     return ""
 
 
-def _emitted(nodes: Nodes, traced: Traced, facts: Facts, site: SiteProgram, p: Program) -> Value:
+def _emitted(
+    nodes: Nodes, traced: Traced, facts: Facts, site: SiteProgram, p: Program, kernels: KernelLibrary | None
+) -> Value:
     values: dict[str, Value] = {}
     sizes: dict[Expr, Any] = {}
     spelled = dict(zip(p.sizes, site.sizes, strict=True))
@@ -154,7 +165,8 @@ def _emitted(nodes: Nodes, traced: Traced, facts: Facts, site: SiteProgram, p: P
         names = [t.name for t in kind_of(step.node).gives(step.node)]
         if isinstance(step.node, Attention):
             own = dict(zip(step.node.sizes, extents, strict=True))
-            result: dict[str, Any] = {"out": attention(step.node, given, own)}
+            use = attention if kernels is None or not kernels.has(step.node) else kernels.call
+            result: dict[str, Any] = {"out": use(step.node, given, own)}
         elif is_direct(step.node):
             by_name: Any = {t.name: x for t, x in zip(step.node.tensors, given, strict=True)}
             result = dict(kind_of(step.node).interpret(step.node, by_name, extents))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -82,7 +82,7 @@ class _Emitter:
         group = self.group()
         k, v = (self.four(self.operand(x, a.j, last, group)) for x, last in ((a.k, a.d), (a.v, a.e)))
         inputs = [q, k, v]
-        how: dict[str, float | int] = {"scale": float(self.form.scale)}
+        how: dict[str, Any] = {"scale": float(self.form.scale)}
         if self.form.cap:
             how["softcap"] = float(self.form.cap)
         if self.form.causal:

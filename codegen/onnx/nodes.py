@@ -32,10 +32,12 @@ class Nodes:
         self.shared: dict[object, Value] = {} if shared is None else shared
 
     def call(
-        self, op: str, inputs: Sequence[Value], dtype: torch.dtype, shape: Sequence[Extent], **attributes: Any
-    ) -> Value:
+        self, op: str, inputs: Sequence[Value], dtype: torch.dtype, shape: Sequence[Extent], domain: str = "",
+        **attributes: Any,
+    ) -> Value:  # fmt: skip
         """What a node gives; `shape` are its extents."""
-        node = ir.node(op, [x.value for x in inputs], attributes, name=f"{self.prefix}/{op}_{len(self.made)}")
+        name = f"{self.prefix}/{op}_{len(self.made)}"
+        node = ir.node(op, [x.value for x in inputs], attributes, domain=domain, name=name)
         out = node.outputs[0]
         out.name = f"{self.prefix}/{op}_{len(self.made)}_out"
         out.dtype = _TYPES[dtype]

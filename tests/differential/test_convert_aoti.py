@@ -124,6 +124,6 @@ def test_what_is_impossible_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         Packing(["avx9"])
     with pytest.raises(TargetError, match="does not compile for it"):
         Packing(["neon", "avx2"])
-    monkeypatch.setattr("attncc.convert.aoti.find_toolchain", lambda: None)
+    monkeypatch.setattr("attncc.convert.packing.find_toolchain", lambda: None)
     with pytest.raises(TargetError, match="none was found"):
         Packing()

@@ -14,7 +14,8 @@ from cpp_kernels.build import compare, host_isas, toolchain
 from cpp_kernels.cases import case, tensors_of
 
 from attncc.codegen.cpp import emit
-from attncc.codegen.cpp.packed import Packed, functions, unit
+from attncc.codegen.cpp.aoti import declaration, functions
+from attncc.codegen.cpp.packed import Packed, unit
 from attncc.ir import Attention
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.passes.bounds.bounds import loop_bounds
@@ -105,5 +106,6 @@ print(library.aoti_torch_cpu_attention_of_causal(*[None] * 3, *[0] * 2, *[ctypes
 def test_a_declaration_is_that_of_the_function() -> None:
     p = Packed("some", case("causal", lse=True), ("avx2",))
     given = "AtenTensorHandle t0, AtenTensorHandle t1, AtenTensorHandle t2, int64_t n0, int64_t n1"
-    assert p.declaration == f"AOTITorchError aoti_torch_cpu_some({given}, AtenTensorHandle* r0, AtenTensorHandle* r1)"
-    assert f"aoti_torch_cpu_some({p.parameters}) {{" in functions([p])
+    assert declaration(p) == f"AOTITorchError aoti_torch_cpu_some({given}, AtenTensorHandle* r0, AtenTensorHandle* r1)"
+    declared = f"int32_t{declaration(p).removeprefix('AOTITorchError')} {{"
+    assert declared.replace("AtenTensorHandle", "Tensor") in functions([p])
