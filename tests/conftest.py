@@ -131,6 +131,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture(autouse=True)
+def _long_tests_have_kernels_as_users_have(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others compile theirs in half the time; see cpp_kernels/build.py."""
+    if request.node.get_closest_marker("full"):
+        monkeypatch.setenv("ATTNCC_TESTS_OPTIMISED", "1")
+
+
+@pytest.fixture(autouse=True)
 def _no_notices_of_others() -> None:
     """What a kernel of another test left to be said is not said in this one's report."""
     module = sys.modules.get("attncc.runtime.notices")

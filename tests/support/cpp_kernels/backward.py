@@ -15,7 +15,7 @@ from attncc.kernels.gradients import ranks_of
 from attncc.passes.bounds.bounds import loop_bounds
 from attncc.passes.gradient import gradient_of
 from attncc.runtime.cpp import CppKernel
-from cpp_kernels.build import _compiled
+from cpp_kernels.build import compiled
 
 
 def gradient(a: Attention, wanted: Sequence[str] | None = None) -> AttentionGrad:
@@ -26,7 +26,7 @@ def gradient(a: Attention, wanted: Sequence[str] | None = None) -> AttentionGrad
 
 
 def build_backward(g: AttentionGrad, isa: str) -> CppKernel:
-    return CppKernel(_compiled(emit_gradient(g, loop_bounds(g.by_key, rows=True), isa), isa), ranks_of(g))
+    return CppKernel(compiled(emit_gradient(g, loop_bounds(g.by_key, rows=True), isa), isa), ranks_of(g))
 
 
 def given_of(a: Attention, tensors: dict[str, torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:

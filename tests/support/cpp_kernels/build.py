@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -17,6 +18,8 @@ from attncc.passes.bounds.bounds import loop_bounds
 from attncc.runtime.cpp import NEEDS, CppKernel, CppToolchain, processor
 
 _folder = tempfile.TemporaryDirectory(prefix="attncc-test-")
+#: Set by conftest.py where kernels are to be compiled as users have them.
+AS_USERS_HAVE_IT = "ATTNCC_TESTS_OPTIMISED"
 _ORDER = ("amx", "avx512bf16", "avx512", "avx2")
 
 
@@ -36,15 +39,31 @@ def toolchain() -> CppToolchain:
     return found
 
 
+class _Quick(CppToolchain):
+    """Half the compile time, the same program: what it computes does not depend on how well it is optimised."""
+
+    def flags(self, isa: str) -> tuple[str, ...]:
+        return tuple("-O1" if x == "-O2" else x for x in super().flags(isa) if x not in _SLOW)
+
+
+_SLOW = ("-fpeel-loops", "-funswitch-loops")
+
+
 @cache
-def _compiled(source: str, isa: str) -> Path:
-    out = Path(_folder.name) / f"{abs(hash((source, isa)))}.so"
-    toolchain().compile(source, isa, out)
+def _built(source: str, isa: str, optimised: bool) -> Path:
+    out = Path(_folder.name) / f"{abs(hash((source, isa, optimised)))}.so"
+    found = toolchain()
+    (found if optimised else _Quick(found.path, found.words)).compile(source, isa, out)
     return out
 
 
+def compiled(source: str, isa: str) -> Path:
+    """The library of a source; in the tests marked `full` as users have it, in the others compiled in less time."""
+    return _built(source, isa, os.environ.get(AS_USERS_HAVE_IT) == "1")
+
+
 def build(a: Attention, isa: str, bounds: Bounds | None = None) -> CppKernel:
-    return CppKernel(_compiled(emit(a, bounds or loop_bounds(a), isa), isa), a)
+    return CppKernel(compiled(emit(a, bounds or loop_bounds(a), isa), isa), a)
 
 
 def run(a: Attention, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int], isa: str,
