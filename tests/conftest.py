@@ -25,6 +25,7 @@ COSTLY, NAMED = 4.0, 1.0
 MARKERS = (
     "full: too long for every change; deselected unless --full, --shard or -m asks for it",
     "slow: compiles or starts processes; left out of `make quick`",
+    "always: runs on every change, whatever it costs",
 )
 
 
@@ -36,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--shard", type=shard, metavar="N/M",
         help="run also the N-th of M parts of the tests marked `full`; a test is in the same part on every machine",
     )  # fmt: skip
+    parser.addoption("--part", type=shard, metavar="N/M", help="run only the N-th of M parts of the tests")
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -72,10 +74,13 @@ LONGEST = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     known: dict[str, float] = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.is_file() else {}
     for item in items:
-        if known.get(item.nodeid, 0) > COSTLY:
+        if known.get(item.nodeid, 0) > COSTLY and not item.get_closest_marker("always"):
             item.add_marker(pytest.mark.full)
     places = {str(Path(__file__).parent / name): at for at, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(str(item.path), len(LONGEST)))
+    if config.option.part is not None:
+        n, parts = config.option.part
+        items[:] = [item for item in items if part(item.nodeid, parts) == n]
     if config.option.full or "full" in config.option.markexpr:
         return
     wanted: tuple[int, int] | None = config.option.shard

@@ -76,3 +76,9 @@ def test_a_test_that_cost_too_much_is_one_of_the_long_ones(folder: Path) -> None
     left = {"test_costly.py::test_quick"}
     assert names(run(folder, "test_costly.py")) == left == names(run(folder, "test_costly.py", "-m", "not full"))
     assert names(run(folder, "test_costly.py", "--full")) == {*left, "test_costly.py::test_slow"}
+
+
+def test_a_part_of_all_tests(folder: Path) -> None:
+    whole = names(run(folder, "test_some.py", "--full"))
+    parts = [names(run(folder, "test_some.py", "--full", "--part", f"{n}/2")) for n in (1, 2)]
+    assert set.union(*parts) == whole and not set.intersection(*parts)
