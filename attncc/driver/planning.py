@@ -67,6 +67,10 @@ class Planner(Protocol):
         Raises PlanError."""
         ...
 
+    def timed(self, site: PlannedSite) -> bool:
+        """Whether the form of a site was timed in this phase, on the model's own tensors."""
+        ...
+
     def says(self, site: PlannedSite) -> str:
         """What the plan says of a site, in one line."""
         ...
@@ -180,6 +184,9 @@ class Following:
             own = self._sites.get((site.path, site.place, "prefill"))
             own = own if own is not None and all(is_closed(form.policy) for form in own.forms()) else None
         return own
+
+    def timed(self, site: PlannedSite) -> bool:
+        return site.key in self._sites
 
     def says(self, site: PlannedSite) -> str:
         planned = self._site(site)

@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from attncc.driver.planning import summary
 from attncc.errors import PlanError
+from attncc.passes.policies.hiding import Dropping
 from attncc.plans import losses
 from attncc.plans.certificate import accepts
 from attncc.plans.choice import Options, Rung, ladder, nearest
 from attncc.plans.costs import Costs
 from attncc.plans.evaluation import Evaluator, UnderPlan
-from attncc.plans.plan import SCHEMA, Budget, Certificate, Key, Plan, Rule, SitePlan, verify_plan
+from attncc.plans.plan import SCHEMA, Budget, Certificate, Key, Plan, Rule, SitePlan, policy_of, verify_plan
 from attncc.plans.probing import Probe, probe_language, probe_values
 from attncc.plans.progressing import Saved, digest
 from attncc.plans.tapping import Seen, Tapped
@@ -316,9 +317,11 @@ def expected_most(by_plan: Mapping[int, Sequence[float]], share: float) -> dict[
 
 
 def _options(costs: Costs, key: Key, error: torch.Tensor, forms: Sequence[str]) -> Options:
-    """What a site may do: forms that keep nearly all keys gain nothing, whatever a noisy machine measured."""
+    """What a site may do: forms that keep nearly all keys gain nothing, whatever a noisy machine measured, but for
+    those whose kernel finds what to leave out."""
     ms, kept = costs.ms[key], costs.density[key]
-    cost = [ms[""], *(ms[text] if kept.get(text, 1.0) < _WHOLE else float("nan") for text in forms)]
+    gains = {text: kept.get(text, 1.0) < _WHOLE or isinstance(policy_of(text), Dropping) for text in forms}
+    cost = [ms[""], *(ms.get(text, float("nan")) if gains[text] else float("nan") for text in forms)]
     return Options(torch.tensor(cost, dtype=torch.float64), error)
 
 

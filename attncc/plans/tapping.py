@@ -84,6 +84,9 @@ class Tapped:
     def take(self, site: PlannedSite, p: Program) -> Program | Reason | None:
         return None
 
+    def timed(self, site: PlannedSite) -> bool:
+        return True
+
     def says(self, site: PlannedSite) -> str:
         return ""
 
