@@ -12,8 +12,10 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch.utils._pytree import tree_leaves
 
+from attncc.driver.guarding import ROOM
 from attncc.driver.planning import summary
 from attncc.errors import PlanError
 from attncc.passes.policies.hiding import Dropping
@@ -32,6 +34,8 @@ from attncc.version import __version__
 _TRIED = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 #: Joint runs that `kappa` is taken from, and the samples of each.
 _JOINT = 3
+#: Calls of attentions under plans that a sample has at most, as far as which rows are looked at goes.
+_CALLS = 1 << 16
 #: Losses below this are rounding.
 _NO_LOSS = 1e-9
 #: Where joint runs measure nothing but rounding, predictions are not scaled down to nothing.
@@ -82,6 +86,9 @@ class Switch:
         self.keys[seen.key] = min(lo, seen.keys), max(hi, seen.keys)
         return self.to.form(seen)
 
+    def gave(self, seen: Seen, out: torch.Tensor) -> None:
+        self.to.gave(seen, out)
+
     def backward(self, seen: Seen, out: torch.Tensor, gradient: torch.Tensor) -> None:
         self.to.backward(seen, out, gradient)
 
@@ -120,7 +127,7 @@ class Stages:
         plans = [
             Plan(
                 SCHEMA, {"attncc": __version__, "torch": str(torch.__version__)}, machine(),
-                tuple(self.planner.weights), tuple(sites[best].values()),
+                tuple(self.planner.weights), tuple(self._bounded(sites[best], saved, best)),
                 Budget(self.metric, limit, asked.share, speed), certificate,
                 (min(lo for lo, _ in lengths), max(hi for _, hi in lengths)), kappa, kappa * rungs[best].error,
                 tuple((rung.error, rung.cost) for rung in rungs), self.settings.seed,
@@ -129,6 +136,12 @@ class Stages:
         ]  # fmt: skip
         saved.done()
         return [verify_plan(plan) for plan in plans]
+
+    def _bounded(self, sites: dict[Key, SitePlan], saved: Saved, number: int) -> list[SitePlan]:
+        """The sites of a plan with the bounds of their guards, as far as they were measured."""
+        worst: dict[str, float] = saved.results.get("worst", {}).get(str(number), {})
+        bounds = {_key(k): max(x * ROOM, _NO_LOSS) for k, x in worst.items()}
+        return [replace(s, bound=bounds.get(key)) for key, s in sites.items()]
 
     def costs(self, samples: Sequence[Any]) -> Costs:
         """What each form of each site costs, on the sample with the most elements."""
@@ -275,12 +288,20 @@ class Stages:
         known: list[list[float]] = saved.results.get("certifying", [])
         lengths: dict[str, list[int]] = saved.results.get("lengths", {})
         self.switch.keys |= {_key(k): (lo, hi) for k, (lo, hi) in lengths.items()}
+        worst: dict[str, dict[str, float]] = saved.results.get("worst", {})
+        self.following.measuring = True
+        self.following.worst = {
+            id(sites[n]): {_key(k): x for k, x in worst.get(str(n), {}).items()} for n in numbers
+        }
         for at, inputs in enumerate(unseen):
             self.progress("certifying", at, len(unseen))
             if at >= len(known):
+                self.following.calls = at * _CALLS
                 known = [*known, self.evaluator.losses(inputs, [sites[n] for n in numbers])]
                 saved.keep("certifying", known)
                 saved.keep("lengths", {_text(k): list(v) for k, v in self.switch.keys.items()})
+                found_worst = {str(n): self.following.worst[id(sites[n])] for n in numbers}
+                saved.keep("worst", {n: {_text(k): x for k, x in own.items()} for n, own in found_worst.items()})
         self.progress("certifying", len(unseen), len(unseen))
         data = digest(unseen)
         found: list[tuple[Certificate | None, int]] = []

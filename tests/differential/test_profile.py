@@ -56,6 +56,7 @@ def test_a_budget_keeps_what_the_model_looks_up(tmp_path: Path) -> None:
     assert [r.heads for r in own.rules] == [(0,)]
     assert found.certificate is not None and found.certificate.failures == 0 and found.certificate.samples == 29
     assert found.certificate.worst <= 0.001 and own.ms < own.exact_ms
+    assert own.bound is not None and 0 < own.bound < 0.1  # of what its guard may see
     found.save(tmp_path / "keyed.plan")
     assert load(tmp_path / "keyed.plan") == found
     compiled = follow(model, tmp_path / "keyed.plan")
