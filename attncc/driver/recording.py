@@ -164,7 +164,7 @@ def _counted(site: Site, tensors: Sequence[torch.Tensor], sizes: Sequence[int], 
     """The record of a site with what its kernel visits in a call."""
     try:
         with torch.no_grad():
-            found = visited(spec, tensors, [int(x) for x in sizes], drawn=True)
+            found = visited(spec, tensors, [int(x) for x in sizes], drawn=True, head=site.head)
     except Exception as error:  # a report that says less is no reason for a model not to run
         unforeseen("counting what a kernel visits", error)
         return site

@@ -21,6 +21,7 @@ from attncc.driver.planning import Places
 from attncc.errors import PlanError
 from attncc.ir import parse_attention
 from attncc.ir.reasons import because
+from attncc.passes.bounds.mask_cells import SKIPPED
 from attncc.plans import losses
 from attncc.plans.plan import load, policy_of
 from attncc.plans.profile import Settings
@@ -211,6 +212,14 @@ def test_what_a_site_becomes_is_explained() -> None:
         "6.50 ms, exact 10.00 ms"
     )
     assert own.program is not None and "form" in own.program
+    assert own.head == 0 and own.cells is not None and own.visible is not None and own.visited is not None
+    causal = 2 * 512 * 513 // 2
+    assert 0.5 * causal < own.visible < 0.7 * causal and own.visited < causal  # a half of one head, and the other
+    assert float((own.cells == SKIPPED).float().mean()) > 0.6
+    with torch.no_grad():
+        (other,) = attncc.explain_plan(plan(model, site(heads=(1,))), model, sample(0)).sites
+    assert other.head == 1 and other.cells is not None and torch.equal(other.cells, own.cells)
+    assert "head 1: streaming" in attncc.explain_plan(plan(model, site(heads=(1,))), model, sample(0)).html()
     assert "policy-other-length" in held.code and "exact, although the plan has a form" in held.reason
 
 
