@@ -99,19 +99,21 @@ class Stages:
     def __init__(
         self, model: Callable[[Any], torch.Tensor], switch: Switch, planner: Tapped, asked: Sequence[losses.Asked],
         settings: Settings, forms: tuple[str, ...], loss: UserLoss, language: bool, progress: Progress,
+        missed: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
+        """`missed` is told of each budget that no plan meets, which is then left out; without it that is an error."""
         self.model, self.switch, self.planner = model, switch, planner
         self.asked, self.settings, self.forms, self.progress = asked, settings, forms, progress
         self.metric = asked[0].metric
         self.following = UnderPlan()
         self.evaluator = Evaluator(model, loss, self.following)
-        self.language = language
+        self.language, self.missed = language, missed
 
     def plans(
         self, parts: tuple[list[Any], list[Any], list[Any]], saved: Saved, speed: float | None, uncertified: bool
     ) -> list[Plan]:
         samples, tuning, unseen = parts
-        costs = self.costs(samples)
+        costs = self.costs(samples, saved)
         errors = self.errors(samples, saved)
         table = {key: _options(costs, key, error, self.forms) for key, error in errors.items() if key in costs.ms}
         rungs = ladder(table, self.settings.most_forms)
@@ -120,9 +122,11 @@ class Stages:
         sites = {n: self.sites(rung, costs, errors) for n, rung in enumerate(rungs)}
         kappa = self.kappa(samples, rungs, sites, saved)
         orders = self.tuned(tuning, rungs, sites, kappa, speed, saved)
-        found: list[tuple[Certificate | None, int]] = [(None, order[-1]) for _, order in orders]
+        found: list[tuple[Certificate | None, int]] = [(None, order[-1] if order else 0) for _, order in orders]
         if not uncertified:
             found = self.certified(unseen, orders, sites, saved)
+        if not any(order for _, order in orders):
+            raise PlanError("no plan of these forms meets any of the budgets")
         lengths = list(self.switch.keys.values())
         plans = [
             Plan(
@@ -132,7 +136,8 @@ class Stages:
                 (min(lo for lo, _ in lengths), max(hi for _, hi in lengths)), kappa, kappa * rungs[best].error,
                 tuple((rung.error, rung.cost) for rung in rungs), self.settings.seed,
             )
-            for asked, (limit, _), (certificate, best) in zip(self.asked, orders, found, strict=True)
+            for asked, (limit, order), (certificate, best) in zip(self.asked, orders, found, strict=True)
+            if order
         ]  # fmt: skip
         saved.done()
         return [verify_plan(plan) for plan in plans]
@@ -143,11 +148,16 @@ class Stages:
         bounds = {_key(k): max(x * ROOM, _NO_LOSS) for k, x in worst.items()}
         return [replace(s, bound=bounds.get(key)) for key, s in sites.items()]
 
-    def costs(self, samples: Sequence[Any]) -> Costs:
-        """What each form of each site costs, on the sample with the most elements."""
+    def costs(self, samples: Sequence[Any], saved: Saved) -> Costs:
+        """What each form of each site costs, on the sample with the most elements. Measured once: a ladder of other
+        costs has other plans, of which what was kept of later stages says nothing."""
         self.progress("measuring forms", 0, 1)
         largest = max(samples, key=_elements)
-        costs = self.switch.to = Costs(self.forms)
+        costs = Costs(self.forms)
+        known: dict[str, dict[str, dict[str, float]]] | None = saved.results.get("costs")
+        self.switch.to = costs if known is None else UnderPlan()
+        if known is not None:
+            costs.ms, costs.density = ({_key(k): v for k, v in known[x].items()} for x in ("ms", "density"))
         with torch.no_grad():
             found = self.model(largest)
         if not self.planner.sites:
@@ -155,6 +165,9 @@ class Stages:
             raise PlanError(f"the model has no attention that a plan can change{rest}; see attncc inspect")
         if not bool(found.isfinite().all()):
             raise PlanError("the exact model gives NaN or infinity on the data")
+        if known is None:
+            both = {"ms": costs.ms, "density": costs.density}
+            saved.keep("costs", {name: {_text(k): v for k, v in x.items()} for name, x in both.items()})
         self.progress("measuring forms", 1, 1)
         return costs
 
@@ -249,8 +262,8 @@ class Stages:
         for asked, own in zip(self.asked, tried, strict=True):
             expected = expected_most(by_plan, asked.share)
             fitting = [n for n in own if expected[n] <= asked.limit]
-            if not fitting:
-                raise PlanError(self._only_exact(asked, expected[own[0]]))
+            if own and not fitting:
+                self._miss(self._only_exact(asked, expected[own[0]]))
             orders.append((asked.limit, fitting[-self.settings.tests :]))
         return orders
 
@@ -267,8 +280,14 @@ class Stages:
         theta = self._scale(asked.limit) / kappa
         numbers = sorted({nearest(rungs, theta * part) for part in _TRIED} - {0})
         if not numbers:
-            raise PlanError(self._only_exact(asked, rungs[1].error * kappa))
+            self._miss(self._only_exact(asked, rungs[1].error * kappa))
         return numbers
+
+    def _miss(self, why: str) -> None:
+        """A budget that no plan meets."""
+        if self.missed is None:
+            raise PlanError(why)
+        self.missed(why)
 
     def _only_exact(self, asked: losses.Asked, least: float) -> str:
         return (
@@ -315,12 +334,13 @@ class Stages:
                     break
                 mean = sum(own) / len(own)
                 best = Certificate(len(own), failures, self.settings.delta, tested, mean, max(own), data), n
-            if best is None:
-                raise PlanError(
+            if best is None and order:
+                self._miss(
                     f"the certificate failed: {failures} of {len(unseen)} unseen samples exceed "
                     f"{asked.metric}<={limit:.3g} under the safest plan; profile with more samples, or a wider budget"
                 )
-            found.append(best)
+                order.clear()
+            found.append(best or (None, 0))
         return found
 
 

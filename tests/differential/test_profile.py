@@ -12,9 +12,11 @@ import pytest
 import torch
 from planned.keyed import Keyed, answer, sample, wanted
 from planned.made import WHAT, costs_by_density, plan, site
+from rich.console import Console
 from torch import Tensor, nn
 
 import attncc
+from attncc.cli import demo_plan
 from attncc.driver import rewriting
 from attncc.driver.planned_times import _gathers
 from attncc.driver.planning import Places
@@ -22,9 +24,9 @@ from attncc.errors import PlanError
 from attncc.ir import parse_attention
 from attncc.ir.reasons import because
 from attncc.passes.bounds.mask_cells import SKIPPED
-from attncc.plans import losses
+from attncc.plans import costs, losses
 from attncc.plans.plan import load, policy_of
-from attncc.plans.profile import Settings
+from attncc.plans.profile import Settings, profile_for
 
 FEW = Settings(samples=4, probes=2, tune=2)
 NEAR = ["streaming{sinks=16,window=64}", "streaming{sinks=64,window=128}"]
@@ -103,8 +105,9 @@ def test_predicted_errors_are_the_measured_ones() -> None:
     assert found.certificate is not None and 0 < found.certificate.worst <= 0.2
 
 
-@pytest.mark.usefixtures("by_density")
-def test_an_interrupted_profile_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_profile_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the costs that it began with: other costs would have other plans than those that it tested."""
+    timed = costs_by_density(monkeypatch)
     model, file = Keyed().eval(), tmp_path / "x.part"
     whole = attncc.profile(model, samples(40), "kl<=0.001@90%", settings=FEW)
     seen: list[tuple[str, int]] = []
@@ -120,6 +123,7 @@ def test_an_interrupted_profile_goes_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         attncc.profile(model, samples(40), "kl<=0.001@90%", progress=interrupted, **given)
     assert file.is_file()
+    monkeypatch.setattr(costs, "timed", lambda *given: {name: 11 - ms for name, ms in timed(*given).items()})
     again = attncc.profile(model, samples(40), "kl<=0.001@90%", progress=noted, **given)
     assert again == whole and not file.exists()
     assert ("probing", 0) not in seen and ("certifying", 28) in seen
@@ -349,3 +353,34 @@ def test_no_plan_speaks_of_an_attention_whose_length_no_dimension_tells() -> Non
     lifted: Any = SimpleNamespace(attention=a, tensors=())
     facts: Any = None
     assert Places().site("layers.0", lifted, facts) is None
+
+
+@pytest.mark.usefixtures("by_density")
+def test_a_budget_that_is_missed_leaves_the_others() -> None:
+    said: list[str] = []
+    budgets = ["kl<=1e-12@90%", "kl<=0.001@90%"]
+    more: dict[str, Any] = {"forms": NEAR, "settings": FEW}
+    (found,) = profile_for(Keyed().eval(), samples(40), budgets, missed=said.append, **more)
+    assert found.budget.limit == 0.001 and len(said) == 1 and "only the exact model meets kl<=1e-12" in said[0]
+    with pytest.raises(PlanError, match="no plan of these forms meets any"):
+        profile_for(Keyed().eval(), samples(40), budgets[:1], missed=said.append, **more)
+
+
+def test_the_demo_uses_the_plans_that_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = Keyed().eval(), list[object]()
+
+    def profiled(model: nn.Module, *_: object, **options: Any) -> list[Any]:
+        made.append(options["resume"])
+        return [plan(model)]
+
+    monkeypatch.setattr(demo_plan, "profile_for", profiled)
+    console, seen = Console(quiet=True), [sample(1)]
+
+    def plans(tokens: Tensor, of: nn.Module = model) -> list[Any]:
+        return demo_plan.kept_plans(console, of, demo_plan.QUICK, seen, [tokens], tmp_path)
+
+    assert plans(sample(2)) == plans(sample(2)) == [plan(model)] and len(made) == 1
+    plans(sample(3))  # other data
+    other = Keyed().eval()
+    other.blocks[0].values.data.mul_(2)
+    assert plans(sample(2), other) == [plan(other)] and len(made) == 3
