@@ -48,7 +48,7 @@ def places_of(a: Attention) -> Places | None:
 def alone(a: Attention, tensor: str, axis: str) -> int | None:
     """The dimension of a tensor that is the rows ("i") or the keys ("j") of `a`, where it is read for nothing else."""
     x = a.i if axis == "i" else a.j
-    others = {y.tensor for y in loads(*(e for e in (a.score, a.mask, a.weight, a.sink) if e is not None))}
+    others = {y.tensor for y in loads(*(e for e in (a.score, a.mask, a.weight, a.sink, a.drop) if e is not None))}
     read = [y for y in (a.q, a.k, a.v) if y.tensor == tensor]
     dims = {d for y in read for d, index in enumerate(y.index) if mentions(index, x.index)}
     if tensor in others or len(dims) != 1:

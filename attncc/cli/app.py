@@ -54,6 +54,8 @@ def demo(
                                        "timed (needs attncc[demo-plan]).")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="With --plan: one budget, shorter texts.")] = False,
     plots: Annotated[Path | None, typer.Option("--plots", metavar="FOLDER", help="With --plan: draw it.")] = None,
+    folder: Annotated[Path | None, typer.Option("--folder", metavar="FOLDER", help="With --plan: where plans and "
+                                                "progress are kept, to go on after an interrupt.")] = None,
     debug: Debug = False,
 ) -> None:
     """Embed sentences with a pretrained model: eager, Inductor and attncc side by side."""
@@ -61,11 +63,11 @@ def demo(
         if plan:
             from attncc.cli.demo_plan import run as planned  # noqa: PLC0415 loads transformers
 
-            if not planned(quick=quick, plots=plots):
+            if not planned(quick=quick, plots=plots, folder=folder):
                 raise typer.Exit(1)
             return
-        if quick or plots is not None:
-            raise TargetError("demo: --quick and --plots go with --plan")
+        if quick or plots is not None or folder is not None:
+            raise TargetError("demo: --quick, --plots and --folder go with --plan")
         from attncc.cli.demo import run  # noqa: PLC0415 loads transformers
 
         if not run(sentences, rounds=rounds):

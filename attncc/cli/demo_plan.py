@@ -10,6 +10,7 @@ import importlib.util
 import os
 import random
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,14 @@ from torch import Tensor, nn
 from attncc.cli.demo import interleaved_medians, machine
 from attncc.cli.output import WIDTH
 from attncc.cli.profile import bars
+from attncc.driver.planning import fingerprint
 from attncc.frontends.targets import TargetError, one_line
 from attncc.plans import losses
 from attncc.plans.plan import Plan
+from attncc.plans.plan import load as load_plan
 from attncc.plans.profile import Settings, profile_for
+from attncc.plans.progressing import digest
+from attncc.version import __version__
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUDGETS = ("kl<=0.01@90%", "kl<=0.02@90%", "kl<=0.05@90%")
@@ -67,8 +72,9 @@ FULL = Size(BUDGETS, CHUNK, UNSEEN, LENGTHS, 3, Settings(samples=10, tune=6, tes
 QUICK = Size(BUDGETS[1:2], 1024, {1024: 29}, (1024, 2048), 3, Settings(samples=4, tune=4, tests=2))
 
 
-def run(*, quick: bool = False, plots: Path | None = None) -> bool:
-    """Print the whole comparison; whether every plan keeps its limit on the chunks that judge it."""
+def run(*, quick: bool = False, plots: Path | None = None, folder: Path | None = None) -> bool:
+    """Print the whole comparison; whether every plan keeps its limit on the chunks that judge it. Plans, and progress
+    on the way to them, are kept in `folder`, so that a run that was interrupted goes on where it was."""
     size = QUICK if quick else FULL
     console = Console() if os.isatty(1) else Console(width=WIDTH)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -80,8 +86,8 @@ def run(*, quick: bool = False, plots: Path | None = None) -> bool:
     chunks = cut(tokens, [*lengths, *unseen_lengths])
     seen, unseen = chunks[: len(lengths)], chunks[len(lengths) :]
     judged, seen = seen[:JUDGED], seen[JUDGED:]
-    with bars() as shown:
-        plans = profile_for(model, seen, size.budgets, settings=size.settings, unseen=unseen, progress=shown)
+    folder = Path(tempfile.gettempdir()) / "attncc-demo-plan" if folder is None else folder
+    plans = kept_plans(console, model, size, seen, unseen, folder / ("quick" if quick else "long"))
     for plan in plans:
         for line in plan.summary():
             console.print(Text(line))
@@ -96,6 +102,33 @@ def run(*, quick: bool = False, plots: Path | None = None) -> bool:
         for file in draw(plans[-1], plots):
             console.print(Text(f"{file}: written"))
     return good
+
+
+def kept_plans(
+    console: Console, model: nn.Module, size: Size, seen: Sequence[Tensor], unseen: Sequence[Tensor], folder: Path
+) -> list[Plan]:
+    """The plans of an earlier run where `folder` has them, for this model, this data and this version; otherwise plans
+    that are made now, and kept there. A budget that no plan meets is left out, and said."""
+    key = digest([*seen, *unseen], size, __version__)
+    files = sorted(folder.glob(f"{key}-*.plan"))
+    weights = {fingerprint(x) for x in model.parameters()}
+    if files:
+        found = [load_plan(file) for file in files]
+        if all({*plan.weights} <= weights for plan in found):
+            console.print(Text(f"plans of an earlier run, in {folder}; without them they are made anew"))
+            return sorted(found, key=lambda plan: plan.budget.limit or 0.0)
+    folder.mkdir(parents=True, exist_ok=True)
+    said: list[str] = []
+    with bars() as shown:
+        plans = profile_for(
+            model, seen, size.budgets, settings=size.settings, unseen=unseen, progress=shown, missed=said.append,
+            resume=folder / f"{key}.part",
+        )  # fmt: skip
+    for line in said:
+        console.print(Text(f"left out: {line}"))
+    for n, plan in enumerate(plans):
+        plan.save(folder / f"{key}-{n}.plan")
+    return plans
 
 
 def load() -> tuple[Predictions, Tensor]:

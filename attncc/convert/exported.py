@@ -91,6 +91,9 @@ class _Given:
     def take(self, site: PlannedSite, p: Program) -> Program | Reason | None:
         return self.planner.take(site, p)
 
+    def timed(self, site: PlannedSite) -> bool:
+        return self.planner.timed(site)
+
     def says(self, site: PlannedSite) -> str:
         return self.planner.says(site)
 

@@ -42,10 +42,12 @@ def attncc_backend(
 
     `mode` is a `torch.compile` mode of Inductor. `options` are Inductor's configuration entries, `inductor=False` to
     run the edited graph as it is, `measure=False` to fuse every site without measuring it against the model's own
-    operations, and `plan` to run approximate forms: a plan (`attncc.profile`) or the path of its file. Raises
-    RuntimeError for an unknown mode or option, PlanError (which is one) for a plan of another model."""
+    operations, `plan` to run approximate forms: a plan (`attncc.profile`) or the path of its file, and `guard=True` to
+    compute some rows of each such call exactly, and all of it where they differ too much. Raises RuntimeError for an
+    unknown mode or option, PlanError (which is one) for a plan of another model."""
     chosen = options_of(mode, options)
-    return compile_graph(gm, example_inputs, chosen, None if chosen.plan is None else Following(chosen.plan))
+    planner = None if chosen.plan is None else Following(chosen.plan, guard=chosen.guard)
+    return compile_graph(gm, example_inputs, chosen, planner)
 
 
 def compile_graph(

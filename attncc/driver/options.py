@@ -16,16 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Whether Inductor compiles the edited graph, whether kernels are measured, the plan to follow, and Inductor's own
-    configuration."""
+    """Whether Inductor compiles the edited graph, whether kernels are measured, the plan to follow, Inductor's own
+    configuration, and whether the plan's calls are guarded."""
 
     inductor: bool = True
     measure: bool = True
     plan: Plan | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    guard: bool = False
 
 
-_FLAGS = ("inductor", "measure")
+_FLAGS = ("inductor", "measure", "guard")
 _OWN = (*_FLAGS, "plan")
 
 
@@ -38,6 +39,8 @@ def options_of(mode: str | None, options: Mapping[str, Any] | None) -> Options:
     for name, value in own.items():
         if not isinstance(value, bool):
             raise RuntimeError(f"attncc: the option {name!r} is True or False, not {value!r}")
+    if own.get("guard") and plan is None:
+        raise RuntimeError("attncc: the option 'guard' needs a plan, whose calls it looks at")
     known = [*_OWN, *torch_private.inductor_options()] if given else []
     for name in given:
         if name not in known:

@@ -16,9 +16,11 @@ import torch
 from torch import fx
 
 from attncc.driver.describe import equation
+from attncc.driver.guarding import guarded_arguments
 from attncc.errors import PlanError
 from attncc.ir import Attention, Axis, Const, Program
 from attncc.ir.reasons import Reason, because
+from attncc.passes.pipeline import standard
 from attncc.passes.policies import CLOSED_FORMS
 from attncc.passes.policies.hiding import Form, Policy, hide, misfit
 from attncc.passes.policies.places import head_count
@@ -65,6 +67,10 @@ class Planner(Protocol):
     def take(self, site: PlannedSite, p: Program) -> Program | Reason | None:
         """The program of a site in its form; the reason why it is exact though a form was meant; None where none was.
         Raises PlanError."""
+        ...
+
+    def timed(self, site: PlannedSite) -> bool:
+        """Whether the form of a site was timed in this phase, on the model's own tensors."""
         ...
 
     def says(self, site: PlannedSite) -> str:
@@ -139,11 +145,12 @@ def is_closed(policy: Policy) -> bool:
 
 
 class Following:
-    """Follows a plan. `notes` say what of it could not be followed, once each."""
+    """Follows a plan. `notes` say what of it could not be followed, once each. `guard`: its calls are guarded."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, *, guard: bool = False) -> None:
+        self.plan, self.guard = plan, guard
         self.notes: list[str] = []
+        self._exact: dict[Key, Program] = {}
         self._sites = {s.key: s for s in plan.sites}
 
     def begin(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -170,6 +177,7 @@ class Following:
         if not bool(lo <= site.keys) or not bool(site.keys <= hi):
             self._say(f"the plan holds for {lo} to {hi} keys; calls with other numbers of keys run exact")
             return because("policy-other-length", str(lo), str(hi))
+        self._exact[site.key] = p
         return planned_program(p, planned.forms())
 
     def _site(self, site: PlannedSite) -> SitePlan | None:
@@ -181,6 +189,9 @@ class Following:
             own = own if own is not None and all(is_closed(form.policy) for form in own.forms()) else None
         return own
 
+    def timed(self, site: PlannedSite) -> bool:
+        return site.key in self._sites
+
     def says(self, site: PlannedSite) -> str:
         planned = self._site(site)
         return "" if planned is None else in_words(planned)
@@ -190,7 +201,22 @@ class Following:
         return () if planned is None else head_forms(planned)
 
     def made(self, site: PlannedSite, taken: Program, final: Program, call: fx.Node) -> None:
-        pass
+        exact, planned = self._exact.pop(site.key, None), self._site(site)
+        if not self.guard or exact is None or planned is None or taken == exact:
+            return
+        if planned.bound is None:
+            self._say("the plan has no bounds for its guard: it was made without a certificate, or by an older version")
+            return
+        if torch.is_grad_enabled():
+            self._say("calls with gradients are not guarded; the guard works under torch.no_grad()")
+            return
+        name = f"{site.path or '(top level)'}{f' ({site.place})' if site.place else ''}, {site.phase}"
+        more = guarded_arguments(final, standard().run(exact), name, planned.bound)
+        if more is None:
+            self._say(f"{name} cannot be guarded: its exact form reads what its approximate one does not")
+            return
+        call.target = torch.ops.attncc.guarded.default
+        call.args = (*call.args, *more)
 
     def _say(self, note: str) -> None:
         if note not in self.notes:

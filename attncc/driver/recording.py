@@ -22,10 +22,11 @@ import torch
 from attncc import torch_private
 from attncc.driver.breaks import Breaks
 from attncc.driver.collected import Collected, collecting
+from attncc.driver.guarding import count_outside, guards, outside_calls
 from attncc.driver.machine import machine, versions
 from attncc.errors import unforeseen
 from attncc.kernels.visited import visited
-from attncc.report.model import Report
+from attncc.report.model import Guard, Report
 from attncc.report.site import Site
 from attncc.runtime.watching import watched
 
@@ -50,6 +51,14 @@ class Recording:
     @property
     def notes(self) -> tuple[str, ...]:
         return self.report.notes
+
+    @property
+    def guard(self) -> tuple[Guard, ...]:
+        return self.report.guard
+
+    @property
+    def outside(self) -> int:
+        return self.report.outside
 
     def to_dict(self) -> dict[str, Any]:
         return self.report.to_dict()
@@ -112,11 +121,14 @@ class Ran:
 
     def __init__(self, run: Callable[..., Any], found: Collected, collected: bool) -> None:
         self.run, self.found, self.collected = run, found, collected
+        self.outside = any("policy-other-length" in site.code for site in found.sites)
         for taken in recordings.get():
             taken.sites_of(self)
 
     def __call__(self, *args: Any) -> Any:
         taken = recordings.get()
+        if self.outside:
+            count_outside()
         if not taken and not torch_private.profiling():
             return self.run(*args)
         calls = _Calls(self, [x.sites_of(self) for x in taken])
@@ -152,7 +164,7 @@ def _counted(site: Site, tensors: Sequence[torch.Tensor], sizes: Sequence[int], 
     """The record of a site with what its kernel visits in a call."""
     try:
         with torch.no_grad():
-            found = visited(spec, tensors, [int(x) for x in sizes], drawn=True)
+            found = visited(spec, tensors, [int(x) for x in sizes], drawn=True, head=site.head)
     except Exception as error:  # a report that says less is no reason for a model not to run
         unforeseen("counting what a kernel visits", error)
         return site
@@ -171,11 +183,16 @@ def artifact_of(found: Collected) -> str:
 
 def report(found: Collected) -> Report:
     """A report on what compilations found."""
+    seen, outside = guards(), outside_calls()
+    said = [str(g) for g in seen]
+    said += [f"{outside} calls had lengths that their plan does not hold for, and ran exact"] if outside else []
     return Report(
         sites=tuple(replace(site, index=n) for n, site in enumerate(found.sites)),
         graph_before="\n\n".join(found.before),
         graph_after="\n\n".join(found.after),
-        notes=tuple(dict.fromkeys(found.notes)),
+        notes=tuple(dict.fromkeys([*found.notes, *said])),
         versions=versions(),
         machine=machine(),
+        guard=seen,
+        outside=outside,
     )

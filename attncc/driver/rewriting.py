@@ -276,14 +276,14 @@ def _taken(
     planner: Planner, place: PlannedSite, program: SiteProgram, sites: Sequence[Lifted], facts: Facts,
     training: Training | None,
 ) -> Program | Reason | None:  # fmt: skip
-    """What a planner makes of the sites of one place in the graph: it speaks of single attentions. What it was not
-    profiled for, decoding and training, is measured here."""
+    """What a planner makes of the sites of one place in the graph: it speaks of single attentions. What was not timed
+    when the plan was made, in training or a phase that was not profiled, is measured here."""
     taken = planner.take(place, program.program)
     if not isinstance(taken, Program):
         return taken
     if len(sites) > 1:
         return because("plan-several")
-    if place.phase == "prefill" and training is None:
+    if training is None and planner.timed(place):
         return taken
     return slower(program, taken, sites[0], facts, training) or taken
 

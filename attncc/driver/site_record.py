@@ -76,7 +76,7 @@ def recorded(
             shown_program = print_program(own.program)
             stages = _printed(own.origin.program, own.stages)
         sizes = describe.sizes_of(site, facts)
-        if sizes is not None:
+        if sizes is not None and not (own is not None and own.forms):  # what its heads see, a call tells
             area, picture = describe.extent_of(shown, sizes)
             area = area if made is None else made.area(area)
     backward: tuple[str, str | None] = ("", None)
@@ -94,6 +94,7 @@ def recorded(
         kernel=None if made is None else made.source, language=None if made is None else made.language,
         picture=picture, sizes=sizes, code=verdict.reason.codes, names=dict(names), timings=dict(verdict.us),
         isa="" if made is None else made.isa, forms=() if own is None else own.forms, stages=stages,
+        head=0 if own is None else next((f.heads[0] for f in own.forms if f.form != "exact" and f.heads), 0),
         backward=backward[0], backward_kernel=backward[1],
     )  # fmt: skip
 

@@ -281,7 +281,7 @@ def shardable_axes(a: Attention) -> tuple[Shard, ...]:
 
 
 def _shard(a: Attention, axis: Axis, extents: Extents) -> Shard | None:
-    roots = [x for x in (a.score, a.mask, a.weight, a.sink) if x is not None]
+    roots = [x for x in (a.score, a.mask, a.weight, a.sink, a.drop) if x is not None]
     if axis.index in _outside_loads(*roots):
         return None
     dims: dict[str, int | None] = {}

@@ -76,6 +76,9 @@ class Attention:
     transpose most models do next costs nothing. `sink` is a logit per row that takes part in the sum and has no value.
     `sizes` are the integers a call passes, in order. `slope` says of rows that give the mean how far their weights, all
     alike, follow a change of the scores: 1 where a finite number was added to them, 0 where it took their place.
+
+    `drop` is the share of each row's weights (0 to 1) that a kernel may leave out: the output is then that of any set
+    of keys which holds the rest, made to sum to one. The interpreter leaves out none.
     """
 
     sizes: tuple[Size, ...]
@@ -98,6 +101,7 @@ class Attention:
     dtype: str = "f32"
     layout: tuple[str, ...] = field(default=())
     slope: float = 0.0
+    drop: Expr | None = None
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -106,6 +110,11 @@ class Attention:
     @property
     def out_axes(self) -> tuple[Axis, ...]:
         return (*self.batch, self.i, self.e)
+
+    @property
+    def spare(self) -> Expr | None:
+        """`drop` where a kernel makes use of it: not where weights or their sums are asked for, or weights changed."""
+        return self.drop if self.weight is W and self.outputs == ("out",) else None
 
     def tensor(self, name: str) -> Tensor:
         for t in self.tensors:
@@ -128,6 +137,8 @@ class Attention:
         if self.sink is not None:
             yield self.sink
         yield self.weight
+        if self.drop is not None:
+            yield self.drop
 
     def substitute(self, table: dict[Expr, Expr]) -> Attention:
         """The node with every expression rewritten by `table`; declarations are left alone."""
@@ -142,6 +153,7 @@ class Attention:
             self,
             q=access(self.q), k=access(self.k), v=access(self.v), score=on(self.score), mask=on(self.mask),
             sink=None if self.sink is None else on(self.sink), weight=on(self.weight),
+            drop=None if self.drop is None else on(self.drop),
         )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ class AttentionGrad:
         )  # fmt: skip
         values = Access(grad, tuple(x.index for x in a.out_axes))
         return replace(
-            a, i=a.j, j=a.i, q=a.k, k=a.q, v=values, tensors=(*a.tensors, *given), sink=None, empty="zero",
+            a, i=a.j, j=a.i, q=a.k, k=a.q, v=values, tensors=(*a.tensors, *given), sink=None, drop=None, empty="zero",
             outputs=("out",), layout=(),
         )  # fmt: skip
 

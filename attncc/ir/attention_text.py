@@ -39,6 +39,8 @@ def print_attention(a: Attention) -> str:
         lines.append(f"slope  {a.slope}")
     if a.sink is not None:
         lines.append(f"sink   {show(a.sink)}")
+    if a.drop is not None:
+        lines.append(f"drop   {show(a.drop)}")
     lines += [f"weight {show(a.weight)}", f"give   {', '.join(a.outputs)}", f"dtype  {a.dtype}"]
     if a.layout:
         lines.append(f"layout {', '.join(a.layout)}")
@@ -54,7 +56,7 @@ def parse_attention(text: str) -> Attention:
         q=lines.access("q"), k=lines.access("k"), v=lines.access("v"),
         score=lines.expr(lines.take("score")), mask=lines.expr(lines.take("mask")),
         normalizer=lines.one_of("norm", NORMALIZERS), empty=lines.one_of("empty", EMPTIES),
-        sink=lines.maybe("sink"), weight=lines.expr(lines.take("weight")),
+        sink=lines.maybe("sink"), drop=lines.maybe("drop"), weight=lines.expr(lines.take("weight")),
         outputs=tuple(lines.each_of("give", OUTPUTS)), dtype=lines.one_of("dtype", tuple(DTYPES)),
         layout=lines.words("layout"), slope=_number(lines.field.pop("slope", "0.0")),
     )  # fmt: skip

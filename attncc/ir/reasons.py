@@ -146,6 +146,7 @@ SENTENCES: dict[str, str] = {
     "policy-no-heads": "it has no axis of heads, which the rule differs over",
     "policy-other-heads": "it has {} heads, the plan speaks of head {}",
     "policy-no-softmax": "its weights are no softmax of its scores, which the rule chooses by",
+    "policy-sums-asked": "its weights or their sums are asked for, which have all keys",
     "policy-no-width": "the width of its heads is known at the call alone",
     "policy-by-pair": "data hides keys from some rows of a sequence and not from others (documents, a mask per pair)",
     "policy-not-causal": "its rows do not each end with a last key, which the rule counts back from",

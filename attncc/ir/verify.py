@@ -20,6 +20,7 @@ def verify(a: Attention) -> Attention:
     require(a.slope == 0 or (a.empty == "mean" and 0 < a.slope <= 1), f"slope {a.slope} with empty {a.empty!r}")
     each_once = len(set(a.outputs)) == len(a.outputs) > 0
     require(each_once and set(a.outputs) <= set(OUTPUTS), f"outputs {a.outputs}")
+    require(a.drop is None or a.normalizer == "softmax", "weights that a kernel may drop are those of a softmax")
     require(a.dtype in DTYPES and DTYPES[a.dtype][0] == "float", f"dtype {a.dtype} is no float type")
     layout = sorted(x.name for x in a.out_axes)
     require(not a.layout or sorted(a.layout) == layout, f"layout is a permutation of {layout}")
@@ -64,6 +65,7 @@ def _check_expressions(a: Attention, tensors: dict[str, Tensor], sizes: frozense
         ("score", a.score, "float", batch | i | j | s),
         ("mask", a.mask, "bool", batch | i | j),
         ("sink", a.sink, "float", batch | i),
+        ("drop", a.drop, "float", batch | i),
         ("weight", a.weight, "float", batch | i | j | s | w),
     ):
         if x is not None:

@@ -109,5 +109,5 @@ def movable(a: Attention) -> str | None:
         found = [dim for dim, x in enumerate(access.index) if x in (a.i.index, a.j.index)]
         if len(found) != 1 or dims.setdefault(access.tensor, found[0]) != found[0]:
             return f"{access.tensor} is indexed by more than the token"
-    read = {x.tensor for x in loads(a.score, a.mask, a.weight, *(() if a.sink is None else (a.sink,)))}
+    read = {x.tensor for x in loads(a.score, a.mask, a.weight, *(x for x in (a.sink, a.drop) if x is not None))}
     return next((f"{name} is read by the score or the mask too" for name in dims if name in read), None)

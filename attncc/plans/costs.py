@@ -57,6 +57,9 @@ class Costs:
             self.density[seen.key] = {text: density(seen, forms[text]) for text in ms if text}
         return None
 
+    def gave(self, seen: Seen, out: torch.Tensor) -> None:
+        pass
+
     def backward(self, seen: Seen, out: torch.Tensor, gradient: torch.Tensor) -> None:
         pass
 

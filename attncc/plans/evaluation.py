@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from attncc.driver.guarding import measured
 from attncc.errors import PlanError
 from attncc.ir import Program
 from attncc.ir.reasons import Reason
@@ -21,9 +22,13 @@ Sites = Mapping[Key, SitePlan]
 @dataclass
 class UnderPlan:
     """A `Watcher` under which attentions take the forms of `sites`, where those mean something, as they will in a
-    compiled model; exact while that is None."""
+    compiled model; exact while that is None. While `measuring`, `worst` is the largest error of each site's output, by
+    the sites of the plan, as its guard would see it; `calls` decides which rows that looks at."""
 
     sites: Sites | None = None
+    measuring: bool = False
+    worst: dict[int, dict[Key, float]] = field(default_factory=dict)
+    calls: int = 0
 
     def form(self, seen: Seen) -> Program | None:
         planned = None if self.sites is None else self.sites.get(seen.key)
@@ -31,6 +36,16 @@ class UnderPlan:
             return None
         made = in_forms(seen.program, planned.forms())
         return None if isinstance(made, Reason) else made
+
+    def gave(self, seen: Seen, out: torch.Tensor) -> None:
+        exact = in_forms(seen.program, ())
+        if not self.measuring or isinstance(exact, Reason):
+            return
+        self.calls += 1
+        error = measured(exact, seen.values, seen.sizes, out, self.calls)
+        if error is not None:
+            own = self.worst.setdefault(id(self.sites), {})
+            own[seen.key] = max(own.get(seen.key, 0.0), error)
 
     def backward(self, seen: Seen, out: torch.Tensor, gradient: torch.Tensor) -> None:
         pass

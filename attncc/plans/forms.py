@@ -21,6 +21,7 @@ STANDARD = (
     "block-means{rows=64,keys=64,take=fraction,amount=0.125}",
     "block-means{rows=64,keys=64,take=fraction,amount=0.25}",
     "block-means{rows=64,keys=64,take=fraction,amount=0.5}",
+    "certified-skip{eps=0.05}",
 )
 
 

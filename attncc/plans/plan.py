@@ -39,7 +39,8 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SitePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the heads of one attention do. `path` is its module, `place` its number among the attentions of that module
     in one graph, `what` the attention in one line, `keys` the least and largest number of keys that this was profiled
-    for. Heads in no rule are exact. Times are milliseconds a call on the profiling machine."""
+    for. Heads in no rule are exact. Times are milliseconds a call on the profiling machine. `bound` is how far the
+    output may be off the exact one, relative, before a guarded call runs exact; None where that was not measured."""
 
     path: str
     place: int
@@ -50,6 +51,7 @@ class SitePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rules: tuple[Rule, ...]
     exact_ms: float
     ms: float
+    bound: float | None = None
 
     @property
     def key(self) -> Key:
@@ -215,6 +217,7 @@ def verify_plan(plan: Plan, name: str = "the plan") -> Plan:
         where = f"site {s.path or '(top level)'}"
         require(s.key not in seen, f"{where} is planned twice")
         seen.add(s.key)
+        require(s.bound is None or s.bound > 0, f"{where}: the bound of its guard is above 0")
         require(0 < s.keys[0] <= s.keys[1] and s.heads > 0, f"{where} has no heads, or no range of keys")
         taken = [h for r in s.rules for h in r.heads]
         require(len({*taken}) == len(taken), f"{where}: a head takes two forms")

@@ -44,6 +44,9 @@ class Probe:
     def form(self, seen: Seen) -> Program | None:
         return None
 
+    def gave(self, seen: Seen, out: torch.Tensor) -> None:
+        pass
+
     def backward(self, seen: Seen, out: torch.Tensor, gradient: torch.Tensor) -> None:
         g, exact = seen.by_head(gradient), seen.by_head(out)
         found = torch.full((len(self.forms), exact.shape[1]), float("nan"), dtype=torch.float64)

@@ -58,10 +58,11 @@ def profile_for(
     forms: Sequence[str] | None = None, settings: Settings | None = None, uncertified: bool = False,
     loss: UserLoss | None = None, output: Callable[[Any], torch.Tensor] = losses.output_of,
     unseen: Iterable[Any] | None = None, resume: str | Path | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None, missed: Callable[[str], None] | None = None,
 ) -> list[Plan]:  # fmt: skip
     """`profile` for several budgets of one metric, from the same runs: a plan for each. Every plan is certified on the
-    same data, each certificate by itself."""
+    same data, each certificate by itself. With `missed`, budgets that no plan meets are left out and it is told of
+    them; PlanError where none is left."""
     settings = settings or Settings()
     asked = [losses.parse_budget(budget) for budget in budgets]
     (metric, *others) = dict.fromkeys(x.metric for x in asked)
@@ -93,7 +94,7 @@ def profile_for(
         language = loss is None and metric in losses.OF_PREDICTIONS
         run = Stages(
             lambda inputs: output(call(under, inputs)), switch, planner, asked, settings, tried, compared, language,
-            progress,
+            progress, missed,
         )  # fmt: skip
         saved_key = digest([x for part in parts for x in part], tried, settings, asked, __version__, speed)
         return run.plans(parts, Saved.at(None if resume is None else Path(resume), saved_key), speed, uncertified)

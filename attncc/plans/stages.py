@@ -12,16 +12,19 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch.utils._pytree import tree_leaves
 
+from attncc.driver.guarding import ROOM
 from attncc.driver.planning import summary
 from attncc.errors import PlanError
+from attncc.passes.policies.hiding import Dropping
 from attncc.plans import losses
 from attncc.plans.certificate import accepts
 from attncc.plans.choice import Options, Rung, ladder, nearest
 from attncc.plans.costs import Costs
 from attncc.plans.evaluation import Evaluator, UnderPlan
-from attncc.plans.plan import SCHEMA, Budget, Certificate, Key, Plan, Rule, SitePlan, verify_plan
+from attncc.plans.plan import SCHEMA, Budget, Certificate, Key, Plan, Rule, SitePlan, policy_of, verify_plan
 from attncc.plans.probing import Probe, probe_language, probe_values
 from attncc.plans.progressing import Saved, digest
 from attncc.plans.tapping import Seen, Tapped
@@ -31,6 +34,8 @@ from attncc.version import __version__
 _TRIED = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 #: Joint runs that `kappa` is taken from, and the samples of each.
 _JOINT = 3
+#: Calls of attentions under plans that a sample has at most, as far as which rows are looked at goes.
+_CALLS = 1 << 16
 #: Losses below this are rounding.
 _NO_LOSS = 1e-9
 #: Where joint runs measure nothing but rounding, predictions are not scaled down to nothing.
@@ -81,6 +86,9 @@ class Switch:
         self.keys[seen.key] = min(lo, seen.keys), max(hi, seen.keys)
         return self.to.form(seen)
 
+    def gave(self, seen: Seen, out: torch.Tensor) -> None:
+        self.to.gave(seen, out)
+
     def backward(self, seen: Seen, out: torch.Tensor, gradient: torch.Tensor) -> None:
         self.to.backward(seen, out, gradient)
 
@@ -91,19 +99,21 @@ class Stages:
     def __init__(
         self, model: Callable[[Any], torch.Tensor], switch: Switch, planner: Tapped, asked: Sequence[losses.Asked],
         settings: Settings, forms: tuple[str, ...], loss: UserLoss, language: bool, progress: Progress,
+        missed: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
+        """`missed` is told of each budget that no plan meets, which is then left out; without it that is an error."""
         self.model, self.switch, self.planner = model, switch, planner
         self.asked, self.settings, self.forms, self.progress = asked, settings, forms, progress
         self.metric = asked[0].metric
         self.following = UnderPlan()
         self.evaluator = Evaluator(model, loss, self.following)
-        self.language = language
+        self.language, self.missed = language, missed
 
     def plans(
         self, parts: tuple[list[Any], list[Any], list[Any]], saved: Saved, speed: float | None, uncertified: bool
     ) -> list[Plan]:
         samples, tuning, unseen = parts
-        costs = self.costs(samples)
+        costs = self.costs(samples, saved)
         errors = self.errors(samples, saved)
         table = {key: _options(costs, key, error, self.forms) for key, error in errors.items() if key in costs.ms}
         rungs = ladder(table, self.settings.most_forms)
@@ -112,28 +122,42 @@ class Stages:
         sites = {n: self.sites(rung, costs, errors) for n, rung in enumerate(rungs)}
         kappa = self.kappa(samples, rungs, sites, saved)
         orders = self.tuned(tuning, rungs, sites, kappa, speed, saved)
-        found: list[tuple[Certificate | None, int]] = [(None, order[-1]) for _, order in orders]
+        found: list[tuple[Certificate | None, int]] = [(None, order[-1] if order else 0) for _, order in orders]
         if not uncertified:
             found = self.certified(unseen, orders, sites, saved)
+        if not any(order for _, order in orders):
+            raise PlanError("no plan of these forms meets any of the budgets")
         lengths = list(self.switch.keys.values())
         plans = [
             Plan(
                 SCHEMA, {"attncc": __version__, "torch": str(torch.__version__)}, machine(),
-                tuple(self.planner.weights), tuple(sites[best].values()),
+                tuple(self.planner.weights), tuple(self._bounded(sites[best], saved, best)),
                 Budget(self.metric, limit, asked.share, speed), certificate,
                 (min(lo for lo, _ in lengths), max(hi for _, hi in lengths)), kappa, kappa * rungs[best].error,
                 tuple((rung.error, rung.cost) for rung in rungs), self.settings.seed,
             )
-            for asked, (limit, _), (certificate, best) in zip(self.asked, orders, found, strict=True)
+            for asked, (limit, order), (certificate, best) in zip(self.asked, orders, found, strict=True)
+            if order
         ]  # fmt: skip
         saved.done()
         return [verify_plan(plan) for plan in plans]
 
-    def costs(self, samples: Sequence[Any]) -> Costs:
-        """What each form of each site costs, on the sample with the most elements."""
+    def _bounded(self, sites: dict[Key, SitePlan], saved: Saved, number: int) -> list[SitePlan]:
+        """The sites of a plan with the bounds of their guards, as far as they were measured."""
+        worst: dict[str, float] = saved.results.get("worst", {}).get(str(number), {})
+        bounds = {_key(k): max(x * ROOM, _NO_LOSS) for k, x in worst.items()}
+        return [replace(s, bound=bounds.get(key)) for key, s in sites.items()]
+
+    def costs(self, samples: Sequence[Any], saved: Saved) -> Costs:
+        """What each form of each site costs, on the sample with the most elements. Measured once: a ladder of other
+        costs has other plans, of which what was kept of later stages says nothing."""
         self.progress("measuring forms", 0, 1)
         largest = max(samples, key=_elements)
-        costs = self.switch.to = Costs(self.forms)
+        costs = Costs(self.forms)
+        known: dict[str, dict[str, dict[str, float]]] | None = saved.results.get("costs")
+        self.switch.to = costs if known is None else UnderPlan()
+        if known is not None:
+            costs.ms, costs.density = ({_key(k): v for k, v in known[x].items()} for x in ("ms", "density"))
         with torch.no_grad():
             found = self.model(largest)
         if not self.planner.sites:
@@ -141,6 +165,9 @@ class Stages:
             raise PlanError(f"the model has no attention that a plan can change{rest}; see attncc inspect")
         if not bool(found.isfinite().all()):
             raise PlanError("the exact model gives NaN or infinity on the data")
+        if known is None:
+            both = {"ms": costs.ms, "density": costs.density}
+            saved.keep("costs", {name: {_text(k): v for k, v in x.items()} for name, x in both.items()})
         self.progress("measuring forms", 1, 1)
         return costs
 
@@ -235,8 +262,8 @@ class Stages:
         for asked, own in zip(self.asked, tried, strict=True):
             expected = expected_most(by_plan, asked.share)
             fitting = [n for n in own if expected[n] <= asked.limit]
-            if not fitting:
-                raise PlanError(self._only_exact(asked, expected[own[0]]))
+            if own and not fitting:
+                self._miss(self._only_exact(asked, expected[own[0]]))
             orders.append((asked.limit, fitting[-self.settings.tests :]))
         return orders
 
@@ -253,8 +280,14 @@ class Stages:
         theta = self._scale(asked.limit) / kappa
         numbers = sorted({nearest(rungs, theta * part) for part in _TRIED} - {0})
         if not numbers:
-            raise PlanError(self._only_exact(asked, rungs[1].error * kappa))
+            self._miss(self._only_exact(asked, rungs[1].error * kappa))
         return numbers
+
+    def _miss(self, why: str) -> None:
+        """A budget that no plan meets."""
+        if self.missed is None:
+            raise PlanError(why)
+        self.missed(why)
 
     def _only_exact(self, asked: losses.Asked, least: float) -> str:
         return (
@@ -274,12 +307,20 @@ class Stages:
         known: list[list[float]] = saved.results.get("certifying", [])
         lengths: dict[str, list[int]] = saved.results.get("lengths", {})
         self.switch.keys |= {_key(k): (lo, hi) for k, (lo, hi) in lengths.items()}
+        worst: dict[str, dict[str, float]] = saved.results.get("worst", {})
+        self.following.measuring = True
+        self.following.worst = {
+            id(sites[n]): {_key(k): x for k, x in worst.get(str(n), {}).items()} for n in numbers
+        }
         for at, inputs in enumerate(unseen):
             self.progress("certifying", at, len(unseen))
             if at >= len(known):
+                self.following.calls = at * _CALLS
                 known = [*known, self.evaluator.losses(inputs, [sites[n] for n in numbers])]
                 saved.keep("certifying", known)
                 saved.keep("lengths", {_text(k): list(v) for k, v in self.switch.keys.items()})
+                found_worst = {str(n): self.following.worst[id(sites[n])] for n in numbers}
+                saved.keep("worst", {n: {_text(k): x for k, x in own.items()} for n, own in found_worst.items()})
         self.progress("certifying", len(unseen), len(unseen))
         data = digest(unseen)
         found: list[tuple[Certificate | None, int]] = []
@@ -293,12 +334,13 @@ class Stages:
                     break
                 mean = sum(own) / len(own)
                 best = Certificate(len(own), failures, self.settings.delta, tested, mean, max(own), data), n
-            if best is None:
-                raise PlanError(
+            if best is None and order:
+                self._miss(
                     f"the certificate failed: {failures} of {len(unseen)} unseen samples exceed "
                     f"{asked.metric}<={limit:.3g} under the safest plan; profile with more samples, or a wider budget"
                 )
-            found.append(best)
+                order.clear()
+            found.append(best or (None, 0))
         return found
 
 
@@ -316,9 +358,11 @@ def expected_most(by_plan: Mapping[int, Sequence[float]], share: float) -> dict[
 
 
 def _options(costs: Costs, key: Key, error: torch.Tensor, forms: Sequence[str]) -> Options:
-    """What a site may do: forms that keep nearly all keys gain nothing, whatever a noisy machine measured."""
+    """What a site may do: forms that keep nearly all keys gain nothing, whatever a noisy machine measured, but for
+    those whose kernel finds what to leave out."""
     ms, kept = costs.ms[key], costs.density[key]
-    cost = [ms[""], *(ms[text] if kept.get(text, 1.0) < _WHOLE else float("nan") for text in forms)]
+    gains = {text: kept.get(text, 1.0) < _WHOLE or isinstance(policy_of(text), Dropping) for text in forms}
+    cost = [ms[""], *(ms.get(text, float("nan")) if gains[text] else float("nan") for text in forms)]
     return Options(torch.tensor(cost, dtype=torch.float64), error)
 
 

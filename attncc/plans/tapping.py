@@ -59,6 +59,10 @@ class Watcher(Protocol):
         """What computes the call, before it runs and where no gradient is wanted; None for the exact kernel."""
         ...
 
+    def gave(self, seen: Seen, out: torch.Tensor) -> None:
+        """Sees the output of a call in the form that it gave, as the program lays it out."""
+        ...
+
     def backward(self, seen: Seen, out: torch.Tensor, gradient: torch.Tensor) -> None:
         """Sees the output of a call and its gradient, both as the attention lays them out."""
         ...
@@ -83,6 +87,9 @@ class Tapped:
 
     def take(self, site: PlannedSite, p: Program) -> Program | Reason | None:
         return None
+
+    def timed(self, site: PlannedSite) -> bool:
+        return True
 
     def says(self, site: PlannedSite) -> str:
         return ""
@@ -139,6 +146,7 @@ def _shown(site: PlannedSite, taken: Program, final: Program, watcher: Watcher) 
         form = None if torch.is_grad_enabled() else watcher.form(seen)
         if form is not None:
             (out,) = run(form, values, known)
+            watcher.gave(seen, out)
             shape = signature_of(spec).allocate(tensors, sizes)
             return [out.view_as(shape[0]), *shape[1:]]
         out, *others = torch.ops.attncc.attention(tensors, sizes, spec)

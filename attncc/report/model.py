@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from io import StringIO
 from typing import Any
@@ -18,11 +18,30 @@ from attncc.report.table import WIDTH, table
 SCHEMA = "attncc-report/1"
 
 
+@dataclass(frozen=True)
+class Guard:
+    """What the guard of a plan's site saw in this process: of its `calls`, `trips` were off the exact result by more
+    than `bound` on the rows that were looked at, relative, and ran exact; `worst` is the largest that was seen."""
+
+    site: str
+    calls: int
+    trips: int
+    worst: float
+    bound: float
+
+    def __str__(self) -> str:
+        return (
+            f"guard of {self.site}: {self.trips} of {self.calls} calls off by more than {self.bound:.2g} ran exact "
+            f"(worst {self.worst:.2g})"
+        )
+
+
 @dataclass(frozen=True, repr=False)
 class Report:
     """All sites of a model, the text of its graphs before and after, and what the user should know (`notes`).
     `machine` says what the times were measured on: processor, threads, instruction set, precision of float32 products,
-    and the GPU where one was used."""
+    and the GPU where one was used. `guard` is what the guards of plans saw so far in this process, `outside` how many
+    calls of graphs ran exact as their plan does not hold for their lengths."""
 
     sites: tuple[Site, ...] = ()
     graph_before: str = ""
@@ -30,6 +49,8 @@ class Report:
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
+    guard: tuple[Guard, ...] = ()
+    outside: int = 0
 
     @property
     def fused(self) -> int:
@@ -74,6 +95,7 @@ class Report:
         return {
             "schema": SCHEMA, "versions": dict(self.versions), "machine": dict(self.machine),
             "fused": self.fused, "kept": self.kept, "refused": self.refused, "notes": list(self.notes),
+            "guard": [asdict(g) for g in self.guard], "outside": self.outside,
             "sites": sites, "kernels": {key: source for source, key in keys.items()},
             "graph_before": self.graph_before, "graph_after": self.graph_after,
         }  # fmt: skip

@@ -164,6 +164,12 @@ def _stages(site: Site) -> list[dict[str, str]]:
     return found
 
 
+def _whose(site: Site) -> str:
+    """Whose mask is shown."""
+    form = next((f.form for f in site.forms if site.head in f.heads), "exact")
+    return "the first batch point" if form == "exact" else f"the first sequence and head {site.head}: {form}"
+
+
 def _mask(site: Site) -> dict[str, Any] | None:
     if site.picture is None or site.ir is None or site.visible is None:
         return None
@@ -178,5 +184,5 @@ def _mask(site: Site) -> dict[str, Any] | None:
         "data": b64encode(png(cells.to(torch.uint8))).decode(),
         "width": max(1, round(keys * scale)), "height": max(1, round(rows * scale)),
         "legend": legend, "text": f"Mask of {rows} by {keys} cells: {text}.",
-        "caption": f"{rows} by {keys} cells, of the first batch point. Keys + and - zoom, 0 fits.",
+        "caption": f"{rows} by {keys} cells, of {_whose(site)}. Keys + and - zoom, 0 fits.",
     }  # fmt: skip

@@ -52,7 +52,8 @@ class Site:
     `ir`. `sizes` are the values that the sizes of `ir` had when the graph was captured. `code` names the kind of
     the reason (`attncc.ir.reasons`), with those of the reasons in it: a key to group by, where `reason` is the
     sentence. `isa` is the instruction set that the kernel uses, or the capability of the GPU. `forms`: what heads
-    do under a plan. `cells` are the mask of the first batch point in a call, uint8[rows, keys], by the classes of
+    do under a plan; `head` is that whose mask is shown, the first with a form of its own. `cells` are the mask of the
+    first sequence and that head in a call, uint8[rows, keys], by the classes of
     `attncc.passes.bounds.mask_cells`; None where `ir` and `sizes` say all that there is to it. `graph` is the part
     of the model's graph that the site stands in, `fused_graph` the same with the kernel in it.
     """
@@ -84,6 +85,7 @@ class Site:
     timings: dict[str, float] = field(default_factory=dict)
     isa: str = ""
     forms: tuple[HeadForm, ...] = ()
+    head: int = 0
     stages: tuple[tuple[str, str], ...] = ()
     graph: tuple[GraphNode, ...] = ()
     fused_graph: tuple[GraphNode, ...] = ()

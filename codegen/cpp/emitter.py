@@ -3,6 +3,7 @@
     q, k, v         -> query_at, key_at, value_at: pointer + sum of stride * index
     score, mask     -> logit (without its constant factor, for softmax), masked keys -inf
     sink            -> first_logit, the maximum a row starts with
+    drop            -> spare_share, the share of a row's weights that it may leave out
     weight          -> linear_weight where linear in w, else weight after a first pass for the sums
     bounds          -> find_spans, the keys a tile visits and those of them that it must mask
 """
@@ -113,7 +114,7 @@ class Emitter:
         parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), prepared.slots(self.p)]
         parts += [*map(library, ("spans", "tile", "peak")), prepared.fills(self.p), *hooks]
         parts += [prepared.staged(self.p), self._rows()]
-        parts += [library("pairs" if self.pairs else "plain"), library("few")]
+        parts += [library("dropped"), library("pairs" if self.pairs else "plain"), library("few")]
         parts += [*([library("few_tiles")] if self.tiles else []), library("few_attend")]
         return "\n".join([*parts, *map(library, ("begin", "slanted", "attend", "run")), self._entry()])
 
@@ -127,7 +128,7 @@ class Emitter:
 
     def _config(self) -> str:
         a, double = self.a, self.p.double
-        roots = (a.score, a.mask, a.weight, *([a.sink] if a.sink else []))
+        roots = (a.score, a.mask, a.weight, *(x for x in (a.sink, a.spare) if x is not None))
         narrow = not double and not self.wide and fits_32_bits(a, *roots)
         wide = isinstance(a.e.extent, Const) and int(a.e.extent.value) >= 128
         spans = [n for x in self.bounds.intervals for n in x.expressions]
@@ -142,7 +143,7 @@ class Emitter:
             "IS_SOFTMAX": int(a.normalizer == "softmax"), "NORMALIZED_EARLY": int(self.early),
             "EMPTY_ZERO": 0, "EMPTY_MEAN": 1, "EMPTY_NAN": 2, "EMPTY": f"EMPTY_{a.empty.upper()}",
             "SCALE": self._real(self.scale), "LOG2E": self._real(_LOG2E),
-            "HAS_NEAR": int(self.near),
+            "HAS_NEAR": int(self.near), "MAY_DROP": int(a.spare is not None),
             "MOST_FEW": self._most_few,
             "FEW_ALONE": int(a.normalizer == "softmax" and self.raw is S and self.factor == Const(1.0)),
             "SUMS_ROUNDED": int(self.factor == Const(1.0) and "lse" not in a.outputs),
@@ -303,7 +304,12 @@ class Emitter:
         if self.a.sink is not None:
             body = self.p.row_code(self.a.sink)
         head = "static vreal first_logit(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at)"
-        return function(head, ["(void)c; (void)b; (void)u; (void)t; (void)at;", f"return {body};"])
+        sink = function(head, ["(void)c; (void)b; (void)u; (void)t; (void)at;", f"return {body};"])
+        if self.a.spare is None:
+            return sink
+        head = "static vreal spare_share(const Call& c, const Batch& b, const Uniform& u, const Tile& t, int64_t at)"
+        body = self.p.row_code(self.a.spare)
+        return sink + function(head, ["(void)c; (void)b; (void)u; (void)t; (void)at;", f"return {body};"])
 
     def _entry(self) -> str:
         a = self.a

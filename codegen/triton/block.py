@@ -18,6 +18,10 @@ from attncc.ir.expr import free
 #: weights alone; apply: weights from known statistics; plain: weights that need none; seen: whether there is a key.
 Mode = Literal["online", "stats", "apply", "plain", "seen"]
 
+#: Weights are rounded before they are multiplied: the share that is left out stays under its bound by more than that.
+CUT = 0.98
+
+
 class Block:
     """Emits what comes before the loops over keys into a frame's outermost scope, and gives the loops their bodies."""
 
@@ -127,7 +131,11 @@ class Block:
             self._product(scope, ok)
         visible = self._visible(scope, masked=masked)
         self._weigh(scope, mode, visible)
-        if mode != "stats":
+        if mode == "online" and self.p.a.spare is not None:
+            before, scope.lines = scope.lines, []
+            self._values(scope, ok)
+            scope.lines = [*before, "if kept > 0:", *(f"    {x}" for x in scope.lines)]
+        elif mode != "stats":
             self._values(scope, ok)
         return scope
 
@@ -233,7 +241,7 @@ class Block:
         if mode in ("online", "stats"):
             lines += self.peak.raised("tl.max(x, 1)")
             lines.append("p = tl.exp2(x * rate[:, None] - base[:, None])")
-            lines.append("l = l * shrink + tl.sum(p, 1)")
+            lines += self._spared() if mode == "online" and p.a.spare is not None else ["l = l * shrink + tl.sum(p, 1)"]
         if mode == "online":
             lines += [f"{acc} = {acc} * shrink[:, None]" for acc in self.accumulators]
             factor = p.factor
@@ -245,6 +253,16 @@ class Block:
         if mode == "apply":
             lines.append("p = tl.exp2(x * rate[:, None] - base[:, None]) * inverse")
             self._apply(scope, visible)
+
+    def _spared(self) -> list[str]:
+        """Lines that leave a block out where each row can spare what its weights there sum to: `dropped` stays under a
+        share of what is kept, sums only grow, and a part of the share is left to the blocks to come."""
+        return [
+            "own = tl.sum(p, 1)", "met += 1.0", "dropped = dropped * shrink", "l = l * shrink",
+            "spared = dropped + own < share * l * tl.minimum(met / meets, 1.0)",
+            "kept = tl.max(tl.where(spared[:, None] | (row_ok == 0), 0, 1))",
+            "l += tl.where(kept > 0, own, 0.0)", "dropped += tl.where(kept > 0, 0.0, own)",
+        ]  # fmt: skip
 
     def _apply(self, scope: Scope, visible: str) -> None:
         p, lines = self.p, scope.lines
@@ -304,6 +322,12 @@ class Block:
             f.scope.lines += self.peak.start(f.rows)
         for acc, (width, _) in zip(self.accumulators, self.p.e_chunks, strict=True):
             f.line(f"{acc} = tl.zeros([{f.rows}, {width}], tl.float32)")
+        if self.p.a.spare is not None:
+            f.comment("what each row may leave out of its weights, and what it has; the blocks it has met")
+            share = f"{f.scope.atom(self.p.a.spare)} + tl.zeros([{f.rows}, 1], tl.float32)"
+            f.line(f"share = tl.sum(({share}) * {CUT}, 1)")
+            f.line(f"dropped = tl.zeros([{f.rows}], tl.float32)")
+            f.line("met = 0.0")
 
     def mean_of_values(self) -> None:
         """Rows without visible keys: the mean of the values, times the weight's factor. Rare, so behind a test."""

@@ -47,7 +47,7 @@ class Frame:
         self.p, self.rows = p, rows
         self.names = Names(RESERVED)
         roots = [a.mask, p.raw, a.weight if p.factor is None or not p.softmax else p.factor]
-        roots += [] if a.sink is None else [a.sink]
+        roots += [x for x in (a.sink, a.spare) if x is not None]
         roots += [b for run in (*p.runs.masked, *p.runs.full) for b in (run.start, run.stop)]
         roots += [b for x in p.runs.striped for b in (x.lo, x.hi, x.base, x.width, x.slots)]
         self.scope = Scope(self.names, p.extents, used_twice(roots), self._load)

@@ -14,9 +14,18 @@ def visit(b: Block, blocks: Segments, mode: Mode) -> None:
     """Loops over all of `blocks`, the full ones without their masks; over the tile's lists where it has some."""
     f = b.f
     if f.p.listed and blocks is f.p.runs:
+        if mode == "online" and f.p.a.spare is not None:
+            f.line(f"meets = tl.maximum(full + part, 1) / {_splits(f)}")
+            f.comment("the blocks of this tile's list: where the mask decides, then the others, the nearest first")
+            _over_list(b, mode, masked=True)
+            _over_list(b, mode, masked=False, back="tl.where(t == 0, 0, full - t)")
+            return
         f.comment("the blocks of this tile's list: those whose keys all rows see, then those where the mask decides")
         _over_list(b, mode, masked=False)
         _over_list(b, mode, masked=True)
+        return
+    if mode == "online" and f.p.a.spare is not None:
+        _nearest_first(b, blocks)
         return
     if blocks.full:
         if blocks.masked:
@@ -29,6 +38,33 @@ def visit(b: Block, blocks: Segments, mode: Mode) -> None:
     for stripes in blocks.striped:
         f.comment("stripes of keys, gathered into blocks")
         _over_stripes(b, stripes, mode)
+
+
+def _nearest_first(b: Block, blocks: Segments) -> None:
+    """The order in which most blocks prove to weigh little: those where the mask decides, which are near, the first
+    one, then the others from the last to the second."""
+    f, size = b.f, b.p.config.block_n
+    counts = [total(blocks.masked), total(blocks.full)]
+    counts += [floordiv(add(x.slots, const(size - 1)), const(size)) for x in blocks.striped]
+    count = const(0)
+    for n in counts:
+        count = add(count, n)
+    f.line(f"meets = tl.maximum({f.scope.text(count)}, 1) / {_splits(f)}")
+    f.comment("blocks where the mask decides, then those whose keys all rows see, the first and the nearest first")
+    _over_runs(b, blocks.masked, "online", masked=True)
+    for run in blocks.full:
+        if run.length is not Const(0):
+            start, stop = f.scope.atom(run.start), f.scope.atom(run.stop)
+            head = _for(f, "t", *_share(f, f.scope.name("count", f.scope.text(run.length))), "online")
+            _loop(f, b.body("online", masked=False), [head, f"block = tl.where(t == 0, {start}, {stop} - t)"])
+    for stripes in blocks.striped:
+        f.comment("stripes of keys, gathered into blocks")
+        _over_stripes(b, stripes, "online")
+
+
+def _splits(f: Frame) -> str:
+    """How many programs share the blocks of a tile."""
+    return "splits" if f.p.split else "1.0"
 
 
 def find_lists(f: Frame) -> None:
@@ -47,8 +83,9 @@ def _over_runs(b: Block, runs: tuple[Run, ...], mode: Mode, *, masked: bool) -> 
         _loop(b.f, b.body(mode, masked=masked), _head(b.f, runs, mode))
 
 
-def _over_list(b: Block, mode: Mode, *, masked: bool) -> None:
-    at = "list_at + block_count - 1 - t" if masked else "list_at + t"
+def _over_list(b: Block, mode: Mode, *, masked: bool, back: str = "t") -> None:
+    """`back`: at which place of the list of full blocks iteration t looks."""
+    at = "list_at + block_count - 1 - t" if masked else f"list_at + {back}"
     head = _for(b.f, "t", *_share(b.f, "part" if masked else "full"), mode)
     _loop(b.f, b.body(mode, masked=masked), [head, f"block = tl.load(blocks_ptr + {at})"])
 
@@ -68,7 +105,7 @@ def _loop(f: Frame, body: Scope, head: list[str]) -> None:
 
 
 def _for(f: Frame, name: str, lo: str, hi: str, mode: Mode) -> str:
-    if f.p.config.specialize and mode != "seen":
+    if f.p.config.specialize and mode != "seen" and f.p.a.spare is None:
         return f"for {name} in tl.range({lo}, {hi}, warp_specialize=True):"
     return f"for {name} in range({lo}, {hi}):"
 

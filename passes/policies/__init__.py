@@ -6,6 +6,7 @@ takes any attention that is exact without it: the model's own mask stays, and is
 
 from attncc.passes.policies.antidiagonal import Antidiagonal
 from attncc.passes.policies.block_means import BlockMeans
+from attncc.passes.policies.certified_skip import CertifiedSkip
 from attncc.passes.policies.chunk_means import ChunkMeans
 from attncc.passes.policies.chunks import Chunks
 from attncc.passes.policies.draft import Draft
@@ -23,7 +24,11 @@ from attncc.passes.policies.vertical_slash import VerticalSlash
 CLOSED_FORMS = Streaming, Spans, Strides, Chunks, SlidingTiles
 SELECTED = BlockMeans, Antidiagonal, SelfSimilar, ChunkMeans, Draft, VerticalSlash, FlexPrefill, Pages, PageMass
 
+#: By what the kernel finds on its way.
+CERTIFIED = (CertifiedSkip,)
+
 __all__ = [
-    "CLOSED_FORMS", "SELECTED", "Antidiagonal", "BlockMeans", "ChunkMeans", "Chunks", "Draft", "FlexPrefill",
-    "PageMass", "Pages", "SelfSimilar", "SlidingTiles", "Spans", "Streaming", "Strides", "VerticalSlash",
+    "CERTIFIED", "CLOSED_FORMS", "SELECTED", "Antidiagonal", "BlockMeans", "CertifiedSkip", "ChunkMeans", "Chunks",
+    "Draft", "FlexPrefill", "PageMass", "Pages", "SelfSimilar", "SlidingTiles", "Spans", "Streaming", "Strides",
+    "VerticalSlash",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
     mask  ->  mask and keep(i, j)                                                      one policy for all heads
     mask  ->  mask and (form(h) = 0  or  form(h) = 1 and keep_1(h, i, j)  or ...)      one for each set; form 0 is exact
+    drop  ->  eps_1 where form(h) = 1, ..                                   shares of the weights that a kernel chooses
 
 `form` is read from a table, so that layers whose heads differ in their forms alone run one kernel.
 """
@@ -10,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from attncc.ir import Attention, Axis, Const, Expr, Load, Node, Program, Size, Step, Table, kind_of
 from attncc.ir.affine import expr, poly
 from attncc.ir.attention import fresh_name
-from attncc.ir.build import FALSE, and_, eq, or_
+from attncc.ir.build import FALSE, TRUE, and_, const, eq, or_, where
 from attncc.ir.expr import loads, substitute
 from attncc.ir.reasons import Reason, because
 from attncc.passes.policies.places import Places, ends_of, head_count, heads_of, places
@@ -87,11 +88,13 @@ class Hiding:
         """A load from a tensor that the attention reads."""
         return Load(name, index, self.attention.tensor(name).kind)
 
-    def finish(self, keep: Expr) -> list[Step]:
-        """The steps: what is read, and the attention with the rest of its keys hidden."""
+    def finish(self, keep: Expr, drop: Expr | None) -> list[Step]:
+        """The steps: what is read, and the attention with the rest of its keys hidden, and a share of its weights to
+        be left out by its kernel."""
         a = self.attention
-        node = replace(a, mask=and_(a.mask, keep))
-        read = {x.tensor for x in loads(node.mask)} | {t.name for t in a.tensors[: self._own]}
+        node = replace(a, mask=and_(a.mask, keep), drop=a.drop if drop is None else drop)
+        made = (node.mask, *(() if node.drop is None else (node.drop,)))
+        read = {x.tensor for x in loads(*made)} | {t.name for t in a.tensors[: self._own]}
         node = replace(node, tensors=tuple(t for t in a.tensors if t.name in read))
         arguments = tuple(value for name, value in self._arguments.items() if name in read)
         return [*_needed(self.before, arguments), replace(self.step, node=node, arguments=arguments)]
@@ -120,6 +123,15 @@ class Policy(Protocol):
 
     def keep(self, site: Hiding) -> Expr:
         """What the rule keeps, a boolean over the batch, i and j; what it reads is made by `site`."""
+        ...
+
+
+@runtime_checkable
+class Dropping(Protocol):
+    """A policy that leaves the choice of keys to the kernel, within a share of each row's weights."""
+
+    def drop(self, site: Hiding) -> Expr:
+        """The share, a number over the batch."""
         ...
 
 
@@ -156,17 +168,28 @@ def misfit(a: Attention, form: Form) -> Reason | None:
 
 def _hidden(site: Hiding, forms: Sequence[Form]) -> list[Step]:
     if len(forms) == 1 and forms[0].heads is None:
-        return site.finish(forms[0].policy.keep(site))
+        return site.finish(forms[0].policy.keep(site), _drop(forms[0].policy, site))
     a = site.attention
     numbers = _numbers(forms, head_count(a))
     if 0 not in numbers and len(set(numbers)) == 1:
-        return site.finish(forms[numbers[0] - 1].policy.keep(site))
+        policy = forms[numbers[0] - 1].policy
+        return site.finish(policy.keep(site), _drop(policy, site))
     form = site.made(Table(a.sizes, heads_of(a), a.tensors[:1], numbers), "form")
     kept = eq(form, Const(0)) if 0 in numbers else FALSE
+    whole, dropped = True, None
     for number, each in enumerate(forms, 1):
         if number in numbers:
-            kept = or_(kept, and_(eq(form, Const(number)), each.policy.keep(site)))
-    return site.finish(kept)
+            keep, drop = each.policy.keep(site), _drop(each.policy, site)
+            own = eq(form, Const(number))
+            whole &= keep is TRUE
+            kept = or_(kept, and_(own, keep))
+            if drop is not None:
+                dropped = where(own, drop, const(0.0) if dropped is None else dropped)
+    return site.finish(TRUE if whole else kept, dropped)
+
+
+def _drop(policy: Policy, site: Hiding) -> Expr | None:
+    return policy.drop(site) if isinstance(policy, Dropping) else None
 
 
 def _numbers(forms: Sequence[Form], count: int) -> tuple[int, ...]:

@@ -17,5 +17,5 @@ def map_expressions(a: Attention, f: Callable[[Expr], Expr]) -> Attention:
     return replace(
         a,
         q=access(a.q), k=access(a.k), v=access(a.v), score=f(a.score), mask=f(a.mask),
-        sink=None if a.sink is None else f(a.sink), weight=f(a.weight),
+        sink=None if a.sink is None else f(a.sink), weight=f(a.weight), drop=None if a.drop is None else f(a.drop),
     )  # fmt: skip

@@ -88,7 +88,7 @@ class TileTokens:
         assert isinstance(a, Attention)
         order = TileOrder(self.grid, self.tile)
         after = tile_layout(a, order)
-        also = {x.tensor for x in loads(a.score, a.mask, a.weight, *(() if a.sink is None else (a.sink,)))}
+        also = {x.tensor for x in loads(a.score, a.mask, a.weight, *(x for x in (a.sink, a.drop) if x is not None))}
         if also & {x.tensor for x in (a.q, a.k, a.v)}:
             raise ValueError("an operand is read by the score or the mask, too, in the order of the tokens")
         steps: list[Step] = []

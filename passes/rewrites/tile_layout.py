@@ -88,8 +88,8 @@ def tile_layout(a: Attention, order: TileOrder) -> Attention:
     def on(x: Expr) -> Expr:
         return simplify(substitute(x, moved), extents)
 
-    sink = None if a.sink is None else on(a.sink)
-    return replace(a, score=on(a.score), mask=on(a.mask), sink=sink, weight=on(a.weight))
+    sink, drop = (None if x is None else on(x) for x in (a.sink, a.drop))
+    return replace(a, score=on(a.score), mask=on(a.mask), sink=sink, weight=on(a.weight), drop=drop)
 
 
 def grid_of(a: Attention) -> tuple[int, ...] | None:

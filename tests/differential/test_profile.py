@@ -12,18 +12,21 @@ import pytest
 import torch
 from planned.keyed import Keyed, answer, sample, wanted
 from planned.made import WHAT, costs_by_density, plan, site
+from rich.console import Console
 from torch import Tensor, nn
 
 import attncc
+from attncc.cli import demo_plan
 from attncc.driver import rewriting
 from attncc.driver.planned_times import _gathers
 from attncc.driver.planning import Places
 from attncc.errors import PlanError
 from attncc.ir import parse_attention
 from attncc.ir.reasons import because
-from attncc.plans import losses
+from attncc.passes.bounds.mask_cells import SKIPPED
+from attncc.plans import costs, losses
 from attncc.plans.plan import load, policy_of
-from attncc.plans.profile import Settings
+from attncc.plans.profile import Settings, profile_for
 
 FEW = Settings(samples=4, probes=2, tune=2)
 NEAR = ["streaming{sinks=16,window=64}", "streaming{sinks=64,window=128}"]
@@ -56,6 +59,7 @@ def test_a_budget_keeps_what_the_model_looks_up(tmp_path: Path) -> None:
     assert [r.heads for r in own.rules] == [(0,)]
     assert found.certificate is not None and found.certificate.failures == 0 and found.certificate.samples == 29
     assert found.certificate.worst <= 0.001 and own.ms < own.exact_ms
+    assert own.bound is not None and 0 < own.bound < 0.1  # of what its guard may see
     found.save(tmp_path / "keyed.plan")
     assert load(tmp_path / "keyed.plan") == found
     compiled = follow(model, tmp_path / "keyed.plan")
@@ -101,8 +105,9 @@ def test_predicted_errors_are_the_measured_ones() -> None:
     assert found.certificate is not None and 0 < found.certificate.worst <= 0.2
 
 
-@pytest.mark.usefixtures("by_density")
-def test_an_interrupted_profile_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_profile_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the costs that it began with: other costs would have other plans than those that it tested."""
+    timed = costs_by_density(monkeypatch)
     model, file = Keyed().eval(), tmp_path / "x.part"
     whole = attncc.profile(model, samples(40), "kl<=0.001@90%", settings=FEW)
     seen: list[tuple[str, int]] = []
@@ -118,6 +123,7 @@ def test_an_interrupted_profile_goes_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         attncc.profile(model, samples(40), "kl<=0.001@90%", progress=interrupted, **given)
     assert file.is_file()
+    monkeypatch.setattr(costs, "timed", lambda *given: {name: 11 - ms for name, ms in timed(*given).items()})
     again = attncc.profile(model, samples(40), "kl<=0.001@90%", progress=noted, **given)
     assert again == whole and not file.exists()
     assert ("probing", 0) not in seen and ("certifying", 28) in seen
@@ -210,6 +216,14 @@ def test_what_a_site_becomes_is_explained() -> None:
         "6.50 ms, exact 10.00 ms"
     )
     assert own.program is not None and "form" in own.program
+    assert own.head == 0 and own.cells is not None and own.visible is not None and own.visited is not None
+    causal = 2 * 512 * 513 // 2
+    assert 0.5 * causal < own.visible < 0.7 * causal and own.visited < causal  # a half of one head, and the other
+    assert float((own.cells == SKIPPED).float().mean()) > 0.6
+    with torch.no_grad():
+        (other,) = attncc.explain_plan(plan(model, site(heads=(1,))), model, sample(0)).sites
+    assert other.head == 1 and other.cells is not None and torch.equal(other.cells, own.cells)
+    assert "head 1: streaming" in attncc.explain_plan(plan(model, site(heads=(1,))), model, sample(0)).html()
     assert "policy-other-length" in held.code and "exact, although the plan has a form" in held.reason
 
 
@@ -339,3 +353,34 @@ def test_no_plan_speaks_of_an_attention_whose_length_no_dimension_tells() -> Non
     lifted: Any = SimpleNamespace(attention=a, tensors=())
     facts: Any = None
     assert Places().site("layers.0", lifted, facts) is None
+
+
+@pytest.mark.usefixtures("by_density")
+def test_a_budget_that_is_missed_leaves_the_others() -> None:
+    said: list[str] = []
+    budgets = ["kl<=1e-12@90%", "kl<=0.001@90%"]
+    more: dict[str, Any] = {"forms": NEAR, "settings": FEW}
+    (found,) = profile_for(Keyed().eval(), samples(40), budgets, missed=said.append, **more)
+    assert found.budget.limit == 0.001 and len(said) == 1 and "only the exact model meets kl<=1e-12" in said[0]
+    with pytest.raises(PlanError, match="no plan of these forms meets any"):
+        profile_for(Keyed().eval(), samples(40), budgets[:1], missed=said.append, **more)
+
+
+def test_the_demo_uses_the_plans_that_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = Keyed().eval(), list[object]()
+
+    def profiled(model: nn.Module, *_: object, **options: Any) -> list[Any]:
+        made.append(options["resume"])
+        return [plan(model)]
+
+    monkeypatch.setattr(demo_plan, "profile_for", profiled)
+    console, seen = Console(quiet=True), [sample(1)]
+
+    def plans(tokens: Tensor, of: nn.Module = model) -> list[Any]:
+        return demo_plan.kept_plans(console, of, demo_plan.QUICK, seen, [tokens], tmp_path)
+
+    assert plans(sample(2)) == plans(sample(2)) == [plan(model)] and len(made) == 1
+    plans(sample(3))  # other data
+    other = Keyed().eval()
+    other.blocks[0].values.data.mul_(2)
+    assert plans(sample(2), other) == [plan(other)] and len(made) == 3

@@ -15,6 +15,7 @@ import torch
 from edge_numbers.edges import edges_of, hold
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from policies import dropping
 from random_ir.programs import Program, programs
 from triton_kernels import interpreter
 from triton_kernels.cases import CASES, Case, case_of, make
@@ -24,8 +25,10 @@ from attncc.codegen.triton.schedule import schedule
 from attncc.ir import Attention, Bounds, W, interpret, print_attention
 from attncc.ir.build import const
 from attncc.ir.evaluate import DTYPE_OF
+from attncc.ir.program import program_of_node
 from attncc.kernels.first_use import differs
 from attncc.passes.bounds.bounds import loop_bounds
+from attncc.passes.rewrites.split_axes import SplitAxes
 from attncc.passes.tables.spans import Looked, spanned, tables
 from attncc.runtime.outputs import shapes_of
 from attncc.runtime.triton_launch import TritonKernel
@@ -287,6 +290,30 @@ def test_a_wrong_kernel_is_found_at_its_first_use(name: str) -> None:
     assert len(said) == 1 and "where it should be" in said[0]
     want = interpret(a, p.tensors, p.sizes, compute=torch.float64)["out"]
     torch.testing.assert_close(outputs[0].double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(SMALL, id="plain"), pytest.param(LISTS, id="lists"),
+        pytest.param(SPLIT, id="split", marks=pytest.mark.full),
+    ],
+)  # fmt: skip
+def test_what_is_left_out_weighs_at_most_eps(config: TritonConfig) -> None:
+    """Values are unit vectors, so that the output says which keys were left out."""
+    a = SplitAxes()(program_of_node(dropping.attention("0.05", most=64))).steps[0].node
+    assert isinstance(a, Attention)
+    bounds = loop_bounds(a, rows=True)
+    left: dict[str, float] = {}
+    for shape in ("even", "climbing", "first"):
+        for n, m in ((20, 64), (2, 60)):
+            data = dropping.tensors(shape, n, m, torch.float32, most=64)
+            split = {"splits": 2} if config is SPLIT else {}
+            out = interpreter.run(a, bounds, config, data, [n, m], **split)["out"]
+            found = dropping.kept(data, out.reshape(dropping.B, dropping.H, n, 64))
+            assert float(found.mass.max()) <= 0.05 and found.off <= 1e-4
+            left[shape] = max(left.get(shape, 0.0), found.share)
+    assert left["even"] < 0.05 and left["climbing"] > 0.1 and left["first"] > 0.2, left
 
 
 def test_masked_values_are_never_read() -> None:

@@ -79,6 +79,7 @@
 #define SCALE 1.4426950408889634f
 #define LOG2E 1.4426950408889634f
 #define HAS_NEAR 0
+#define MAY_DROP 0
 #define MOST_FEW 16
 #define FEW_ALONE 0
 #define SUMS_ROUNDED 0
@@ -264,6 +265,8 @@ INLINE void set_lane(Tile& t, int64_t lane, const Group& g, int64_t i) {
     t.lane[0][lane] = (lane_int)i;
     t.lane[1][lane] = (lane_int)g.x_g;
 }
+
+/* lib/dropped.h */
 
 /* lib/pairs.h */
 

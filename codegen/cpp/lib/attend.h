@@ -152,8 +152,9 @@ static void weigh_known(const Column& x, const Tile& t, int64_t from, int64_t to
 static constexpr real LARGE = 1048576, SMALL = 1 / LARGE, CLIMB = 10, STEEPEST = 4096;
 INLINE vreal exponent_of(vreal x) { return __builtin_convertvector(((vmask)x >> MANTISSA) - BIAS, vreal); }
 
-// Column v of a tile: scores in `s` become weights in `p`, and `keep` what its rows' earlier sums are worth now.
-static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, const Uniform& u, int64_t v, Stage stage,
+// Column v of a tile: scores in `s` become weights in `p`, and `keep` what its rows' earlier sums are worth now. True where
+// its rows leave the block out.
+static bool soften(const Call& c, const Batch& b, Tile& t, const Block& at, const Uniform& u, int64_t v, Stage stage,
                    int64_t from, int64_t to, real* s, real* p, real* keep, Soon& soon) {
     const int64_t n = at.count, lane = v * LANES;
     const Column x = {c, u, t.values[v], at.j0, s};
@@ -161,7 +162,7 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
         weigh_known(x, t, from, to, n, v, stage, s, p);
         end_weights(p, n);
         store(keep, splat(1));
-        return;
+        return false;
     }
     const vreal m_old = load(t.m + lane), l_old = load(t.l + lane);
     vreal m = pick(m_old == splat(-INFINITY), vreal{}, m_old), factor, sum;
@@ -211,23 +212,28 @@ static void soften(const Call& c, const Batch& b, Tile& t, const Block& at, cons
         raise();
         again = true;
     }
+    if (DROPS && !far && none(m != m_old) && spares(t, lane, sum)) return true;
     end_weights(p, n);
     const vreal level = m + exponent_of(sum), risen = level - load(t.level + lane);
     store(t.level + lane, level);
-    store(t.expected + lane, level + pick((risen > vreal{}) & (risen < splat(STEEPEST)), risen, vreal{}));
+    if (!DROPS)  // whose blocks are not in the order of their keys
+        store(t.expected + lane, level + pick((risen > vreal{}) & (risen < splat(STEEPEST)), risen, vreal{}));
     m = pick(sums.seen | (m_old != splat(-INFINITY)), m, m_old);
     // Far maxima may differ where their roundings do not.
     if (!PRODUCT_KEEPS && !lies_in_rows(t) && !t.fresh && (far || !none(m != m_old))) rescale(c, t, v, factor);
     store(t.m + lane, m);
     store(t.l + lane, l_old * factor + sum);
     store(keep, factor);
+    rescale_dropped(t, lane, factor);
     *(vmask*)(t.seen + lane) = sums.seen;
+    return false;
 }
 
 static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stage stage, real* scores, real* spare,
                    Slants& slants) {
     int64_t from, to;
     full_run(t, at.j0, at.count, from, to);
+    note_visit(t, at.count);
     const bool all_seen = from == 0 && to == at.count;
     if (lies_in_rows(t) && FEW_ALONE && stage == ONLINE && all_seen && !t.lifted) return few_attention(c, b, t, at, scores);
     // Ranges meet at multiples of four keys.
@@ -245,17 +251,23 @@ static void attend(const Call& c, const Batch& b, Tile& t, const Block& at, Stag
         const int64_t columns = v + STRIP < t.columns ? STRIP : t.columns - v;
         if (lies_in_rows(t)) few_score_product(c, b, t, at, scores);
         else score_product(c, t, v, columns, at, scores);
+        bool left[STRIP] = {};
         Soon soon = soon_of(c, t, v, columns);
         for (int64_t x = 0; x < columns; ++x) {
             if (STAGED && (STAGED_BY_SCORE || from > 0 || to < at.count))
                 bring_near(c, u, t.values[v + x], at.count, near);
             if (SLANTED) bring_slanted(c, b, u, t, (v + x) * LANES, at.count, slants);
-            soften(c, b, t, at, u, v + x, stage, from, to, scores + x * KEYS * LANES, weight_column(scores, spare, x),
+            left[x] = soften(c, b, t, at, u, v + x, stage, from, to, scores + x * KEYS * LANES, weight_column(scores, spare, x),
                    keep + (v + x) * LANES, soon);
         }
         if (stage == SUMS || !HAS_OUT) continue;
-        if (lies_in_rows(t)) few_value_product(c, b, t, at, p, keep);
-        else value_product(c, t, v, columns, at, p, keep);
+        for (int64_t x = 0, end; x < columns; x = end) {  // columns that follow each other and keep the block
+            for (end = x + 1; DROPS && end < columns && left[end] == left[x];) ++end;
+            if (!DROPS) end = columns;
+            if (left[x]) continue;
+            if (lies_in_rows(t)) few_value_product(c, b, t, at, p, keep);
+            else value_product(c, t, v + x, end - x, at, weight_column(scores, spare, x), keep);
+        }
     }
     if (stage != SUMS && HAS_OUT) t.fresh = false;
 }

@@ -74,6 +74,7 @@ static void begin(const Call& c, const Batch& b, Tile& t, bool with_sink, bool l
         store(t.expected + v, splat(NAN));
         store(t.l + v, exp2_of(m - safe) * (lifted ? LIFTED : 1));
         *(vmask*)(t.seen + v) = vmask{};
+        begin_dropping(c, b, u, t, v);
     }
 }
 

@@ -28,6 +28,11 @@ template <int R> static void attend_few(const Call& c, const Batch& b, Tile& t, 
         store(s + n, w);
     }
     store(flat, sum[0] + sum[1]);
+    if (DROPS) {
+        alignas(64) real own[LANES] = {};
+        for (int l = 0; l < LANES; ++l) own[l % R] += flat[l];
+        if (few_spare(t, factor, load(own), t.rows)) return;
+    }
     alignas(64) real l_new[LANES];
     store(l_new, load(t.l) * factor);
     for (int l = 0; l < LANES; ++l) l_new[l % R] += flat[l];

@@ -139,7 +139,7 @@ template <int R> static void add_tile_values(const Call& c, const Batch& b, Tile
 // Keys that every row sees, with no score to work out but a multiple: lanes hold keys.
 template <int R> static void attend_short_block(const Call& c, const Batch& b, Tile& t, const Block& at, real* s) {
     const bf16* k = key_at(c, b) + at.j0 * c.k_j;
-    Ahead ahead = {k, value_at(c, b) + at.j0 * c.v_j, LEAD};
+    Ahead ahead = {k, value_at(c, b) + at.j0 * c.v_j, DROPS ? FEW_KEYS : LEAD};  // values wait for whether they are read
     alignas(64) real sums[16 * 16];
     alignas(64) TileWeights weights[FEW_KEYS / 16];
     vreal top[R];
@@ -158,7 +158,7 @@ template <int R> static void attend_short_block(const Call& c, const Batch& b, T
     }
     for (int r = 0; r < R; ++r)
         for (int64_t j = at.count; j % 16; ++j) s[r * FEW_KEYS + j] = -INFINITY;
-    alignas(64) real tops[LANES], first[LANES], then[LANES], l[LANES], keep[LANES];
+    alignas(64) real tops[LANES], first[LANES], then[LANES], l[LANES], keep[LANES], own[LANES] = {};
     store(tops, splat(-INFINITY));
     for (int r = 0; r < R; ++r) tops[r] = highest(top[r]);
     const Peak old = peak_of(t, 0), peak = higher(old, load(tops));
@@ -177,8 +177,11 @@ template <int R> static void attend_short_block(const Call& c, const Batch& b, T
             sum += w;
             put_tile_weights(weights[j / 16], r, w);
         }
-        l[r] += sum_of(sum);
+        own[r] = sum_of(sum);
+        l[r] += own[r];
     }
+    if (DROPS && few_spare(t, factor, load(own), t.rows)) return;
+    if (DROPS) ahead.n = 0, ask(c, ahead, FEW_KEYS);
     store(t.m, peak.m);
     store(t.top, peak.top);
     store(t.l, load(l));

@@ -105,8 +105,13 @@ static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stag
     if (stage == EMPTIES) lo = 0, hi = c.M;
     const auto* k = key_at(c, x.b);
     const auto* v = value_at(c, x.b);
-    for (int64_t j0 = lo, j1; j0 < hi; j0 = j1) {
-        if (stage != EMPTIES) {
+    const int64_t blocks = (hi - lo + KEYS - 1) / KEYS;
+    for (int64_t j0 = lo, j1, number = 0; DROPS || j0 < hi; j0 = j1) {
+        if (DROPS && stage != EMPTIES) {
+            if (number == blocks) return;
+            j0 = lo + (number > 0 ? blocks - number : 0) * KEYS;
+            ++number;
+        } else if (stage != EMPTIES) {
             int64_t next = hi;
             for (int64_t n = 0; n < count && next > j0; ++n) {
                 const int64_t x = first_key(tiles[n], j0);

@@ -15,6 +15,10 @@ struct Tile {
     alignas(128) real top[QUERIES];               // the maximum as a logit, where m is far
     alignas(128) real level[QUERIES], expected[QUERIES];  // of the logits of the last block and of the next, about
     alignas(128) mask_int seen[QUERIES];          // whether any key was visible
+#if MAY_DROP
+    alignas(128) real share[QUERIES], dropped[QUERIES];  // of a row's weights may be left out; their sum that was
+    int64_t visited, keys;                               // so far, and in all
+#endif
     alignas(128) lane_int lane[ROW_AXES][QUERIES];  // i, then the folded batch axes
 };
 

@@ -22,6 +22,7 @@ class Case:
     norm: str = "softmax"
     empty: str = "zero"
     sink: str = ""
+    drop: str = ""
     weight: str = "w"
     give: str = "out"
     tensors: tuple[str, ...] = ()
@@ -100,6 +101,7 @@ CASES: dict[str, Case] = {
                              give="out, lse"),
     "decode mean": Case("j < length[b] - 3", rows=1, keys=100, tensors=("length: i32[B]",), empty="mean"),
     "decode sigmoid": Case("j < length[b]", rows=1, keys=100, tensors=("length: i32[B]",), norm="sigmoid"),
+    "certified skip": Case("j <= i", drop="1e-06", rows=70),
     "two heads of 80": Case("j <= i + 60", rows=3, keys=90, d=80, groups=2, heads=1),
 }  # fmt: skip
 
@@ -126,6 +128,7 @@ def text(case: Case, dtype: str, sizes: str = "B, N, M") -> str:
         "q      q[b, hk * G + g, i, d]", "k      k[b, hk, j, d]", "v      v[b, hk, j, e]",
         f"score  {case.score}", f"mask   {case.mask}", f"norm   {case.norm}", f"empty  {case.empty}",
         *([f"sink   {case.sink}"] if case.sink else []),
+        *([f"drop   {case.drop}"] if case.drop else []),
         f"weight {case.weight}", f"give   {case.give}", f"dtype  {dtype}",
         *([f"layout {case.layout}"] if case.layout else []),
     ))  # fmt: skip
