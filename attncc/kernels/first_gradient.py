@@ -32,7 +32,7 @@ _PRODUCTS = 3
 
 def gradient_check(g: AttentionGrad) -> Check:
     """The check of kernels of `g`."""
-    return Check(lambda kernel: _wrong(g, kernel), lambda *call: _differs(g, *call))
+    return Check(lambda kernel: _wrong(g, kernel), lambda *call: differs(g, *call))
 
 
 def _wrong(g: AttentionGrad, kernel: Kernel) -> str | None:
@@ -66,14 +66,16 @@ def _wrong(g: AttentionGrad, kernel: Kernel) -> str | None:
                 kernel(tensors, data.sizes, outputs)
             except CppKernelError as error:
                 raise Untried(str(error)) from error
-            return _differs(g, tensors, data.sizes, outputs) or None
+            return differs(g, tensors, data.sizes, outputs) or None
     raise Untried(reason)
 
 
-def _differs(
-    g: AttentionGrad, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
-) -> str | None:
-    """How the outputs of a call differ from the equations."""
+def differs(
+    g: AttentionGrad, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor], *,
+    rounding: torch.dtype | None = None,
+) -> str | None:  # fmt: skip
+    """How the outputs of a call differ from the equations: None where they do not, empty where nothing can be told.
+    `rounding` is what products may take their factors in, if not what those of C++ kernels do."""
     a = g.attention
     count = len(a.tensors)
     named = {t.name: x for t, x in zip(a.tensors, tensors, strict=False)}
@@ -91,7 +93,7 @@ def _differs(
                 if axis is not None and not _whole_over(g, n, axis):
                     continue
                 own = given[_cut(g, n, part)].double()
-                why = _compared(name, own, exact[n], plain[n].double(), _rounding(g), least)
+                why = _compared(name, own, exact[n], plain[n].double(), rounding or _rounding(g), least)
                 told = told or why != ""
                 if why:
                     return why
@@ -144,6 +146,13 @@ def _rounding(g: AttentionGrad) -> torch.dtype:
     a = g.attention
     halves = all(a.tensor(x.tensor).dtype == "bf16" for x in (a.q, a.k, a.v)) and a.dtype == "bf16"
     return torch.bfloat16 if halves else DTYPE_OF[a.compute_dtype]
+
+
+def product_type(g: AttentionGrad) -> torch.dtype:
+    """The coarsest type that a matrix unit may take factors in, which are rounded to that of what they meet."""
+    a = g.attention
+    types = {a.dtype, *(a.tensor(x.tensor).dtype for x in (a.q, a.k, a.v))}
+    return next((DTYPE_OF[t] for t in ("bf16", "f16") if t in types), DTYPE_OF[a.compute_dtype])
 
 
 def size_of_terms(g: AttentionGrad, tensors: Sequence[torch.Tensor]) -> float:
