@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 
 import torch
 
 from attncc.codegen import cpp, torch_backward, triton
 from attncc.codegen.torch_gradient import Gradients
-from attncc.ir import Attention, Bounds
+from attncc.ir import Attention, Bounds, Tensor
 from attncc.ir.attention_grad import AttentionGrad, shapes_of_grad
 from attncc.ir.build import TRUE
 from attncc.kernels.build import (
@@ -25,9 +25,10 @@ from attncc.kernels.build import (
 )
 from attncc.kernels.compiled import checks, compiled
 from attncc.kernels.first_gradient import differs, gradient_check, product_type
-from attncc.kernels.skip_tables import BySize
+from attncc.kernels.skip_tables import BySize, Tabled
 from attncc.passes.bounds.bounds import loop_bounds
 from attncc.passes.gradient import gradient_of
+from attncc.passes.tables.spans import Spanned, spanned, tables
 from attncc.runtime.cpp import CompileError, CppKernelError, Ranks
 from attncc.runtime.notices import notice
 from attncc.runtime.op import Kernel
@@ -154,16 +155,38 @@ def _triton(g: AttentionGrad, target: Target, *, lists: bool) -> tuple[Kernel, s
     return kernel, sources[0]
 
 
-def _compiled(g: AttentionGrad, target: Target, *, wide: bool = False) -> BuiltBackward:
+def _compiled(g: AttentionGrad, target: Target) -> BuiltBackward:
+    """A C++ kernel; where the mask reads data by key, with others for large calls, whose loop bounds read tables: for
+    each key the rows that may see it."""
+    found = _cpp(g, target)
+    if found.run is None:
+        return found
+    kernel = found.run.kernel
+    for looking in ("none", "quick"):
+        by_tables = spanned(g.by_key, by_looking=looking, fills=False)
+        if by_tables.spans or by_tables.maps:
+            kernel = Tabled(kernel, by_tables, partial(_tabled, g, by_tables, target, kernel))
+        if not by_tables.more_by_looking:
+            break
+    return replace(found, run=Gradients(g, kernel))
+
+
+def _cpp(
+    g: AttentionGrad, target: Target, bounded: Spanned | None = None, *, wide: bool = False
+) -> BuiltBackward:  # fmt: skip
+    """The C++ kernel of `g`, or with the loop bounds of `bounded`; `wide` is for calls with sizes beyond 2^24."""
     a = g.attention
     assert target.toolchain is not None  # else the target would lack it
+    more = () if bounded is None else bounded.attention.tensors[len(g.by_key.tensors) :]
+    bounds = loop_bounds(g.by_key, rows=True) if bounded is None else bounded.bounds
+    check = gradient_check(g, None if bounded is None else partial(tables, bounded))
     try:
-        source = cpp.emit_gradient(g, loop_bounds(g.by_key, rows=True), target.arch, wide=wide)
+        source = cpp.emit_gradient(g, bounds, target.arch, wide=wide, tables=more)
         name = f"backward-{kernel_name(a)}"
-        larger = cache(lambda: _wide(g, target)) if a.sizes and not wide else None
+        larger = cache(lambda: _or_refused(_cpp(g, target, bounded, wide=True))) if a.sizes and not wide else None
         kernel = compiled(
-            ranks_of(g), source, target.arch, target.toolchain, name, default_store(), gradient_check(g),
-            lambda: _refused, larger,
+            ranks_of(g, more), source, target.arch, target.toolchain, name, default_store(), check, lambda: _refused,
+            larger,
         )  # fmt: skip
     except CompileError as error:
         return BuiltBackward(reason=f"the C++ compiler failed: {first_error(str(error))}")
@@ -173,16 +196,21 @@ def _compiled(g: AttentionGrad, target: Target, *, wide: bool = False) -> BuiltB
     return BuiltBackward(Gradients(g, kernel), source, f"C++ {isa} kernel")
 
 
-def _wide(g: AttentionGrad, target: Target) -> Kernel:
-    run = _compiled(g, target, wide=True).run
-    return _refused if run is None else run.kernel
+def _tabled(g: AttentionGrad, bounded: Spanned, target: Target, plain: Kernel) -> Kernel:
+    """The kernel whose bounds read tables, or `plain`, which is given them too, where there is none."""
+    found, own = _cpp(g, target, bounded).run, len(g.by_key.tensors)
+    return found.kernel if found is not None else lambda given, sizes, outputs: plain(given[:own], sizes, outputs)
 
 
-def ranks_of(g: AttentionGrad) -> Ranks:
-    """What a backward kernel of `g` takes."""
+def _or_refused(found: BuiltBackward) -> Kernel:
+    return _refused if found.run is None else found.run.kernel
+
+
+def ranks_of(g: AttentionGrad, tables: tuple[Tensor, ...] = ()) -> Ranks:
+    """What a backward kernel of `g` takes, whose loop bounds read `tables`."""
     a = g.by_key
     outputs = tuple(map(len, shapes_of_grad(g, [1] * len(a.sizes))))
-    return Ranks(tuple(len(t.shape) for t in a.tensors), len(a.sizes), outputs)
+    return Ranks(tuple(len(t.shape) for t in (*a.tensors, *tables)), len(a.sizes), outputs)
 
 
 def _refused(tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]) -> None:
