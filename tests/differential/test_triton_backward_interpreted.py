@@ -43,7 +43,7 @@ def backward_of(a: Attention, wanted: Sequence[str] | None = None) -> AttentionG
 FORMS = {name: a for name, c in CASES.items() if not isinstance(a := backward_of(case_of(c).attention), str)}
 #: Forms that ask for something of their own; the rest in the larger run.
 SOME = ("causal", "one head a group", "window and sink tokens", "every seventh key", "stripes by head",
-        "soft cap", "alibi", "t5 table", "bias of both", "sink", "d 80", "documents", "dropout")  # fmt: skip
+        "soft cap", "alibi", "t5 table", "bias of both", "sink", "d 80", "documents", "dropout stream")  # fmt: skip
 
 
 def check(
