@@ -35,11 +35,11 @@ from attncc.patterns.site import (
 )
 from attncc.patterns.softmax import (
     FLEX,
-    SDPA,
     Anchor,
     Late,
     Uses,
     Weights,
+    calls_attention,
     in_pieces,
     lift_flex,
     lift_sdpa,
@@ -64,6 +64,11 @@ class Refusal:
 
 #: What operations that hold a whole attention have in their names, or in those of their libraries.
 _WHOLE = ("attention", "attn", "transformer_encoder_layer")
+
+
+def _is_whole(target: str) -> bool:
+    """Whether an operator, by its name, computes a whole attention; our own are read."""
+    return not target.startswith("attncc.") and any(x in target for x in _WHOLE)
 
 
 def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
@@ -114,16 +119,17 @@ def _quadratic(f: Facts) -> list[Lifted | Refusal]:
     spelled = list(normalisers(f))
     found, weighed = _lifted(f, [x for x in spelled if isinstance(x, Anchor)])
     for n in f.graph.nodes:
-        transform = under_transform(f, n) if n.target is SDPA or n.target is FLEX else None
+        called = calls_attention(n)
+        transform = under_transform(f, n) if called or n.target is FLEX else None
         if transform is not None:
             found.append(Refusal(transform, n, n))
-        elif n.target is SDPA or n.target is FLEX:
+        elif called or n.target is FLEX:
             try:
-                site = lift_sdpa(f, n) if n.target is SDPA else lift_flex(f, n)
+                site = lift_sdpa(f, n) if called else lift_flex(f, n)
                 found += [] if site is None else [site]
             except Exception as error:
                 found.append(Refusal(*_reason(error, n), n))
-        elif n in f.live and is_operator(n) and any(x in str(n.target).lower() for x in _WHOLE):
+        elif n in f.live and is_operator(n) and _is_whole(str(n.target).lower()):
             found.append(Refusal(because("one-operation", str(n.target)), n, n))
     for late in (x for x in spelled if isinstance(x, Late)):
         sites = _divided(late)

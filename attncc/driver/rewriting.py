@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from attncc.driver import capture, describe
+from attncc.driver import capture, describe, dropout
 from attncc.driver.candidate import Candidate, Choice, unmeasured
 from attncc.driver.collected import Collected, collecting
 from attncc.driver.edit import Editor, source_text
@@ -53,12 +53,13 @@ def rewrite(
     Nothing that goes wrong here costs the user the model: the graph then stays as it came, with a note. Raises
     PlanError where the plan is for another model."""
     edits = GraphEdits() if edits is None else edits
-    way = Way(measure, planner, kernels)
+    way, drops = Way(measure, planner, kernels), 0
     try:
         if capture.has_nested(gm):
             found.notes.append("a graph over nested tensors is left as it is: torch's own kernels compute attention")
             return gm
         with preserved():
+            drops = dropout.spell_out(gm, edits)
             reading = _read(gm, inputs, found, edits, way, recomputed)
             with _no_collection(), without_autocast():
                 step("finding attention")
@@ -73,6 +74,12 @@ def rewrite(
     except Exception as error:
         reason = unforeseen("reading a graph", error)
         found.notes.append(f"a graph could not be read, Inductor compiles it as it is: {reason}")
+    finally:
+        left = dropout.put_back(gm.graph)
+        if left:
+            gm.recompile()
+        if drops > left:
+            found.notes.append(dropout.OWN_STREAM.format(drops - left))
     return gm
 
 

@@ -62,7 +62,8 @@ def decide_steps(parts: Sequence[Candidate], data: Trial, spec: str, shape: list
 def _backward() -> str:
     """What tells one version of the backward from another."""
     home = Path(torch_form.__file__).parent
-    files = [f for pattern in ("torch_*.py", "cpp/*.py", "cpp/lib/*.h") for f in sorted(home.glob(pattern))]
+    patterns = ("torch_*.py", "cpp/*.py", "cpp/lib/*.h", "triton/*.py")
+    files = [f for pattern in patterns for f in sorted(home.glob(pattern))]
     return sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 

@@ -153,7 +153,8 @@ def interpret_grad(
 def _summed(terms: torch.Tensor, over: Over) -> torch.Tensor:
     if over == "j - i":
         rows, keys = terms.shape[-2:]
-        place = torch.arange(keys) - torch.arange(rows)[:, None] + rows - 1
+        at = [torch.arange(n, device=terms.device) for n in (rows, keys)]
+        place = at[1] - at[0][:, None] + rows - 1
         flat = terms.flatten(-2)
         return flat.new_zeros(*flat.shape[:-1], rows + keys - 1).index_add(-1, place.flatten(), flat)
     return {"": terms.sum((-2, -1)), "i": terms.sum(-1), "j": terms.sum(-2), "i, j": terms}[over]

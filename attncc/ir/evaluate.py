@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from attncc.ir.streams import mix
 from attncc.ir.terms import OPS, ROUNDINGS, Const, Expr, Load, Op, walk
 
 DTYPE_OF = {
@@ -63,7 +64,7 @@ _BINARY: dict[str, Binary] = {
     "pow": torch.pow,
 }
 
-assert {"where", "float", *ROUNDINGS} | set(_UNARY) | set(_BINARY) == set(OPS)
+assert {"where", "float", "mix", *ROUNDINGS} | set(_UNARY) | set(_BINARY) == set(OPS)
 
 
 class Evaluator:
@@ -106,6 +107,8 @@ class Evaluator:
                 return self._load(self.tensors[tensor], tuple(self.known[c] for c in index))
             case Op("where", (c, a, b)):
                 return torch.where(self.known[c], self.known[a], self.known[b])
+            case Op("mix", (a, b, j)):
+                return mix(self.known[a], self.known[b], self.known[j])
             case Op("float", (a,)):
                 return self.known[a].to(self.compute)
             case Op(name, (a,)) if name in ROUNDINGS:

@@ -250,7 +250,8 @@ class OpRule:
 
 #: Every operation an expression may hold. `floordiv` and `mod` floor as Python's do; `truncdiv` and `int` truncate.
 #: `minfirst` and `maxfirst` are `min` and `max` whose gradient at a tie is all the first argument's (there, it is half
-#: each argument's); `stop(x)` is x, and no gradient flows into it.
+#: each argument's); `stop(x)` is x, and no gradient flows into it. `mix(a, b, j)` is
+#: 31 random bits of counter j under the key (a, b), see `attncc.ir.streams`.
 OPS: dict[str, OpRule] = {
     "add": OpRule("nn", "n", "+"),
     "sub": OpRule("nn", "n", "-"),
@@ -294,6 +295,7 @@ OPS: dict[str, OpRule] = {
     "sin": OpRule("f", "f"),
     "cos": OpRule("f", "f"),
     "stop": OpRule("f", "f"),
+    "mix": OpRule("iii", "i"),
 }
 
 ROUNDINGS = ("bf16", "f16", "f32")

@@ -14,9 +14,9 @@ import torch
 from attncc.codegen.torch_backward import is_rough
 from attncc.codegen.torch_form import run_blocked, whole_ranges
 from attncc.ir.attention import Axis
-from attncc.ir.attention_grad import AttentionGrad, interpret_grad, shapes_of_grad
+from attncc.ir.attention_grad import GIVEN, AttentionGrad, interpret_grad, shapes_of_grad
 from attncc.ir.evaluate import DTYPE_OF
-from attncc.kernels.first_use import EVERY_PAIR, MOST_WORK, Check, Ranges, Untried
+from attncc.kernels.first_use import EVERY_PAIR, MOST_WORK, Check, Extra, Ranges, Untried
 from attncc.kernels.made_up import attempts
 from attncc.runtime.cpp import CppKernelError
 from attncc.runtime.op import Kernel
@@ -30,12 +30,12 @@ _WORST, _AVERAGE, _AVERAGE_16 = 6, 24, 1
 _PRODUCTS = 3
 
 
-def gradient_check(g: AttentionGrad) -> Check:
-    """The check of kernels of `g`."""
-    return Check(lambda kernel: _wrong(g, kernel), lambda *call: _differs(g, *call))
+def gradient_check(g: AttentionGrad, extra: Extra | None = None) -> Check:
+    """The check of kernels of `g`; `extra` makes the tables that its loop bounds read, in their order."""
+    return Check(lambda kernel: _wrong(g, kernel, extra), lambda *call: differs(g, *call))
 
 
-def _wrong(g: AttentionGrad, kernel: Kernel) -> str | None:
+def _wrong(g: AttentionGrad, kernel: Kernel, extra: Extra | None) -> str | None:
     a = g.attention
     with apart(), torch.no_grad():
         reason = "its tensors are too much for a trial"
@@ -56,6 +56,9 @@ def _wrong(g: AttentionGrad, kernel: Kernel) -> str | None:
             random = torch.Generator().manual_seed(1)
             grads = [torch.randn(x.shape, generator=random).to(x.dtype) for x in (made["out"], made["lse"])]
             tensors = [*data.tensors, grads[0], made["out"], made["lse"], grads[1]]
+            if extra is not None:
+                named = {t.name: x for t, x in zip(g.by_key.tensors, tensors, strict=True)}
+                tensors += extra(named, data.sizes).values()
             outputs = [
                 torch.full(n, float("nan"), dtype=DTYPE_OF[a.compute_dtype]) for n in shapes_of_grad(g, data.sizes)
             ]
@@ -66,16 +69,19 @@ def _wrong(g: AttentionGrad, kernel: Kernel) -> str | None:
                 kernel(tensors, data.sizes, outputs)
             except CppKernelError as error:
                 raise Untried(str(error)) from error
-            return _differs(g, tensors, data.sizes, outputs) or None
+            return differs(g, tensors, data.sizes, outputs) or None
     raise Untried(reason)
 
 
-def _differs(
-    g: AttentionGrad, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
-) -> str | None:
-    """How the outputs of a call differ from the equations."""
+def differs(
+    g: AttentionGrad, tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor], *,
+    rounding: torch.dtype | None = None,
+) -> str | None:  # fmt: skip
+    """How the outputs of a call differ from the equations: None where they do not, empty where nothing can be told.
+    `rounding` is what products may take their factors in, if not what those of C++ kernels do."""
     a = g.attention
     count = len(a.tensors)
+    given = tensors[count : count + len(GIVEN)]
     named = {t.name: x for t, x in zip(a.tensors, tensors, strict=False)}
     with apart(), torch.no_grad():
         whole = whole_ranges(a, dict(zip(a.sizes, sizes, strict=True)))
@@ -85,13 +91,13 @@ def _differs(
         least = torch.finfo(DTYPE_OF[a.compute_dtype]).eps * size_of_terms(g, tensors)
         for part, axis in _parts(g, whole):
             exact, plain = (
-                interpret_grad(g, named, tensors[count:], sizes, ranges=part, compute=x) for x in (torch.float64, None)
+                interpret_grad(g, named, given, sizes, ranges=part, compute=x) for x in (torch.float64, None)
             )
-            for n, (name, given) in enumerate(zip(_names(g), outputs, strict=True)):
+            for n, (name, found) in enumerate(zip(_names(g), outputs, strict=True)):
                 if axis is not None and not _whole_over(g, n, axis):
                     continue
-                own = given[_cut(g, n, part)].double()
-                why = _compared(name, own, exact[n], plain[n].double(), _rounding(g), least)
+                own = found[_cut(g, n, part)].double()
+                why = _compared(name, own, exact[n], plain[n].double(), rounding or _rounding(g), least)
                 told = told or why != ""
                 if why:
                     return why
@@ -146,11 +152,18 @@ def _rounding(g: AttentionGrad) -> torch.dtype:
     return torch.bfloat16 if halves else DTYPE_OF[a.compute_dtype]
 
 
+def product_type(g: AttentionGrad) -> torch.dtype:
+    """The coarsest type that a matrix unit may take factors in, which are rounded to that of what they meet."""
+    a = g.attention
+    types = {a.dtype, *(a.tensor(x.tensor).dtype for x in (a.q, a.k, a.v))}
+    return next((DTYPE_OF[t] for t in ("bf16", "f16") if t in types), DTYPE_OF[a.compute_dtype])
+
+
 def size_of_terms(g: AttentionGrad, tensors: Sequence[torch.Tensor]) -> float:
     """About how large what a gradient is the sum of is: where it cancels, as that of a row with a single key does, its
     rounding is that of its terms."""
     a = g.attention
-    named = {t.name: x for t, x in zip(g.by_key.tensors, tensors, strict=True)}
+    named = {t.name: x for t, x in zip(g.by_key.tensors, tensors, strict=False)}
     q, k, v, grad = (_root(named[n].double()) for n in (a.q.tensor, a.k.tensor, a.v.tensor, g.by_key.v.tensor))
     return 2 * grad * v * max(1.0, q, k) * named[g.by_key.v.tensor].shape[-1] ** 0.5
 

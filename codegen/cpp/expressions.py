@@ -17,6 +17,7 @@ from attncc.ir.affine import expr, linear_in
 from attncc.ir.analysis import uses
 from attncc.ir.bounds import TILE_HI, TILE_LO
 from attncc.ir.expr import Kind, substitute, walk
+from attncc.ir.streams import STREAM_END
 
 
 class Level(IntEnum):
@@ -37,7 +38,7 @@ _FUNCTIONS = (
     "exp", "log", "log1p", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "floor", "ceil", "round", "pow", "sin", "cos",
 )  # fmt: skip
 _DIVISIONS = ("floordiv", "mod", "truncdiv")
-_CALLS = {n: n for n in _DIVISIONS} | {n: f"{n}_of" for n in _FUNCTIONS}
+_CALLS = {n: n for n in (*_DIVISIONS, "mix")} | {n: f"{n}_of" for n in _FUNCTIONS}
 _BY_KIND = {"abs": "absolute", "min": "minimum", "max": "maximum"}
 _PICK: dict[Kind, str] = {"int": "pick_int", "bool": "pick_mask", "float": "pick"}
 
@@ -364,5 +365,7 @@ def _magnitude(n: Expr, most: dict[Expr, int], dtypes: dict[str, str]) -> int:
             return max(most[x], most[y])
         case Op("int", (x,)) if x.kind == "bool":
             return 1
+        case Op("mix", _):
+            return STREAM_END - 1
         case _:
             return 2**63

@@ -20,9 +20,9 @@ from attncc.codegen.cpp.fold import folded
 from attncc.codegen.cpp.isa import TABLE, machine
 from attncc.codegen.cpp.operands import NotAffine, operand
 from attncc.codegen.cpp.prepared import function
-from attncc.ir import Access, Axis, Bounds, Const, Expr, Interval, print_attention
+from attncc.ir import Access, Axis, Bounds, Const, Expr, Interval, Tensor, print_attention
 from attncc.ir.analysis import scaled
-from attncc.ir.attention_grad import AttentionGrad, print_grad
+from attncc.ir.attention_grad import GIVEN, AttentionGrad, print_grad
 from attncc.ir.build import TRUE
 
 #: Query rows of a block: their scores and gradients stay in the nearest cache beside a tile of keys.
@@ -59,19 +59,26 @@ def _in_matrix_unit(g: AttentionGrad, isa: str) -> bool:
     return TABLE[isa].tiles and {a.tensor(x.tensor).dtype for x in (a.q, a.k, a.v)} | {a.dtype} == {"bf16"}
 
 
-def emit_gradient(g: AttentionGrad, bounds: Bounds, isa: str, *, wide: bool = False) -> str:
-    """The C++ source of `g` for `isa`; `bounds` are loop bounds of `g.by_key`, `wide` is for calls with sizes beyond
-    2^24. Raises ValueError where `unsupported_gradient(g)` has a reason."""
+def emit_gradient(
+    g: AttentionGrad, bounds: Bounds, isa: str, *, wide: bool = False, tables: tuple[Tensor, ...] = ()
+) -> str:  # fmt: skip
+    """The C++ source of `g` for `isa`; `bounds` are loop bounds of `g.by_key`, which may read `tables` that come after
+    its tensors; `wide` is for calls with sizes beyond 2^24. Raises ValueError where `unsupported_gradient(g)` has a
+    reason."""
     reason = unsupported_gradient(g)
     if reason is not None:
         raise ValueError(f"no C++ kernel: {reason}")
-    return _GradientEmitter(g, bounds, isa, wide=wide).source()
+    return _GradientEmitter(g, bounds, isa, tables, wide=wide).source()
 
 
 class _GradientEmitter(Emitter):
-    def __init__(self, g: AttentionGrad, bounds: Bounds, isa: str, *, wide: bool) -> None:
+    def __init__(
+        self, g: AttentionGrad, bounds: Bounds, isa: str, tables: tuple[Tensor, ...], *, wide: bool
+    ) -> None:  # fmt: skip
         self.g, self.wide = g, wide
-        a = g.by_key
+        a = replace(g.by_key, tensors=(*g.by_key.tensors, *tables))
+        #: The names of what a backward is given beside the tensors of its attention.
+        self.given_names = [t.name for t in g.by_key.tensors[-len(GIVEN) :]]
         self.hidden = (Interval(Const(0), a.j.extent),) if bounds.hidden is None else bounds.hidden
         self.bounds = replace(bounds, full=(), full_parts=(), residue=None, hidden=self.hidden)
         self.raw, factor = scaled(folded(a.score))
@@ -156,7 +163,7 @@ class _GradientEmitter(Emitter):
     def _strides(self) -> dict[str, str]:
         """What steps along rows and channels are worth, by name."""
         rank = len(self.a.batch)
-        grad, out, lse, grad_lse = (t.name for t in self.a.tensors[-4:])
+        grad, out, lse, grad_lse = self.given_names
         operands = (("q_i", "q_d", self.lane_k), ("v_i", "v_e", self.lane_v), ("k_j", "k_d", self.query))
         found = {row: self._stride(x, x.row_terms) for row, _, x in operands}
         found |= {column: self._stride(x, x.col_terms) for _, column, x in operands}
@@ -194,8 +201,8 @@ class _GradientEmitter(Emitter):
 
     def _rows(self) -> str:
         batch = [x.index for x in self.a.batch]
-        names = [t.name for t in self.a.tensors[-4:]]
-        given = {n: Access(t, tuple(batch)) for n, t in zip(("grad", "out", "lse", "grad_lse"), names, strict=True)}
+        names = ("grad", "out", "lse", "grad_lse")
+        given = {n: Access(t, tuple(batch)) for n, t in zip(names, self.given_names, strict=True)}
         out = [
             self._pointer("lane_k_at", "const lane_k*", self._place(self.lane_k)),
             self._pointer("lane_v_at", "const lane_v*", self._place(self.lane_v)),

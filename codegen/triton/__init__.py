@@ -2,6 +2,11 @@
 
 from attncc.codegen.triton.config import TritonConfig, configs
 from attncc.codegen.triton.emitter import emit
+from attncc.codegen.triton.gradient import emit_gradient, unsupported_gradient
+from attncc.codegen.triton.gradient_config import gradient_configs
 from attncc.codegen.triton.support import reads_by_key, unsupported
 
-__all__ = ["TritonConfig", "configs", "emit", "reads_by_key", "unsupported"]
+__all__ = [
+    "TritonConfig", "configs", "emit", "emit_gradient", "gradient_configs", "reads_by_key", "unsupported",
+    "unsupported_gradient",
+]  # fmt: skip

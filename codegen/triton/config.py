@@ -84,7 +84,7 @@ def _operand_bytes(a: Attention) -> int:
 def shared_bytes(a: Attention, rows: Rows, c: TritonConfig) -> int:
     """What the key and value tiles in flight and the query tile take at most."""
     width = _operand_bytes(a)
-    d, e = sum(n for n, _ in chunks(int(_extent(a.d.extent)))), sum(n for n, _ in chunks(int(_extent(a.e.extent))))
+    d, e = sum(n for n, _ in chunks(int(extent_of(a.d.extent)))), sum(n for n, _ in chunks(int(extent_of(a.e.extent))))
     pairs = sum(DTYPES[a.tensor(x.tensor).dtype][1] for x in _pair_loads(a, rows)) * c.block_m
     return max(c.stages, 1) * c.block_n * (width * (d + e) + pairs) + width * c.block_m * d
 
@@ -103,7 +103,7 @@ def _pair_loads(a: Attention, rows: Rows) -> list[Load]:
 def registers(a: Attention, rows: Rows, c: TritonConfig, m: Machine) -> int:
     """What the accumulator, the scores and the weights take of each thread, in 32-bit registers; and the addresses of
     blocks in flight and of a head's second chunk."""
-    sizes = [int(_extent(x.extent)) for x in (a.d, a.e)]
+    sizes = [int(extent_of(x.extent)) for x in (a.d, a.e)]
     parts = [chunks(n) for n in sizes]
     elements = c.block_m * c.block_n // (c.warps * m.lanes)
     tiles = c.block_m * (sum(n for n, _ in parts[1]) + c.block_n) // (c.warps * m.lanes) + elements // 2
@@ -131,7 +131,8 @@ def _computes_pairs(a: Attention, rows: Rows) -> bool:
     return False
 
 
-def _extent(x: object) -> int:
+def extent_of(x: object) -> int:
+    """An extent, or a guess of what is not known before a call."""
     return int(x.value) if isinstance(x, Const) else 128
 
 
@@ -189,7 +190,7 @@ def configs(
     shapes = _AMD if amd else _HOPPER if hopper and not float32 else _NVIDIA
     if float32 and not amd and not tf32:
         # two products a thread and step where a head is wide: more of them, and the factors do not fit the registers
-        wide = max(int(_extent(a.d.extent)), int(_extent(a.e.extent))) > 64
+        wide = max(int(extent_of(a.d.extent)), int(extent_of(a.e.extent))) > 64
         shapes = tuple(x for x in _FLOAT32 if not wide or x[0] * x[1] <= 64 * x[2])
         shapes = tuple(x for x in shapes if few is None or x[0] <= max(16, few))
     elif few is not None:

@@ -23,7 +23,7 @@ _CALLS = {
 #: Operations that Triton lacks, or has with C's rounding; the text of each helper is in `helpers`.
 _HELPERS = {
     "floordiv": "floor_div", "mod": "floor_mod", "truncdiv": "trunc_div", "tanh": "tanh", "log1p": "log1p",
-    "round": "round_even", "pow": "power",
+    "round": "round_even", "pow": "power", "mix": "mix",
 }  # fmt: skip
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from attncc.codegen.triton.expressions import Names, Scope, used_twice
 from attncc.codegen.triton.operands import Operand, stride
 from attncc.codegen.triton.schedule import TYPES, Schedule
-from attncc.ir import Axis, Const, Expr, Interval, Load
+from attncc.ir import Axis, Const, Expr, Interval, Load, Tensor
 from attncc.ir.bounds import TILE_HI, TILE_LO, RowBound
 from attncc.ir.build import ONE as ONE_
 from attncc.ir.build import ZERO, add, mul
@@ -24,7 +24,12 @@ RESERVED = (
     "some", "every", "EVEN", "even", "steps", "step",
     "slot", "slot0", "programs", "processors", "rate", "base", "shrink", "lift", "lifted", "seen", "each",
     "inverse", "far", "top", "total",
+    "member", "ds", "u", "pw", "ws", "delta", "peak", "rest", "rough", "grad", "kept", "turned", "around", "share",
+    "gradient_statistics", "gradient_rows", "gradient_keys", "x_new", "z",
 )  # fmt: skip
+
+#: What a kernel writes: element type and shape.
+Shaped = tuple[str, tuple[Expr, ...]]
 
 
 @dataclass(frozen=True)
@@ -41,15 +46,20 @@ class Parameter:
 class Frame:
     """One kernel under construction: its names, its outermost scope and its parameters."""
 
-    def __init__(self, p: Schedule, rows: str) -> None:
-        """`rows` is the number of rows a program owns, as text."""
+    def __init__(
+        self, p: Schedule, rows: str, *, outputs: Mapping[str, Shaped] | None = None, more: Sequence[Expr] = ()
+    ) -> None:
+        """`rows` is the number of rows a program owns, as text; `outputs` are what it writes, if not the outputs of
+        the attention; `more` are expressions that it computes beside those of the attention."""
         a = p.a
         self.p, self.rows = p, rows
+        self.written = self._outputs() if outputs is None else outputs
         self.names = Names(RESERVED)
         roots = [a.mask, p.raw, a.weight if p.factor is None or not p.softmax else p.factor]
         roots += [x for x in (a.sink, a.spare) if x is not None]
         roots += [b for run in (*p.runs.masked, *p.runs.full) for b in (run.start, run.stop)]
         roots += [b for x in p.runs.striped for b in (x.lo, x.hi, x.base, x.width, x.slots)]
+        roots += more
         self.scope = Scope(self.names, p.extents, used_twice(roots), self._load)
         self.pointer: dict[str, str] = {}
         self.parameters: list[Parameter] = []
@@ -63,19 +73,27 @@ class Frame:
 
     def _declare(self) -> None:
         a = self.p.a
-        for t in a.tensors:
+        for t in self.tensors():
             self._pointer(t.name, t.dtype, t.shape)
         for size in a.sizes:
             name = self.names.fresh(size.name)
             self.scope.define(size, name)
             self.parameters.append(Parameter(name, "i32", size.name))
-        shapes = {
+        for output, shape in self.written.items():
+            self._pointer(f".{output}", *shape, order=a.layout if output == "out" else ())
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that the kernel is given."""
+        return self.p.a.tensors
+
+    def _outputs(self) -> dict[str, Shaped]:
+        a = self.p.a
+        shapes: dict[str, Shaped] = {
             "out": (a.dtype, tuple(x.extent for x in a.out_axes)),
             "lse": ("f32", tuple(x.extent for x in (*a.batch, a.i))),
             "weights": (a.dtype, tuple(x.extent for x in (*a.batch, a.i, a.j))),
         }
-        for output in a.outputs:
-            self._pointer(f".{output}", *shapes[output], order=a.layout if output == "out" else ())
+        return {n: shapes[n] for n in a.outputs}
 
     def _pointer(self, tensor: str, dtype: str, shape: tuple[Expr, ...], order: tuple[str, ...] = ()) -> None:
         """A pointer parameter and its strides. Outputs have a dot before their name, so that no tensor is one."""
@@ -143,15 +161,28 @@ class Frame:
         return " + ".join(t for t in (self.pointer[f".{output}"], self.offset(self.scope, terms)) if t)
 
     @property
+    def points(self) -> tuple[Axis, ...]:
+        """The batch axes whose points programs share out among them."""
+        return self.p.points
+
+    @property
     def point_count(self) -> Expr:
-        return count_of(self.p.points)
+        return count_of(self.points)
 
     @property
     def point_index(self) -> Expr:
-        return index_in(self.p.points)
+        return index_in(self.points)
 
     def begin(self) -> None:
         """Which rows of which batch point this program owns, and the indices there."""
+        self.place()
+        self.line(f"row = (tile * {self.rows} + tl.arange(0, {self.rows}))[:, None]")
+        self.line("row_ok = row < rows")
+        self._rows()
+        self.row_bounds()
+
+    def place(self) -> None:
+        """The lines that find `tile` and the batch point of this program."""
         p, a, scope = self.p, self.p.a, self.scope
         together = p.config.together if p.bounds.visit != (Interval(ZERO, a.j.extent),) else 0
         count = self.point_count
@@ -159,27 +190,32 @@ class Frame:
             self.line("pid = tl.program_id(0)")
         self.line(f"rows = {scope.text(p.row_count)}")
         self.line(f"tiles = tl.cdiv(rows, {self.rows})")
-        if p.points and together and self.rows != "1":
+        if self.points and together and self.rows != "1":
             self.comment(f"{together} batch points at a time, the longest rows first")
             self.line(f"points = {scope.text(count)}")
             self.line(f"first = pid // ({together} * tiles) * {together}")
             self.line(f"width = tl.minimum(points - first, {together})")
             self.line(f"point = first + pid % ({together} * tiles) % width")
-            self.line(f"tile = tiles - 1 - pid % ({together} * tiles) // width")
-        elif p.points:
+            self.line(f"tile = {self._in_order(f'pid % ({together} * tiles) // width')}")
+        elif self.points:
             self.line("tile = pid % tiles")
             self.line("point = pid // tiles")
         else:
-            self.line("tile = tiles - 1 - pid" if together else "tile = pid")
-        left = "point"
-        for n, axis in enumerate(reversed(p.points)):
-            last = n == len(p.points) - 1
+            self.line(f"tile = {self._in_order('pid')}" if together else "tile = pid")
+        self.split_up("point", self.points)
+
+    def _in_order(self, number: str) -> str:
+        """The tile that is the `number`-th to be started: those with the most to do first."""
+        return f"tiles - 1 - {number}"
+
+    def split_up(self, name: str, axes: Sequence[Axis]) -> None:
+        """Name the indices of `axes`, of which `name` is the point as one number, last axis fastest."""
+        scope, left = self.scope, name
+        for n, axis in enumerate(reversed(axes)):
+            last = n == len(axes) - 1
             extent = scope.atom(axis.extent)
             scope.define(axis.index, scope.name(axis.name, left if last else f"{left} % {extent}"))
-            left = left if last else scope.name("point", f"{left} // {extent}")
-        self.line(f"row = (tile * {self.rows} + tl.arange(0, {self.rows}))[:, None]")
-        self.line("row_ok = row < rows")
-        self._rows()
+            left = left if last else scope.name(name, f"{left} // {extent}")
 
     def _rows(self) -> None:
         p, a, scope = self.p, self.p.a, self.scope
@@ -197,7 +233,10 @@ class Frame:
         scope.define(TILE_LO, scope.name("i0", first if alone else f"({first}) // {group}"))
         end = f"{last_row} + 1" if not alone else last_row.removesuffix(" - 1")
         scope.define(TILE_HI, scope.name("i1", end if alone else f"({last_row}) // {group} + 1"))
-        for bound in p.bounds.rows:
+
+    def row_bounds(self) -> None:
+        """Name what the loop bounds read of the rows of the tile."""
+        for bound in self.p.bounds.rows:
             self._row_bound(bound)
 
     def _row_bound(self, bound: RowBound) -> None:

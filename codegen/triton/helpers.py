@@ -60,4 +60,15 @@ def power(x, y):
     signed = tl.where(x < 0, tl.where(whole, tl.where(odd, -size, size), float("nan")), size)
     return tl.where((y == 0.0) | (x == 1.0), 1.0, signed)
 ''',
+    "mix": '''
+@triton.jit
+def mix(a, b, j):
+    """31 random bits of counter j under the key (a, b)."""
+    x = (j.to(tl.uint32) * 0x9E3779B9 + a.to(tl.uint32)) ^ b.to(tl.uint32)
+    x = x ^ (x >> 16)
+    x = x * 0x85EBCA6B
+    x = x ^ (x >> 13)
+    x = x * 0xC2B2AE35
+    return ((x ^ (x >> 16)) >> 1).to(tl.int32)
+''',
 }

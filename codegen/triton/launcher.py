@@ -61,11 +61,11 @@ def _body(p: Schedule, kernels: tuple[Kernel, ...]) -> list[str]:
     a = p.a
     lines = ['"""`tensors`, `sizes` and `outputs` in the order of the attention; outputs have logical dimensions."""']
     names = {t.name: f"tensor_{n}" for n, t in enumerate(a.tensors)}
-    lines.append(f"{_tuple(names.values())} = tensors")
+    lines.append(f"{tuple_text(names.values())} = tensors")
     sizes: dict[Expr, str] = {s: f"size_{s.name}" for s in a.sizes}
     if sizes:
-        lines.append(f"{_tuple(sizes.values())} = sizes")
-    lines.append(f"{_tuple(a.outputs)} = outputs")
+        lines.append(f"{tuple_text(sizes.values())} = sizes")
+    lines.append(f"{tuple_text(a.outputs)} = outputs")
 
     def show(x: Expr) -> str:
         return print_expr(x, {s: sizes[s] for s in free(x) if isinstance(s, Size)})
@@ -82,12 +82,12 @@ def _body(p: Schedule, kernels: tuple[Kernel, ...]) -> list[str]:
     if p.descriptors:
         lines += _boxed(p, names, sizes, show)
     if not p.split:
-        arguments = wrapped([*_arguments(kernels[0], names, sizes), options], "    ")
+        given = wrapped([*arguments(kernels[0], names, sizes), options], "    ")
         grid = "programs"
         if p.persistent:
             lines.append(f"processors = count_processors({first}.device)")
             grid = f"min(programs, {p.persistent} * processors)"
-        return [*lines, f"attention[({grid},)](", *arguments, ")"]
+        return [*lines, f"attention[({grid},)](", *given, ")"]
     return [
         *lines,
         "if splits is None:",
@@ -98,11 +98,11 @@ def _body(p: Schedule, kernels: tuple[Kernel, ...]) -> list[str]:
         f"    part = torch.empty((splits, points, rows, {sum(w for w, _ in p.e_chunks)}), **new)",
         "    stat = torch.empty((2, splits, points, rows), **new)",
         "attention[(programs, splits)](",
-        *wrapped([*_arguments(kernels[0], names, sizes), options], "    "),
+        *wrapped([*arguments(kernels[0], names, sizes), options], "    "),
         ")",
         "if splits > 1:",
         "    join[(rows * points,)](",
-        *wrapped([*_arguments(_named(kernels, "join"), names, sizes), "num_warps=4, enable_fp_fusion=True"], " " * 8),
+        *wrapped([*arguments(_named(kernels, "join"), names, sizes), "num_warps=4, enable_fp_fusion=True"], " " * 8),
         "    )",
     ]
 
@@ -121,7 +121,7 @@ def _listed(
     p: Schedule, kernels: tuple[Kernel, ...], names: dict[str, str], sizes: dict[Expr, str], show: Callable[[Expr], str]
 ) -> list[str]:
     """The lists of this call: for each batch point that the mask mentions and each tile of rows."""
-    looking = [*_arguments(_named(kernels, "look"), names, sizes), f"num_warps={p.config.warps}"]
+    looking = [*arguments(_named(kernels, "look"), names, sizes), f"num_warps={p.config.warps}"]
     return [
         f"lists = triton.cdiv(rows, BLOCK_M.value) * {show(count_of(p.list_points))}",
         f"block_count = triton.cdiv({show(p.a.j.extent)}, BLOCK_N.value)",
@@ -157,11 +157,13 @@ def _boxed(p: Schedule, names: dict[str, str], sizes: dict[Expr, str], show: Cal
     ]
 
 
-def _arguments(kernel: Kernel, names: dict[str, str], sizes: dict[Expr, str]) -> list[str]:
+def arguments(kernel: Kernel, names: dict[str, str], sizes: dict[Expr, str]) -> list[str]:
+    """What a launcher passes to a kernel."""
     return [_argument(x.value, names, sizes) for x in kernel.parameters]
 
 
-def _tuple(names: Iterable[str]) -> str:
+def tuple_text(names: Iterable[str]) -> str:
+    """Names on the left of an assignment from a tuple."""
     text = ", ".join(names)
     return text if "," in text else f"{text},"
 

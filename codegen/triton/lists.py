@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from attncc.codegen.triton.expressions import Scope
-from attncc.codegen.triton.frame import Frame
+from attncc.codegen.triton.frame import Frame, Parameter
 from attncc.codegen.triton.kernel import BLOCK_COUNT, FLAGS, LISTS, Kernel, kernel
 from attncc.codegen.triton.schedule import Schedule
 from attncc.codegen.triton.segments import Run
@@ -62,8 +62,9 @@ class Answer:
 _OPEN = Answer("True", "False")
 
 
-def look(p: Schedule) -> Kernel:
-    """One program for each tile of rows, of the batch points that the mask mentions, and LOOKS blocks of keys."""
+def look(p: Schedule, of: str = "") -> Kernel:
+    """One program for each tile of rows, of the batch points that the mask mentions, and LOOKS blocks of keys. `of`
+    tells the kernels of a file apart that has more than one, each with tiles and blocks of its own."""
     a = p.a
     used = {x.tensor for x in loads(a.mask, *_bound_expressions(p))}
     seen = replace(a, tensors=tuple(t for t in a.tensors if t.name in used), outputs=())
@@ -71,7 +72,7 @@ def look(p: Schedule) -> Kernel:
     f = Frame(replace(p, a=seen, points=p.list_points, config=plain), "BLOCK_M")
     f.begin()
     f.line("at = pid.to(tl.int64) * block_count")
-    return _Look(f).kernel()
+    return _Look(f).kernel(of)
 
 
 def _bound_expressions(p: Schedule) -> list[Expr]:
@@ -88,7 +89,7 @@ class _Look:
         self.blocks = floordiv(add(f.p.a.j.extent, const(f.p.config.block_n - 1)), const(f.p.config.block_n))
         self.known: dict[Expr, Answer] = {}
 
-    def kernel(self) -> Kernel:
+    def kernel(self, of: str) -> Kernel:
         f, lines = self.f, self.body.lines
         lines.append("j0 = block * BLOCK_N")
         whole = f"j0 + BLOCK_N <= {self.keys}" if self.p.ragged else ""
@@ -103,7 +104,12 @@ class _Look:
         f.line(f"first = tl.program_id(1) * {LOOKS}")
         f.line(f"for block in range(first, tl.minimum(first + {LOOKS}, block_count)):")
         f.scope.lines += [f"    {x}" for x in lines]
-        return kernel(f, "look", (FLAGS, BLOCK_COUNT))
+        if not of:
+            return kernel(f, "look", (FLAGS, BLOCK_COUNT))
+        c = self.p.config
+        sizes = (Parameter(n, "constexpr", str(x)) for n, x in (("BLOCK_M", c.block_m), ("BLOCK_N", c.block_n)))
+        own = (Parameter(x.name, x.type, f"{x.value}_{of}") for x in (FLAGS, BLOCK_COUNT))
+        return kernel(f, f"look_{of}", (*own, *sizes))
 
     def _in_runs(self) -> tuple[str, str]:
         """Whether the block is in a run that the loop bounds visit, and in one whose keys all rows see."""

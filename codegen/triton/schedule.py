@@ -144,8 +144,11 @@ class Schedule:
 _PLAIN = Const(1.0)
 
 
-def schedule(a: Attention, bounds: Bounds, config: TritonConfig) -> Schedule:
-    """Raises ValueError for what `unsupported` names."""
+def schedule(
+    a: Attention, bounds: Bounds, config: TritonConfig, *, fold: bool = True, gather: bool = True
+) -> Schedule:
+    """`fold` puts the rows of heads that share their keys into one tile, `gather` lets keys of stripes fill whole
+    blocks. Raises ValueError for what `unsupported` names."""
     bounds = _of_runs(bounds)
     table: dict[Expr, Expr] = {x.index: ZERO for x in a.batch if x.extent is ONE_}
     if table:
@@ -156,7 +159,8 @@ def schedule(a: Attention, bounds: Bounds, config: TritonConfig) -> Schedule:
     extents: dict[Expr, Expr] = {x.index: x.extent for x in a.axes}
     extents |= {TILE_LO: a.i.extent, TILE_HI: add(a.i.extent, ONE_)}
     *together, _ = row_axes(a, bounds, lists=config.lists)
-    folded = tuple(x for x in together if x.extent is not ONE_)
+    folded = tuple(x for x in together if x.extent is not ONE_) if fold else ()
+    most_rows = 0 if config.lists or not gather else _most_rows(folded, config)
     points = tuple(x for x in a.batch if x not in folded and x.extent is not ONE_)
     raw, scale = scaled(a.score) if a.normalizer == "softmax" else (a.score, 1.0)
     everything = Bounds((_whole(a),), (_whole(a),)) if a.mask is TRUE else Bounds((_whole(a),))
@@ -164,7 +168,7 @@ def schedule(a: Attention, bounds: Bounds, config: TritonConfig) -> Schedule:
     return Schedule(
         a=a, bounds=bounds, config=config, folded=folded, points=points, q=q, k=k, v=v,
         d_chunks=chunks(_const(a.d)), e_chunks=chunks(_const(a.e)),
-        runs=segments(bounds, a.j.extent, config.block_n, extents, 0 if config.lists else _most_rows(folded, config)),
+        runs=segments(bounds, a.j.extent, config.block_n, extents, most_rows),
         every=segments(everything, a.j.extent, config.block_n, extents),
         raw=raw, scale=scale, factor=linear_factor(a.weight, W), extents=extents,
     )  # fmt: skip

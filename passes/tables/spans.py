@@ -75,19 +75,20 @@ FILL = -9e29
 Looked = Literal["all", "quick", "none"]
 
 
-def spanned(a: Attention, group: int = 64, *, by_looking: Looked = "all") -> Spanned:
+def spanned(a: Attention, group: int = 64, *, by_looking: Looked = "all", fills: bool = True) -> Spanned:
     """`a` with tables for the literals of its mask that read data by key, and its bounds. Rows may be scanned.
 
     A literal whose row and key sides part gets a `Span`, any other a `BlockMap`, whose bounds hold for tiles that do
     not cross a multiple of `group` rows.
 
     A map of a literal without blocks looks at every pair. Those that `by_looking` leaves out neither bound the visit
-    nor give full keys, and what the rest of the mask says stands."""
+    nor give full keys, and what the rest of the mask says stands. Without `fills`, what is added to the scores is not
+    taken for a mask: seen from its keys, an attention's rows say nothing of what else a row of scores holds."""
     j = a.j.index
     if a.i.extent is ONE:
         a = replace(a, mask=substitute(a.mask, {a.i.index: ZERO}))
-    fills = _fills(a)
-    if not reads(a.mask, j) and not fills:
+    filled = _fills(a) if fills else []
+    if not reads(a.mask, j) and not filled:
         plain = analyse(a, rows=True)
         return Spanned(a, plain.bounds, rows_exact=plain.rows_exact)
     spans: dict[Expr, Span] = {}
@@ -102,10 +103,10 @@ def spanned(a: Attention, group: int = 64, *, by_looking: Looked = "all") -> Spa
         if reads(literal, j) and literal not in spans and literal not in maps:
             span = _span(literal, a, fresh_name(f"span{len(spans)}", taken))
             if span is not None:
-                spans[literal] = replace(span, else_all=literal in fills)
+                spans[literal] = replace(span, else_all=literal in filled)
             elif not by_pair(literal, a) or by_looking == "all" or (by_looking == "quick" and quick(literal, a)):
                 made = block_map(literal, a, fresh_name(f"map{len(maps)}", taken), group)
-                maps[literal] = replace(made, else_all=literal in fills)
+                maps[literal] = replace(made, else_all=literal in filled)
             else:
                 left_out.append(literal)
         return literal
@@ -116,7 +117,7 @@ def spanned(a: Attention, group: int = 64, *, by_looking: Looked = "all") -> Spa
         return literal if literal in maps or not reads(literal, j) else otherwise
 
     mask = map_literals(a.mask, find)
-    outer = map_literals(and_(mask, *map(find, fills)), lambda x: with_spans(x, _FIRST, _END, TRUE))
+    outer = map_literals(and_(mask, *map(find, filled)), lambda x: with_spans(x, _FIRST, _END, TRUE))
     inner = map_literals(mask, lambda x: with_spans(x, _SOLID_FIRST, _SOLID_END, FALSE))
     found = analyse(a, rows=True, outer=outer, inner=inner, maps=maps)
     tables = (*spans.values(), *maps.values())

@@ -27,8 +27,9 @@ from attncc.patterns.graph import (
 from attncc.patterns.reader.activations import log_sigmoid
 from attncc.patterns.reader.assumptions import Context, Reach
 from attncc.patterns.reader.contractions import DOT, Contraction, contraction, few, mixture, summed_pair, swapped
+from attncc.patterns.reader.dropout import keeps, words_at
 from attncc.patterns.reader.layers import Data, is_learned
-from attncc.patterns.reader.pointwise import ELEMENTS, input_at
+from attncc.patterns.reader.pointwise import ELEMENTS, element_rule, input_at
 from attncc.patterns.reader.rules import Point
 from attncc.patterns.reader.size_arithmetic import number
 from attncc.patterns.reader.sums_of_products import SUMS_AND_MEANS, factored, written_out
@@ -57,6 +58,7 @@ __all__ = [
     "argument",
     "broadcast",
     "contraction",
+    "element_rule",
     "factored",
     "few",
     "fitted",
@@ -66,6 +68,7 @@ __all__ = [
     "is_learned",
     "is_maximum",
     "is_operator",
+    "keeps",
     "log_sigmoid",
     "mixture",
     "move",
@@ -84,6 +87,7 @@ __all__ = [
     "swapped",
     "transform_of",
     "unexpanded",
+    "words_at",
     "written_args",
     "written_out",
 ]  # fmt: skip

@@ -33,6 +33,7 @@ from attncc.ir.expr import Const, Expr, Kind
 from attncc.ir.gradients import with_plain_ties
 from attncc.patterns.reader import activations
 from attncc.patterns.reader.bits import bits, shifted
+from attncc.patterns.reader.dropout import dropped
 from attncc.patterns.reader.rules import Point, Rule, Values, argument, has_argument, op_name, takes_tensors
 from attncc.patterns.reader.size_arithmetic import number
 from attncc.patterns.reader.view_ops import broadcast
@@ -357,8 +358,8 @@ _RULES: dict[str, Rule] = {
     "lerp": _lerp, "fill": _fill, "zero": lambda r, n, at: const(0), "copy": _copy,
 }  # fmt: skip
 
-#: Operators of other libraries, by name: attention-gym's is one instruction of a GPU.
-_CUSTOM: dict[str, Rule] = {"approx::tanh": _RULES["tanh"]}
+#: Operators of other libraries, and our own, by name: attention-gym's is one instruction of a GPU.
+_CUSTOM: dict[str, Rule] = {"approx::tanh": _RULES["tanh"], "attncc::dropped": dropped}
 
 
 def element_rule(target: Any) -> Rule | None:

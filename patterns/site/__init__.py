@@ -23,6 +23,7 @@ from attncc.patterns.reader import (
     argument,
     broadcast,
     contraction,
+    element_rule,
     factored,
     few,
     fitted,
@@ -32,6 +33,7 @@ from attncc.patterns.reader import (
     is_learned,
     is_maximum,
     is_operator,
+    keeps,
     log_sigmoid,
     mixture,
     move,
@@ -47,6 +49,7 @@ from attncc.patterns.reader import (
     summed_pair,
     swapped,
     unexpanded,
+    words_at,
     written_args,
 )
 from attncc.patterns.refusals import compares, made_of, meets, of_scores
@@ -95,6 +98,7 @@ __all__ = [
     "compares",
     "contraction",
     "einsum",
+    "element_rule",
     "factored",
     "few",
     "fitted",
@@ -107,6 +111,7 @@ __all__ = [
     "is_learned",
     "is_maximum",
     "is_operator",
+    "keeps",
     "log_sigmoid",
     "made_of",
     "meets",
@@ -133,5 +138,6 @@ __all__ = [
     "swapped",
     "unexpanded",
     "visible_where",
+    "words_at",
     "written_args",
 ]  # fmt: skip

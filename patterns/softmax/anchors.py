@@ -33,9 +33,16 @@ from attncc.patterns.softmax.shares import Form, Share, Total, fractions, holds_
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
+#: The same with dropout that is a function of words of its rows (`attncc.patterns.reader.dropout`).
+_DROPPED = "attncc::dropped_attention"
 _SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default)
 _LOGS = (aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.default)
 _QUOTIENTS = ("div", "divide", "true_divide", "mul", "multiply", "exp")
+
+
+def calls_attention(n: fx.Node) -> bool:
+    """Whether a node is a call of `scaled_dot_product_attention`, with dropout or without."""
+    return n.target is SDPA or getattr(getattr(n.target, "_schema", None), "name", "") == _DROPPED
 
 
 @dataclass(frozen=True)

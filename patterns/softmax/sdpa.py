@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from attncc.ir.affine import divide, poly
-from attncc.ir.attention import S
+from attncc.ir.attention import S, W
 from attncc.ir.build import ONE, TRUE, ZERO, add, and_, cast, const, floordiv, le, mul, op
 from attncc.ir.expr import Const, Expr, Index, rewrite
 from attncc.ir.reasons import because
@@ -24,16 +24,20 @@ from attncc.patterns.site import (
     assembled,
     broadcast,
     fitted,
+    has_argument,
+    keeps,
     number,
     operand,
     stored,
+    words_at,
 )
 
 
 def lift_sdpa(f: Facts, n: fx.Node) -> Lifted:
     """The attention of an SDPA call. Raises Unreadable with the reason where the IR cannot say it."""
     q, k, v, mask = (argument(n, name) for name in ("query", "key", "value", "attn_mask"))
-    if argument(n, "dropout_p") != 0.0:
+    words = argument(n, "words") if has_argument(n, "words") else None
+    if words is None and argument(n, "dropout_p") != 0.0:
         raise Unreadable(n, because("dropout"))
     shape = f.shape(n)
     rank = len(shape)
@@ -55,18 +59,28 @@ def lift_sdpa(f: Facts, n: fx.Node) -> Lifted:
         predicate = le(j, i)
     if mask is not None:
         value = Reader(f, use, extents, pair=frozenset({i, j})).value_at(mask, broadcast(f, mask, (*batch, i, j)), use)
-        value = rewrite(value, lambda x: stored(f, x, use, extents))
+        value = stored_in(f, value, use, extents)
         if value.kind == "bool":
             predicate = and_(predicate, value)
         else:
             score = add(score, cast(value, "float"))
+    weight: Expr = W
+    if words is not None:
+        own = words_at(Reader(f, use, extents), words, (*batch, i), use)
+        row: tuple[Expr, Expr] = (stored_in(f, own[0], use, extents), stored_in(f, own[1], use, extents))
+        weight = mul(W, keeps(row, j, argument(n, "dropout_p")))
     parts = Parts(
         facts=f, out=out, out_shape=shape, i=None if i is ZERO else i, j=j, d=d, e=None if e is ZERO else e,
         extents=extents, q=source(q, i, d), k=source(k, j, d), v=source(v, j, e), score=score,
         product_dtype=f.dtype(n), dtype=f.dtype(n), half=f.dtype(n) == torch.float16, empty="zero",
-        mask=predicate,
+        mask=predicate, weight=weight,
     )  # fmt: skip
     return assembled(parts, n, n)
+
+
+def stored_in(f: Facts, x: Expr, use: int, extents: dict[Expr, Expr]) -> Expr:
+    """`x`, whose loads are of tensors that are there when the attention runs."""
+    return rewrite(x, lambda y: stored(f, y, use, extents))
 
 
 def _scale(f: Facts, n: fx.Node, q: fx.Node) -> Expr:

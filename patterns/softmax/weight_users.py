@@ -12,7 +12,6 @@ from torch import fx
 from attncc.ir.build import ONE, const
 from attncc.ir.expr import Index, free
 from attncc.patterns.site import (
-    ELEMENTS,
     SUMS_AND_MEANS,
     Contraction,
     Facts,
@@ -21,6 +20,7 @@ from attncc.patterns.site import (
     argument,
     compares,
     contraction,
+    element_rule,
     frame,
     made_of,
     meets,
@@ -139,7 +139,9 @@ def _carries(f: Facts, user: fx.Node, n: fx.Node) -> bool:
         return True
     if op_name(user) == "stack" or (user.target in SUMS_AND_MEANS and _sums_stacked(f, user)):
         return meets(f, user)
-    return user.op == "call_function" and f.is_tensor(user) and (_moves(f, user) or user.target in ELEMENTS)
+    if user.op != "call_function" or not f.is_tensor(user):
+        return False
+    return _moves(f, user) or element_rule(user.target) is not None
 
 
 def _sums_stacked(f: Facts, user: fx.Node) -> bool:

@@ -13,11 +13,15 @@ from cpp_kernels.cases import FORMS, case, tensors_of
 from masks.catalogue import CATALOGUE, N
 
 from attncc.codegen.cpp import unsupported_gradient
-from attncc.ir import Attention, interpret, print_attention
+from attncc.ir import Attention, Load, Tensor, interpret, print_attention
+from attncc.ir.attention_grad import shapes_of_grad
+from attncc.ir.build import TRUE, add
 from attncc.kernels import gradients
+from attncc.kernels.skip_tables import Tabled
 from attncc.passes.bounds.bounds import loop_bounds
 from attncc.passes.bounds.simulate import full_keys, keys_of, simulate
 from attncc.passes.gradient import gradient_of
+from attncc.passes.tables import spans
 from attncc.runtime.memory import peak_bytes
 
 ISAS = host_isas()
@@ -115,6 +119,53 @@ def test_bounds_of_keys_are_those_of_the_transposed_mask(name: str) -> None:
     assert not (full_keys(tiles, N) & ~every).any()
 
 
+BY_DATA = [n for n, x in CATALOGUE.items() if spans.reads_by_key(x.attention())]
+
+
+@pytest.mark.parametrize("name", BY_DATA)
+def test_tables_bound_keys_as_they_bound_rows(name: str) -> None:
+    """What only data can say bounds the rows that a tile of keys visits, and skips no row that sees one of them."""
+    mask = CATALOGUE[name]
+    a, tensors = mask.attention(), mask.tensors()
+    g = gradient_of(replace(a, outputs=("out", "lse")), ["q", "k", "v"])
+    assert not isinstance(g, str)
+    found = spans.spanned(g.by_key, fills=False)
+    named = tensors | spans.tables(found, tensors)
+    tiles = simulate(found.attention, found.bounds, [], named)
+    visit, full = keys_of(tiles.visit, tiles.shape, N), full_keys(tiles, N)
+    seen = _seen(a, tensors).mT
+    some, every = (f(seen.unflatten(-2, (-1, 64)), -2) for f in (torch.any, torch.all))
+    assert not (some & ~visit).any() and not (full & ~every).any()
+    plain = simulate(g.by_key, loop_bounds(g.by_key, rows=True), [], tensors)
+    assert visit.float().mean() <= keys_of(plain.visit, plain.shape, N).float().mean()
+
+
+def test_large_calls_read_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a mask that data decides: the same bits as without."""
+    monkeypatch.setattr("attncc.kernels.skip_tables.WORTHWHILE", 1)
+    a = case("documents", lse=True)
+    built = gradients.built_backward(a, ("q", "k", "v"), torch.device("cpu"))
+    assert built.run is not None and isinstance(built.run.kernel, Tabled)
+    tensors = tensors_of(a, 200, 200)
+    given = [tensors[t.name] for t in a.tensors] + given_of(a, tensors, [200, 200])
+    shapes = shapes_of_grad(built.run.g, [200, 200])
+    with_tables, without = ([torch.full(x, float("nan")) for x in shapes] for _ in range(2))
+    built.run.kernel(given, [200, 200], with_tables)
+    built.run.kernel.plain(given, [200, 200], without)
+    assert built.run.kernel.more(given, [200, 200])
+    assert all(torch.equal(x, y) for x, y in zip(with_tables, without, strict=True))
+
+
+def test_what_is_added_to_scores_hides_no_row_from_keys() -> None:
+    """A row whose keys all have the lowest bias sees all of them, though each of its keys has other rows."""
+    a = case("documents", lse=True)
+    bias = Tensor("bias", "f32", (a.i.extent, a.j.extent))
+    score = add(a.score, Load("bias", (a.i.index, a.j.index), "float"))
+    a = replace(a, mask=TRUE, score=score, tensors=(*(t for t in a.tensors if t.name in "qkv"), bias))
+    g = gradient(a, ["q", "k", "v"])
+    assert spans.reads_by_key(g.by_key) and not spans.spanned(g.by_key, fills=False).spans
+
+
 @pytest.mark.parametrize(("name", "visited"), [("2 causal", 160 * N), ("6 window", None)])
 def test_tiles_of_keys_visit_as_much_as_tiles_of_rows(name: str, visited: int | None) -> None:
     """A mask of distances is as large seen from its keys as from its rows."""
@@ -141,7 +192,7 @@ def test_the_operators_backward_runs_it(form: str, monkeypatch: pytest.MonkeyPat
     a = case(form, lse=True)
     tensors = tensors_of(a, 70, 90)
     wanted = [t.name for t in a.tensors if t.kind == "float"]
-    assert gradients.built_backward(a, tuple(wanted)).run is not None
+    assert gradients.built_backward(a, tuple(wanted), torch.device("cpu")).run is not None
 
     def found(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         leaves = {n: x.to(dtype) if x.is_floating_point() else x for n, x in tensors.items()}

@@ -10,24 +10,26 @@ import pytest
 
 pytest.importorskip("triton")
 
-FILE = Path(__file__).with_name("test_triton_interpreted.py")
+FORWARD, BACKWARD = (Path(__file__).with_name(f"test_triton_{n}interpreted.py") for n in ("", "backward_"))
 
 
-def run(**more: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(FILE)]
+def run(file: Path, **more: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run(
-        command, cwd=FILE.parents[2], env=environment, capture_output=True, text=True, check=False, timeout=1800
+        command, cwd=file.parents[2], env=environment, capture_output=True, text=True, check=False, timeout=1800
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout
 
 
-def test_under_the_interpreter() -> None:
-    passed = re.search(r"(\d+) passed", run())
-    assert passed is not None and int(passed[1]) > 50
+@pytest.mark.parametrize(("file", "least"), [(FORWARD, 50), (BACKWARD, 20)])
+def test_under_the_interpreter(file: Path, least: int) -> None:
+    passed = re.search(r"(\d+) passed", run(file))
+    assert passed is not None and int(passed[1]) > least
 
 
 @pytest.mark.full
-def test_many_random_programs_under_the_interpreter() -> None:
-    assert "passed" in run(ATTNCC_TRITON_EXAMPLES="400")
+@pytest.mark.parametrize("file", [FORWARD, BACKWARD])
+def test_many_random_programs_under_the_interpreter(file: Path) -> None:
+    assert "passed" in run(file, ATTNCC_TRITON_EXAMPLES="400")

@@ -37,6 +37,18 @@ MATRIX += [Job("causal", 128, "bf16", t, persistent=True) for t in ("sm_90", "sm
 MATRIX += [Job("causal", 128, "bf16", "sm_100", at=2, descriptors=True)]  # with warps of their own for loads
 MATRIX += [Job(case, 128, "bf16", "sm_90") for case in ("window and blocks by head", "stripes by head")]
 MATRIX += [Job("certified skip", 64, "bf16", "sm_90")]
+#: Backward kernels, which hold twice the sums of a forward.
+MATRIX += [Job("causal", 128, "bf16", t, kernel="gradient_keys") for t in TARGETS]
+MATRIX += [Job("t5 table", 64, "bf16", "sm_80", kernel="gradient_rows")]
+BACKWARD = [Job(case, d, dtype, t, kernel=f"gradient_{k}", at=at) for t in TARGETS for at in (0, 3)
+            for k in ("rows", "keys") for case, d, dtype in (
+                ("causal", 64, "bf16"), ("causal", 128, "bf16"), ("causal", 80, "f16"), ("soft cap", 64, "bf16"),
+                ("bias of both", 64, "bf16"), ("t5 table", 64, "bf16"), ("documents", 64, "bf16"))]  # fmt: skip
+BACKWARD += [Job("causal", d, dtype, t, kernel=f"gradient_{k}") for t in TARGETS for k in ("rows", "keys")
+             for d, dtype in ((256, "bf16"), (64, "f32"), (128, "f32"))]  # fmt: skip
+BACKWARD += [Job("sink", 64, "bf16", t, kernel="gradient_statistics") for t in TARGETS]
+BACKWARD += [Job("clusters", 64, "bf16", t, kernel=k, lists=True) for t in TARGETS
+             for k in ("gradient_rows", "gradient_keys", "look_keys")]  # fmt: skip
 
 LARGE = [Job(*form, target) for form in FORMS for target in TARGETS]
 LARGE += [Job(case, 64, "bf16", t) for case in CASES if not case.startswith("d ") for t in TARGETS]
@@ -44,7 +56,7 @@ LARGE += [Job("causal", d, "bf16", t) for d in (4, 8, 16, 32, 48, 64, 72, 80, 96
           for t in TARGETS]  # fmt: skip
 LARGE += [Job(case, 128, dtype, t, at=at) for case in ("dense", "causal", "sliding window", "decode")
           for dtype in ("f16", "f32") for t in TARGETS for at in (0, 1)]  # fmt: skip
-LARGE = [job for job in dict.fromkeys(LARGE) if job not in MATRIX]
+LARGE = [job for job in dict.fromkeys([*LARGE, *BACKWARD]) if job not in MATRIX]
 
 
 def name_of(job: Job) -> str:
@@ -64,7 +76,7 @@ def check(job: Job, built: Built) -> None:
     assert c.binary
     assert c.shared_bytes <= SHARED[job.target]
     assert c.spills <= SPILL_BYTES
-    if job.kernel != "attention":
+    if job.kernel not in ("attention", "gradient_rows", "gradient_keys"):
         return
     assert any(instruction in c.text for instruction in products(job, built)), f"no matrix product of {job.target}"
     if job.descriptors:

@@ -10,13 +10,24 @@ import pytest
 from triton_kernels.cases import CASES, Case, text
 from triton_kernels.matrix import Job, attention
 
-from attncc.codegen.triton import TritonConfig, configs, emit, reads_by_key, unsupported
+from attncc.codegen.triton import (
+    TritonConfig,
+    configs,
+    emit,
+    emit_gradient,
+    gradient_configs,
+    reads_by_key,
+    unsupported,
+    unsupported_gradient,
+)
 from attncc.codegen.triton.config import fits
+from attncc.codegen.triton.gradient_config import gradient_fits
 from attncc.codegen.triton.operands import chunks
 from attncc.codegen.triton.rows import row_axes
 from attncc.ir import Attention, Bounds, Const, W, parse_attention
 from attncc.ir.build import add, const, op
 from attncc.passes.bounds.bounds import loop_bounds
+from attncc.passes.gradient import gradient_of
 
 
 def of(case: Case, dtype: str = "bf16") -> Attention:
@@ -32,6 +43,55 @@ def test_golden(name: str, golden: Callable[[str, str], None]) -> None:
     config = TritonConfig(64, 64, 4, 3, split=name == "decode", lists="table" in name)
     source = emit(a, loop_bounds(a, rows=True), config)
     golden(f"triton_{name.replace(' ', '_')}.py", source)
+
+
+def backward(case: Case, *, lists: bool = False, dtype: str = "bf16") -> str:
+    a = replace(of(case, dtype), outputs=("out", "lse"))
+    g = gradient_of(a, [t.name for t in a.tensors if t.kind == "float"])
+    assert not isinstance(g, str), g
+    config = TritonConfig(64, 64, 4, 2, lists=lists)
+    return emit_gradient(g, loop_bounds(a, rows=True), loop_bounds(g.by_key, rows=True), config, config)
+
+
+@pytest.mark.parametrize("name", ["causal", "t5 table", "causal block table"])
+def test_golden_backward(name: str, golden: Callable[[str, str], None]) -> None:
+    golden(f"triton_backward_{name.replace(' ', '_')}.py", backward(CASES[name], lists="block" in name))
+
+
+def test_a_backward_skips_what_the_forward_skips() -> None:
+    """Blocks before the diagonal are left out seen from the keys, and no mask is evaluated behind it."""
+    source = backward(Case("j <= i", groups=1, heads=1))
+    rows, keys = source.split("def gradient_keys(")
+    keys = keys.split("SIGNATURES")[0]
+    assert "for block in range(0, tl.minimum(t0, t1))" in rows.split("def gradient_rows(")[1]
+    assert "t1 = i0 // 64" in keys and keys.count("visible = ") == 1
+
+
+def test_no_backward_sums_by_atomics() -> None:
+    for name in ("causal", "alibi", "t5 table", "bias of both", "one key head"):
+        assert "atomic" not in backward(CASES[name])
+
+
+def test_what_has_no_backward() -> None:
+    a = replace(of(CASES["empty rows mean"]), outputs=("out", "lse"))
+    g = gradient_of(a, ["q", "k", "v"])
+    assert not isinstance(g, str) and "mean of all values" in (unsupported_gradient(g) or "")
+    with pytest.raises(ValueError, match="mean of all values"):
+        emit_gradient(g, loop_bounds(a), loop_bounds(g.by_key), TritonConfig(), TritonConfig())
+
+
+def test_backward_configurations_fit_the_machine() -> None:
+    for capability in ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942"):
+        for case, dtype in ((Case("j <= i", d=256), "bf16"), (Case(d=64), "f32"), (CASES["t5 table"], "bf16")):
+            a = replace(of(case, dtype), outputs=("out", "lse"))
+            g = gradient_of(a, [t.name for t in a.tensors if t.kind == "float"])
+            assert not isinstance(g, str)
+            space = gradient_configs(g, capability)
+            assert 1 <= len(space) <= 4 and len({*space}) == len(space)
+            for by_rows, by_keys in space:
+                assert gradient_fits(g, by_rows, capability, by_key=False) or by_rows.block_m == 16
+                assert gradient_fits(g, by_keys, capability, by_key=True) or by_keys.block_m == 16
+                assert by_rows.block_m <= by_rows.block_n or "j - i" not in [x.over for x in g.loads]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -92,3 +92,27 @@ template <class F> INLINE vint lane_by_lane(vint a, vint b, F f) {
 INLINE vint floordiv(vint a, vint b) { return lane_by_lane(a, b, [](int64_t x, int64_t y) { return floordiv(x, y); }); }
 INLINE vint mod(vint a, vint b) { return lane_by_lane(a, b, [](int64_t x, int64_t y) { return mod(x, y); }); }
 INLINE vint truncdiv(vint a, vint b) { return lane_by_lane(a, b, [](int64_t x, int64_t y) { return x / y; }); }
+
+// 31 random bits of counter j under the key (a, b): attncc/ir/streams.py.
+template <class U> INLINE U mixed(U a, U b, U j) {
+    const U low = 0xffffffffu - U{};
+    U x = ((j * 0x9e3779b9u + a) ^ b) & low;
+    x ^= x >> 16;
+    x = (x * 0x85ebca6bu) & low;
+    x ^= x >> 13;
+    x = (x * 0xc2b2ae35u) & low;
+    return (x ^ (x >> 16)) >> 1;
+}
+INLINE int64_t mix(int64_t a, int64_t b, int64_t j) { return mixed<uint32_t>((uint32_t)a, (uint32_t)b, (uint32_t)j); }
+#if WIDE_INTS && !REAL_IS_DOUBLE
+typedef uint64_t half_word __attribute__((vector_size(LANES * 4)));
+INLINE half_long mix(half_long a, half_long b, half_long j) { return (half_long)mixed((half_word)a, (half_word)b, (half_word)j); }
+INLINE vint mix(vint a, vint b, vint j) { return {mix(a.low, b.low, j.low), mix(a.high, b.high, j.high)}; }
+#else
+#if REAL_IS_DOUBLE
+typedef uint64_t lane_word __attribute__((vector_size(LANES * 8)));
+#else
+typedef uint32_t lane_word __attribute__((vector_size(LANES * 4)));
+#endif
+INLINE vint mix(vint a, vint b, vint j) { return (vint)mixed((lane_word)a, (lane_word)b, (lane_word)j); }
+#endif

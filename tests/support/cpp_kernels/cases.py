@@ -36,6 +36,8 @@ DATA = {
     "table: f32[{heads}, 32]": lambda n, m, h, r: torch.randn(h, 32, generator=r),
     "slope: f32[{heads}]": lambda n, m, h, r: torch.rand(h, generator=r),
     "sinks: f32[{heads}]": lambda n, m, h, r: torch.randn(h, generator=r),
+    "words: i32[2, {heads}, N, 2]": lambda n, m, h, r: torch.randint(
+        -(2**31), 2**31, (2, h, n, 2), generator=r, dtype=torch.int32),
     "length: i32[2]": lambda n, m, h, r: torch.tensor([m, m // 2], dtype=torch.int32),
 }
 HEAD = "hk * {groups} + g"
@@ -63,6 +65,10 @@ FORMS: dict[str, dict[str, str]] = {
     "relu": {"norm": "relu", "mask": "j <= i", "weight": "w * 0.1"},
     "linear": {"norm": "none", "weight": "w * w / float(M)"},
     "decay": {"weight": "w * exp(float(j - i) * 0.01)", "mask": "j <= i"},
+    "dropout": {
+        "weight": f"w * where(mix(words[b, {HEAD}, i, 0], words[b, {HEAD}, i, 1], j) < 1717986918, 1.25, 0.0)",
+        "tensors": "words", "mask": "j <= i + M - N",
+    },
     "sharpened": {"weight": "w * w"},
     "squashed, eager's mean": {"weight": "tanh(w)", "mask": "pad[b, j]", "tensors": "pad", "empty": "mean"},
     "limited, eager's nan": {"weight": "min(w, 0.1)", "mask": "pad[b, j]", "tensors": "pad", "empty": "nan"},

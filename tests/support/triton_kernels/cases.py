@@ -90,6 +90,8 @@ CASES: dict[str, Case] = {
     "weights": Case("j <= i", give="out, weights"),
     "weights of empty rows": Case("j < i - 3", give="weights, out", empty="mean"),
     "dropout": Case(weight="where(keep[i, j], w, 0.0) * 1.25", tensors=("keep: bool[N, M]",)),
+    "dropout stream": Case("j <= i", weight="w * where(mix(words[b, hk * G + g, i, 0], words[b, hk * G + g, i, 1], j) "
+                           "< 1717986918, 1.25, 0.0)", tensors=("words: i32[B, HQ, N, 2]",), give="out, lse"),
     "d 24, e 40": Case("j <= i", d=24, e=40),
     "d 4": Case("j <= i", d=4),
     "d 80": Case("j <= i", d=80),
@@ -163,6 +165,8 @@ def _filled(name: str, dtype: str, shape: list[int], keys: int, random: torch.Ge
         return torch.rand(shape, generator=random) < 0.7
     if name == "cluster":  # in no order
         return torch.randint(0, 5, shape, generator=random).to(kind)
+    if name == "words":
+        return torch.randint(-(2**31), 2**31, shape, generator=random, dtype=kind)
     if not kind.is_floating_point:
         return torch.sort(torch.randint(0, 5, shape, generator=random), -1).values.to(kind)
     return torch.randn(shape, generator=random, dtype=torch.float64).to(kind)

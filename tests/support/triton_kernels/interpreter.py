@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -16,9 +17,11 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from attncc.codegen.triton import TritonConfig, emit
+from attncc.codegen.triton import TritonConfig, emit, emit_gradient
 from attncc.ir import Attention, Bounds, interpret
+from attncc.ir.attention_grad import AttentionGrad, shapes_of_grad
 from attncc.ir.evaluate import DTYPE_OF
+from attncc.passes.bounds.bounds import loop_bounds
 from attncc.runtime.triton_module import load_module
 
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
@@ -136,3 +139,18 @@ def lists(
         (blocks[:full].tolist(), blocks.flip(0)[:part].tolist())
         for blocks, (full, part) in zip(found["blocks_ptr"], found["counts_ptr"].tolist(), strict=True)
     ]
+
+
+def run_backward(
+    g: AttentionGrad, configs: tuple[TritonConfig, TritonConfig], tensors: dict[str, torch.Tensor],
+    given: Sequence[torch.Tensor], sizes: list[int],
+) -> list[torch.Tensor]:  # fmt: skip
+    """What the emitted backward makes of the tensors; it starts as NaN, so that what is not written shows."""
+    a = g.attention
+    module = load_module(emit_gradient(g, loop_bounds(a, rows=True), loop_bounds(g.by_key, rows=True), *configs))
+    outputs = [torch.full(shape, float("nan")) for shape in shapes_of_grad(g, sizes)]
+    for out, x in zip(outputs[len(g.operands) :], g.loads, strict=True):
+        if x.over == "i, j":
+            out.zero_()  # what no tile visits is not written
+    module.launch([*(tensors[t.name] for t in a.tensors), *given], sizes, outputs)
+    return outputs

@@ -11,9 +11,10 @@ from multiprocessing import get_context
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from attncc.codegen.triton import TritonConfig, configs, emit
+from attncc.codegen.triton import TritonConfig, configs, emit, emit_gradient, gradient_configs
 from attncc.ir import Attention, parse_attention, verify
 from attncc.passes.bounds.bounds import loop_bounds
+from attncc.passes.gradient import gradient_of
 from attncc.runtime.triton_compile import Compiled, compile_for
 from triton_kernels.cases import CASES, text
 
@@ -34,6 +35,10 @@ class Job(NamedTuple):
     descriptors: bool = False
     lists: bool = False
     persistent: bool = False
+
+    @property
+    def backward(self) -> bool:
+        return self.kernel.startswith("gradient") or self.kernel in ("look_rows", "look_keys")
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ def build(job: Job) -> Built:
     """Compile one kernel. Raises what Triton raises."""
     warnings.simplefilter("ignore")
     a = attention(job)
+    if job.backward:
+        return _build_backward(replace(a, outputs=("out", "lse")), job)
     bounds = loop_bounds(a, rows=True)
     space = configs(a, bounds, job.target, tf32=job.tf32, lists=job.lists)
     wanted = (job.descriptors, job.persistent)
@@ -74,6 +81,16 @@ def build(job: Job) -> Built:
     known = {"PARTIAL": job.case.startswith("decode"), "TMA": True, "EVEN": True}
     constants = {n: x for n, x in known.items() if f"{n}: tl.constexpr" in source and job.kernel == "attention"}
     compiled = compile_for(source, config, job.target, job.kernel, **constants)
+    return Built(compiled, config, loops(compiled.machine_code))
+
+
+def _build_backward(a: Attention, job: Job) -> Built:
+    g = gradient_of(a, [t.name for t in a.tensors if t.kind == "float"])
+    assert not isinstance(g, str), g
+    pair = gradient_configs(g, job.target, tf32=job.tf32, lists=job.lists)[job.at]
+    source = emit_gradient(g, loop_bounds(a, rows=True), loop_bounds(g.by_key, rows=True), *pair)
+    config = pair[job.kernel.endswith("keys")]
+    compiled = compile_for(source, config, job.target, job.kernel, BLOCK_M=config.block_m, BLOCK_N=config.block_n)
     return Built(compiled, config, loops(compiled.machine_code))
 
 
