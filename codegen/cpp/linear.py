@@ -27,13 +27,13 @@ def unsupported_linear(a: Linear) -> str | None:
     floats = ("f64", "f32", "bf16", "f16")
     if a.dtype not in floats or any(a.tensor(x.tensor).dtype not in floats for _, x in a.accesses()):
         return "operands that are no floats"
-    i, j, d, e = (x.index for x in (a.i, a.j, a.d, a.e))
+    d, e = a.d.index, a.e.index
     if e in free(a.decay) | free(a.rate):
         return "a decay or a rate for each column of the state"
     if d in free(a.rate):
         return "a rate for each channel"
-    if (free(a.phi_q) | free(a.phi_k)) & {i, j, d}:
-        return "a feature map that changes with the row or the channel"
+    if d in free(a.phi_q) | free(a.phi_k):
+        return "a feature map that changes with the channel"
     if isinstance(row := along(a, a.decay), str):
         return row
     try:
@@ -147,13 +147,14 @@ class _LinearEmitter:
     def _maps(self) -> str:
         a = self.a
         out: list[str] = []
-        for name, phi in (("map_query", a.phi_q), ("map_key", a.phi_k)):
-            lines = ["(void)c; (void)b; (void)p; (void)rows;"]
+        for name, phi, row in (("map_query", a.phi_q, "i"), ("map_key", a.phi_k, "j")):
+            lines = [f"(void)c; (void)b; (void){row}; (void)p; (void)rows;"]
             if phi is not X:
                 lines += ["for (int64_t at = 0; at < rows; at += LANES) {", "    const vreal x = load(p + at);",
                           f"    store(p + at, {self.p.vector(phi)});", "}",
                           "for (int64_t at = c.D; at < rows; ++at) p[at] = 0;"]  # fmt: skip
-            out.append(function(f"INLINE void {name}(const Call& c, const Batch& b, real* p, int64_t rows)", lines))
+            head = f"INLINE void {name}(const Call& c, const Batch& b, int64_t {row}, real* p, int64_t rows)"
+            out.append(function(head, lines))
         lines = ["(void)c; (void)b; (void)j; (void)rows;"]
         if isinstance(self.row, Load):
             at = tuple(Const(0) if x is a.d.index else x for x in self.row.index)

@@ -79,13 +79,13 @@ static void prepare(const Call& c, const Batch& b, Room& r, int64_t from, int64_
             continue;
         }
         take(key_at(c, b, j), c.k_d, c.D, rows, k);
-        map_key(c, b, k, rows);
+        map_key(c, b, j, k, rows);
         take(value_at(c, b, j) + e0 * c.v_e, c.v_e, width, columns, v);
         decay_of(c, b, j, g, rows);
         r.rate[t] = rate_of(c, b, j);
         if (!PAST) continue;
         take(query_at(c, b, j), c.q_d, c.D, rows, q);
-        map_query(c, b, q, rows);
+        map_query(c, b, j, q, rows);
         if (WEIGHED) {
             for (int64_t d = 0; d < rows; d += LANES) store(r.total + d, load(r.total + d) + load(k + d));
             r.weight[t] = dot(q, r.total, rows);
@@ -226,7 +226,7 @@ static void look_up(const Call& c, const Batch& b, Room& r, int64_t from, int64_
             continue;
         }
         take(query_at(c, b, from + t), c.q_d, D, rows, q);
-        map_query(c, b, q, rows);
+        map_query(c, b, from + t, q, rows);
         if (WEIGHED) r.weight[t] = dot(q, r.total, rows);
     }
     for (int64_t slice = 0; slice * SLICE < columns; ++slice) {

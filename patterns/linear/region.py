@@ -1,0 +1,266 @@
+"""Chunked code as a function of its tokens: where it begins, and what it computes, run in float64.
+
+It begins where tensors with an axis of all tokens are cut into chunks: at those tensors, taken back over paddings and
+over products of one token's values with each other. What can be run from them and from constants alone is the region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map
+
+from attncc.patterns.graph.operators import is_operator, written_args
+from attncc.patterns.site import VIEW_OPS, Facts, op_name
+
+#: Operations that are analytic in their tensors: equal at random points, two compositions of them are equal. The second
+#: group chooses by a mask, or reads at indices, and is analytic where those are constants.
+_ANALYTIC = {
+    "add", "sub", "rsub", "mul", "neg", "exp", "matmul", "bmm", "mm", "einsum", "cumsum", "sum", "pad",
+    "constant_pad_nd", "clone", "contiguous", "to", "_to_copy", "tril", "triu", "cat", "stack", "copy_", "add_", "mul_",
+    "sub_", "linalg_solve_triangular", "baddbmm", "zeros_like", "ones_like", "empty_like", "full_like", "new_zeros",
+    "new_empty", "new_ones", "repeat", "repeat_interleave", "flip", "type_as", "float", "double", "lift_fresh_copy",
+    "zero_", "fill_", "getitem", "split", "split_with_sizes", "chunk", "unbind",
+}  # fmt: skip
+_CHOOSING = {"masked_fill", "masked_fill_", "where", "index_select", "index", "gather"}
+_DIVIDES = {"div"}
+_UNCHANGED = {"to", "_to_copy", "contiguous", "clone", "float", "type_as"}
+#: Elements of all that a region computes beyond which it is not run.
+_MOST = 1 << 31
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a region begins: tensors with one axis of `tokens`, at `axis` in each; `padded` are those of its chunks."""
+
+    leaves: tuple[fx.Node, ...]
+    axis: int
+    tokens: int
+    padded: int
+
+
+def shape_of(f: Facts, n: fx.Node) -> tuple[int, ...] | None:
+    """The shape of a node if it is known."""
+    value = f.value(n)
+    sizes: tuple[Any, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else (None,)
+    return sizes if all(isinstance(s, int) for s in sizes) else None
+
+
+def cut_at(f: Facts, cumsum: fx.Node) -> Cut | None:
+    """The cut of the region that sums logarithms of decays over the tokens of each chunk at `cumsum`."""
+    chunked = cumsum.all_input_nodes[0]
+    while chunked.op == "call_function" and _split(f, chunked) is None:
+        if op_name(chunked) not in _UNCHANGED and chunked.target not in VIEW_OPS and op_name(chunked) not in _MOVES:
+            return None
+        chunked = chunked.all_input_nodes[0]
+    found = _split(f, chunked) if chunked.op == "call_function" else None
+    if found is None:
+        return None
+    axis, count, length = found
+    cuts = [
+        n for n in f.graph.nodes
+        if n.op == "call_function" and n in f.live and (own := _split(f, n)) is not None and own[1:] == (count, length)
+    ]  # fmt: skip
+    leaves: dict[fx.Node, int] = {}
+    for n in cuts:
+        for leaf, tokens in _back(f, n.all_input_nodes[0], axis):
+            leaves[leaf] = tokens
+    if len(set(leaves.values())) != 1:
+        return None
+    return Cut(tuple(f.in_order(leaves)), axis, next(iter(leaves.values())), count * length)
+
+
+_MOVES = {"permute", "transpose", "pad", "unsqueeze", "squeeze", "expand"}
+
+
+def _split(f: Facts, n: fx.Node) -> tuple[int, int, int] | None:
+    """(axis, chunks, tokens a chunk) where a node cuts one axis of its input in two."""
+    if op_name(n) not in ("reshape", "view", "_unsafe_view", "unflatten"):
+        return None
+    before, after = shape_of(f, n.all_input_nodes[0]), shape_of(f, n)
+    if before is None or after is None or len(after) != len(before) + 1:
+        return None
+    for axis in range(len(before)):
+        rest = before[:axis] == after[:axis] and before[axis + 1 :] == after[axis + 2 :]
+        if rest and before[axis] == after[axis] * after[axis + 1] and axis > 0:
+            return axis, after[axis], after[axis + 1]
+    return None
+
+
+def _back(f: Facts, n: fx.Node, axis: int) -> Iterator[tuple[fx.Node, int]]:
+    """The tensors that one with all tokens is made of, over paddings and products, with their number of tokens."""
+    shape = shape_of(f, n)
+    if shape is None:
+        return
+    padded = _padded(f, n, axis)
+    if padded is not None:
+        yield from _back(f, padded, axis)
+        return
+    if shape[-1] == 1 and (op_name(n) in _UNCHANGED or (op_name(n) == "unsqueeze" and _last_only(f, n))):
+        yield from _back(f, n.all_input_nodes[0], axis)
+        return
+    factors = [a for a in n.args if isinstance(a, fx.Node)] if op_name(n) == "mul" else []
+    if len(factors) == 2 and all(_has_tokens(f, a, axis, shape[axis]) for a in factors):
+        a, b = factors
+        if not _comes_from(f, a, b) and not _comes_from(f, b, a):
+            yield from _back(f, a, axis)
+            yield from _back(f, b, axis)
+            return
+    yield n, shape[axis]
+
+
+def _padded(f: Facts, n: fx.Node, axis: int) -> fx.Node | None:
+    """What is padded with zeros behind the tokens, and nowhere else."""
+    if op_name(n) not in ("pad", "constant_pad_nd"):
+        return None
+    before, after = (shape_of(f, x) for x in (n.all_input_nodes[0], n))
+    if before is None or after is None or (any(n.args[2:]) and n.args[2] != "constant"):
+        return None
+    ends: Any = n.args[1]
+    only = all(x == y for at, (x, y) in enumerate(zip(before, after, strict=True)) if at != axis)
+    return n.all_input_nodes[0] if only and not any(ends[::2]) else None
+
+
+def _last_only(f: Facts, n: fx.Node) -> bool:
+    rank = f.rank(n)
+    at: Any = n.args[1]
+    return at % rank == rank - 1
+
+
+def _has_tokens(f: Facts, n: fx.Node, axis: int, tokens: int) -> bool:
+    shape = shape_of(f, n)
+    return shape is not None and len(shape) > axis and shape[axis] == tokens
+
+
+def _comes_from(f: Facts, n: fx.Node, source: fx.Node) -> bool:
+    """Whether a node is computed from another one, or from what that one is a move of."""
+    while source.op == "call_function" and (op_name(source) in ("pad", "unsqueeze") or op_name(source) in _UNCHANGED):
+        source = source.all_input_nodes[0]
+    stack, seen = [n], {n}
+    while stack:
+        x = stack.pop()
+        if x is source:
+            return True
+        fresh = [a for a in x.all_input_nodes if a not in seen and f.order[a] >= f.order[source]]
+        seen.update(fresh)
+        stack += fresh
+    return False
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes that are computed from the leaves of a cut, in order; `exits` are those that are read outside."""
+
+    nodes: tuple[fx.Node, ...]
+    exits: tuple[fx.Node, ...]
+    constants: frozenset[fx.Node]
+
+
+def region_of(f: Facts, cut: Cut, states: Sequence[fx.Node] = ()) -> Region:
+    """What can be run from the leaves, initial `states` and constants. A tensor that anything else is written to is
+    none of it from then on."""
+    own: dict[fx.Node, None] = dict.fromkeys((*cut.leaves, *states))
+    constants: set[fx.Node] = set()
+    filled, spoilt = set[int | None](), set[int | None]()  # memory that the region, and others, have written to
+    given = len(own)
+    for n in f.graph.nodes:
+        if n in own or n.op in ("placeholder", "output"):
+            continue
+        inputs = n.all_input_nodes
+        if n.op == "get_attr":
+            constants.add(n)
+            continue
+        known = all((x in own or x in constants) and not (spoilt and f.storage(x) in spoilt) for x in inputs)
+        mine = known and any(x in own or (filled and f.storage(x) in filled) for x in inputs)
+        if known and not mine and is_operator(n) and not _random(n):
+            constants.add(n)
+        elif mine and _analytic(n, own):
+            own[n] = None
+            filled |= {f.storage(x) for x in written_args(n)} - {None}
+        else:
+            spoilt |= {f.storage(x) for x in written_args(n) if x in own or x in constants} - {None}
+    nodes = tuple(own)[given:]
+    inside = {*nodes}
+    exits = tuple(n for n in nodes if any(u in f.live and u not in inside for u in n.users))
+    return Region(nodes, exits, frozenset(constants))
+
+
+def missing_state(f: Facts, cut: Cut, region: Region) -> fx.Node | None:
+    """The first tensor that stands beside the region's where they meet: an initial state, if the region has one."""
+    inside = {*region.nodes, *cut.leaves}
+    for n in f.graph.nodes:
+        if op_name(n) not in ("matmul", "mul", "cat", "sub") or not any(x in inside for x in n.all_input_nodes):
+            continue
+        for x in n.all_input_nodes:
+            if x in inside or x in region.constants or not f.is_tensor(x):
+                continue
+            while op_name(x) in _UNCHANGED or x.target in VIEW_OPS:  # casts to what the region computes in
+                x = x.all_input_nodes[0]
+            if x not in inside and f.rank(x) == 4 and f.dtype(x).is_floating_point:
+                return x
+    return None
+
+
+def _random(n: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in n.target.tags  # type: ignore[union-attr]
+
+
+def _analytic(n: fx.Node, own: Mapping[fx.Node, None]) -> bool:
+    name = op_name(n)
+    if n.target in VIEW_OPS or name in _ANALYTIC:
+        return True
+    data = [a for a in n.args if isinstance(a, fx.Node) and a in own]
+    if name in _DIVIDES:
+        return n.args[1] not in data and not n.kwargs
+    if name == "where":
+        return n.args[0] not in data
+    return name in _CHOOSING and data == [n.args[0]]
+
+
+def run(
+    f: Facts, region: Region, given: Mapping[fx.Node, torch.Tensor], keep: set[fx.Node]
+) -> dict[fx.Node, Any] | None:
+    """What the nodes of `keep` hold in float64, given the leaves; None where that is too much to run."""
+    sizes = (shape_of(f, n) for n in region.nodes)
+    if sum(torch.Size(s).numel() for s in sizes if s is not None) > _MOST:
+        return None
+    needed = {*region.nodes}
+    stack = list(region.nodes)
+    while stack:
+        for a in stack.pop().all_input_nodes:
+            if a not in needed and a not in given:
+                needed.add(a)
+                stack.append(a)
+    last = {a: n for n in f.graph.nodes if n in needed for a in n.all_input_nodes}
+    alias = {x for n in needed for x in written_args(n)}
+    held: dict[fx.Node, Any] = dict(given)
+    for n in f.graph.nodes:
+        if n not in needed or n in held:
+            continue
+        if n.op == "get_attr":
+            held[n] = _wide(getattr(f.graph.owning_module, str(n.target)))
+            continue
+        target: Any = n.target
+        args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), held.__getitem__)  # type: ignore[misc]
+        args, kwargs = tree_map(_in_float64, (args, kwargs))
+        made = target(*args, **kwargs)
+        held[n] = _wide(made)
+        for a in n.all_input_nodes:
+            if last.get(a) is n and a not in keep and a not in alias:
+                held.pop(a, None)
+    return {n: x for n, x in held.items() if n in keep}
+
+
+def _wide(x: Any) -> Any:
+    """Tensors of floats in float64; those that are already are the same, as others may write to them."""
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def _in_float64(x: Any) -> Any:
+    if isinstance(x, torch.dtype):
+        return torch.float64 if x.is_floating_point else x
+    return x
