@@ -148,7 +148,8 @@ def _measured(x: LinearSite, facts: Facts, training: Training, sizes: list[int])
         return target(*args)
 
     def ours() -> list[torch.Tensor]:
-        outputs: dict[str, Any] = dict(zip(x.final.outputs, torch.ops.attncc.linear(tensors, sizes, x.spec), strict=True))
+        found = torch.ops.attncc.linear(tensors, sizes, x.spec)
+        outputs: dict[str, Any] = dict(zip(x.final.outputs, found, strict=True))
         return [
             _as_result(x.final, r, outputs[r.output], like, dtype, apply)
             for r, like, dtype in zip(x.site.results, likes, dtypes, strict=True)

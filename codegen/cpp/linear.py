@@ -2,7 +2,7 @@
 
     q, k, v, state -> query_at, key_at, value_at, state_at: pointer + sum of stride * index
     phi            -> map_query, map_key, in place on a row of channels
-    decay, rate    -> decay_of (a number a token, or a row of channels), rate_of
+    decay, rate    -> decay_of (a number a token, or a row of channels, and the same less one), rate_of
     over           -> over_of, what the output is divided by
 """
 
@@ -162,11 +162,12 @@ class _LinearEmitter:
             place = self.p.place(self.row.tensor, at)
             lines += [f"take(c.t_{self.row.tensor} + {place}, {step}, c.D, rows, g);"]
             lines += ["for (int64_t at = 0; at < rows; at += LANES) {", "    const vreal x = load(g + at);",
-                      f"    store(g + at, {self.p.vector(a.decay, self.row)});", "}",
-                      "for (int64_t at = c.D; at < rows; ++at) g[at] = 1;"]  # fmt: skip
+                      f"    store(g + at, {self.p.vector(a.decay, self.row)});",
+                      f"    store(less + at, {self.p.less_one(a.decay, self.row)});", "}",
+                      "for (int64_t at = c.D; at < rows; ++at) g[at] = 1, less[at] = 0;"]  # fmt: skip
         else:
-            lines.append(f"g[0] = {self._number(a.decay)};")
-        head = "INLINE void decay_of(const Call& c, const Batch& b, int64_t j, real* g, int64_t rows)"
+            lines += [f"g[0] = {self._number(a.decay)};", f"less[0] = ({self.p.less_one(a.decay)})[0];"]
+        head = "INLINE void decay_of(const Call& c, const Batch& b, int64_t j, real* g, real* less, int64_t rows)"
         out.append(function(head, lines))
         lines = ["(void)c; (void)b; (void)j;", f"return {self._number(a.rate)};"]
         out.append(function("INLINE real rate_of(const Call& c, const Batch& b, int64_t j)", lines))

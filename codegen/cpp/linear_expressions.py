@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from attncc.codegen.cpp.expressions import literal, scalar_op, vector_op
 from attncc.ir import Const, Expr, Index, Linear, Load, Op, Size, Var
-from attncc.ir.expr import free, loads, rewrite, walk
+from attncc.ir.expr import ROUNDINGS, free, loads, rewrite, walk
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,21 @@ class LinearPrinter:
         if all(y.kind != "float" for y in walk(x) if y is not x):
             return f"splat({self.integer(x)})" if x.kind == "float" else f"splat_mask({self.integer(x)})"
         return vector_op(x.name, x, [self.vector(y, row) for y in x.args])
+
+
+    def less_one(self, x: Expr, row: Load | None = None) -> str:
+        """A float less one, to all its digits where it is near one: exp(y) - 1 is computed as such."""
+        match x:
+            case Const(value):
+                return self.vector(Const(float(value) - 1.0))
+            case Op("exp", (y,)):
+                return f"expm1_of({self.vector(y, row)})"
+            case Op("where", (c, y, z)):
+                return f"pick({self.vector(c, row)}, {self.less_one(y, row)}, {self.less_one(z, row)})"
+            case Op(name, (y,)) if name in ROUNDINGS:
+                return self.less_one(y, row)
+            case _:
+                return f"({self.vector(x, row)} - 1)"
 
 
 def along(a: Linear, x: Expr) -> Load | str | None:

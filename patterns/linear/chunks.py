@@ -114,26 +114,27 @@ def _likeness(f: Facts, cut: Cut, region: Region, states: Sequence[fx.Node]) -> 
         listed.append((str(n.target), repr(fx.map_arg((n.args, dict(n.kwargs)), of))))  # type: ignore[arg-type]
         place[n] = at
     exits = tuple(region.nodes.index(x) for x in region.exits)
-    return cut.axis, cut.tokens, cut.padded, tuple(map(repr, listed)), exits
+    labels = tuple(x.labels for x in cut.held)
+    return cut.axis, cut.tokens, cut.padded, labels, tuple(map(repr, listed)), exits
 
 
 def _identified(
     f: Facts, cut: Cut, region: Region, states: Sequence[fx.Node]
 ) -> tuple[_Roles, float, tuple[tuple[int, str, tuple[str, ...]], ...]] | None:  # fmt: skip
     """The roles of the leaves, the factor of the queries, and the results: (place of the node, output, axes)."""
-    mixed = [n for n in region.exits if len(_leaves_of(n, cut, states)) > 2]
+    mixed = [n for n in region.exits if len(_leaves_of(f, n, cut, states)) > 2]
     if not mixed:
         return None
     sought = {n: [*_moved(f, n, region)] for n in mixed}
     keep = {x for xs in sought.values() for x in xs}
     leaves = (*cut.leaves, *states)
     decays = [at for at, n in enumerate(cut.leaves) if _is_exponent(n, region)]
-    given = _random(f, leaves, decays)
+    given = _random(f, cut, states, decays)
     held = run(f, region, given, keep)
     if held is None:
         return None
     for roles in _candidates(f, cut, states, decays):
-        if not _fits(f, leaves, roles):
+        if not _fits(f, cut, leaves, roles):
             continue
         found = _agrees(f, cut, region, leaves, roles, given, held, sought)
         if found is not None:
@@ -141,18 +142,19 @@ def _identified(
     return None
 
 
-def _leaves_of(n: fx.Node, cut: Cut, states: Sequence[fx.Node]) -> set[fx.Node]:
+def _leaves_of(f: Facts, n: fx.Node, cut: Cut, states: Sequence[fx.Node]) -> set[fx.Node]:
     stops = {*cut.leaves, *states}
     found: set[fx.Node] = set()
     seen, stack = {n}, [n]
     while stack:
-        for a in stack.pop().all_input_nodes:
+        x = stack.pop()
+        for a in (*x.all_input_nodes, *f.writes(x, f.order[x], len(f.order))):
             if a in stops:
                 found.add(a)
             elif a not in seen:
                 seen.add(a)
                 stack.append(a)
-    return found | ({*cut.leaves} if not found else set())  # filled in piece by piece
+    return found
 
 
 def _moved(f: Facts, n: fx.Node, region: Region) -> Iterator[fx.Node]:
@@ -184,18 +186,18 @@ def _is_exponent(leaf: fx.Node, region: Region) -> bool:
     return exponentials > 0
 
 
-def _random(f: Facts, leaves: Sequence[fx.Node], decays: Sequence[int]) -> dict[fx.Node, torch.Tensor]:
+def _random(f: Facts, cut: Cut, states: Sequence[fx.Node], decays: Sequence[int]) -> dict[fx.Node, torch.Tensor]:
     """Tokens: logarithms of decays below zero, numbers a token between 0 and 1, vectors of length one."""
     generator = torch.Generator().manual_seed(0)
     found: dict[fx.Node, torch.Tensor] = {}
-    for at, n in enumerate(leaves):
-        shape = shape_of(f, n)
-        assert shape is not None
+    for at, n in enumerate((*cut.leaves, *states)):
+        shape = _shape(f, n)
         x = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
         if at in decays:
             found[n] = -x * 0.3
         elif len(shape) > 3:
-            found[n] = torch.nn.functional.normalize(x - 0.6, dim=-1)
+            last = cut.held[at].labels.index(3) if at < len(cut.held) else -1
+            found[n] = torch.nn.functional.normalize(x - 0.6, dim=last)
         else:
             found[n] = x * 0.8
     return found
@@ -207,11 +209,12 @@ def _candidates(
     """Roles that the shapes of the leaves allow."""
     if len(decays) != 1:
         return
-    shapes = [_shape(f, n) for n in cut.leaves]
-    rank = cut.axis
+    shapes = _shapes(f, cut)
+    if any(sorted(x.labels) not in ([0, 1, 2], [0, 1, 2, 3]) for x in cut.held):
+        return
     wide = [at for at in range(len(shapes)) if at not in decays and len(shapes[at]) == 4]
     rates = [at for at in range(len(shapes)) if at not in decays and len(shapes[at]) == 3]
-    if len(wide) != 3 or len(rates) > 1 or rank not in (1, 2):
+    if len(wide) != 3 or len(rates) > 1 or cut.axis not in (1, 2):
         return
     batch = {tuple(s for d, s in enumerate(shape[:3]) if d != cut.axis) for shape in shapes}
     if len(batch) != 1:
@@ -233,11 +236,17 @@ def _shape(f: Facts, n: fx.Node) -> tuple[int, ...]:
     return found
 
 
-def _fits(f: Facts, leaves: Sequence[fx.Node], roles: _Roles) -> bool:
+def _shapes(f: Facts, cut: Cut) -> list[tuple[int, ...]]:
+    """The shape of each leaf in the order of the cut's axes."""
+    return [tuple(s for _, s in sorted(zip(x.labels, _shape(f, x.node), strict=True))) for x in cut.held]
+
+
+def _fits(f: Facts, cut: Cut, leaves: Sequence[fx.Node], roles: _Roles) -> bool:
     """Whether the initial state, if there is one, has as many rows and columns as keys and values have channels."""
     if roles.state is None:
         return True
-    k, v, state = (_shape(f, leaves[at]) for at in (roles.k, roles.v, roles.state))
+    shapes, state = _shapes(f, cut), _shape(f, leaves[roles.state])
+    k, v = shapes[roles.k], shapes[roles.v]
     return state[-2:] == ((v[-1], k[-1]) if roles.turned else (k[-1], v[-1]))
 
 
@@ -251,19 +260,19 @@ def _linear(
     tokens: int | None = None,
 ) -> Linear:  # fmt: skip
     """The node that the roles make, over the first `tokens`; in the leaves' own types, or in one `dtype`."""
-    shapes = [_shape(f, n) for n in leaves]
+    shapes = _shapes(f, cut)
     b = [Index("b0"), Index("b1")]
     count = Const(cut.tokens if tokens is None else tokens)
 
-    def index(row: str, last: str | None) -> tuple[Index, ...]:
+    def index(at: int, row: str, last: str) -> tuple[Index, ...]:
         own = [*b]
         own.insert(cut.axis, Index(row))
-        return (*own, *(() if last is None else (Index(last),)))
+        return tuple((*own, Index(last))[x] for x in cut.held[at].labels)
 
     names = {"q": roles.q, "k": roles.k, "v": roles.v, "g": roles.decay, "r": roles.rate, "s0": roles.state}
     kinds = {name: NAME_OF[f.dtype(leaves[at])] for name, at in names.items() if at is not None}
     tensors = tuple(
-        Tensor(name, dtype or kinds[name], tuple(Const(s) for s in shapes[at]))
+        Tensor(name, dtype or kinds[name], tuple(Const(s) for s in _shape(f, leaves[at])))
         for name, at in names.items() if at is not None
     )  # fmt: skip
     outer = [s for at, s in enumerate(shapes[roles.q][:3]) if at != cut.axis]
@@ -271,14 +280,14 @@ def _linear(
     if roles.state is not None:
         last = ("e", "d") if roles.turned else ("d", "e")
         state = Access("s0", (*b, *(Index(x) for x in last)))
-    vector = len(shapes[roles.decay]) == 4
     return Linear(
         sizes=(), batch=tuple(Axis(x.name, Const(s)) for x, s in zip(b, outer, strict=True)), i=Axis("i", count),
         j=Axis("j", count), d=Axis("d", Const(shapes[roles.k][-1])), e=Axis("e", Const(shapes[roles.v][-1])),
-        tensors=tensors, q=Access("q", index("i", "d")), k=Access("k", index("j", "d")),
-        v=Access("v", index("j", "e")), phi_q=X if scale == 1.0 else mul(X, const(scale)),
-        decay=op("exp", Load("g", index("j", "d" if vector else None), "float")),
-        rate=const(1.0) if roles.rate is None else Load("r", index("j", None), "float"),
+        tensors=tensors, q=Access("q", index(roles.q, "i", "d")),
+        k=Access("k", index(roles.k, "j", "d")), v=Access("v", index(roles.v, "j", "e")),
+        phi_q=X if scale == 1.0 else mul(X, const(scale)),
+        decay=op("exp", Load("g", index(roles.decay, "j", "d"), "float")),
+        rate=const(1.0) if roles.rate is None else Load("r", index(roles.rate, "j", ""), "float"),
         rule="delta" if roles.delta else "add", sees="past", state=state, outputs=("out", "state"),
         dtype=dtype or "f32",
     )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from attncc.patterns.graph.operators import is_operator, written_args
+from attncc.patterns.graph.operators import argument, dim_argument, is_operator, written_args
 from attncc.patterns.site import VIEW_OPS, Facts, op_name
 
 #: Operations that are analytic in their tensors: equal at random points, two compositions of them are equal. The second
@@ -34,13 +34,26 @@ _MOST = 1 << 31
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Where a region begins: tensors with one axis of `tokens`, at `axis` in each; `padded` are those of its chunks."""
+class Leaf:
+    """A tensor that a region begins with: `labels` are the axes of the cut along its dimensions, in the order of what
+    is cut into chunks."""
 
-    leaves: tuple[fx.Node, ...]
+    node: fx.Node
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a region begins: tensors with one axis of `tokens`, the label `axis`; `padded` are those of its chunks."""
+
+    held: tuple[Leaf, ...]
     axis: int
     tokens: int
     padded: int
+
+    @property
+    def leaves(self) -> tuple[fx.Node, ...]:
+        return tuple(x.node for x in self.held)
 
 
 def shape_of(f: Facts, n: fx.Node) -> tuple[int, ...] | None:
@@ -57,21 +70,25 @@ def cut_at(f: Facts, cumsum: fx.Node) -> Cut | None:
         if op_name(chunked) not in _UNCHANGED and chunked.target not in VIEW_OPS and op_name(chunked) not in _MOVES:
             return None
         chunked = chunked.all_input_nodes[0]
-    found = _split(f, chunked) if chunked.op == "call_function" else None
-    if found is None:
+    split = _split(f, chunked) if chunked.op == "call_function" else None
+    if split is None:
         return None
-    axis, count, length = found
+    axis, count, length = split
     cuts = [
         n for n in f.graph.nodes
         if n.op == "call_function" and n in f.live and (own := _split(f, n)) is not None and own[1:] == (count, length)
     ]  # fmt: skip
-    leaves: dict[fx.Node, int] = {}
+    found: dict[fx.Node, Leaf] = {}
+    counts: set[int] = set()
     for n in cuts:
-        for leaf, tokens in _back(f, n.all_input_nodes[0], axis):
-            leaves[leaf] = tokens
-    if len(set(leaves.values())) != 1:
+        source = n.all_input_nodes[0]
+        for leaf, tokens in _back(f, source, tuple(range(f.rank(source))), axis):
+            if found.setdefault(leaf.node, leaf) != leaf:
+                return None
+            counts.add(tokens)
+    if len(counts) != 1:
         return None
-    return Cut(tuple(f.in_order(leaves)), axis, next(iter(leaves.values())), count * length)
+    return Cut(tuple(found[n] for n in f.in_order(found)), axis, counts.pop(), count * length)
 
 
 _MOVES = {"permute", "transpose", "pad", "unsqueeze", "squeeze", "expand"}
@@ -91,26 +108,58 @@ def _split(f: Facts, n: fx.Node) -> tuple[int, int, int] | None:
     return None
 
 
-def _back(f: Facts, n: fx.Node, axis: int) -> Iterator[tuple[fx.Node, int]]:
-    """The tensors that one with all tokens is made of, over paddings and products, with their number of tokens."""
+def _back(f: Facts, n: fx.Node, labels: tuple[int, ...], cut_axis: int) -> Iterator[tuple[Leaf, int]]:
+    """The tensors that one with all tokens is made of, over paddings and products, with their number of tokens.
+    `labels` are the axes of the cut along the dimensions of `n`; tokens are at `cut_axis`."""
     shape = shape_of(f, n)
-    if shape is None:
+    if shape is None or cut_axis not in labels:
         return
-    padded = _padded(f, n, axis)
+    inner, own = _peeled(f, n, labels)
+    axis = own.index(cut_axis) if cut_axis in own else 0
+    padded = _padded(f, inner, axis)
     if padded is not None:
-        yield from _back(f, padded, axis)
+        yield from _back(f, padded, own, cut_axis)
         return
-    if shape[-1] == 1 and (op_name(n) in _UNCHANGED or (op_name(n) == "unsqueeze" and _last_only(f, n))):
-        yield from _back(f, n.all_input_nodes[0], axis)
-        return
-    factors = [a for a in n.args if isinstance(a, fx.Node)] if op_name(n) == "mul" else []
-    if len(factors) == 2 and all(_has_tokens(f, a, axis, shape[axis]) for a in factors):
+    factors = [a for a in inner.args if isinstance(a, fx.Node)] if op_name(inner) == "mul" else []
+    tokens = shape[labels.index(cut_axis)]
+    if len(factors) == 2 and all(_has_tokens(f, a, axis, tokens, len(own)) for a in factors):
         a, b = factors
         if not _comes_from(f, a, b) and not _comes_from(f, b, a):
-            yield from _back(f, a, axis)
-            yield from _back(f, b, axis)
+            for x in factors:
+                yield from _back(f, *_narrowed(f, x, own), cut_axis)
             return
-    yield n, shape[axis]
+    yield Leaf(inner, own), tokens
+
+
+def _peeled(f: Facts, n: fx.Node, labels: tuple[int, ...]) -> tuple[fx.Node, tuple[int, ...]]:
+    """What a node is a cast of, its axes in another order."""
+    while n.op == "call_function":
+        name, before = op_name(n), n.all_input_nodes[:1]
+        if name in _UNCHANGED and f.is_tensor(before[0]):
+            n = before[0]
+        elif name in ("transpose", "permute"):
+            order = list(range(len(labels)))
+            if name == "transpose":
+                x, y = (int(argument(n, d)) % len(labels) for d in ("dim0", "dim1"))
+                order[x], order[y] = y, x
+            else:
+                order = [at % len(labels) for at in argument(n, "dims")]
+            labels = tuple(labels[order.index(at)] for at in range(len(labels)))
+            n = before[0]
+        else:
+            break
+    return n, labels
+
+
+def _narrowed(f: Facts, n: fx.Node, labels: tuple[int, ...]) -> tuple[fx.Node, tuple[int, ...]]:
+    """A factor without the dimensions of extent 1 that it has for the product alone, casts over them included."""
+    inner = n
+    while op_name(inner) in _UNCHANGED:
+        inner = inner.all_input_nodes[0]
+    if op_name(inner) != "unsqueeze":
+        return n, labels
+    at = dim_argument(inner, len(labels))
+    return _narrowed(f, inner.all_input_nodes[0], labels[:at] + labels[at + 1 :])
 
 
 def _padded(f: Facts, n: fx.Node, axis: int) -> fx.Node | None:
@@ -118,27 +167,23 @@ def _padded(f: Facts, n: fx.Node, axis: int) -> fx.Node | None:
     if op_name(n) not in ("pad", "constant_pad_nd"):
         return None
     before, after = (shape_of(f, x) for x in (n.all_input_nodes[0], n))
-    if before is None or after is None or (any(n.args[2:]) and n.args[2] != "constant"):
+    constant = op_name(n) != "pad" or argument(n, "mode") == "constant"
+    if before is None or after is None or not constant or argument(n, "value") not in (None, 0):
         return None
-    ends: Any = n.args[1]
+    ends: Any = argument(n, "pad")
     only = all(x == y for at, (x, y) in enumerate(zip(before, after, strict=True)) if at != axis)
     return n.all_input_nodes[0] if only and not any(ends[::2]) else None
 
 
-def _last_only(f: Facts, n: fx.Node) -> bool:
-    rank = f.rank(n)
-    at: Any = n.args[1]
-    return at % rank == rank - 1
-
-
-def _has_tokens(f: Facts, n: fx.Node, axis: int, tokens: int) -> bool:
+def _has_tokens(f: Facts, n: fx.Node, axis: int, tokens: int, rank: int) -> bool:
     shape = shape_of(f, n)
-    return shape is not None and len(shape) > axis and shape[axis] == tokens
+    return shape is not None and len(shape) == rank and shape[axis] == tokens
 
 
 def _comes_from(f: Facts, n: fx.Node, source: fx.Node) -> bool:
     """Whether a node is computed from another one, or from what that one is a move of."""
-    while source.op == "call_function" and (op_name(source) in ("pad", "unsqueeze") or op_name(source) in _UNCHANGED):
+    moves = ("pad", "unsqueeze", "transpose", "permute")
+    while source.op == "call_function" and (op_name(source) in moves or op_name(source) in _UNCHANGED):
         source = source.all_input_nodes[0]
     stack, seen = [n], {n}
     while stack:

@@ -7,7 +7,8 @@
 //     S'   = [.., T] S + sum_s (k_s [s, T]) u_s
 //
 // Products of at most T decays are formed, never a quotient or an exponential of a sum, so that nothing overflows and a
-// decay of zero is one. Columns of the state are independent: a task is some columns of one batch point, a slice is what
+// decay of zero is one. What a block takes from the state is kept as a difference: 1 - decay is known to all its digits
+// where the decay is near one, and a state that lasts for thousands of tokens is rounded, not bent. Columns of the state are independent: a task is some columns of one batch point, a slice is what
 // stays in registers of a row of the state.
 constexpr int64_t T = TOKENS;             // of a block
 constexpr int64_t BLOCKS = 8;             // of a chunk, whose tokens are prepared together
@@ -19,9 +20,9 @@ INLINE int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // What a thread works with; rows of d are padded with zeros to whole vectors.
 struct Room {
     real *q, *k;          // [CHUNK][rows]: queries and keys, feature maps applied
-    real* g;              // [CHUNK][rows] where each channel decays by itself, else [CHUNK]
+    real *g, *less;       // decays, and decays less one: [CHUNK][rows] where each channel has its own, else [CHUNK]
     real *read, *ask, *write;  // [BLOCKS][D][T]: q, k up to their token, k behind it
-    real* kept;           // [BLOCKS][rows]: the decay of a block
+    real* kept;           // [BLOCKS][rows]: the decay of a block less one
     real *of_q, *of_k;    // [BLOCKS][T][T]
     real *rate, *weight;  // [CHUNK]
     real* total;          // [rows]: the sum of the keys so far
@@ -34,17 +35,17 @@ INLINE int64_t padded_rows(const Call& c) { return rounded(c.D, LANES); }
 
 static bool reserve(const Call& c, int64_t columns, Room& r) {
     const int64_t rows = padded_rows(c);
-    real** parts[] = {&r.q, &r.k, &r.g, &r.read, &r.ask, &r.write, &r.kept, &r.of_q, &r.of_k, &r.rate, &r.weight,
+    real** parts[] = {&r.q, &r.k, &r.g, &r.less, &r.read, &r.ask, &r.write, &r.kept, &r.of_q, &r.of_k, &r.rate, &r.weight,
                       &r.total, &r.v, &r.out, &r.state};
     const int64_t sizes[] = {CHUNK * rows, CHUNK * rows, CHUNK * rows, CHUNK * rows, CHUNK * rows, CHUNK * rows,
-                             BLOCKS * rows, CHUNK * T, CHUNK * T, CHUNK, CHUNK, rows, CHUNK * columns, CHUNK * columns,
-                             rows * columns};
+                             CHUNK * rows, BLOCKS * rows, CHUNK * T, CHUNK * T, CHUNK, CHUNK, rows, CHUNK * columns,
+                             CHUNK * columns, rows * columns};
     int64_t all = 0;
     for (int64_t n : sizes) all += rounded(n, 64);
     r.whole = (char*)aligned_alloc(128, rounded(all * (int64_t)sizeof(real), 128));
     if (!r.whole) return false;
     real* at = (real*)r.whole;
-    for (int n = 0; n < 15; ++n) {
+    for (int n = 0; n < 16; ++n) {
         *parts[n] = at;
         at += rounded(sizes[n], 64);
     }
@@ -68,20 +69,21 @@ static void prepare(const Call& c, const Batch& b, Room& r, int64_t from, int64_
                     int64_t width) {
     const int64_t rows = padded_rows(c), filled = rounded(count, T);
     for (int64_t t = 0; t < filled; ++t) {
-        real *k = r.k + t * rows, *q = r.q + t * rows, *v = r.v + t * columns, *g = r.g + (CHANNELS ? t * rows : t);
+        real *k = r.k + t * rows, *q = r.q + t * rows, *v = r.v + t * columns;
+        real *g = r.g + (CHANNELS ? t * rows : t), *less = r.less + (CHANNELS ? t * rows : t);
         const int64_t j = from + t;
         if (t >= count) {
             memset(k, 0, rows * sizeof(real));
             memset(v, 0, columns * sizeof(real));
             if (PAST) memset(q, 0, rows * sizeof(real));
-            for (int64_t d = 0; d < (CHANNELS ? rows : 1); ++d) g[d] = 1;
+            for (int64_t d = 0; d < (CHANNELS ? rows : 1); ++d) g[d] = 1, less[d] = 0;
             r.rate[t] = r.weight[t] = 0;
             continue;
         }
         take(key_at(c, b, j), c.k_d, c.D, rows, k);
         map_key(c, b, j, k, rows);
         take(value_at(c, b, j) + e0 * c.v_e, c.v_e, width, columns, v);
-        decay_of(c, b, j, g, rows);
+        decay_of(c, b, j, g, less, rows);
         r.rate[t] = rate_of(c, b, j);
         if (!PAST) continue;
         take(query_at(c, b, j), c.q_d, c.D, rows, q);
@@ -108,7 +110,9 @@ static void meet(const Call& c, Room& r, int64_t block) {
         for (int64_t t = 0; t < T; ++t) since[t] = t ? since[t - 1] * g[t] : g[0];
         rest[T - 1] = 1;
         for (int64_t t = T - 1; t > 0; --t) rest[t - 1] = rest[t] * g[t];
-        for (int64_t d = 0; d < rows; ++d) kept[d] = since[T - 1];
+        real taken = 0;
+        for (int64_t t = 0; t < T; ++t) taken += r.less[block * T + t] * (1 + taken);
+        for (int64_t d = 0; d < rows; ++d) kept[d] = taken;
         for (int64_t d = 0; d < D; ++d)
             for (int64_t t = 0; t < T; ++t) {
                 if (PAST) read[d * T + t] = q[t * rows + d] * since[t];
@@ -135,18 +139,19 @@ static void meet(const Call& c, Room& r, int64_t block) {
         }
         return;
     }
-    const real* g = r.g + block * T * rows;
+    const real *g = r.g + block * T * rows, *less = r.less + block * T * rows;
     vreal a[T][T], m[T][T];
     for (int64_t t = 0; t < T; ++t)
         for (int64_t s = 0; s < T; ++s) a[t][s] = m[t][s] = vreal{};
     for (int64_t d = 0; d < rows; d += LANES) {
-        vreal since = splat(1), all_q[T], all_k[T], rest[T];
+        vreal since = splat(1), taken{}, all_q[T], all_k[T], rest[T];
         for (int64_t t = 0; t < T; ++t) {
             since *= load(g + t * rows + d);
+            taken += load(less + t * rows + d) * (1 + taken);
             all_q[t] = load(q + t * rows + d) * since;
             all_k[t] = load(k + t * rows + d) * since;
         }
-        store(kept + d, since);
+        store(kept + d, taken);
         vreal behind = splat(1);
         for (int64_t t = T - 1; t >= 0; --t) {
             rest[t] = load(k + t * rows + d) * behind;
@@ -210,7 +215,8 @@ static void advance(const Call& c, const Room& r, int64_t block, int64_t columns
         }
     for (int64_t d = 0; d < D; ++d)
         for (int64_t x = 0; x < VECTORS; ++x) {
-            vreal s = load(state + d * SLICE + x * LANES) * kept[d];
+            const vreal before = load(state + d * SLICE + x * LANES);
+            vreal s = before * kept[d] + before;
             for (int64_t t = 0; t < T; ++t) s += u[t][x] * write[d * T + t];
             store(state + d * SLICE + x * LANES, s);
         }

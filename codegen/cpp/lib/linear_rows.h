@@ -16,3 +16,15 @@ template <class E> INLINE void give(const real* from, int64_t count, E* p, int64
         for (; n + LANES <= count; n += LANES) put_row(p + n, load(from + n));
     for (; n < count; ++n) put(p + n * step, from[n]);
 }
+
+// exp(x) - 1 to all its digits, also where x is near zero.
+INLINE vreal expm1_of(vreal x) {
+#if REAL_IS_DOUBLE
+    vreal r; EACH_LANE(r[l] = __builtin_expm1(x[l])) return r;
+#else
+    vreal p = splat(1.0f / 9);
+    for (int n = 8; n > 1; --n) p = (1 + p * x) * (1.0f / n);  // 1/2 (1 + x/3 (1 + x/4 (...)))
+    const vreal near = x + x * x * p;
+    return (x < 0.5f) & (x > -0.5f) ? near : exp_of(x) - 1;
+#endif
+}
