@@ -61,7 +61,7 @@ def delta_by_inverse(q: T, k: T, v: T, g: T, beta: T, chunk: int = CHUNK) -> tup
         inverse[..., i, :i] = row + (row[..., None] * above).sum(-2)
     inverse = inverse + torch.eye(chunk, dtype=q.dtype, device=q.device)
     u, w = inverse @ vb, inverse @ (kb * g.exp()[..., None])
-    state = torch.zeros(*q.shape[:2], q.shape[-1], v.shape[-1], dtype=q.dtype)
+    state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
     outs: list[T] = []
     for i in range(q.shape[2]):
         new = u[:, :, i] - w[:, :, i] @ state

@@ -34,6 +34,7 @@ _FEW = 7
 #: Relative difference of equal values in float64.
 _SAME = 1e-7
 _SUMS = {"cumsum", "sub", "add", "sum", "neg", "masked_fill", "tril", "pad", "constant_pad_nd", "where", "expand"}
+_HEAVY = {"matmul", "bmm", "mm", "einsum", "baddbmm", "linalg_solve_triangular", "cumsum"}
 _CASTS = {"to", "_to_copy", "contiguous", "clone", "float", "type_as"}
 
 
@@ -122,11 +123,9 @@ def _identified(
     f: Facts, cut: Cut, region: Region, states: Sequence[fx.Node]
 ) -> tuple[_Roles, float, tuple[tuple[int, str, tuple[str, ...]], ...]] | None:  # fmt: skip
     """The roles of the leaves, the factor of the queries, and the results: (place of the node, output, axes)."""
-    mixed = [n for n in region.exits if len(_leaves_of(f, n, cut, states)) > 2]
-    if not mixed:
+    if not any(len(_leaves_of(f, n, cut, states)) > 2 for n in region.exits):
         return None
-    sought = {n: [*_moved(f, n, region)] for n in mixed}
-    keep = {x for xs in sought.values() for x in xs}
+    keep = {n for n in region.nodes if f.is_tensor(n) and f.rank(n) == 4 and f.dtype(n).is_floating_point}
     leaves = (*cut.leaves, *states)
     decays = [at for at, n in enumerate(cut.leaves) if _is_exponent(n, region)]
     given = _random(f, cut, states, decays)
@@ -136,7 +135,7 @@ def _identified(
     for roles in _candidates(f, cut, states, decays):
         if not _fits(f, cut, leaves, roles):
             continue
-        found = _agrees(f, cut, region, leaves, roles, given, held, sought)
+        found = _agrees(f, cut, region, leaves, roles, given, held)
         if found is not None:
             return roles, *found
     return None
@@ -155,16 +154,6 @@ def _leaves_of(f: Facts, n: fx.Node, cut: Cut, states: Sequence[fx.Node]) -> set
                 seen.add(a)
                 stack.append(a)
     return found
-
-
-def _moved(f: Facts, n: fx.Node, region: Region) -> Iterator[fx.Node]:
-    """A node and what it is a move or a cast of, as far as the region goes."""
-    inside = {*region.nodes}
-    while n in inside:
-        yield n
-        if n.target not in VIEW_OPS and op_name(n) not in _CASTS:
-            return
-        n = n.all_input_nodes[0]
 
 
 def _is_exponent(leaf: fx.Node, region: Region) -> bool:
@@ -295,40 +284,48 @@ def _linear(
 
 def _agrees(
     f: Facts, cut: Cut, region: Region, leaves: Sequence[fx.Node], roles: _Roles, given: Mapping[fx.Node, torch.Tensor],
-    held: Mapping[fx.Node, torch.Tensor], sought: Mapping[fx.Node, Sequence[fx.Node]],
+    held: Mapping[fx.Node, torch.Tensor],
 ) -> tuple[float, tuple[tuple[int, str, tuple[str, ...]], ...]] | None:  # fmt: skip
     """The factor of the queries and the results, if every exit is one of those of the linear attention."""
     tensors = dict(zip((t.name for t in _linear(f, leaves, cut, roles, 1.0, "f64").tensors),
                        (given[n] for n in _tensors(leaves, roles)), strict=True))  # fmt: skip
     few = min(_FEW, cut.tokens)
     short = by_chunks(_linear(f, leaves, cut, roles, 1.0, "f64", few), tensors, compute=torch.float64)["out"]
-    outs: dict[fx.Node, tuple[fx.Node, tuple[str, ...], float]] = {}
-    for n, forms in sought.items():
-        for x in forms:
-            match = _as_out(held[x], short, cut)
-            if match is not None:
-                outs[n] = (x, *match)
-                break
+    outs = {x: match for x, value in held.items() if (match := _as_out(value, short, cut)) is not None}
     if not outs:
         return None
-    scale = next(iter(outs.values()))[2]
+    scale = next(iter(outs.values()))[1]
     whole = by_chunks(_linear(f, leaves, cut, roles, scale, "f64"), tensors, compute=torch.float64)
-    results: list[tuple[int, str, tuple[str, ...]]] = []
-    for n, forms in sought.items():
-        if n in outs:
-            x, axes, own = outs[n]
-            if own != scale or not _same(_as(held[x], axes, cut), whole["out"], cut):
-                return None
-            results.append((region.nodes.index(x), "out", axes))
+    known: dict[fx.Node, tuple[str, tuple[str, ...]]] = {}
+    for x, value in held.items():
+        if x in outs and outs[x][1] == scale and _same(_as(value, outs[x][0], cut), whole["out"], cut):
+            known[x] = "out", outs[x][0]
+        elif x not in outs and (axes := _as_state(value, whole["state"])) is not None:
+            known[x] = "state", axes
+    read = _read(f, region, {*known})
+    if read is None or not any(known[x][0] == "out" for x in read):
+        return None
+    place = {n: at for at, n in enumerate(region.nodes)}
+    return scale, tuple(sorted(((place[x], *known[x]) for x in read), key=lambda r: r[1]))
+
+
+def _read(f: Facts, region: Region, known: set[fx.Node]) -> list[fx.Node] | None:
+    """The nodes among the `known` ones that the exits are computed from; none where an exit needs other products."""
+    inside = {*region.nodes}
+    found: dict[fx.Node, None] = {}
+    stack, seen = list(region.exits), set[fx.Node]()
+    while stack:
+        n = stack.pop()
+        if n in seen or n not in inside:
             continue
-        for x in forms:
-            axes = _as_state(held[x], whole["state"])
-            if axes is not None:
-                results.append((region.nodes.index(x), "state", axes))
-                break
-        else:
+        seen.add(n)
+        if n in known:
+            found[n] = None
+            continue
+        if op_name(n) in _HEAVY:
             return None
-    return scale, tuple(sorted(results, key=lambda r: r[1]))
+        stack += [*n.all_input_nodes, *f.writes(n, f.order[n], len(f.order))]
+    return f.in_order(found)
 
 
 def _as_out(x: torch.Tensor, want: torch.Tensor, cut: Cut) -> tuple[tuple[str, ...], float] | None:

@@ -44,9 +44,11 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a region begins: tensors with one axis of `tokens`, the label `axis`; `padded` are those of its chunks."""
+    """Where a region begins: tensors with one axis of `tokens`, the label `axis`; `padded` are those of its chunks, as
+    which the nodes `chunked` hold them."""
 
     held: tuple[Leaf, ...]
+    chunked: tuple[fx.Node, ...]
     axis: int
     tokens: int
     padded: int
@@ -74,10 +76,7 @@ def cut_at(f: Facts, cumsum: fx.Node) -> Cut | None:
     if split is None:
         return None
     axis, count, length = split
-    cuts = [
-        n for n in f.graph.nodes
-        if n.op == "call_function" and n in f.live and (own := _split(f, n)) is not None and own[1:] == (count, length)
-    ]  # fmt: skip
+    cuts = _beside(f, chunked, count, length)
     found: dict[fx.Node, Leaf] = {}
     counts: set[int] = set()
     for n in cuts:
@@ -88,7 +87,49 @@ def cut_at(f: Facts, cumsum: fx.Node) -> Cut | None:
             counts.add(tokens)
     if len(counts) != 1:
         return None
-    return Cut(tuple(found[n] for n in f.in_order(found)), axis, counts.pop(), count * length)
+    return Cut(tuple(found[n] for n in f.in_order(found)), tuple(cuts), axis, counts.pop(), count * length)
+
+
+def _beside(f: Facts, chunked: fx.Node, count: int, length: int) -> list[fx.Node]:
+    """What else is cut into the same chunks and meets `chunked` before the chunks are joined again."""
+    later: dict[fx.Node, None] = {chunked: None}
+    stack = [chunked]
+    while stack:
+        for user in stack.pop().users:
+            if user in later or user not in f.live or user.op != "call_function":
+                continue
+            later[user] = None
+            if _is_analytic(user) and not _joins(f, user, count, length):
+                stack.append(user)
+    found: dict[fx.Node, None] = {chunked: None}
+    inside = (n for n in later if n is not chunked and _is_analytic(n) and not _joins(f, n, count, length))
+    stack, seen = list(inside), set[fx.Node]()
+    while stack:
+        for a in stack.pop().all_input_nodes:
+            if a in seen or a in later:
+                continue
+            seen.add(a)
+            split = _split(f, a) if a.op == "call_function" else None
+            if split is not None and split[1:] == (count, length):
+                found[a] = None
+            else:
+                stack.append(a)
+    return f.in_order(found)
+
+
+def _joins(f: Facts, n: fx.Node, count: int, length: int) -> bool:
+    """Whether a node makes one axis of chunks and their tokens again."""
+    if op_name(n) not in ("reshape", "view", "_unsafe_view", "flatten", "unflatten"):
+        return False
+    before, after = shape_of(f, n.all_input_nodes[0]), shape_of(f, n)
+    if before is None or after is None or len(before) <= len(after):
+        return False
+    return any(before[at : at + 2] == (count, length) and count * length in after for at in range(len(before) - 1))
+
+
+def _is_analytic(n: fx.Node) -> bool:
+    name = op_name(n)
+    return n.target in VIEW_OPS or name in _ANALYTIC or name in _CHOOSING or name in _DIVIDES
 
 
 _MOVES = {"permute", "transpose", "pad", "unsqueeze", "squeeze", "expand"}
@@ -212,10 +253,16 @@ def region_of(f: Facts, cut: Cut, states: Sequence[fx.Node] = ()) -> Region:
     constants: set[fx.Node] = set()
     filled, spoilt = set[int | None](), set[int | None]()  # memory that the region, and others, have written to
     given = len(own)
+    ways = _ways(f, cut)
     for n in f.graph.nodes:
         if n in own or n.op in ("placeholder", "output"):
             continue
         inputs = n.all_input_nodes
+        if n not in ways and any(x in own for x in inputs) and not written_args(n):
+            if any(x in ways for x in inputs):
+                ways.add(n)  # behind the chunks
+            elif not any(x in states for x in inputs):
+                continue  # what others make of the same tokens
         if n.op == "get_attr":
             constants.add(n)
             continue
@@ -230,8 +277,21 @@ def region_of(f: Facts, cut: Cut, states: Sequence[fx.Node] = ()) -> Region:
             spoilt |= {f.storage(x) for x in written_args(n) if x in own or x in constants} - {None}
     nodes = tuple(own)[given:]
     inside = {*nodes}
-    exits = tuple(n for n in nodes if any(u in f.live and u not in inside for u in n.users))
+    exits = tuple(n for n in nodes if n in f.live and any(u in f.live and u not in inside for u in n.users))
     return Region(nodes, exits, frozenset(constants))
+
+
+def _ways(f: Facts, cut: Cut) -> set[fx.Node]:
+    """What lies between the leaves and the chunks."""
+    found, stack = {*cut.chunked}, list(cut.chunked)
+    while stack:
+        n = stack.pop()
+        if n in cut.leaves:
+            continue
+        fresh = [a for a in n.all_input_nodes if a not in found and a not in cut.leaves]
+        found.update(fresh)
+        stack += fresh
+    return found
 
 
 def missing_state(f: Facts, cut: Cut, region: Region) -> fx.Node | None:
