@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from attncc import errors as errors  # whose import sets up the logger
+from attncc.runtime import linear_op as _linear_op
 from attncc.runtime import op as _op
 from attncc.runtime import ring as _ring
 from attncc.version import __version__
@@ -56,6 +57,10 @@ def _build(a: Attention, spec: str, device: torch.device) -> _op.Kernel:
     return import_module("attncc.kernels.build").build(a, spec, device)
 
 
+def _build_linear(spec: str, device: torch.device) -> _op.Kernel:
+    return import_module("attncc.kernels.linear").build_linear(spec, device)
+
+
 def _differentiable(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
     return import_module("attncc.kernels.build").blocked(a, tensors, sizes)
 
@@ -78,4 +83,5 @@ def _seen(
 
 
 _op.install(_build, _differentiable, _Backward())
+_linear_op.install(_build_linear)
 _ring.install(_seen)

@@ -11,7 +11,7 @@ from torch import fx
 from attncc.errors import unforeseen
 from attncc.ir.reasons import Reason, because
 from attncc.ir.verify import VerifyError
-from attncc.patterns.linear import Recognised, linear_attentions, recurrences
+from attncc.patterns.linear import Recognised, chunked, linear_attentions, recurrences
 from attncc.patterns.refusals import (
     compares,
     dropping,
@@ -73,13 +73,15 @@ def _is_whole(target: str) -> bool:
 
 def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
     """Every attention-like site of the graph, in order."""
-    linear = list(linear_attentions(f))
+    whole = list(chunked(f))
+    inside = {n for x in whole for n in x.nodes}
+    linear = [x for x in linear_attentions(f) if x.node not in inside]
     scans: list[Refusal] = []
     reads: set[fx.Node] = set()
-    every = _with_gradients(f, _quadratic(f))
+    every = [x for x in _with_gradients(f, _quadratic(f)) if inside.isdisjoint({x.node, x.anchor})]
     attended = {x.node for x in every if isinstance(x, Lifted)}
     for chain in recurrences(f):
-        if chain.writes & attended:  # a residual stream that attention adds to
+        if chain.writes & attended or chain.node in inside:  # a residual stream that attention adds to
             continue
         reads |= chain.reads
         if isinstance(chain.found, Recognised):
@@ -89,8 +91,9 @@ def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
     covered = {n for site in linear for n in site.covered}
     quadratic = [x for x in every if x.node not in reads and (isinstance(x, Lifted) or x.anchor not in covered)]
     taken = {site.node for site in quadratic} | reads
-    found = [*quadratic, *scans, *(site for site in linear if taken.isdisjoint({site.node, site.anchor}))]
-    taken |= {n for site in found for n in (site.node, site.anchor)} | covered
+    apart = (site for site in linear if taken.isdisjoint({site.node, site.anchor}))
+    found = [*quadratic, *scans, *(x.site for x in whole), *apart]
+    taken |= {n for site in found for n in (site.node, site.anchor)} | covered | inside
     for reason, at, product in unknown_weights(f, Data(f)):
         if taken.isdisjoint({at, product}) and not any(n in taken for n in product.users):
             found.append(Refusal(because("no-softmax", reason), at, product))

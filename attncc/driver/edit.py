@@ -17,7 +17,7 @@ from attncc.driver.lowering import lower
 from attncc.driver.site_groups import sources
 from attncc.driver.size_nodes import SizeNodes, example_of
 from attncc.errors import EditError
-from attncc.ir import Program
+from attncc.ir import Expr, Program
 from attncc.ir.reasons import Reason, because
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.graph.operators import argument, written_args
@@ -70,6 +70,23 @@ class Editor:
             sizes = [self.sizes.of(x, target) for x in site.sizes]
             examples = [example_of(x) for x in sizes]
             made = lower(final, self.graph, inputs, sizes, examples, partial(_called, target, called))
+        for old, new in zip(placed, made, strict=True):
+            self.replace(old, new)
+
+    def put_nodes(
+        self, results: Sequence[fx.Node], tensors: Sequence[fx.Node], sizes: Sequence[Expr],
+        make: Callable[[list[fx.Node], list[int | fx.Node]], Sequence[fx.Node]],
+    ) -> None:  # fmt: skip
+        """Put what `make` makes of the nodes of some tensors and sizes in the place of `results`.
+
+        Raises EditError where the graph cannot hold it."""
+        placed = [self.place(n) for n in results]
+        given = [self._node(n) for n in tensors]
+        at = min(placed, key=self.position)
+        if any(n._erased or self.position(n) >= self.position(at) for n in given):
+            raise EditError(because("graph-taken"))
+        with self.graph.inserting_before(at), self._as_given(self.facts.value(results[0]).device):
+            made = make(given, [self.sizes.of(x, at) for x in sizes])
         for old, new in zip(placed, made, strict=True):
             self.replace(old, new)
 

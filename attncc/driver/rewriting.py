@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from attncc.driver import capture, describe, dropout
+from attncc.driver import capture, describe, dropout, linear_sites
 from attncc.driver.candidate import Candidate, Choice, unmeasured
 from attncc.driver.collected import Collected, collecting
 from attncc.driver.edit import Editor, source_text
@@ -171,12 +171,7 @@ def _edited(
             settled.append(Site(index, "refused", str(site.reason), path, where, code=site.reason.codes))
             continue
         if isinstance(site, Recognised):
-            text = print_linear(site.linear)
-            equation = describe.linear_equation(site.linear)
-            settled.append(Site(
-                index, "kept", str(site.reason), path, where, equation, became="original graph", ir=text,
-                code=site.reason.codes,
-            ))  # fmt: skip
+            settled.append(_linear(site, Place(index, path, where), facts, editor, way, training))
             continue
         assert proposal is not None  # every lifted site has one
         if site.node not in verdicts:
@@ -189,6 +184,33 @@ def _edited(
         made = recorded(site, proposal, verdicts[site.node], at, facts, names, kernels=way.kernels)
         settled.append(made if collecting.get() is None else replace(made, **_surroundings(site, reading, editor)))
     return editor.finish()
+
+
+def _linear(
+    site: Recognised, at: Place, facts: Facts, editor: Editor, way: Way, training: Training
+) -> Site:
+    """What becomes of a linear attention, which is recorded."""
+    equation = describe.linear_equation(site.linear)
+    kept = Site(
+        at.index, "kept", str(site.reason), at.path, at.where, equation, became="original graph",
+        ir=print_linear(site.linear), code=site.reason.codes,
+    )  # fmt: skip
+    spread = any(editor.reading.distributed(n) for n in site.tensors)
+    proposal = None if spread or not way.kernels else linear_sites.proposed(site, facts, training)
+    if proposal is None:
+        return kept
+    verdict = linear_sites.chosen(proposal, facts, training, measure=way.measure)
+    if verdict.fused:
+        try:
+            linear_sites.put(proposal, editor)
+        except EditError as error:
+            verdict = replace(verdict, fused=False, reason=error.reason)
+    made = proposal.made
+    return replace(
+        kept, status="fused" if verdict.fused else "kept", reason=str(verdict.reason), code=verdict.reason.codes,
+        became=made.shown if verdict.fused else kept.became, speedup=verdict.speedup, trains=proposal.trains,
+        ir=proposal.spec, kernel=made.source, language=made.language, isa=made.isa, timings=dict(verdict.us),
+    )  # fmt: skip
 
 
 def _surroundings(site: Lifted, reading: capture.Reading, editor: Editor) -> dict[str, tuple[GraphNode, ...]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from attncc.ir.attention import Access, Axis
 from attncc.ir.evaluate import Evaluator
-from attncc.ir.expr import Expr, Load
+from attncc.ir.expr import Expr, Load, loads
 from attncc.ir.interpret import Result, extent, index_grid
 from attncc.ir.linear import Linear, X, Z
+from attncc.ir.views import is_view, view_of
 
 
 def interpret_linear(
@@ -48,34 +50,62 @@ def interpret_linear(
     return {name: every[name] for name in a.outputs}
 
 
-def operands(
-    a: Linear, tensors: Mapping[str, torch.Tensor], table: Mapping[Expr, int], compute: torch.dtype
-) -> tuple[torch.Tensor, ...]:
+class Operands(NamedTuple):
     """q' (*batch, i, d), k' (*batch, j, d), v (*batch, j, e), decay and rate (*batch, j, d, e)."""
 
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    decay: torch.Tensor
+    rate: torch.Tensor
+
+
+def operands(
+    a: Linear, tensors: Mapping[str, torch.Tensor], table: Mapping[Expr, int], compute: torch.dtype
+) -> Operands:
+    """What `a` reads, feature maps applied."""
+
     def over(axes: Sequence[Axis], x: Expr, element: Access | None = None) -> torch.Tensor:
-        ev = Evaluator(index_grid(axes, table, _device(tensors)), tensors, compute, checked=True)
-        if element is not None:
-            ev.known[X] = ev(Load(element.tensor, element.index, "float"))
-        return ev(x).expand([extent(axis.extent, table) for axis in axes])
+        return over_axes(axes, x, tensors, table, compute, element)
 
     rows, keys, columns = (*a.batch, a.i, a.d), (*a.batch, a.j, a.d), (*a.batch, a.j, a.e)
     pair = (*a.batch, a.j, a.d, a.e)
-    return (
+    return Operands(
         over(rows, a.phi_q, a.q), over(keys, a.phi_k, a.k), over(columns, X, a.v), over(pair, a.decay),
         over(pair, a.rate),
     )  # fmt: skip
 
 
+def over_axes(
+    axes: Sequence[Axis], x: Expr, tensors: Mapping[str, torch.Tensor], table: Mapping[Expr, int],
+    compute: torch.dtype, element: Access | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`x` over some axes, of their extents; `element` is what it calls `x`. What lies in a tensor as the axes do is
+    a view of it."""
+    ev = Evaluator(index_grid(axes, table, _device(tensors)), tensors, compute, checked=True)
+    own = None if element is None else Load(element.tensor, element.index, "float")
+    for load in (*loads(x), *(() if own is None else (own,))):
+        if is_view(load, axes):
+            source = tensors[load.tensor]
+            for axis in axes:
+                if axis.index in load.index:
+                    source = source.narrow(load.index.index(axis.index), 0, extent(axis.extent, table))
+            value = view_of(load, source, axes)
+            ev.known[load] = value.to(compute) if load.kind == "float" else value
+    if own is not None:
+        ev.known[X] = ev(own)
+    return ev(x).expand([extent(axis.extent, table) for axis in axes])
+
+
 def initial_state(
     a: Linear, tensors: Mapping[str, torch.Tensor], table: Mapping[Expr, int], compute: torch.dtype
 ) -> torch.Tensor:
+    """The state before the first token, (*batch, d, e)."""
     axes = (*a.batch, a.d, a.e)
-    shape = [extent(axis.extent, table) for axis in axes]
     if a.state is None:
+        shape = [extent(axis.extent, table) for axis in axes]
         return torch.zeros(shape, dtype=compute, device=_device(tensors))
-    ev = Evaluator(index_grid(axes, table, _device(tensors)), tensors, compute, checked=True)
-    return ev(Load(a.state.tensor, a.state.index, "float")).expand(shape)
+    return over_axes(axes, X, tensors, table, compute, a.state)
 
 
 def divisor(

@@ -6,9 +6,10 @@
     out[b.., i, e] = sum_d q'[i, d] * S_l[d, e] / over(sum_(j <= l) q'[i, .] . k'[j, .])
 
 where l is i if a query sees the past (its own key included), and the last key if it sees all. Without decay and delta
-rule this is q' (k'^T v) of Katharopoulos et al., 2020 (arXiv 2006.16236); with a decay that is constant it is retention
-and lightning attention; with the delta rule, Yang et al., 2024 (arXiv 2412.06464); with a decay for each d and e, the
-selective scan of state-space models. The work is O(N d e).
+rule this is q' (k'^T v) of Katharopoulos et al., 2020 (arXiv 2006.16236); with a decay that is constant it is
+retention and lightning attention; with the delta rule, Yang et al., 2024 (arXiv 2412.06464); with a decay for each d
+and e, the selective scan of state-space models. A decay of zero starts anew: packed documents have one at their first
+tokens. Sums, and the state, are in float32, or float64 where an operand is. The work is O(N d e).
 """
 
 from __future__ import annotations
@@ -62,6 +63,16 @@ class Linear:
     @property
     def axes(self) -> tuple[Axis, ...]:
         return (*self.batch, self.i, self.j, self.d, self.e)
+
+    @property
+    def compute_dtype(self) -> str:
+        """f64 where an operand is, else f32: of everything that is computed, the states too."""
+        held = {t.name: t.dtype for t in self.tensors}
+        return "f64" if "f64" in (held.get(x.tensor) for _, x in self.accesses()) else "f32"
+
+    def tensor(self, name: str) -> Tensor:
+        """The declaration of a tensor. Raises KeyError for a name that is not declared."""
+        return {t.name: t for t in self.tensors}[name]
 
     def accesses(self) -> Iterator[tuple[str, Access]]:
         yield from (("q", self.q), ("k", self.k), ("v", self.v))

@@ -20,6 +20,7 @@ from attncc.ir.interpret import Result, interpret
 from attncc.ir.interpret_linear import interpret_linear
 from attncc.ir.layout import Layout, interpret_layout, parse_layout, print_layout, verify_layout
 from attncc.ir.linear import Linear, parse_linear, print_linear
+from attncc.ir.linear_chunks import by_chunks, unchunked
 from attncc.ir.merge import Merge, interpret_merge, parse_merge, print_merge, verify_merge
 from attncc.ir.rearrange import Rearrange, interpret_rearrange, parse_rearrange, print_rearrange, verify_rearrange
 from attncc.ir.reduce import Reduce, interpret_reduce, parse_reduce, print_reduce, verify_reduce
@@ -61,7 +62,7 @@ def _of_attention(a: Attention) -> tuple[Tensor, ...]:
 
 def _of_linear(a: Linear) -> tuple[Tensor, ...]:
     axes = {"out": (*a.batch, a.i, a.e), "state": (*a.batch, a.d, a.e)}
-    return _outputs(axes, a.outputs, {"state": "f32"}, a.dtype)
+    return _outputs(axes, a.outputs, {"state": a.compute_dtype}, a.dtype)
 
 
 def _outputs(
@@ -74,7 +75,12 @@ def _outputs(
 def _linear(
     a: Linear, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int] = (), *, compute: torch.dtype | None = None
 ) -> Result:
-    found = interpret_linear(a, tensors, sizes, compute=compute or torch.float32)
+    """With `compute` step by step, as the oracle; without, by chunks where that can be: it is what a graph runs."""
+    wide = DTYPE_OF[a.compute_dtype]
+    if compute is None and unchunked(a) is None:
+        found = by_chunks(a, tensors, sizes, compute=wide)
+    else:
+        found = interpret_linear(a, tensors, sizes, compute=compute or wide)
     return found if compute else {t.name: found[t.name].to(DTYPE_OF[t.dtype]) for t in _of_linear(a)}
 
 

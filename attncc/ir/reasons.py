@@ -123,6 +123,12 @@ SENTENCES: dict[str, str] = {
     "linear": _LINEAR + ": O(N) already",
     "linear-step": _LINEAR + ": one step of O(d e)",
     "linear-channels": _LINEAR + ": each channel is a head of its own, q * sum(k * v)",
+    "linear-fused": "linear attention in one kernel: {}",
+    "linear-products": "linear attention in one kernel that is as fast as the model's matrix products alone",
+    "linear-slower": _LINEAR + ": {}",
+    "linear-training": _LINEAR + " in training: {}",
+    "linear-no-kernel": _LINEAR + ": no kernel ({})",
+    "linear-not-measured": _LINEAR + ": not measured ({})",
     "linear-written-out": _LINEAR + ": it is written as (q k^T) v, with N x N weights, and q (k^T v) needs none",
     "running-sum": "its state is a running sum over tokens (cumsum): a recurrence, left with Inductor",
     "running-sum-of-chunks": (

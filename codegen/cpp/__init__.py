@@ -3,7 +3,9 @@
 from attncc.codegen.cpp.emitter import emit, instructions, unsupported
 from attncc.codegen.cpp.gradient import emit_gradient, gradient_instructions, unsupported_gradient
 from attncc.codegen.cpp.isa import ISAS
+from attncc.codegen.cpp.linear import emit_linear, unsupported_linear
 
 __all__ = [
-    "ISAS", "emit", "emit_gradient", "gradient_instructions", "instructions", "unsupported", "unsupported_gradient",
+    "ISAS", "emit", "emit_gradient", "emit_linear", "gradient_instructions", "instructions", "unsupported",
+    "unsupported_gradient", "unsupported_linear",
 ]  # fmt: skip

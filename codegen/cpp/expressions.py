@@ -204,7 +204,7 @@ class _Scope:
             case Load(tensor, index):
                 return f"value(c.t_{tensor}[{self._offset(tensor, index)}])"
             case Op(name, args):
-                return _scalar_op(name, x, [self.scalar(a) for a in args])
+                return scalar_op(name, x, [self.scalar(a) for a in args])
             case _:
                 raise TypeError(f"no scalar for {type(x).__name__}")
 
@@ -223,7 +223,7 @@ class _Scope:
             case Op("tanh", (arg,)) if self.near:
                 return f"tanh_in<NEAR>({self.vector(arg)}, reach)"
             case Op(name, args):
-                return _vector_op(name, x, [self.vector(a) for a in args])
+                return vector_op(name, x, [self.vector(a) for a in args])
             case _:
                 raise TypeError(f"no vector for {type(x).__name__}")
 
@@ -282,7 +282,8 @@ def _tight(code: str) -> str:
     return code if code.replace("_", "").replace(".", "").isalnum() or code.endswith(")") else f"({code})"
 
 
-def _scalar_op(name: str, x: Op, args: list[str]) -> str:
+def scalar_op(name: str, x: Op, args: list[str]) -> str:
+    """An operation on C++ scalars, given the text of its arguments."""
     kind = x.args[0].kind
     if name in _INFIX or name in _COMPARE:
         return f"({args[0]} {_INFIX.get(name) or _COMPARE[name]} {args[1]})"
@@ -301,7 +302,8 @@ def _scalar_op(name: str, x: Op, args: list[str]) -> str:
     return simple[name].format(*args)
 
 
-def _vector_op(name: str, x: Op, args: list[str]) -> str:
+def vector_op(name: str, x: Op, args: list[str]) -> str:
+    """The same on vectors."""
     kind = x.args[0].kind
     if name in _INFIX:
         return f"({args[0]} {_INFIX[name]} {args[1]})"

@@ -49,11 +49,23 @@ _SEARCH = 24
 
 
 @dataclass(frozen=True)
+class Result:
+    """A node that holds an output of a linear attention: `axes` names the IR's axis along each of its dimensions, ""
+    for one of extent 1. Its rows may be more, with zeros behind them; `row` is the one that it holds, if it is one."""
+
+    node: fx.Node
+    output: str
+    axes: tuple[str, ...]
+    row: int | None = None
+
+
+@dataclass(frozen=True)
 class Recognised:
-    """A linear attention that stays as it is. `node` holds its output, `axes` names the IR's axis along each of its
+    """A linear attention. `node` holds its output, `axes` names the IR's axis along each of its
     dimensions ("" for one of extent 1); `tensors` are the graph's nodes for the IR's tensors, `sizes` the expressions,
     over the graph's symbols, of its sizes. `covered` are nodes that it explains: the softmaxes that are its feature
-    maps, the quotient that normalises it."""
+    maps, the quotient that normalises it. A kernel may take the place of `results`, if there are any: they are then
+    all that is read of it elsewhere."""
 
     linear: Linear
     node: fx.Node
@@ -63,6 +75,7 @@ class Recognised:
     tensors: tuple[fx.Node, ...]
     sizes: tuple[Expr, ...]
     covered: frozenset[fx.Node] = frozenset()
+    results: tuple[Result, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from attncc.ir.linear import UNIT, Linear, X
 from attncc.ir.reasons import Reason, because
 from attncc.ir.verify import VerifyError
 from attncc.ir.verify_linear import verify_linear
-from attncc.patterns.linear.linear import Recognised
+from attncc.patterns.linear.linear import Recognised, Result
 from attncc.patterns.linear.normalisers import factors, value_of
 from attncc.patterns.site import DOT, VIEW_OPS, Data, Declared, Facts, Point, Unreadable, contraction, op_name
 
@@ -59,6 +59,8 @@ class Step:
     phi_q: Expr
     delta: bool
     state: Load
+    read: fx.Node
+    read_at: tuple[Expr, ...]  # the state's index, or 0, along each dimension of what reads it
 
 
 _PARTS = ("decay", "rate", "k", "phi_k", "v", "q", "phi_q")
@@ -250,10 +252,33 @@ def _lift(f: Facts, chain: list[Update]) -> Recognised:
     ))  # fmt: skip
     axes = tuple("" if s is ONE else names.get(Index(f"o{x}"), "") for x, s in enumerate(f.shape(chain[-1].node)))
     done = because("linear-step") if len(steps) == 1 else because("linear")
+    results = [Result(chain[-1].node, "state", axes)]
+    for at, step in enumerate(steps):
+        results.append(Result(step.read, "out", tuple(names.get(x, "") for x in step.read_at), at))
     return Recognised(
         verify_linear(linear), chain[-1].node, chain[0].node, done, axes, tuple(declared.held), sizes,
-        frozenset(chain[-1].reads),
+        frozenset(chain[-1].reads), tuple(results) if _only_read(f, chain, results) else (),
     )  # fmt: skip
+
+
+def _only_read(f: Facts, chain: list[Update], results: Sequence[Result]) -> bool:
+    """Whether nothing but the results reads the states after the first."""
+    return len({x.node for x in results}) == len(results) and all(
+        {x for x in update.reads if x in f.live} <= {x.node for x in results} | _own_reads(f, chain) for update in chain
+    )
+
+
+def _own_reads(f: Facts, chain: list[Update]) -> set[fx.Node]:
+    """What reads a state for the next update of it."""
+    found: set[fx.Node] = set()
+    for update in chain:
+        stack = [update.written]
+        while stack:
+            n = stack.pop()
+            if n not in found and f.order[n] > f.order[chain[0].before]:
+                found.add(n)
+                stack += n.all_input_nodes
+    return found
 
 
 def _at_row(x: Expr | None, time: Expr) -> Expr:
@@ -275,7 +300,7 @@ def _step(f: Facts, u: Update) -> Step:
     decay = _product([x for x in _flat(carried) if x not in held])
     if len(held) != 1 or _mentions(decay, u.before):
         raise _Unproven(because("state-not-decayed"))
-    q, phi_q, d = _query(f, u, at, extents)
+    q, phi_q, d, read, read_at = _query(f, u, at, extents)
     e = other if d is one else one
     keys = [x for x in _flat(written) if d in free(x) and e not in free(x)]
     values = [x for x in _flat(written) if e in free(x) and d not in free(x)]
@@ -307,7 +332,8 @@ def _step(f: Facts, u: Update) -> Step:
     if _mentions(rate, u.before) or any(x.tensor.startswith(DOT) for y in (rate, decay) for x in loads(y)):
         raise _Unproven(because("rate-is-product"))
     batch = tuple(x for x in at[:-2] if isinstance(x, Index))
-    return Step(at, d, e, batch, extents, decay, rate, k, phi_k, v, q, phi_q, error is not None, held[0])
+    delta = error is not None
+    return Step(at, d, e, batch, extents, decay, rate, k, phi_k, v, q, phi_q, delta, held[0], read, read_at)
 
 
 def _product(xs: Sequence[Expr]) -> Expr:
@@ -326,8 +352,11 @@ def _mentions(x: Expr, n: fx.Node) -> bool:
     return any(y.tensor == n.name for y in loads(x))
 
 
-def _query(f: Facts, u: Update, at: Point, extents: dict[Expr, Expr]) -> tuple[Load, Expr, Index]:
-    """What the state is read with, as a map of an element, and the axis of the state that it sums over."""
+def _query(
+    f: Facts, u: Update, at: Point, extents: dict[Expr, Expr]
+) -> tuple[Load, Expr, Index, fx.Node, tuple[Expr, ...]]:
+    """What the state is read with, as a map of an element, and the axis of the state that it sums over; who reads it,
+    and where."""
     for read in u.reads:
         out = tuple(ZERO if s is ONE else Index(f"r{x}") for x, s in enumerate(f.shape(read)))
         c = Index("c")
@@ -346,7 +375,7 @@ def _query(f: Facts, u: Update, at: Point, extents: dict[Expr, Expr]) -> tuple[L
                 q = Load(query[0].name, tuple(rewrite(x, there.get) for x in query[1]), "float")
             allowed = frozenset[Expr](at[:-2]) | {d}
             if free(q) <= allowed and d in free(q):
-                return q, phi, d
+                return q, phi, d, read, tuple(there.get(x, ZERO) for x in out)
     raise _Unproven(because("state-unread"))
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from attentions.linear_chunked import by_chunks
 
 from attncc.ir import (
     Access,
@@ -24,8 +24,9 @@ from attncc.ir import (
     print_linear,
     verify_linear,
 )
-from attncc.ir.build import ZERO, add, const, maximum, op
+from attncc.ir.build import ONE, ZERO, add, const, eq, maximum, op, where
 from attncc.ir.linear import X, Z
+from attncc.ir.linear_chunks import by_chunks, logarithm, unchunked
 
 B, H, N, D, E = 2, 3, 13, 5, 4
 b, h, i, j, d, e = (Index(n) for n in "bhijde")
@@ -150,13 +151,90 @@ def test_a_constant_decay_is_retention() -> None:
     torch.testing.assert_close(of(FORMS["retention"])["out"], (x["q"] @ x["k"].mT * decay) @ x["v"])
 
 
+def by_channel(a: Linear) -> Linear:
+    """`a` with a decay for each channel of a key, as gated linear attention and Kimi's delta rule have it."""
+    held = tuple(t for t in a.tensors if t.name != "g")
+    g = Tensor("gk", "f32", (Const(B), Const(H), Const(N), Const(D)))
+    return replace(a, tensors=(*held, g), decay=op("exp", op("neg", Load("gk", (b, h, j, d), "float"))))
+
+
+def packed(a: Linear) -> Linear:
+    """`a` over two documents of a row: the state begins anew at the fifth token."""
+    return replace(a, decay=where(eq(j, const(5)), const(0.0), a.decay))
+
+
+#: What has a form by chunks.
+CHUNKED = {
+    **{name: FORMS[name] for name in ("plain", "features", "past", "gated", "retention", "scan")},
+    "by channel": by_channel(replace(gated(), rule="add")), "delta by channel": by_channel(gated()),
+    "packed": packed(gated()), "packed by channel": packed(by_channel(gated())),
+    "delta for all": replace(gated(), sees="all"), "grouped": replace(
+        gated(), tensors=tuple(replace(t, shape=(Const(B), ONE, *t.shape[2:])) if t.name in "qk" else t
+                               for t in gated().tensors),
+        q=Access("q", (b, op("floordiv", h, const(H)), i, d)), k=Access("k", (b, op("floordiv", h, const(H)), j, d)),
+    ),
+}  # fmt: skip
+
+
+def held_by(a: Linear) -> dict[str, torch.Tensor]:
+    made = data()
+    made["gk"] = torch.rand(B, H, N, D, generator=torch.Generator().manual_seed(1)).double()
+    return {t.name: made[t.name][:, : int(t.shape[1].value)] for t in a.tensors}  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("chunk", [1, 4, N, 64])
-@pytest.mark.parametrize("name", ["gated", "scan", "retention"])
+@pytest.mark.parametrize("name", CHUNKED)
 def test_chunks_give_what_the_recurrence_gives(name: str, chunk: int) -> None:
-    a = replace(FORMS[name], outputs=("out", "state"))
-    got = by_chunks(a, data(), chunk)
-    for output, want in of(a).items():
+    a = verify_linear(replace(CHUNKED[name], outputs=("out", "state")))
+    given = held_by(a)
+    got = by_chunks(a, given, compute=torch.float64, chunk=chunk)
+    for output, want in interpret_linear(a, given, compute=torch.float64).items():
         torch.testing.assert_close(got[output], want)
+
+
+@pytest.mark.parametrize("name", ["features", "gated", "delta by channel", "packed"])
+def test_gradients_by_chunks_are_those_of_the_recurrence(name: str) -> None:
+    a = verify_linear(replace(CHUNKED[name], outputs=("out", "state")))
+    given = {n: x.requires_grad_() for n, x in held_by(a).items()}
+
+    def gradients(run: Callable[..., dict[str, torch.Tensor]], **more: object) -> tuple[torch.Tensor, ...]:
+        found = run(a, given, compute=torch.float64, **more)
+        loss = sum((x * torch.linspace(-1, 1, x.numel()).view(x.shape)).sum() for x in found.values())
+        return torch.autograd.grad(loss, list(given.values()))  # type: ignore[arg-type]
+
+    for got, want in zip(gradients(by_chunks, chunk=4), gradients(interpret_linear), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_strong_decays_over_a_long_chunk_stay_finite() -> None:
+    """exp(-sum of decays) would overflow: only quotients of later products by earlier ones are formed."""
+    for a in (gated(), by_channel(gated())):
+        given = {n: (x.float() * 40 if n in ("g", "gk") else x.float()) for n, x in held_by(a).items()}
+        want = interpret_linear(a, {n: x.double() for n, x in given.items()}, compute=torch.float64)
+        for output, x in by_chunks(a, given).items():
+            torch.testing.assert_close(x.double(), want[output], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"decay": op("exp", op("float", e))}, "for each column"),
+        ({"decay": Load("g", (b, h, j), "float")}, "may be negative"),
+        ({"rate": op("float", d)}, "a rate for each channel"),
+    ],
+)
+def test_what_has_no_form_by_chunks(change: dict[str, object], reason: str) -> None:
+    a = verify_linear(replace(gated(), **change))  # type: ignore[arg-type]
+    assert reason in str(unchunked(a))
+    with pytest.raises(ValueError, match=reason):
+        by_chunks(a, data())
+
+
+def test_logarithms_are_taken_apart() -> None:
+    g = Load("g", (b, h, j), "float")
+    assert logarithm(op("exp", g)) is g
+    assert logarithm(op("mul", op("exp", g), const(0.5))) is add(g, op("log", const(0.5)))
+    assert logarithm(where(eq(j, ZERO), const(0.0), op("exp", g))) is where(eq(j, ZERO), const(-torch.inf), g)
 
 
 def test_the_delta_rule_forgets_what_a_key_held() -> None:
