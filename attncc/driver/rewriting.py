@@ -161,7 +161,8 @@ def _edited(
         if isinstance(site, Refusal):
             at = reading.origin.get(site.node) or reading.owner.get(site.node)
             where = (describe.user_line(at) if at else "") or where
-            settled.append(Site(index, "refused", str(site.reason), path, where, code=site.reason.codes))
+            status, became = ("kept", "original graph") if site.kept else ("refused", "")
+            settled.append(Site(index, status, str(site.reason), path, where, became=became, code=site.reason.codes))
             continue
         if isinstance(site, Recognised):
             text = print_linear(site.linear)

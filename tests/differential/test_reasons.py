@@ -276,7 +276,7 @@ def additive_gate(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
         (function_of_weights, because("weights-through", "digamma")),
         (double_mask, because("scores-widened", "f32")),
         (mixed_by_data, because("weights-mixed")),
-        (additive_gate, because("no-softmax", because("additive-gate"))),
+        (additive_gate, because("additive-gate")),
         (dropped, because("dropout")),
         (dropped_shares, because("no-softmax", because("dropout"))),
         (dropped_inside, because("dropout")),
