@@ -81,7 +81,8 @@ def _of_shares(f: Facts, shares: fx.Node, side: fx.Node, other: fx.Node, *, summ
     reads = other in trail or not set(_trail(f, other)).isdisjoint(x for x in trail if _name(x) in _CONVOLUTIONS)
     convolved = any(_name(x) in _CONVOLUTIONS for x in trail)
     placeless = f.rank(side) == f.rank(other) >= 4 and all(x is ONE for x in f.shape(side)[2:])
-    return because("gate") if placeless or (convolved and (reads or _spread(f, shares, other))) else None
+    own = other in trail or placeless
+    return because("gate") if own or (convolved and (reads or _spread(f, shares, other))) else None
 
 
 def _is_layer(f: Facts, n: fx.Node) -> bool:

@@ -10,6 +10,8 @@ from attncc.bench.systems.system import System
 
 #: Attentions whose weights or scores the model needs itself, or of which one reads what another gives: kept.
 KEPT = {
+    "12 SparseD (step that selects)": 1,
+    "13 Rectified SpaAttn (written out)": 1,
     "24 Cost aggregation (scores come out)": 1,
     "29 Grad-SAM (maps come out)": 2,
     "44 Graph of tokens (router after attention)": 1,

@@ -23,7 +23,7 @@ class Compiled:
     own: tuple[float, ...]
 
     def holds(self) -> bool:
-        return all(e <= 3 * o + 2e-6 for e, o in zip(self.errors, self.own, strict=True))
+        return all(e <= 4 * o + 5e-6 for e, o in zip(self.errors, self.own, strict=True))
 
 
 def compiled(system: System, *, trains: bool) -> Compiled:
