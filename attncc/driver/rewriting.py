@@ -36,6 +36,7 @@ from attncc.patterns.lift import Refusal, lift_all
 from attncc.patterns.linear.linear import Recognised
 from attncc.patterns.refusals.reasons import used_by
 from attncc.patterns.site.assemble import Lifted
+from attncc.patterns.site.beside import joined
 from attncc.patterns.site.program import SiteProgram, program_of
 from attncc.progress import step
 from attncc.report.site import GraphNode, Site
@@ -63,7 +64,7 @@ def rewrite(
             with _no_collection(), without_autocast():
                 step("finding attention")
                 facts = reading.facts()
-                lifted = lift_all(facts)
+                lifted = _with_columns(lift_all(facts), facts)
             if lifted:
                 if planner is not None:
                     planner.begin(parameters_of(gm, inputs))
@@ -91,6 +92,15 @@ def _read(
                 kernels=way.kernels,
             )  # fmt: skip
     return reading
+
+
+def _with_columns(
+    found: list[Lifted | Refusal | Recognised], facts: Facts
+) -> list[Lifted | Refusal | Recognised]:  # fmt: skip
+    """The sites, those that weigh several values with one softmax as one."""
+    taken = joined([x for x in found if isinstance(x, Lifted)], facts)
+    kept = (taken.get(id(x), x) if isinstance(x, Lifted) else x for x in found)
+    return [x for x in kept if x is not None]
 
 
 def _fuse(
