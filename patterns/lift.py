@@ -15,6 +15,7 @@ from attncc.patterns.linear import Recognised, chunked, linear_attentions, recur
 from attncc.patterns.refusals import (
     compares,
     dropping,
+    gates,
     meets,
     of_quotient,
     of_use,
@@ -55,11 +56,12 @@ from attncc.patterns.softmax import (
 
 @dataclass(frozen=True)
 class Refusal:
-    """A softmax-like site that is left alone, and why."""
+    """A softmax-like site that is left alone, and why. `kept`: what it is is known, and there is nothing to fuse."""
 
     reason: Reason
     node: fx.Node
     anchor: fx.Node
+    kept: bool = False
 
 
 #: What operations that hold a whole attention have in their names, or in those of their libraries.
@@ -94,10 +96,12 @@ def lift_all(f: Facts) -> list[Lifted | Refusal | Recognised]:
     apart = (site for site in linear if taken.isdisjoint({site.node, site.anchor}))
     found = [*quadratic, *scans, *(x.site for x in whole), *apart]
     taken |= {n for site in found for n in (site.node, site.anchor)} | covered | inside
-    for reason, at, product in unknown_weights(f, Data(f)):
+    data = Data(f)
+    for reason, at, product in unknown_weights(f, data):
         if taken.isdisjoint({at, product}) and not any(n in taken for n in product.users):
             found.append(Refusal(because("no-softmax", reason), at, product))
             taken |= {at, product}
+    found += [Refusal(why, at, n, kept=True) for why, at, n in gates(f, data) if taken.isdisjoint({at, n})]
     return sorted(found, key=lambda site: f.order[site.anchor])
 
 

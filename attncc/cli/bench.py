@@ -15,11 +15,12 @@ from attncc.frontends.targets import TargetError, one_line
 
 def bench(
     suite: Annotated[
-        Literal["cpu", "gpu", "windows", "longcontext", "context", "compile", "sites", "policies", "train"],
+        Literal["cpu", "gpu", "windows", "longcontext", "context", "compile", "sites", "policies", "train",
+                "systems"],
         typer.Option("--suite", help="Which machine to measure; or on this one, models with long windows, the masks of "
                      "long contexts with their backward, rows and keys cut over processes, what compiling costs, how "
-                     "much of the attention of transformers' models is found, what choosing keys costs, or "
-                     "forward and backward together."),
+                     "much of the attention of transformers' models is found, what choosing keys costs, "
+                     "forward and backward together, or the systems of forty-six papers."),
     ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
@@ -33,7 +34,8 @@ def bench(
                                         "inductor, flex, flex + mask, plain and read (cpu).")] = "",
     threads: Annotated[list[int] | None, typer.Option("--threads", min=1, help="May be repeated (cpu, train).")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the results (cpu).")] = None,
-    table: Annotated[Path | None, typer.Option("--table", metavar="FILE", help="Write Markdown tables (cpu).")] = None,
+    table: Annotated[Path | None, typer.Option("--table", metavar="FILE",
+                                               help="Write Markdown (cpu, systems).")] = None,
     debug: Debug = False,
 ) -> None:
     """Measure attncc against SDPA, FlexAttention and Inductor in one run."""
@@ -44,7 +46,8 @@ def bench(
         rows = {"only": only}
         of_train = {"only": only, "dtypes": _words(dtypes), "threads": threads or []}
         suites = {"cpu": of_cpu, "train": of_train, "compile": rows, "context": rows, "sites": rows, "policies": rows,
-                 "windows": of_windows, "longcontext": of_windows}  # fmt: skip
+                 "windows": of_windows, "longcontext": of_windows,
+                  "systems": rows | {"table": table}}  # fmt: skip
         taken = suites.get(suite, {})
         given = {name for name, value in (of_cpu | of_windows).items() if value}
         foreign = [f"--{_OPTION.get(name, name)}" for name in sorted(given - set(taken))]
@@ -57,6 +60,8 @@ def bench(
         _suite(suite)(quick=quick, json=out, **taken)
 
 
+#: Suites whose entry is not the module of their name.
+_MODULES = {"systems": "systems.measure"}
 _OPTION = {"only": "rows", "picture": "plot"}
 
 
@@ -73,6 +78,6 @@ def _words(text: str) -> list[str]:
 
 def _suite(name: str) -> Callable[..., object]:
     try:
-        return importlib.import_module(f"attncc.bench.{name}").run
+        return importlib.import_module(f"attncc.bench.{_MODULES.get(name, name)}").run
     except ImportError as error:
         raise TargetError(f"bench --suite {name} is not available here ({one_line(error)})") from error

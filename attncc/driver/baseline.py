@@ -165,7 +165,7 @@ def _unfused(
 ) -> tuple[fx.GraphModule, list[torch.Tensor]]:
     """The graph of what depends on the operands, and its inputs: operands and everything computed beforehand."""
     given = {n for site in sites for n in sources(operands(site), facts)}
-    results = list(dict.fromkeys(site.node for site in sites))
+    results = list(dict.fromkeys(n for site in sites for n in (site.node, *(x.node for x in site.columns))))
     needed = between(results, set(known), facts)
     moving: set[fx.Node] = set(given)
     for n in needed:

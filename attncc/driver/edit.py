@@ -181,10 +181,17 @@ class Editor:
                 return self.graph.node_copy(shadow, self._node)
         given = [n for n in self.graph.nodes if n.op == "placeholder"]
         place = max([*given[-1:], *inputs]).next
-        while self.facts.gradients is not None and place in self.reading.off:  # its gradients would be lost
+        wanted = self.facts.gradients is not None and not self._without_gradients(shadow)
+        while wanted and place in self.reading.off:  # its gradients would be lost
             place = place.next
         with self.graph.inserting_before(place), self._as_given(device):
             return self.graph.node_copy(shadow, self._node)
+
+    def _without_gradients(self, shadow: fx.Node) -> bool:
+        """Whether a made node is for one site alone, which is itself where gradients are off."""
+        use = self.facts.order[shadow]
+        alone = use < len(self.facts.nodes) and not self.facts.is_shared(shadow)
+        return alone and self.facts.nodes[use] in self.reading.off
 
     @contextmanager
     def _as_given(self, device: torch.device | None) -> Iterator[None]:

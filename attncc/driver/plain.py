@@ -6,6 +6,7 @@ convolutions), and nothing else sums or is unknown, has none: a perceptron, a re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,33 +21,42 @@ _PLAIN = {
     "relu", "relu6", "reshape", "selu", "sigmoid", "silu", "size", "softplus", "split", "squeeze", "sub", "tanh", "to",
     "transpose", "truediv", "type", "unflatten", "unsqueeze", "view",
 }  # fmt: skip
-_ACTS = {"relu", "leaky_relu", "elu", "gelu", "silu", "tanh"}
+#: Nodes between a sigmoid and its layer.
+_STEPS = 6
 #: What contracts with its second argument.
 _WEIGHED = {"linear", "conv1d", "conv2d", "conv3d", "embedding"}
 
 
 def plain(gm: fx.GraphModule) -> bool:
-    """Whether a Dynamo graph holds no attention for certain, nor an additive gate, which is reported."""
+    """Whether a Dynamo graph holds no attention for certain, and no gate or modulation, which are reported."""
     nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    return all(map(_is_plain, nodes)) and not any(map(_gates, nodes))
+    return all(map(_is_plain, nodes)) and not _may_gate(nodes)
 
 
-def _gates(n: fx.Node) -> bool:
-    """Whether a node is sigmoid(layer(act(layer(..) + layer(..))))."""
-    if _name(n) != "sigmoid":
+def _may_gate(nodes: Sequence[fx.Node]) -> bool:
+    """Whether elements are multiplied, and there is a sigmoid of a layer or a convolution of single channels."""
+    multiplied = any(_name(n) in ("mul", "imul") and _both_computed(n) for n in nodes)
+    return multiplied and any(_is_gate(n) or _is_grouped(n) for n in nodes)
+
+
+def _both_computed(n: fx.Node) -> bool:
+    return len(n.args) == 2 and all(isinstance(x, fx.Node) for x in n.args)
+
+
+def _is_gate(n: fx.Node) -> bool:
+    if _name(n) not in ("sigmoid", "hardsigmoid"):
         return False
-    layer = _unnormed(n.args[0])
-    act = layer.args[0] if _name(layer) in _WEIGHED else None
-    total = act.args[0] if isinstance(act, fx.Node) and _name(act) in _ACTS else None
-    if not isinstance(total, fx.Node) or _name(total) not in ("add", "iadd"):
-        return False
-    return all(_name(_unnormed(x)) in _WEIGHED for x in total.args)
+    x: Any = n.args[0]
+    for _ in range(_STEPS):
+        if _name(x) in _WEIGHED or not isinstance(x, fx.Node) or not x.all_input_nodes:
+            break
+        x = x.all_input_nodes[0]
+    return _name(x) in _WEIGHED
 
 
-def _unnormed(n: Any) -> Any:
-    while _name(n) in ("batch_norm", "layer_norm", "group_norm"):
-        n = n.args[0]
-    return n
+def _is_grouped(n: fx.Node) -> bool:
+    groups = n.args[6] if len(n.args) > 6 else n.kwargs.get("groups", 1)
+    return _name(n) in _WEIGHED and isinstance(groups, int) and groups > 1
 
 
 def _name(n: Any) -> str:

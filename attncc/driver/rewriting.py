@@ -36,6 +36,7 @@ from attncc.patterns.lift import Refusal, lift_all
 from attncc.patterns.linear.linear import Recognised
 from attncc.patterns.refusals.reasons import used_by
 from attncc.patterns.site.assemble import Lifted
+from attncc.patterns.site.beside import joined
 from attncc.patterns.site.program import SiteProgram, program_of
 from attncc.progress import step
 from attncc.report.site import GraphNode, Site
@@ -64,7 +65,7 @@ def rewrite(
             with _no_collection(), without_autocast():
                 step("finding attention")
                 facts = reading.facts()
-                lifted = lift_all(facts)
+                lifted = _with_columns(lift_all(facts), facts)
             if lifted:
                 if planner is not None:
                     planner.begin(parameters_of(gm, inputs))
@@ -98,6 +99,15 @@ def _read(
                 kernels=way.kernels,
             )  # fmt: skip
     return reading
+
+
+def _with_columns(
+    found: list[Lifted | Refusal | Recognised], facts: Facts
+) -> list[Lifted | Refusal | Recognised]:  # fmt: skip
+    """The sites, those that weigh several values with one softmax as one."""
+    taken = joined([x for x in found if isinstance(x, Lifted)], facts)
+    kept = (taken.get(id(x), x) if isinstance(x, Lifted) else x for x in found)
+    return [x for x in kept if x is not None]
 
 
 def _fuse(
@@ -168,7 +178,8 @@ def _edited(
         if isinstance(site, Refusal):
             at = reading.origin.get(site.node) or reading.owner.get(site.node)
             where = (describe.user_line(at) if at else "") or where
-            settled.append(Site(index, "refused", str(site.reason), path, where, code=site.reason.codes))
+            status, became = ("kept", "original graph") if site.kept else ("refused", "")
+            settled.append(Site(index, status, str(site.reason), path, where, became=became, code=site.reason.codes))
             continue
         if isinstance(site, Recognised):
             settled.append(_linear(site, Place(index, path, where), facts, editor, way, training))

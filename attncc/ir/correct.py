@@ -74,7 +74,7 @@ def interpret_correct(
     table = size_table(a, sizes)
     wide = compute or DTYPE_OF[a.compute_dtype]
     grid = {} if a.all_views else index_grid(a.axes, table, next(iter(tensors.values())).device)
-    value = over_axes(a.value, a.axes, tensors, wide, grid)
+    value = over_axes(a.value, a.axes, tensors, wide, grid, {t.name: t.shape for t in a.tensors})
     shape = [extent(x.extent, table) for x in a.axes]
     return {"out": value.expand(shape).to(compute or DTYPE_OF[a.dtype])}
 

@@ -37,6 +37,7 @@ SENTENCES: dict[str, str] = {
     "goes-to": _NO_VALUES + "it goes to {}",
     "goes-to-router": _NO_VALUES + "it goes to {}, as in a router",
     "goes-to-sum": _NO_VALUES + "it is added up once more (sum), as where weights are normalised twice",
+    "goes-to-heads": _NO_VALUES + "it is added up over heads or rows, as where blocks are chosen by what they weigh",
     "goes-to-mean": _NO_VALUES + "it is averaged first (mean)",
     "goes-to-norm": _NO_VALUES + "it is normalised once more (layer_norm)",
     "goes-to-output": _NO_VALUES + "it goes to the output",
@@ -116,7 +117,15 @@ SENTENCES: dict[str, str] = {
     "one-operation": "it is one operation, and what that does is not in the graph ({})",
     "unknown-normaliser": "weights divided by the {} of their scores, which is not a known normaliser",
     "unknown-function": "its weights are {} of scores, which has no rule",
+    # --- gates and modulations, which Inductor fuses
     "additive-gate": "an additive gate: elements are scaled by a function of two layers added, and no keys are summed",
+    "squeeze-excite": "a gate of channels (squeeze and excite): channels are scaled by a function of their means over "
+    "places, and no keys are summed",
+    "gate": "a gate: elements are scaled by a function of layers over their surroundings, and no keys are summed",
+    "gated-levels": "levels are scaled by gates and added up element by element, and no keys are summed",
+    "modulation": "modulation: elements are scaled by what depthwise convolutions make of their surroundings, and no "
+    "keys are summed",
+    "dynamic-filters": "dynamic filters: a convolution by filters that are computed, which is one operation",
     "hard-attention": "each query takes the one key of its largest score (argmax, hard attention)",
     "weights-additive": "its weights are computed from pairs of tokens, added or side by side (additive attention)",
     # --- linear attention and recurrences

@@ -118,6 +118,10 @@ class Facts:
             self._once[key] = make()
         return self._once[key]
 
+    def is_shared(self, made: fx.Node) -> bool:
+        """Whether a node beside the graph is, or is for, one that several sites may read."""
+        return made in self._once.values() or any(user in self._once.values() for user in made.users)
+
     def _fresh_name(self, target: Any) -> str:
         """A name that no node has: loads go by it."""
         wanted = str(target.__name__).replace(".", "_").lower()

@@ -128,12 +128,17 @@ def _bilinear(f: Facts, n: fx.Node, factors: Sequence[fx.Node], letters: Sequenc
 
 
 def summed_pair(f: Facts, n: fx.Node, factors: tuple[fx.Node, fx.Node], letters: tuple[str, ...]) -> Contraction | None:
-    """The sum over the letters that both factors have and the result (the last of `letters`) has not."""
+    """The sum over the letters that both factors have and the result (the last of `letters`) has not. A letter of one
+    factor alone stands for its one element."""
     a, b = factors
     first, second, out = letters
     if len(set(first)) != len(first) or len(set(second)) != len(second):
         return None
-    summed = [c for c in dict.fromkeys(first + second) if c not in out]
+    both = ((a, first, second), (b, second, first))
+    lone = {
+        c for x, own, other in both for c, s in zip(own, f.shape(x), strict=True) if s is ONE and c not in other + out
+    }
+    summed = [c for c in dict.fromkeys(first + second) if c not in out and c not in lone]
     if not summed or any(c not in first or c not in second for c in summed):
         return None
     sizes = [(f.shape(a)[first.index(c)], f.shape(b)[second.index(c)]) for c in summed]
@@ -141,6 +146,7 @@ def summed_pair(f: Facts, n: fx.Node, factors: tuple[fx.Node, fx.Node], letters:
 
     def maps(at: Point, c: Expr) -> tuple[Point, Point]:
         where = dict(zip(out, at, strict=True)) | dict(zip(summed, _digits(c, extents), strict=True))
+        where |= dict.fromkeys(lone, ZERO)
         return (
             broadcast(f, a, tuple(where[x] for x in first)),
             broadcast(f, b, tuple(where[x] for x in second)),

@@ -1,5 +1,6 @@
 """Why something that looks like attention is none."""
 
+from attncc.patterns.refusals.gating import gates
 from attncc.patterns.refusals.hindrances import meets
 from attncc.patterns.refusals.reasons import (
     compares,
@@ -13,6 +14,6 @@ from attncc.patterns.refusals.reasons import (
 from attncc.patterns.refusals.unknown import unknown_weights
 
 __all__ = [
-    "compares", "dropping", "made_of", "meets", "of_quotient", "of_scores", "of_use", "under_transform",
+    "compares", "dropping", "gates", "made_of", "meets", "of_quotient", "of_scores", "of_use", "under_transform",
     "unknown_weights",
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from attncc.ir.build import ONE
@@ -14,6 +16,7 @@ from attncc.patterns.reader import (
     argument,
     contraction,
     mixture,
+    one_dim,
     op_name,
     scattered,
     transform_of,
@@ -24,7 +27,7 @@ from attncc.patterns.refusals.hindrances import before_softmax, before_values
 
 _STEPS = 40
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"}
-_INNER = ("getitem", "unbind", "index_put", "amax", "max", "logsumexp")
+_INNER = ("getitem", "unbind", "stack", "index_put", "amax", "max", "logsumexp")
 _CHOSEN = {"topk", "sort", "argsort", "gather", "index", "scatter"}
 #: What masks are made of, beside scores.
 _MASKS = {
@@ -172,11 +175,19 @@ def compares(f: Facts, scores: fx.Node) -> bool:
     mixed = (mixture(f, x) for x in found)
     if any(mix is not None and compares(f, mix.lhs) for mix in mixed):
         return True
-    products = (contraction(f, x) for x in found)
+    products = (contraction(f, x) for x in found if x.target not in SUMS_AND_MEANS)
     sides = ((p.lhs, p.rhs) for p in products if p is not None)
     if any(f.parameters.isdisjoint((a, b)) and not each_pair(f, a) and not each_pair(f, b) for a, b in sides):
         return True
-    return any(_name(x) == "cdist" or (x.target in SUMS_AND_MEANS and written_out(f, x) is not None) for x in found)
+    return any(_name(x) == "cdist" or (x.target in SUMS_AND_MEANS and _compares_written_out(f, x)) for x in found)
+
+
+def _compares_written_out(f: Facts, n: fx.Node) -> bool:
+    """Whether a sum of products is one of queries and keys: of levels that a softmax weighs it is none."""
+    product = written_out(f, n)
+    if product is None:
+        return False
+    return not any(_name(y) == "softmax" for x in product.factors for y in made_of(f, x.node, ()))
 
 
 _GOES = {
@@ -202,8 +213,20 @@ def of_use(f: Facts, scores: fx.Node, weights: fx.Node, at: fx.Node) -> Reason:
         return because("keeps-largest", name)
     if name in ("sum", "mean") and contraction(f, at) is not None:  # weighed and summed, by one number each
         return because("weights-whole-tensors", of_scores(f, scores))
+    if name == "sum" and _sums_rows(f, weights, at):
+        return because("goes-to-heads")
     scaled = _SCALES.get(name) if _scales(f, weights, at) else None
     return scaled or _GOES.get(name) or because("goes-to", name)
+
+
+def _sums_rows(f: Facts, weights: fx.Node, at: fx.Node) -> bool:
+    """Whether a sum is over another axis than that of the softmax: over heads, or over rows."""
+    source: Any = at.args[0]
+    over = one_dim(f, source, argument(at, "dim"))
+    own = argument(weights, "dim") if "softmax" in _name(weights) else None
+    if any(_name(u) in ("div", "reciprocal", "clamp", "clamp_min") for u in at.users):
+        return False  # what they are divided by
+    return isinstance(own, int) and f.shape(source) == f.shape(weights) and over not in (None, own % f.rank(source))
 
 
 def _scales(f: Facts, weights: fx.Node, at: fx.Node) -> bool:

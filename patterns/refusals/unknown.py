@@ -4,7 +4,6 @@
     act(w . [q_i, k_j]) v                                one_hot(argmax(q k^T)) v
     q_i (S_0 + .. + S_i)  for states of tokens or chunks that no linear attention was recognised in
     q_i * (sum_j k_j * v_j)  element by element
-    x * sigmoid(layer(act(layer(g) + layer(x))))
 """
 
 from __future__ import annotations
@@ -45,11 +44,9 @@ def unknown_weights(f: Facts, data: Container[fx.Node]) -> Iterator[tuple[Reason
         elif _name(n) == "einsum" and len(n.all_input_nodes) == 3:
             sides = [(x, next(y for y in n.all_input_nodes if y is not x)) for x in n.all_input_nodes]
         elif _name(n) == "mul":
-            for reason, rule in ((because("linear-channels"), _channels), (because("additive-gate"), _gate)):
-                found = rule(f, n, data)
-                if found is not None:
-                    yield reason, found, n
-                    break
+            found = _channels(f, n, data)
+            if found is not None:
+                yield because("linear-channels"), found, n
             continue
         elif _name(n) in ("gather", "index_select", "take_along_dim"):
             sides = [(n.all_input_nodes[-1], n.all_input_nodes[0])]
@@ -104,34 +101,6 @@ def _running(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[Reason, fx
         if factors is not None and all(y.node in data for y in factors):
             return because("running-sum"), x
     return None
-
-
-def _gate(f: Facts, n: fx.Node, data: Container[fx.Node]) -> fx.Node | None:
-    """The sigmoid of a layer over a function of a sum of two layers, that `n` multiplies a tensor with (Oktay et al.,
-    2018: arXiv 1804.03999)."""
-    for side in n.all_input_nodes:
-        x = _through(f, side, VIEW_OPS)
-        if _name(x) != "sigmoid" or side not in data:
-            continue
-        layer = _through(f, x.all_input_nodes[0], _NORMS)
-        act = layer.all_input_nodes[0] if _name(layer) in _LAYERS else None
-        total = act.all_input_nodes[0] if act is not None and _name(act) in _ACTS else None
-        if total is None or _name(total) != "add" or len(total.all_input_nodes) != 2:
-            continue
-        if all(_name(_through(f, a, _NORMS)) in _LAYERS and a in data for a in total.all_input_nodes):
-            return x
-    return None
-
-
-_NORMS = ("batch_norm", "group_norm", "layer_norm", "instance_norm")
-_ACTS = ("relu", "tanh", "gelu", "silu", "leaky_relu", "elu")
-
-
-def _through(f: Facts, n: fx.Node, of: Container[object]) -> fx.Node:
-    """What nodes of some kinds, by operator or by name, were made of."""
-    while n.op == "call_function" and n.all_input_nodes and (n.target in of or _name(n) in of):
-        n = n.all_input_nodes[0]
-    return n
 
 
 def _channels(f: Facts, n: fx.Node, data: Container[fx.Node]) -> fx.Node | None:

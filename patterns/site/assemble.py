@@ -35,6 +35,19 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Some columns of an attention's values, `count` from `first` on: what these give, times `factor`, summed over the
+    axes `summed`, permuted by `order` and viewed in its shape, is the value of `node`."""
+
+    node: fx.Node
+    first: int
+    count: int
+    factor: float
+    summed: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Lifted:
     """An attention found in a graph: `node` computes it and can be replaced.
 
@@ -44,7 +57,7 @@ class Lifted:
     weights other than the product with the values. `lse` says where the model has the logarithm of the sums of
     exponentials, if it uses them; a row that sees no key then has `floor`, where the model's masks are finite. Axes of
     the output that are `summed` are summed over first. Several sites with one `node` add up to it. No gradient flows
-    into the tensors that are `stopped`."""
+    into the tensors that are `stopped`. Where there are `columns`, they say what the output is for, and not `order`."""
 
     attention: Attention
     node: fx.Node
@@ -60,11 +73,13 @@ class Lifted:
     floor: float | None = None
     piece: Piece | None = None
     stopped: frozenset[fx.Node] = frozenset()
+    columns: tuple[Columns, ...] = ()
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """The nodes whose values it gives."""
-        return (self.node,) if self.lse is None else (self.node, self.lse.node)
+        beside = [x.node for x in self.columns if x.node is not self.node]
+        return (self.node, *beside) if self.lse is None else (self.node, self.lse.node)
 
 
 def assembled(

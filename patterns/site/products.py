@@ -33,10 +33,11 @@ class Product:
 
 
 def products_in(f: Facts, score: Expr, c: Index, rows: frozenset[Expr]) -> Iterator[Product]:
-    """Products in the score that separate into queries and keys (index `c`), the first one first. `rows` are the
-    indices that the values do not have."""
+    """Products in the score that separate into queries and keys (index `c`), the first one first, those that only a
+    mask compares last. `rows` are the indices that the values do not have."""
     d = Index("d")
-    for x in loads(score):
+    valued = _valued(score)
+    for x in sorted(loads(score), key=lambda x: x not in valued):
         if not x.tensor.startswith(DOT) or c not in free(*x.index):
             continue
         node = f.by_name[x.tensor.removeprefix(DOT)]
@@ -54,6 +55,18 @@ def products_in(f: Facts, score: Expr, c: Index, rows: frozenset[Expr]) -> Itera
             continue  # keys of their own for each query: a mixture of scores, not a score
         row = max(own, key=lambda x: x.name) if own else None
         yield Product(x, node, q, q_at, k, k_at, row, (d, product.extent))
+
+
+def _valued(x: Expr) -> set[Expr]:
+    """The loads of an expression that are not in its predicates alone."""
+    found: set[Expr] = set()
+    stack = [x]
+    while stack:
+        y = stack.pop()
+        if isinstance(y, Load):
+            found.add(y)
+        stack += [] if isinstance(y, Load) else [z for z in y.children if z.kind != "bool"]
+    return found
 
 
 class Overwritten(Unreadable):

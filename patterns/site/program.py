@@ -1,6 +1,7 @@
 """From the sites that take one place in a graph to a program: their attentions, and what joins and arranges results.
 
     terms of one product                 merge by sum
+    several values of one softmax        a correction for each (its columns, a factor) and a rearrangement
     pieces of one softmax                merge by softmax, each piece's share of its rows put back beside its output
     sums over heads, order, shape        a rearrangement
     sums of exponentials of the rows     a correction (their base, floor and dtype) and a rearrangement
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -18,14 +19,14 @@ from torch import fx
 
 from attncc.ir import Axis, Const, Correct, Expr, Node, Program, Rearrange, Size, Step, Tensor, verify_program
 from attncc.ir.affine import expr, poly
-from attncc.ir.build import ONE, const, maximum, mul
+from attncc.ir.build import ONE, add, const, maximum, mul
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Load, free, substitute
 from attncc.ir.merge import merge_of
 from attncc.ir.node import kind_of
 from attncc.ir.rearrange import Dims
 from attncc.patterns.reader import Facts, noticed, order_in_memory
-from attncc.patterns.site.assemble import Lifted
+from attncc.patterns.site.assemble import Columns, Lifted
 from attncc.patterns.site.parts import Lse, Rows
 
 
@@ -57,12 +58,15 @@ def program_of(sites: Sequence[Lifted], facts: Facts) -> SiteProgram:
         shares = _shares(b, sites, places)
         for site, out, share in zip(sites, outs, shares, strict=True):
             b.give(site.node, b.laid_out(b.arranged(site, b.weighed(site, out, share)), site.node))
+    elif sites[0].columns:
+        for part in sites[0].columns:
+            b.give(part.node, b.laid_out(b.part(sites[0], outs[0], part), part.node))
     else:
         arranged = [b.arranged(site, out) for site, out in zip(sites, outs, strict=True)]
         b.give(sites[0].node, b.laid_out(b.summed(arranged), sites[0].node))
         if sites[0].lse is not None:
             b.give(sites[0].lse.node, b.row_sums(sites[0], sites[0].lse, places[0]))
-    return b.finish(in_pieces=sites[0].piece is not None)
+    return b.finish(in_pieces=sites[0].piece is not None or bool(sites[0].columns))
 
 
 class _Builder:
@@ -158,6 +162,20 @@ class _Builder:
         kept = [x for n, x in enumerate(axes) if n not in site.summed]
         target = tuple((kept[n].name,) for n in site.order)
         return self.rearranged(out, axes, tuple((x.name,) for x in axes), target, self.shape(site.node))
+
+    def part(self, site: Lifted, out: str, columns: Columns) -> str:
+        """What some columns of a site's output are for, in the shape of its node."""
+        a, given = site.attention, self.values[out]
+        own = replace(site, attention=replace(a, e=replace(a.e, extent=const(columns.count))), node=columns.node,
+                      summed=columns.summed, order=columns.order)  # fmt: skip
+        axes = self.axes(own)
+        at = (*(x.index for x in axes[:-1]), add(axes[-1].index, const(columns.first)))
+        value: Expr = Load("x", at, "float")
+        value = value if columns.factor == 1.0 else mul(value, const(columns.factor))
+        tensor = Tensor("x", given.dtype, given.shape)
+        made = Correct(_used((*(x.extent for x in axes), *given.shape)), axes, (tensor,), value, given.dtype)
+        (x,) = self.step(made, (out,))
+        return self.arranged(own, x)
 
     def summed(self, parts: Sequence[str]) -> str:
         if len(parts) == 1:

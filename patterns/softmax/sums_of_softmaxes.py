@@ -3,6 +3,7 @@
     (p - m * r) @ v                  =  (p) @ v  +  (-m * r) @ v
     (sum_g mix[h, g] * p[g]) @ v[h]  =  sum_g (mix[h, g] * p[g]) @ v[h]
     stack([p, r]).mean(0) @ v        =  (p / 2) @ v  +  (r / 2) @ v
+    (p * m).sum(2) @ v               =  sum_g (p[g] * m[g]) @ v
 
 What multiplies a softmax stays with it, as the weight of its attention; what the result is summed over outside is an
 index of the batch like any other.
@@ -20,7 +21,18 @@ from attncc.ir.attention import W
 from attncc.ir.build import ZERO, add, eq, mul, op, where
 from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite, substitute
 from attncc.ir.reasons import because
-from attncc.patterns.site import DOT, Frame, Reader, Unreadable, contraction, few, input_at, mixture, swapped
+from attncc.patterns.site import (
+    DOT,
+    Frame,
+    Reader,
+    Unreadable,
+    compares,
+    contraction,
+    few,
+    input_at,
+    mixture,
+    swapped,
+)
 from attncc.patterns.softmax.anchors import Anchor, Term
 from attncc.patterns.softmax.mixed_heads import pooled
 
@@ -160,7 +172,8 @@ class _Split:
                 for p in sides for left, right in (p.maps(x.index, g),)
             ]  # fmt: skip
             held = [y for y in found if self.points(y.value) or self.is_sum(y.value)]
-            return held if mixture(f, n) is not None or any(self._is_stacked(y) for y in held) else []
+            known = mixture(f, n) is not None or any(self._is_stacked(y) or self._is_batched(y, g) for y in held)
+            return held if known else []
         summed = pooled(f, n)
         if summed is None:
             return []
@@ -174,6 +187,13 @@ class _Split:
     def _is_stacked(self, x: _Sum) -> bool:
         """Whether the elements are of several softmaxes, each picked by its number."""
         return isinstance(x.extent, Const) and x.extent.value <= _MOST_TERMS and len(self.points(x.value)) > 1
+
+    def _is_batched(self, x: _Sum, g: Expr) -> bool:
+        """Whether the elements are softmaxes beside each other, each of scores of its own over the same keys."""
+        points = self.points(x.value)
+        found = [(self.anchors[p.tensor], p.index) for p in points]
+        apart = all(g in free(*at) and g not in free(at[a.dim]) for a, at in found)
+        return bool(points) and apart and all(compares(self.reader.facts, a.scores) for a, _ in found)
 
     def _unmixed(self, x: Load) -> list[_Addend]:
         """The addends of a load that sums softmaxes: one over an index, or each where several were stacked."""

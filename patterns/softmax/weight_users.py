@@ -21,6 +21,7 @@ from attncc.patterns.site import (
     compares,
     contraction,
     element_rule,
+    few,
     frame,
     made_of,
     meets,
@@ -31,6 +32,8 @@ from attncc.patterns.site import (
     written_args,
 )
 from attncc.patterns.softmax.anchors import Anchor, Term
+from attncc.patterns.softmax.columns import chosen_columns
+from attncc.patterns.softmax.mixed_heads import pooled
 from attncc.patterns.softmax.sums_of_softmaxes import terms
 from attncc.patterns.softmax.vector_weights import shares_components
 
@@ -83,26 +86,27 @@ def uses(f: Facts, anchor: Anchor, weights: Weights) -> Uses:
         for user in n.users:
             if user in seen or user not in f.live:
                 continue
-            product = contraction(f, user)
+            product = contraction(f, user) or chosen_columns(f, user)
             mixes = mixture(f, user)
             side = None if product is None else _factor(product, n, seen)
-            pooled = False  # elements weighted and summed, and no row has keys to choose from
+            levels = False  # elements weighted and summed, and no row has keys to choose from
             if product is not None and side is not None:
                 found = frame(f, product, left=side is product.lhs)
                 apart = side is not n and found.e is None
-                pooled = apart or (side is not n and not found.rows and not compares(f, anchor.scores))
+                levels = apart or (side is not n and not found.rows and not compares(f, anchor.scores))
                 each = each or (apart and shares_components(found))
-                if not pooled:
+                if not levels:
                     seen.add(user)
                     if _sums_over(found, anchor, weights):
                         products.append(found)
                         continue
                     others.append(user)
-            if (mixes is not None and n is mixes.lhs) or _carries(f, user, n):
+            summed = levels and not compares(f, anchor.scores)  # levels: what they give is no weight any more
+            if (mixes is not None and n is mixes.lhs) or (not summed and _carries(f, user, n)):
                 seen.add(user)
                 stack.append(user)
                 carried.add(user)
-            elif (product is None or pooled) and user not in other_users and not _is_size(user):
+            elif (product is None or levels) and user not in other_users and not _is_size(user):
                 other_users.append(user)
     products.sort(key=lambda x: f.order[x.node])
     alone = any(x is not None and x.extent is ONE for x in (contraction(f, n) for n in others))
@@ -137,8 +141,10 @@ def _carries(f: Facts, user: fx.Node, n: fx.Node) -> bool:
         return True
     if str(getattr(user.target, "overloadpacket", "")) in _SEVERAL or user.target in _PADS:
         return True
-    if op_name(user) == "stack" or (user.target in SUMS_AND_MEANS and _sums_stacked(f, user)):
+    if op_name(user) == "stack" or (user.target in SUMS_AND_MEANS and (_sums_stacked(f, user) or _weighs(f, user))):
         return meets(f, user)
+    if pooled(f, user) is not None and not _divides(user):  # a mean over heads, whose rows weigh values once more
+        return meets(f, user) or any(chosen_columns(f, x) is not None for x in user.users)
     if user.op != "call_function" or not f.is_tensor(user):
         return False
     return _moves(f, user) or element_rule(user.target) is not None
@@ -150,6 +156,16 @@ def _sums_stacked(f: Facts, user: fx.Node) -> bool:
     dim = one_dim(f, source, argument(user, "dim"))
     stacks = [x for x in made_of(f, source, ()) if op_name(x) == "stack"]
     return dim is not None and any(f.shape(source)[dim] is const(len(x.all_input_nodes)) for x in stacks)
+
+
+def _divides(n: fx.Node) -> bool:
+    return any(op_name(u).rstrip("_") == "div" and n in u.args[1:2] for u in n.users)
+
+
+def _weighs(f: Facts, user: fx.Node) -> bool:
+    """Whether a sum weighs each of a few elements: softmaxes beside each other, as those of several spans."""
+    product = contraction(f, user)
+    return product is not None and product.bias is None and few(product.extent)
 
 
 def _moves(f: Facts, user: fx.Node) -> bool:

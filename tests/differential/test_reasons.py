@@ -269,14 +269,24 @@ def additive_gate(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return x * torch.sigmoid(m.one(F.relu(m.lin(x) + m.lin(x.flip(1)))))
 
 
+def squeeze_excite(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return x * m.lin(F.relu(m.lin(x.mean(1, keepdim=True)))).sigmoid()
+
+
+def gate_of_itself(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    return x * torch.sigmoid(m.one(x))
+
+
 @pytest.mark.parametrize(
     ("core", "reason"),
     [
+        (squeeze_excite, because("squeeze-excite")),
+        (gate_of_itself, because("gate")),
         (function_of_scores, because("scores-function", "special_i0")),
         (function_of_weights, because("weights-through", "digamma")),
         (double_mask, because("scores-widened", "f32")),
         (mixed_by_data, because("weights-mixed")),
-        (additive_gate, because("no-softmax", because("additive-gate"))),
+        (additive_gate, because("additive-gate")),
         (dropped, because("dropout")),
         (dropped_shares, because("no-softmax", because("dropout"))),
         (dropped_inside, because("dropout")),
