@@ -15,12 +15,12 @@ from attncc.frontends.targets import TargetError, one_line
 
 def bench(
     suite: Annotated[
-        Literal["cpu", "gpu", "windows", "longcontext", "context", "compile", "sites", "policies", "train",
+        Literal["cpu", "gpu", "windows", "longcontext", "context", "compile", "sites", "policies", "train", "models",
                 "systems"],
         typer.Option("--suite", help="Which machine to measure; or on this one, models with long windows, the masks of "
                      "long contexts with their backward, rows and keys cut over processes, what compiling costs, how "
                      "much of the attention of transformers' models is found, what choosing keys costs, "
-                     "forward and backward together, or the systems of forty-six papers."),
+                     "forward and backward together, whole models, or the systems of forty-six papers."),
     ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
@@ -29,13 +29,18 @@ def bench(
     lengths: Annotated[str, typer.Option("--lengths", metavar="TOKENS",
                                           help="Comma-separated (windows, longcontext).")] = "",
     dtypes: Annotated[str, typer.Option("--dtypes", metavar="TYPES",
-                                         help="Comma-separated, of f32, bf16 and f16 (cpu, train).")] = "",
+                                         help="Comma-separated, of f32, bf16 and f16 (cpu, train, models).")] = "",
     rivals: Annotated[str, typer.Option("--rivals", metavar="NAMES", help="Comma-separated, of sdpa, sdpa gqa, "
                                         "inductor, flex, flex + mask, plain and read (cpu).")] = "",
-    threads: Annotated[list[int] | None, typer.Option("--threads", min=1, help="May be repeated (cpu, train).")] = None,
-    picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the results (cpu).")] = None,
-    table: Annotated[Path | None, typer.Option("--table", metavar="FILE",
-                                               help="Write Markdown (cpu, systems).")] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option("--threads", min=1, help="May be repeated (cpu, train, models).")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the results (cpu, models).")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", metavar="FILE", help="Write Markdown tables (cpu, models, systems).")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Measure attncc against SDPA, FlexAttention and Inductor in one run."""
@@ -45,8 +50,9 @@ def bench(
         of_windows = {"only": only, "lengths": _numbers(lengths)}
         rows = {"only": only}
         of_train = {"only": only, "dtypes": _words(dtypes), "threads": threads or []}
-        suites = {"cpu": of_cpu, "train": of_train, "compile": rows, "context": rows, "sites": rows, "policies": rows,
-                 "windows": of_windows, "longcontext": of_windows,
+        of_models = of_train | {"picture": picture, "table": table}
+        suites = {"cpu": of_cpu, "train": of_train, "models": of_models, "compile": rows, "context": rows,
+                  "sites": rows, "policies": rows, "windows": of_windows, "longcontext": of_windows,
                   "systems": rows | {"table": table}}  # fmt: skip
         taken = suites.get(suite, {})
         given = {name for name, value in (of_cpu | of_windows).items() if value}

@@ -101,7 +101,9 @@ class Emitter:
         # bfloat16 operands alone gain from bfloat16 products; everything else runs in the compute type.
         self.pairs = _in_bf16(a) and self.isa.pairs
         self.tiles = self.pairs and self.isa.tiles
-        self.near = self.pairs and any(isinstance(x, Op) and x.name == "tanh" for x in walk(a.score))
+        # What rounds to bfloat16 in the end, weights or the output, needs no more of exp and tanh.
+        self.coarse = self.pairs or (_in_bf16(a) and a.dtype == "bf16" and "lse" not in a.outputs)
+        self.near = self.coarse and any(isinstance(x, Op) and x.name == "tanh" for x in walk(a.score))
         # raw * scale is the logit to base 2 where there is a softmax: the kernel takes the maximum of raw.
         self.raw, factor = scaled(a.score) if a.normalizer == "softmax" else (a.score, 1.0)
         self.scale = factor * _LOG2E if a.normalizer == "softmax" else 1.0
@@ -132,7 +134,8 @@ class Emitter:
         narrow = not double and not self.wide and fits_32_bits(a, *roots)
         wide = isinstance(a.e.extent, Const) and int(a.e.extent.value) >= 128
         spans = [n for x in self.bounds.intervals for n in x.expressions]
-        defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles, wide=wide) | {
+        defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles, wide=wide,
+                          coarse=self.coarse) | {
             "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged), "SLANTED": len(self.p.diagonals.tables),
             "STAGED_BY_SCORE": int(not self.p.staged.keys().isdisjoint(loads(a.score, a.weight))),
             "MAX_SPANS": max(len(self.bounds.visit), 1), "MAX_HIDDEN": max(len(self.hidden), 1),

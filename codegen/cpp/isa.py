@@ -31,21 +31,23 @@ TABLE: dict[str, Isa] = {
 assert tuple(TABLE) == ISAS
 QUERIES = 64  # lanes of a tile at most
 KEYS = 96  # keys a block, a multiple of 32 and of the rows of a register tile
+PAIR_KEYS = 192  # the same where sums of values go on from block to block, in vectors
 WIDE_KEYS = 128  # the same for wide heads in the matrix unit, whose sums are long to load and store
 GROUP_TILES = 8  # tiles that share one pass over the keys
 
 
-def machine(isa: Isa, name: str, *, double: bool, pairs: bool, tiles: bool, wide: bool) -> dict[str, int | str]:
+def machine(isa: Isa, name: str, *, double: bool, pairs: bool, tiles: bool, wide: bool,
+            coarse: bool) -> dict[str, int | str]:
     """What the skeleton is told by `#define`: the machine, the compute type, and which products run in
-    bfloat16; `wide`: heads of 128 and more."""
-    keys = WIDE_KEYS if tiles and wide else KEYS
+    bfloat16; `wide`: heads of 128 and more; `coarse`: functions need be right to the rounding of bfloat16 alone."""
+    keys = WIDE_KEYS if tiles and wide else PAIR_KEYS if pairs and not tiles else KEYS
     lanes = isa.vector_bytes // (8 if double else 4)
     low = [x for n in range(lanes // 2) for x in (n, n + lanes)]
     defines: dict[str, int | str] = {
         "LANES": lanes, "QUERIES": QUERIES, "KEYS": keys, "GROUP_TILES": GROUP_TILES,
         "SLANT_ROOM": max(GROUP_TILES * QUERIES + keys + 2 * lanes, keys * lanes),
         "TILE_ROWS": isa.tile_rows, "TILE_VECTORS": isa.tile_vectors,
-        "PAIRS": int(pairs), "TILES": int(tiles), "LAZY": 8 if tiles else 0,
+        "PAIRS": int(pairs), "TILES": int(tiles), "COARSE": int(coarse),
         "REAL_IS_DOUBLE": int(double), "BIAS": 1023 if double else 127, "MANTISSA": 52 if double else 23,
         "LARGEST": "__DBL_MAX__" if double else "__FLT_MAX__",
         "LN2": "0.69314718055994530942" if double else "0.69314718055994530942f",

@@ -43,7 +43,7 @@
 #define TILE_VECTORS 4
 #define PAIRS 1
 #define TILES 1
-#define LAZY 8
+#define COARSE 1
 #define REAL_IS_DOUBLE 0
 #define BIAS 127
 #define MANTISSA 23

@@ -41,7 +41,7 @@
 #define TILE_VECTORS 2
 #define PAIRS 0
 #define TILES 0
-#define LAZY 0
+#define COARSE 0
 #define REAL_IS_DOUBLE 0
 #define BIAS 127
 #define MANTISSA 23

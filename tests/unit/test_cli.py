@@ -314,14 +314,18 @@ def test_a_file_that_cannot_be_written_is_found_out_before_measuring(
     assert run("bench", option, str(tmp_path)).exit_code == 2
 
 
-@pytest.mark.parametrize("suite", ["cpu", "windows", "longcontext", "compile", "policies", "context", "sites"])
+_SUITES = ["cpu", "windows", "longcontext", "compile", "policies", "context", "sites", "models"]
+
+
+@pytest.mark.parametrize("suite", _SUITES)
 def test_rows_that_no_suite_has_are_refused(suite: str) -> None:
     refused = run("bench", "--suite", suite, "--rows", "a row of nobody")
     assert refused.exit_code == 2 and "'a row of nobody'" in refused.stderr, refused.output
     assert run("bench", "--suite", suite, "--rows", "a row of nobody, " + _A_ROW.get(suite, "causal")).exit_code == 2
 
 
-_A_ROW = {"cpu": "dense", "windows": "Mistral", "compile": "bert", "policies": "blocks", "sites": "bert"}
+_A_ROW = {"cpu": "dense", "windows": "Mistral", "compile": "bert", "policies": "blocks", "sites": "bert",
+          "models": "MiniLM"}  # fmt: skip
 
 
 def test_names_of_rows_hold_no_comma_which_separates_them() -> None:

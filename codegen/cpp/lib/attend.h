@@ -62,7 +62,12 @@ INLINE vreal summed(const Column& x, int64_t k, vreal w, vreal& sum) {
     return SUMS_ROUNDED ? w : rounded(linear_weight(x.c, x.u, x.r, x.j0 + k, w));
 }
 template <bool MASKED, bool NEAR> INLINE vreal weight_of(const Column& x, int64_t k, vreal m, vreal& sum, Sums& all) {
-    return summed(x, k, exp2_weight(logit_at<MASKED, NEAR>(x, k, all.seen, all.reach) * SCALE - m), sum);
+    const vreal w = exp2_weight(logit_at<MASKED, NEAR>(x, k, all.seen, all.reach) * SCALE - m);
+    return SUMS_BY_PAIRS ? nudged(w) : summed(x, k, w, sum);
+}
+INLINE void put_two(real* p, int64_t k, vreal w, vreal x, vreal& sum) {
+    if (SUMS_BY_PAIRS) put_and_sum(p, k, w, x, sum);
+    else put_weights(p, k, w, x);
 }
 template <bool MASKED, bool NEAR>
 INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, Sums& sums, Soon& soon) {
@@ -73,12 +78,13 @@ INLINE void weigh(const Column& x, int64_t from, int64_t to, vreal m, real* p, S
         soon.ask(4);
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) w[n] = weight_of<MASKED, NEAR>(x, k + n, m, sums.part[n], sums);
-        put_weights(p, k, w[0], w[1]);
-        put_weights(p, k + 2, w[2], w[3]);
+        put_two(p, k, w[0], w[1], sums.part[0]);
+        put_two(p, k + 2, w[2], w[3], sums.part[1]);
     }
     for (; k < to; k += 2) {
         const vreal w = weight_of<MASKED, NEAR>(x, k, m, sums.part[0], sums);
-        put_weights(p, k, w, k + 1 < to ? weight_of<MASKED, NEAR>(x, k + 1, m, sums.part[1], sums) : vreal{});
+        const vreal next = k + 1 < to ? weight_of<MASKED, NEAR>(x, k + 1, m, sums.part[1], sums) : vreal{};
+        put_two(p, k, w, next, sums.part[0]);
     }
 }
 

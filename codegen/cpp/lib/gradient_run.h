@@ -210,13 +210,13 @@ static int32_t run(const Call& c) {
             failed = OUT_OF_MEMORY;
         }
 #if TILES
-        const uint32_t before = enter_matrix_unit();
+        const uint32_t before = enter_products();
 #endif
 #pragma omp for schedule(dynamic, 1)
         for (int64_t n = 0; n < items; ++n)
             if (ready) run_item(c, p, n, r.w, parts);
 #if TILES
-        leave_matrix_unit(before);
+        leave_products(before);
 #endif
         if (p.splits > 1) {
 #pragma omp for schedule(static)

@@ -68,7 +68,7 @@ static bool allow_matrix_unit() {
 }
 // It takes numbers that are not normal for zero; so do the vectors beside it, which else spend an assist on each.
 constexpr uint32_t FLUSH_TO_ZERO = 0x8000;
-INLINE uint32_t enter_matrix_unit() {
+INLINE uint32_t enter_products() {
     alignas(64) struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t row_bytes[16];
@@ -79,7 +79,7 @@ INLINE uint32_t enter_matrix_unit() {
     __builtin_ia32_ldmxcsr(before | FLUSH_TO_ZERO);
     return before;
 }
-INLINE void leave_matrix_unit(uint32_t before) {
+INLINE void leave_products(uint32_t before) {
     __builtin_ia32_ldmxcsr(before);
     asm volatile("tilerelease" ::);
 }

@@ -56,33 +56,49 @@ static const uint16_t* pack_keys(const Call& c, const k_element* k, int64_t coun
     return out;
 }
 
-// [keys / 32][e / 16][16][32 keys] for the matrix unit, [e][KEYS] otherwise.
-INLINE int64_t v_tile(const Call& c, int64_t key, int64_t e) {
-    return TILES ? (key / 32 * (padded_e(c) / 16) + e / 16) * 512 : e * KEYS + key;
+#if TILES
+// [keys / 32][e / 16][16][32 keys]
+INLINE int64_t v_tile(const Call& c, int64_t key, int64_t e) { return (key / 32 * (padded_e(c) / 16) + e / 16) * 512; }
+INLINE void put_pairs(const Call& c, vword (&x)[16], int64_t key, int64_t e, uint16_t* out) {
+    transpose(x);
+    for (int n = 0; n < 16; ++n) *(word_row*)(out + v_tile(c, key, e) + n * 32) = x[n];
 }
-constexpr int64_t V_ROW = TILES ? 32 : KEYS;
+#else
+// [keys / 2][e] pairs, as the product broadcasts them one by one
+INLINE int64_t v_tile(const Call& c, int64_t key, int64_t e) { return key * padded_e(c) + 2 * e; }
+INLINE void put_pairs(const Call& c, vword (&x)[16], int64_t key, int64_t e, uint16_t* out) {
+    for (int n = 0; n < 16; ++n) *(word_row*)(out + v_tile(c, key + 2 * n, e)) = x[n];
+}
+#endif
 
 static const uint16_t* pack_values(const Call& c, const v_element* v, int64_t count, uint16_t* out) {
     for (int64_t key = 0; key < count; key += 32)
         for (int64_t e = 0; e < padded_e(c); e += 16) {
             vword x[16];
-            for (int n = 0; n < 16; ++n) {
-                const int64_t j = key + 2 * n;
+            auto pair = [&](int n, bool first, bool second) {
+                const v_element* at = v + (key + 2 * n) * c.v_j + e;
                 half_row a = {}, z = {};
-                if (c.v_e == 1 && e + 16 <= c.E) {
-                    if (j < count) a = *(const half_row*)(v + j * c.v_j + e);
-                    if (j + 1 < count) z = *(const half_row*)(v + (j + 1) * c.v_j + e);
-                } else {
-                    for (int64_t l = 0; l < 16 && e + l < c.E; ++l) {
-                        if (j < count) a[l] = v[j * c.v_j + (e + l) * c.v_e].bits;
-                        if (j + 1 < count) z[l] = v[(j + 1) * c.v_j + (e + l) * c.v_e].bits;
-                    }
-                }
+                if (first) a = *(const half_row*)at;
+                if (second) z = *(const half_row*)(at + c.v_j);
                 x[n] = zero_extended(a) | zero_extended(z) << 16;
+            };
+            if (c.v_e == 1 && e + 16 <= c.E && key + 32 <= count) {
+#pragma GCC unroll 16
+                for (int n = 0; n < 16; ++n) pair(n, true, true);
+            } else if (c.v_e == 1 && e + 16 <= c.E) {
+                for (int n = 0; n < 16; ++n) pair(n, key + 2 * n < count, key + 2 * n + 1 < count);
+            } else {
+                for (int n = 0; n < 16; ++n) {
+                    const int64_t j = key + 2 * n;
+                    uint16_t pairs[32] = {};
+                    for (int64_t l = 0; l < 16 && e + l < c.E; ++l) {
+                        if (j < count) pairs[2 * l] = v[j * c.v_j + (e + l) * c.v_e].bits;
+                        if (j + 1 < count) pairs[2 * l + 1] = v[(j + 1) * c.v_j + (e + l) * c.v_e].bits;
+                    }
+                    memcpy(&x[n], pairs, 64);
+                }
             }
-            transpose(x);
-            uint16_t* to = out + v_tile(c, key, e);
-            for (int n = 0; n < 16; ++n) *(word_row*)(to + n * V_ROW) = x[n];
+            put_pairs(c, x, key, e, out);
         }
     return out;
 }
@@ -107,16 +123,38 @@ INLINE real weight_at(const real* p, int64_t k, int64_t lane) {
 }
 // To bfloat16, in place. Where nobody asks for the sums, weights are summed as the product takes them, so that the ratio of
 // the two does not see the rounding, nor that all are cut off and none rounded up; a sink, which is not cut, would.
-INLINE vreal rounded(vreal w) { return (vreal)(((vword)w + (SUMS_ROUNDED && !HAS_SINK ? 0 : 0x8000)) & 0xffff0000); }
-INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) { *(vword*)(p + k / 2 * LANES) = (vword)x | (vword)w >> 16; }
+INLINE vreal nudged(vreal w) { return (vreal)((vword)w + (SUMS_ROUNDED && !HAS_SINK ? 0 : 0x8000)); }
+INLINE vreal rounded(vreal w) { return (vreal)((vword)nudged(w) & 0xffff0000); }
+// The upper halves of both, those of x above.
+INLINE vword pair_of(vreal w, vreal x) {
+    vword pair = (vword)x;
+    asm("vpternlogd $0xea, %2, %1, %0" : "+v"(pair) : "v"(vword{} + 0xffff0000), "v"((vword)w >> 16));
+    return pair;
+}
+INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) { *(vword*)(p + (k >> 1) * LANES) = pair_of(w, x); }
+#if TILES
+#define SUMS_BY_PAIRS 0
+INLINE void put_and_sum(real*, int64_t, vreal, vreal, vreal&) {}
+#else
+#define SUMS_BY_PAIRS SUMS_ROUNDED  // one product with ones in the place of two roundings and two sums
+INLINE void put_and_sum(real* p, int64_t k, vreal w, vreal x, vreal& sum) {
+    const vword pair = pair_of(w, x);
+    *(vword*)(p + (k >> 1) * LANES) = pair;
+    sum = multiply_add(sum, (vreal)pair, (vreal)(vword{} + 0x3f803f80));
+}
+#endif
 // Zeros from where the weights of n keys end to the end of what the product reads.
 INLINE void end_weights(real* p, int64_t n) {
     for (int64_t k = round_to(n, 2); k < round_to(n, 32); k += 2) store(p + k / 2 * LANES, vreal{});
 }
 #define WEIGHTS_OVERWRITE 0
 
-#if TILES
 #define PRODUCT_KEEPS 0
+INLINE void rescale(const Call& c, const Tile& t, int64_t column, vreal factor) {
+    real* o = t.o + column * o_rows(c) * LANES;
+    for (int64_t e = 0; e < c.E; ++e) store(o + e * LANES, load(o + e * LANES) * factor);
+}
+#if TILES
 constexpr int64_t STRIP = 2;
 static void score_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, real* s) {
     tile_product((at.count + 15) / 16, columns, at.k, at.k_row * 2, at.k_row * 32, 64, t.q + v * LANES * q_rows(c), q_rows(c) * LANES,
@@ -126,19 +164,13 @@ static void value_product(const Call& c, const Tile& t, int64_t v, int64_t colum
     tile_product(o_rows(c) / 16, columns, at.v, 64, 1024, o_rows(c) * 64, p, KEYS / 2 * LANES, (at.count + 31) / 32,
                  t.o + v * LANES * o_rows(c), o_rows(c) * LANES, !t.fresh);
 }
-INLINE void rescale(const Call& c, const Tile& t, int64_t column, vreal factor) {
-    real* o = t.o + column * o_rows(c) * LANES;
-    for (int64_t e = 0; e < c.E; ++e) store(o + e * LANES, load(o + e * LANES) * factor);
-}
 #else
-#define PRODUCT_KEEPS 1
 constexpr int64_t STRIP = TILE_VECTORS;
 static void score_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, real* s) {
-    product(at.count, columns, at.k, at.k_row, 2, t.q + v * LANES * q_rows(c), q_rows(c) * LANES, (c.D + 1) / 2, s, KEYS * LANES, nullptr);
+    product(at.count, columns, at.k, at.k_row, 2, t.q + v * LANES * q_rows(c), q_rows(c) * LANES, (c.D + 1) / 2, s, KEYS * LANES, false);
 }
-static void value_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, const real* p, const real* keep) {
-    product(c.E, columns, at.v, KEYS, 2, p, KEYS / 2 * LANES, (at.count + 1) / 2, t.o + v * LANES * o_rows(c), o_rows(c) * LANES,
-            t.fresh ? nullptr : keep + v * LANES);
+static void value_product(const Call& c, const Tile& t, int64_t v, int64_t columns, const Block& at, const real* p, const real*) {
+    product(c.E, columns, at.v, 2, 2 * padded_e(c), p, KEYS / 2 * LANES, (at.count + 1) / 2, t.o + v * LANES * o_rows(c), o_rows(c) * LANES,
+            !t.fresh);
 }
-INLINE void rescale(const Call&, const Tile&, int64_t, vreal) {}
 #endif

@@ -45,7 +45,10 @@ static void value_product(const Call& c, const Tile& t, int64_t v, int64_t colum
 INLINE real* weight_column(real* scores, real*, int64_t column) { return scores + column * KEYS * LANES; }
 INLINE real weight_at(const real* p, int64_t k, int64_t lane) { return p[k * LANES + lane]; }
 INLINE vreal rounded(vreal w) { return w; }
+INLINE vreal nudged(vreal w) { return w; }
 INLINE void put_weights(real* p, int64_t k, vreal w, vreal x) { store(p + k * LANES, w); store(p + (k + 1) * LANES, x); }
+#define SUMS_BY_PAIRS 0
+INLINE void put_and_sum(real*, int64_t, vreal, vreal, vreal&) {}
 INLINE void end_weights(real*, int64_t) {}
 #define WEIGHTS_OVERWRITE 1  // their scores
 INLINE void rescale(const Call&, const Tile&, int64_t, vreal) {}

@@ -278,13 +278,13 @@ static int32_t run(const Call& c) {
                 }
             }
         }
-#if TILES
-        const uint32_t before = enter_matrix_unit();
+#if PAIRS
+        const uint32_t before = enter_products();
 #endif
         if (ready)
             for (int64_t n = from; n < to; ++n) run_item(c, p, n, w, parts);
-#if TILES
-        leave_matrix_unit(before);
+#if PAIRS
+        leave_products(before);
 #endif
         if (p.splits > 1) {
 #pragma omp barrier

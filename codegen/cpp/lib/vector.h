@@ -116,10 +116,10 @@ INLINE vreal tanh_of(vreal x) {
 #if REAL_IS_DOUBLE
     vreal r; EACH_LANE(r[l] = __builtin_tanh(x[l])) return r;
 #else
-    const float most = PAIRS ? 5.5f : 7.90531110763549805f;
+    const float most = COARSE ? 5.5f : 7.90531110763549805f;
     const vreal c = high(splat(-most), low(splat(most), x));
     const vreal y = c * c;
-#if PAIRS
+#if COARSE
     vreal p = splat(1.57599814e-03f);
     p = p * y + 1.15749677e-01f;
     p = p * y + 9.99995963e-01f;
@@ -143,7 +143,7 @@ INLINE vreal tanh_of(vreal x) {
 #ifdef WIDE_512
     vreal r;
     asm("vrcp14ps %1, %0" : "=v"(r) : "v"(q));
-    if (!PAIRS) r *= 2 - q * r;  // one Newton step: division would take longer than all the rest
+    if (!COARSE) r *= 2 - q * r;  // one Newton step: division would take longer than all the rest
     return c * p * r;
 #else
     return c * p / q;
@@ -196,7 +196,7 @@ INLINE vreal exp2_weight(vreal x) {
     // [0, 1), relative error 7.5e-8; degree 3, 7.5e-5, where the result rounds to bfloat16.
     vreal f;
     asm("vreduceps $1, %1, %0" : "=v"(f) : "v"(x));
-#if PAIRS
+#if COARSE
     vreal p = splat(0.0780245226895f);
     p = p * f + 0.226067155397f;
     p = p * f + 0.695833540479f;
@@ -209,17 +209,25 @@ INLINE vreal exp2_weight(vreal x) {
     p = p * f + 0.693153073203f;
     p = p * f + 0.999999925064f;
 #endif
-#if TILES
-    return ldexp_of(p, x);  // flushes what is not normal: see enter_matrix_unit
+#if PAIRS
+    return ldexp_of(p, x);  // flushes what is not normal: see enter_products
 #else
     return __builtin_ia32_scalefps512_mask(p, x, vreal{}, __builtin_ia32_cmpps512_mask(x, splat(-100), 5, -1, 4), 4);
 #endif
 #else
     const float shift = 12582912.0f + 127;  // 1.5 * 2^23 + BIAS: adding it rounds to an integer in the low bits, an exponent
-    const vreal c = low(splat(126), high(splat(-126), x));
+    const vreal c = low(splat(126), high(splat(-125), x));  // p may be less than 1, and 2^-126 of it not normal
     const vreal n = c + shift;
     const vreal f = c - (n - shift);
-    return x < -100 ? vreal{} : exp2_small(f) * (vreal)((vmask)n << 23);  // a product, which keeps every NaN
+#if COARSE
+    vreal p = splat(0.0551716690926f);  // the same degree 3 from -1/2 on
+    p = p * f + 0.242611122224f;
+    p = p * f + 0.693260985454f;
+    p = p * f + 0.999928073535f;
+#else
+    const vreal p = exp2_small(f);
+#endif
+    return x < -100 ? vreal{} : p * (vreal)((vmask)n << 23);  // a product, which keeps every NaN
 #endif
 }
 
