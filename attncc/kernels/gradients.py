@@ -199,7 +199,13 @@ def _cpp(
 def _tabled(g: AttentionGrad, bounded: Spanned, target: Target, plain: Kernel) -> Kernel:
     """The kernel whose bounds read tables, or `plain`, which is given them too, where there is none."""
     found, own = _cpp(g, target, bounded).run, len(g.by_key.tensors)
-    return found.kernel if found is not None else lambda given, sizes, outputs: plain(given[:own], sizes, outputs)
+
+    def untabled(
+        tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
+    ) -> None:
+        plain(tensors[:own], sizes, outputs)
+
+    return untabled if found is None else found.kernel
 
 
 def _or_refused(found: BuiltBackward) -> Kernel:

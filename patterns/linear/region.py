@@ -14,8 +14,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from attncc.patterns.graph.operators import argument, dim_argument, is_operator, written_args
-from attncc.patterns.site import VIEW_OPS, Facts, op_name
+from attncc.patterns.site import VIEW_OPS, Facts, argument, dim_argument, is_operator, op_name, written_args
 
 #: Operations that are analytic in their tensors: equal at random points, two compositions of them are equal. The second
 #: group chooses by a mask, or reads at indices, and is analytic where those are constants.

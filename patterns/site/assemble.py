@@ -15,11 +15,11 @@ from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Const, Expr, Index, Load, Op, Size, free, rewrite, substitute
 from attncc.ir.reasons import because
 from attncc.ir.verify import verify
-from attncc.patterns.reader import Reach, Unreadable, contraction, hint, noticed, order_in_memory
 from attncc.patterns.site.flow import settled
 from attncc.patterns.site.masks import Masked, hides_by_score, split_mask
 from attncc.patterns.site.materialised import Source
 from attncc.patterns.site.parts import Lse, Parts, Rows
+from attncc.patterns.site.reading import Reach, Unreadable, contraction, hint, noticed, order_in_memory
 
 
 @dataclass(frozen=True)

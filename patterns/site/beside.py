@@ -17,8 +17,8 @@ from attncc.ir.build import ZERO, const
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Const, Expr, Index, Op, loads
 from attncc.ir.verify import VerifyError, verify
-from attncc.patterns.reader import Facts, is_operator, written_args
 from attncc.patterns.site.assemble import Columns, Lifted
+from attncc.patterns.site.reading import Facts, is_operator, written_args
 
 aten = torch.ops.aten
 #: Columns of one attention: kernels keep a row of them.

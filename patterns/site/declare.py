@@ -11,7 +11,7 @@ from attncc.ir.attention import Access, Axis, Tensor
 from attncc.ir.evaluate import NAME_OF
 from attncc.ir.expr import Const, Expr, Index, Load, Size, free, rewrite, substitute
 from attncc.ir.linear import Linear
-from attncc.patterns.reader import Facts, Point
+from attncc.patterns.site.reading import Facts, Point
 
 
 class Declared:

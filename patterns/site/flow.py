@@ -11,8 +11,8 @@ from attncc.ir.attention import S, W
 from attncc.ir.expr import Expr, Load, loads
 from attncc.ir.gradients import followed, unstopped
 from attncc.ir.reasons import because
-from attncc.patterns.reader import Facts, Gradients, Unreadable
 from attncc.patterns.site.parts import Lse, Parts
+from attncc.patterns.site.reading import Facts, Gradients, Unreadable
 
 
 @dataclass(frozen=True)

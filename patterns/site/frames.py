@@ -18,11 +18,11 @@ from attncc.ir.attention import Empty
 from attncc.ir.build import ONE, ZERO
 from attncc.ir.expr import Expr, Index, free
 from attncc.ir.reasons import because
-from attncc.patterns.reader import Contraction, Facts, Point, Reader, Unreadable
 from attncc.patterns.site.materialised import Source
 from attncc.patterns.site.operands import operand
 from attncc.patterns.site.parts import Parts
 from attncc.patterns.site.products import Product
+from attncc.patterns.site.reading import Contraction, Facts, Point, Reader, Unreadable
 
 
 @dataclass(frozen=True)

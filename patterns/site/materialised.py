@@ -17,7 +17,7 @@ from attncc.ir.affine import linear_in, poly
 from attncc.ir.build import ONE, ZERO, mul
 from attncc.ir.expr import Const, Expr, Index, Op, free
 from attncc.ir.reasons import because
-from attncc.patterns.reader import Facts, Point, Unreadable
+from attncc.patterns.site.reading import Facts, Point, Unreadable
 
 aten = torch.ops.aten
 

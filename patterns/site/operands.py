@@ -11,8 +11,8 @@ from attncc.ir.affine import divide, poly
 from attncc.ir.build import ZERO
 from attncc.ir.expr import Const, Expr, Index, Op, Size, walk
 from attncc.ir.reasons import because
-from attncc.patterns.reader import Facts, Point, Unreadable, move
 from attncc.patterns.site.materialised import Source, packed
+from attncc.patterns.site.reading import Facts, Point, Unreadable, move
 
 
 def operand(

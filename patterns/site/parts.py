@@ -10,8 +10,8 @@ from torch import fx
 from attncc.ir.attention import Empty, Normalizer, Output, W
 from attncc.ir.build import TRUE
 from attncc.ir.expr import Expr, Index
-from attncc.patterns.reader import Facts, Point
 from attncc.patterns.site.materialised import Source
+from attncc.patterns.site.reading import Facts, Point
 
 
 @dataclass(frozen=True)

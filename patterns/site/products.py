@@ -12,7 +12,7 @@ from attncc.ir.attention import S
 from attncc.ir.build import TRUE
 from attncc.ir.expr import Expr, Index, Load, free, loads
 from attncc.ir.reasons import because
-from attncc.patterns.reader import DOT, Facts, Place, Point, Unreadable, contraction
+from attncc.patterns.site.reading import DOT, Facts, Place, Point, Unreadable, contraction
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from attncc.ir.expr import Load, free, substitute
 from attncc.ir.merge import merge_of
 from attncc.ir.node import kind_of
 from attncc.ir.rearrange import Dims
-from attncc.patterns.reader import Facts, noticed, order_in_memory
 from attncc.patterns.site.assemble import Columns, Lifted
 from attncc.patterns.site.parts import Lse, Rows
+from attncc.patterns.site.reading import Facts, noticed, order_in_memory
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import fx
 from attncc.ir.affine import poly, simplify
 from attncc.ir.build import ONE, ZERO, add, mul
 from attncc.ir.expr import Expr, free
-from attncc.patterns.reader import Point
 from attncc.patterns.site.parts import Parts, Rows
+from attncc.patterns.site.reading import Point
 
 #: The most dimensions that one axis is looked for in.
 _MOST_DIGITS = 4
