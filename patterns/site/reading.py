@@ -20,6 +20,6 @@ from attncc.patterns.reader import (
 )
 
 __all__ = [
-    "DOT", "Contraction", "Facts", "Gradients", "Place", "Point", "Reach", "Reader", "Unreadable", "contraction", "hint",
-    "is_operator", "move", "noticed", "order_in_memory", "written_args",
+    "DOT", "Contraction", "Facts", "Gradients", "Place", "Point", "Reach", "Reader", "Unreadable", "contraction",
+    "hint", "is_operator", "move", "noticed", "order_in_memory", "written_args",
 ]  # fmt: skip
