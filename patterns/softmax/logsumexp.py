@@ -7,6 +7,8 @@ A gate `out * sigmoid(lse - sink)` and the merging of partial attentions read it
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import fx
 
@@ -39,11 +41,8 @@ def row_sums(p: Parts, frame: Frame, term: Term) -> tuple[Lse, bool] | None:
     reader = frame.reader(frozenset({frame.c}))
     own = anchor.scores_at(reader, term.at)
     less = without_shift(frame, own)
-    found: list[tuple[fx.Node, bool]] = []
-    for n in f.graph.nodes:
-        of = _exponents(frame, reader, term, n) if n in f.live else None
-        if of in (own, less) and _read_beside(f, n, anchor):
-            found.append((n, of is not own))
+    summed = ((n, _exponents(frame, reader, term, n)) for n in f.graph.nodes if n in f.live)
+    found = [(n, of is not own) for n, of in summed if of in (own, less) and _read_beside(f, n, anchor)]
     if len(found) != 1 or any(f.writes(n, f.order[found[0][0]], frame.use) for n in (p.q.node, p.k.node, p.v.node)):
         return None
     rows = rows_of(p, anchor.node, anchor.dim, term.at)
@@ -74,10 +73,7 @@ def without_shift(frame: Frame, x: Expr) -> Expr:
     """A score less what was reduced over the keys and is added to it, which cancels in the quotient.
 
     Not so other terms that are alike for every key: a huge one leaves nothing of the scores that it is added to."""
-
-    def without(y: Expr) -> Expr:
-        return without_shift(frame, y)
-
+    without = partial(without_shift, frame)
     match x:
         case Op("add", (a, b)) if _is_shift(frame, a) or _is_shift(frame, b):
             return without(b if _is_shift(frame, a) else a)

@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 FORWARD, BACKWARD = (Path(__file__).with_name(f"test_triton_{n}interpreted.py") for n in ("", "backward_"))
 
 
-def run(file: Path, **more: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(file)]
+def run(file: Path, *options: str, **more: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(file), *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run(
         command, cwd=file.parents[2], env=environment, capture_output=True, text=True, check=False, timeout=1800
@@ -23,9 +23,13 @@ def run(file: Path, **more: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("file", "least"), [(FORWARD, 50), (BACKWARD, 20)])
-def test_under_the_interpreter(file: Path, least: int) -> None:
-    passed = re.search(r"(\d+) passed", run(file))
+@pytest.mark.always
+@pytest.mark.parametrize(("file", "least"), [(FORWARD, 10), (BACKWARD, 3)])
+def test_under_the_interpreter(file: Path, least: int, request: pytest.FixtureRequest) -> None:
+    """A fifth of them, another one with each part of the long tests; all with `--full`."""
+    n, _ = request.config.option.shard or (1, 1)
+    options = () if request.config.option.full else ("--part", f"{n % 5 + 1}/5")
+    passed = re.search(r"(\d+) passed", run(file, *options))
     assert passed is not None and int(passed[1]) > least
 
 
