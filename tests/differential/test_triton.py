@@ -24,7 +24,7 @@ def run(file: Path, *options: str, **more: str) -> str:
 
 
 @pytest.mark.always
-@pytest.mark.parametrize(("file", "least"), [(FORWARD, 10), (BACKWARD, 3)])
+@pytest.mark.parametrize(("file", "least"), [(FORWARD, 10), (BACKWARD, 2)])
 def test_under_the_interpreter(file: Path, least: int, request: pytest.FixtureRequest) -> None:
     """A fifth of them, another one with each part of the long tests; all with `--full`."""
     n, _ = request.config.option.shard or (1, 1)
