@@ -69,7 +69,7 @@ CASES: list[tuple[Policy, Rule, list[Situation]]] = [
     (VerticalSlash(4, 6, 8, 4, 2, 3), vertical_slash(4, 6, 8, 4, 2, 3), PREFILL[:-2]),
     (FlexPrefill(4, 0.5, 0.3, 8), flex_prefill(4, 0.5, 0.3, 8), [*PREFILL[:-2], *STATIC]),
     (FlexPrefill(4, 0.5, 0.0, 8), flex_prefill(4, 0.5, 0.0, 8), PREFILL[:-2]),
-    (RoutedStreaming(2, 9, 0.4, 5), routed_streaming(2, 9, 0.4, 5), ONE_HEAD),
+    (RoutedStreaming(2, 9, 0.4, 5), routed_streaming(2, 9, 0.4, 5), [*ONE_HEAD[:5], *ONE_HEAD[-2:]]),
     (Pages(4, 12), pages(4, 12, 1), DECODE),
     (PageMass(4, 16, 2), page_mass(4, 16, 2), [replace(s, group=s.heads) for s in DECODE]),
 ]  # fmt: skip
