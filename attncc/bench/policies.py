@@ -43,6 +43,7 @@ POLICIES = (
     "antidiagonal{block=64,stride=16,take=fraction,amount=0.25}",
     "self-similar{rows=128,keys=64,take=fraction,amount=0.25,similar=-0.1}", "chunk-means{chunk=128,budget=2048}",
     "vertical-slash{columns=100,diagonals=1024}", "flex-prefill{gamma=0.5}",
+    "routed-streaming{sinks=128,window=1024,miss=0.9}",
 )  # fmt: skip
 DECODE = "pages{page=16,budget=1024}", "page-mass{page=16,budget=1024}"
 

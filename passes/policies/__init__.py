@@ -13,6 +13,7 @@ from attncc.passes.policies.draft import Draft
 from attncc.passes.policies.flex_prefill import FlexPrefill
 from attncc.passes.policies.page_mass import PageMass
 from attncc.passes.policies.pages import Pages
+from attncc.passes.policies.routed import RoutedStreaming
 from attncc.passes.policies.self_similar import SelfSimilar
 from attncc.passes.policies.sliding_tiles import SlidingTiles
 from attncc.passes.policies.spans import Spans
@@ -22,13 +23,16 @@ from attncc.passes.policies.vertical_slash import VerticalSlash
 
 #: By where keys are, and by what a selection of each call says.
 CLOSED_FORMS = Streaming, Spans, Strides, Chunks, SlidingTiles
-SELECTED = BlockMeans, Antidiagonal, SelfSimilar, ChunkMeans, Draft, VerticalSlash, FlexPrefill, Pages, PageMass
+SELECTED = (
+    BlockMeans, Antidiagonal, SelfSimilar, ChunkMeans, Draft, VerticalSlash, FlexPrefill, Pages, PageMass,
+    RoutedStreaming,
+)  # fmt: skip
 
 #: By what the kernel finds on its way.
 CERTIFIED = (CertifiedSkip,)
 
 __all__ = [
     "CERTIFIED", "CLOSED_FORMS", "SELECTED", "Antidiagonal", "BlockMeans", "CertifiedSkip", "ChunkMeans", "Chunks",
-    "Draft", "FlexPrefill", "PageMass", "Pages", "SelfSimilar", "SlidingTiles", "Spans", "Streaming", "Strides",
-    "VerticalSlash",
+    "Draft", "FlexPrefill", "PageMass", "Pages", "RoutedStreaming", "SelfSimilar", "SlidingTiles", "Spans", "Streaming",
+    "Strides", "VerticalSlash",
 ]  # fmt: skip

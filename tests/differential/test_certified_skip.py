@@ -26,7 +26,11 @@ from attncc.passes.policies.hiding import Form, hide
 EPS = 0.02
 #: Rows and keys of a call: prefills, a part of one, decoding of one row and of a few.
 CALLS = [(300, 300), (40, 310), (1, 320), (3, 250)]
-KERNELS = [("f32", isa) for isa in host_isas()] + [("bf16", host_isas()[0])]
+DTYPES = "f32", "bf16"
+KERNELS = [
+    ("f32", host_isas()[0]), ("bf16", host_isas()[0]),
+    *(pytest.param(dtype, isa, marks=pytest.mark.full) for isa in host_isas(every=True)[1:] for dtype in DTYPES),
+]  # fmt: skip
 
 
 def run(a: Attention, data: dict[str, Tensor], isa: str) -> Tensor:

@@ -384,3 +384,31 @@ def test_the_demo_uses_the_plans_that_it_made(tmp_path: Path, monkeypatch: pytes
     other = Keyed().eval()
     other.blocks[0].values.data.mul_(2)
     assert plans(sample(2), other) == [plan(other)] and len(made) == 3
+
+
+def test_a_plan_of_decoding_calls_is_followed_at_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forms were timed on the model's own tensors, so they are not timed anew on made-up ones."""
+
+    class Step(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def data(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        g = torch.Generator().manual_seed(seed)
+        q, k, v = (torch.randn(1, 2, n, 16, generator=g) for n in (1, 600, 600))
+        k[:, :, :4] += q * 3
+        return q, k, v
+
+    def refused(*_: object) -> None:
+        raise AssertionError("timed anew")
+
+    monkeypatch.setattr(costs, "timed", lambda seen, forms, known: {x: 5.0 if x else 10.0 for x in forms})
+    monkeypatch.setattr(rewriting, "slower", refused)
+    form = "certified-skip{eps=0.03}"
+    found = attncc.profile(Step().eval(), map(data, range(40)), "rel<=0.9@90%", forms=[form], settings=FEW)
+    (own,) = found.sites
+    assert own.phase == "decode" and [(r.form, r.heads) for r in own.rules] == [(form, (0, 1))]
+    assert found.predicted > 0 and own.bound is not None and 0 < own.bound < 0.9  # its kernel did leave out something
+    with torch.no_grad(), attncc.record() as report:
+        follow(Step().eval(), found)(*data(99))
+    assert report.sites[0].code == "planned" and "drop   0.03" in (report.sites[0].ir or "")

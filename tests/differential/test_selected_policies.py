@@ -17,6 +17,7 @@ from policies.selected import (
     flex_prefill,
     page_mass,
     pages,
+    routed_streaming,
     self_similar,
     vertical_slash,
 )
@@ -38,6 +39,7 @@ from attncc.passes.policies import (
     FlexPrefill,
     PageMass,
     Pages,
+    RoutedStreaming,
     SelfSimilar,
     VerticalSlash,
 )  # fmt: skip
@@ -67,6 +69,7 @@ CASES: list[tuple[Policy, Rule, list[Situation]]] = [
     (VerticalSlash(4, 6, 8, 4, 2, 3), vertical_slash(4, 6, 8, 4, 2, 3), PREFILL[:-2]),
     (FlexPrefill(4, 0.5, 0.3, 8), flex_prefill(4, 0.5, 0.3, 8), [*PREFILL[:-2], *STATIC]),
     (FlexPrefill(4, 0.5, 0.0, 8), flex_prefill(4, 0.5, 0.0, 8), PREFILL[:-2]),
+    (RoutedStreaming(2, 9, 0.4, 5), routed_streaming(2, 9, 0.4, 5), [*ONE_HEAD[:5], *ONE_HEAD[-2:]]),
     (Pages(4, 12), pages(4, 12, 1), DECODE),
     (PageMass(4, 16, 2), page_mass(4, 16, 2), [replace(s, group=s.heads) for s in DECODE]),
 ]  # fmt: skip
@@ -134,7 +137,7 @@ def test_the_sets_of_the_source(policy: Policy, rule: Rule, s: Situation) -> Non
         BlockMeans(8, 4, "least", 0.0), Antidiagonal(8, 4, amount=1.0), SelfSimilar(8, 4, "mass", 1.0),
         SelfSimilar(8, 4, "mass", 0.1, similar=1.0), ChunkMeans(4, 400), VerticalSlash(99, 1), VerticalSlash(1, 99),
         FlexPrefill(4, 1.0, 0.0, 4), FlexPrefill(4, 1.0, 1.0, 4), FlexPrefill(8, 0.1, 0.0, 400), Pages(4, 400),
-        PageMass(4, 400),
+        PageMass(4, 400), RoutedStreaming(0, 1, 0.0, 64), RoutedStreaming(0, 400, 0.5),
     ],
     ids=str,
 )  # fmt: skip
@@ -231,6 +234,21 @@ def test_a_needle_is_found(policy: Policy, s: Situation, at: int) -> None:
     assert mask.float().mean() < 0.5
 
 
+def test_each_sequence_is_routed_by_itself() -> None:
+    """Of two sequences one looks far: it keeps all keys, the other those near."""
+    s = Situation("causal", group=2)
+    data, far = s.tensors(), needle(s, 9, 30.0)
+    at = torch.arange(s.m)[:, None] * 0.8 ** torch.arange(D // 2) * 0.9
+    place = 5 * torch.cat([at.sin(), at.cos()], -1)
+    data = {"q": place.expand_as(data["q"]).clone(), "k": place.expand_as(data["k"]).clone(), "v": data["v"]}
+    for x in "qk":
+        data[x][0] = far[x][0]
+    mask = kept(applied(RoutedStreaming(2, 9, 0.4, 5), s.attention()), data, s)
+    i, j = torch.arange(37)[:, None], torch.arange(37)
+    assert torch.equal(mask[0], (j <= i).expand(4, -1, -1))
+    assert torch.equal(mask[1], ((j <= i) & ((j < 2) | (i - j < 9))).expand(4, -1, -1))
+
+
 def test_a_box_bounds_every_product_of_its_page() -> None:
     """So that a key which a row scores most, by any margin, is kept: alone of its page, among worse ones."""
     torch.manual_seed(0)
@@ -266,7 +284,8 @@ def test_gradients_are_those_of_the_masked_attention(policy: Policy) -> None:
 
 #: One situation of each kind a policy: whole, in part of a longer sequence, padded, with a cache.
 RUN = thinned(
-    [CASES[n][0] for n in (0, 4, 6, 8, 9)], [PREFILL[at] for at in (1, 2, 4)] + [replace(SITUATIONS[0], dynamic=False)]
+    [CASES[n][0] for n in (0, 4, 6, 8, 9, 11)],
+    [PREFILL[at] for at in (1, 2, 4)] + [replace(SITUATIONS[0], dynamic=False)],
 )
 
 
@@ -299,6 +318,7 @@ def test_rows_without_positions_select_by_what_they_score() -> None:
         (VerticalSlash(), Situation("all"), "policy-not-causal"),
         (FlexPrefill(), Situation("padded both ways"), "policy-not-causal"),
         (ChunkMeans(), Situation("all", n=10, m=20, dynamic=False), "policy-no-distance"),
+        (RoutedStreaming(), Situation("all", n=10, m=20, dynamic=False), "policy-no-distance"),
         (Pages(), Situation("causal"), "policy-many-rows"),
         (PageMass(), Situation("causal", n=65, m=65, dynamic=False), "policy-many-rows"),
     ],
@@ -325,6 +345,7 @@ def test_what_is_no_softmax_is_left_alone() -> None:
         ("antidiagonal{stride=3}", "do not divide"), ("self-similar{similar=2}", "a cosine"),
         ("vertical-slash{columns=0}", "at least 1"), ("flex-prefill{gamma=0}", "gamma is above 0"),
         ("chunk-means{budget=1}", "the budget one chunk"), ("pages{budget=8}", "the budget is at least a page"),
+        ("routed-streaming{window=0}", "window at least 1"), ("routed-streaming{miss=1}", "a share from 0"),
         ("page-mass{page=0}", "at least 1 token"), ("draft", "name as many sides"),
         ("draft{grid=6x8,patch=4x4}", "do not divide"), ("draft{grid=6x8,patch=2x4,sparsity=1}", "below 1"),
     ],
@@ -368,7 +389,7 @@ def test_the_attention_reads_the_map_alone() -> None:
         own = {t.name for t in s.attention().tensors}
         read = {t.name for t in a.tensors} - own
         assert read <= {"map", "start", "last", "page", "chunk", "column", "cell", "diagonal_blocks", "diagonal",
-                        "distance", "pair", "alike", "alike_"}, policy  # fmt: skip
+                        "distance", "pair", "alike", "alike_", "missed"}, policy  # fmt: skip
 
 
 def test_every_selecting_policy_is_tried() -> None:

@@ -295,7 +295,7 @@ def test_a_wrong_kernel_is_found_at_its_first_use(name: str) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(SMALL, id="plain"), pytest.param(LISTS, id="lists"),
+        pytest.param(SMALL, id="plain"), pytest.param(LISTS, id="lists", marks=pytest.mark.full),
         pytest.param(SPLIT, id="split", marks=pytest.mark.full),
     ],
 )  # fmt: skip

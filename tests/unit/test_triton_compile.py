@@ -36,7 +36,6 @@ MATRIX += [Job("causal block table", 64, "bf16", t, kernel=k, lists=True) for k 
 MATRIX += [Job("causal", 128, "bf16", t, persistent=True) for t in ("sm_90", "sm_100")]
 MATRIX += [Job("causal", 128, "bf16", "sm_100", at=2, descriptors=True)]  # with warps of their own for loads
 MATRIX += [Job(case, 128, "bf16", "sm_90") for case in ("window and blocks by head", "stripes by head")]
-MATRIX += [Job("certified skip", 64, "bf16", "sm_90")]
 #: Backward kernels, which hold twice the sums of a forward.
 MATRIX += [Job("causal", 128, "bf16", t, kernel="gradient_keys") for t in TARGETS]
 MATRIX += [Job("t5 table", 64, "bf16", "sm_80", kernel="gradient_rows")]

@@ -222,6 +222,21 @@ def vertical_slash(columns: int, diagonals: int, last: int, block: int, sinks: i
     return rule
 
 
+def routed_streaming(sinks: int, window: int, miss: float, last: int) -> Rule:
+    """One head of keys is all heads here."""
+
+    def rule(s: Sequence) -> Tensor:
+        heads, keys = s.q.shape[0], torch.arange(s.length)
+        before = torch.tensor(s.position)[:, None] - keys
+        near = (keys < sinks) | ((before if s.causal else before.abs()) < window)
+        sample = list(range(max(0, len(s.position) - last), len(s.position)))
+        w = torch.stack([s.weights(h, sample) for h in range(heads)])
+        missed = float(torch.where(near[sample], 0.0, w).sum(-1).mean())
+        return (s.see & (near | (missed > miss))).repeat(heads, 1, 1)
+
+    return rule
+
+
 def flex_prefill(block: int, gamma: float, tau: float, least: int) -> Rule:
     def divergence(p: dict[int, float], q: dict[int, float]) -> float:
         m = {x: (p[x] + q[x]) / 2 for x in p}
