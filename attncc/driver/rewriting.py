@@ -29,6 +29,7 @@ from attncc.ir import Attention, Program, print_attention, print_linear
 from attncc.ir.expr import Expr, Size
 from attncc.ir.reasons import Reason, because
 from attncc.kernels.build import build_all, built
+from attncc.kernels.gradients import builds_of
 from attncc.passes.pipeline import Stage, standard
 from attncc.passes.rewrites.row_sums import with_sums
 from attncc.patterns.graph.facts import Facts
@@ -166,7 +167,8 @@ def _edited(
     prepared = _proposals({id(j): j for j in groups.values()}.values(), facts, training, way.planner, places)
     proposals = [prepared.get(id(site)) for site in lifted]
     step("building kernels" if way.kernels else "editing the graph")
-    build_all((p.spec, p.device) for p in proposals if way.kernels and isinstance(p, Proposal))
+    ahead = [p for p in proposals if way.kernels and isinstance(p, Proposal)]
+    build_all(((p.spec, p.device) for p in ahead), builds_of((p.spec, p.learned, p.device) for p in ahead))
     step("editing the graph")
     editor = Editor(reading.over(*copied(reading.graph)), facts)
     verdicts: dict[fx.Node, Choice] = {}

@@ -12,6 +12,7 @@ from attncc.driver import describe
 from attncc.driver.candidate import Choice
 from attncc.driver.collected import collecting
 from attncc.driver.names import readable
+from attncc.driver.training_selection import FORWARD
 from attncc.ir import Attention, Program, print_attention, print_program
 from attncc.ir.reasons import Reason, because
 from attncc.kernels.build import built, optimise
@@ -92,7 +93,8 @@ def recorded(
         trains=own is not None and bool(own.learned),
         ir=print_attention(shown) if own is None else own.spec, program=shown_program,
         kernel=None if made is None else made.source, language=None if made is None else made.language,
-        picture=picture, sizes=sizes, code=verdict.reason.codes, names=dict(names), timings=dict(verdict.us),
+        picture=picture, sizes=sizes, code=verdict.reason.codes, names=dict(names),
+        timings={n: us for n, us in verdict.us.items() if n != FORWARD}, forward_us=verdict.us.get(FORWARD),
         isa="" if made is None else made.isa, forms=() if own is None else own.forms, stages=stages,
         head=0 if own is None else next((f.heads[0] for f in own.forms if f.form != "exact" and f.heads), 0),
         backward=backward[0], backward_kernel=backward[1],

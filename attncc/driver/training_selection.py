@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -36,6 +37,8 @@ BUDGET_S = 0.15
 MORE_MEMORY, SCRATCH_BYTES = 1.1, 16 << 20
 
 OURS = "attncc"
+#: The name under which the time of the kernel's forward alone stands beside those of whole steps.
+FORWARD = "attncc, forward"
 
 
 def decide_steps(parts: Sequence[Candidate], data: Trial, spec: str, shape: list[int], *, recomputed: bool) -> Choice:
@@ -49,10 +52,12 @@ def decide_steps(parts: Sequence[Candidate], data: Trial, spec: str, shape: list
         [f"{at}.{name}" for at, p in enumerate(parts) for name in p.learned],
     )  # fmt: skip
     step(f"measuring {parts[0].made.name}, forward and backward")
-    decision = remembered(
-        default_store(), where, (OURS, rival), lambda: _measured(parts, data, rival, device, recomputed)
-    )
-    other = next((us for name, us in decision.us.items() if name != OURS), None)
+
+    def measured() -> Decision:
+        return _with_forward(parts, data, device, _measured(parts, data, rival, device, recomputed))
+
+    decision = remembered(default_store(), where, (OURS, rival), measured)
+    other = next((us for name, us in decision.us.items() if name not in (OURS, FORWARD)), None)
     own = decision.us.get(OURS)
     ratio = other / own if own and other else None
     return settled(decision.winner == OURS, ratio, decision)
@@ -65,6 +70,19 @@ def _backward() -> str:
     patterns = ("torch_*.py", "cpp/*.py", "cpp/lib/*.h", "triton/*.py")
     files = [f for pattern in patterns for f in sorted(home.glob(pattern))]
     return sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def _with_forward(parts: Sequence[Candidate], data: Trial, device: torch.device, decision: Decision) -> Decision:
+    """The same with the time of the kernel's forward alone, where the kernel won: what is left is its backward's."""
+    if decision.winner != OURS or OURS not in decision.us:
+        return decision
+
+    def forward() -> object:
+        with torch.enable_grad():
+            return _fused(parts, data)
+
+    timed = compare({FORWARD: forward}, BUDGET_S / 6, sampler_for(device))
+    return replace(decision, us={**decision.us, **timed.us})
 
 
 def _measured(

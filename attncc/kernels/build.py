@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -114,14 +114,15 @@ def target_of(device: torch.device) -> Target:
     return Target("cpu", arch, toolchain, missing=missing)
 
 
-def build_all(wanted: Iterable[tuple[str, str]]) -> None:
-    """Build the kernels of (spec, device) pairs side by side: compilers run in processes of their own."""
-    todo = list(dict.fromkeys(wanted))
+def build_all(wanted: Iterable[tuple[str, str]], also: Iterable[Callable[[], object]] = ()) -> None:
+    """Build the kernels of (spec, device) pairs, and what `also` builds, side by side: compilers run in processes of
+    their own."""
+    todo = [*(partial(built, *pair) for pair in dict.fromkeys(wanted)), *also]
     if len(todo) > 1:
         workers = min(len(todo), os.cpu_count() or 1)
         with ThreadPoolExecutor(workers, initializer=compilers.until_stopped, initargs=(compilers.stops(),)) as pool:
             try:
-                list(pool.map(lambda pair: built(*pair), todo))
+                list(pool.map(lambda job: job(), todo))
             except BaseException:  # interrupted: nobody waits for what is being compiled
                 pool.shutdown(wait=False, cancel_futures=True)
                 compilers.stop()

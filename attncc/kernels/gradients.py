@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -32,6 +32,7 @@ from attncc.passes.tables.spans import Spanned, spanned, tables
 from attncc.runtime.cpp import CompileError, CppKernelError, Ranks
 from attncc.runtime.notices import notice
 from attncc.runtime.op import Kernel
+from attncc.runtime.outputs import signature_of
 from attncc.runtime.store import StoreError
 from attncc.runtime.triton_launch import TritonKernel
 
@@ -106,6 +107,15 @@ def has_kernel(a: Attention, device: torch.device) -> bool:
 def built_backward(a: Attention, wanted: tuple[str, ...], device: torch.device) -> BuiltBackward:
     """The backward kernel for the gradients of the `wanted` tensors of an attention; compiled ones are in the store."""
     return _built(a, wanted, target_of(device))
+
+
+def builds_of(wanted: Iterable[tuple[str, tuple[str, ...], str]]) -> list[Callable[[], object]]:
+    """Jobs that build the backward kernels of (spec, tensors that learn, device), each once, for `build_all`."""
+    return [
+        partial(built_backward, signature_of(spec).attention, learned, torch.device(device))
+        for spec, learned, device in dict.fromkeys(wanted)
+        if learned
+    ]
 
 
 def described(a: Attention, wanted: tuple[str, ...], device: str) -> tuple[str, str | None]:
@@ -199,13 +209,7 @@ def _cpp(
 def _tabled(g: AttentionGrad, bounded: Spanned, target: Target, plain: Kernel) -> Kernel:
     """The kernel whose bounds read tables, or `plain`, which is given them too, where there is none."""
     found, own = _cpp(g, target, bounded).run, len(g.by_key.tensors)
-
-    def untabled(
-        tensors: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
-    ) -> None:
-        plain(tensors[:own], sizes, outputs)
-
-    return untabled if found is None else found.kernel
+    return found.kernel if found is not None else lambda tensors, sizes, outputs: plain(tensors[:own], sizes, outputs)
 
 
 def _or_refused(found: BuiltBackward) -> Kernel:

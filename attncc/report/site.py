@@ -46,7 +46,8 @@ class Site:
     scores of the whole site: those the mask lets through, those the kernel computes, and all. `timings` are
     microseconds of a call of each candidate that was measured; `speedup` is the time of the best alternative over the
     time of the kernel. Where `trains`, gradients are needed, and both times are of forward and backward together;
-    `backward` is what computes them, `backward_kernel` its source where it is a kernel. `ir` is the text of the
+    `forward_us` is the forward's share of the kernel's, `backward` what computes the gradients, `backward_kernel` its
+    source where it is a kernel. `ir` is the text of the
     site's attention, `program` that of all that takes its place in the graph, `stages` the same after lifting and
     after each pass, by name. Equation and mask have the names of the model's graph; `names` gives them for those in
     `ir`. `sizes` are the values that the sizes of `ir` had when the graph was captured. `code` names the kind of
@@ -81,6 +82,7 @@ class Site:
     code: str = ""
     backward: str = ""
     backward_kernel: str | None = None
+    forward_us: float | None = None
     names: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     isa: str = ""

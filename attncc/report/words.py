@@ -50,6 +50,10 @@ def measured(sites: Sequence[Site]) -> str:
         low, high = f"{gains[0]:.2f}", f"{gains[-1]:.2f}"
         gain = f"{low if low == high else f'{low} to {high}'} times as fast as the best alternative"
     shown = times(timings)
+    forward, own = sites[0].forward_us, timings.get("attncc")
+    if forward is not None and own is not None:
+        apart = f"attncc's forward {duration(forward)}, its backward {duration(max(own - forward, 0.0))}"
+        shown = f"{shown} ({apart})"
     return what + ": ".join(x for x in (shown, gain) if x) if shown or gain else ""
 
 

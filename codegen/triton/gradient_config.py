@@ -44,6 +44,8 @@ def gradient_configs(
         shapes = _AMD if amd else _KEYS if by_key else _ROWS
         if float32 and not amd:
             shapes = _FLOAT32 if precision == "ieee" else tuple(x for x in shapes if x[0] * x[1] <= 64 * 32)
+        if float32 and precision == "ieee" and not by_key and max(_channels(g)) > 64:
+            shapes = tuple(x for x in shapes if x[0] * x[1] <= 32 * x[2])
         space = [TritonConfig(m, n, w, s, precision=precision, lists=lists) for m, n, w, s in shapes]
         if not by_key and any(x.over == "j - i" for x in g.loads):
             space = [c for c in space if c.block_m <= c.block_n]  # a turned row comes around once at most
@@ -61,7 +63,12 @@ def gradient_fits(g: AttentionGrad, c: TritonConfig, capability: str, *, by_key:
     threads = c.warps * m.lanes
     d, e = _channels(g)
     sums = c.block_m * (d + e if by_key else d) // threads
-    within = sums <= _MOST_SUMS and sums + _registers(g, c, by_key) // threads <= m.tile_registers
+    more = 0
+    if not by_key and m.copies:  # products take the tile's own rows from registers
+        more = _width(g) * c.block_m * (d + e) // 16 // threads
+    elif not by_key and d + e > 256:
+        more = 64
+    within = sums <= _MOST_SUMS and sums + more + _registers(g, c, by_key) // threads <= m.tile_registers
     return within and _shared(g, c) <= m.shared
 
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpp_kernels.backward import gradient
 from cpp_kernels.cases import FORMS, case, tensors_of
-from cpp_kernels.emulated import check_emulated
+from cpp_kernels.emulated import check_backward_emulated, check_emulated
 from hypothesis import HealthCheck, given, settings
 from random_ir.programs import Program, programs
 
@@ -54,6 +55,25 @@ def test_strides() -> None:
 
 def test_no_rows_no_keys() -> None:
     agrees("dense", "f32", shapes=((0, 5), (5, 0)))
+
+
+BACKWARD = [("causal", "bf16"), ("relative table", "f32")]
+
+
+@pytest.mark.parametrize(("form", "dtype"), BACKWARD)
+def test_backward(form: str, dtype: str) -> None:
+    a = case(form, dtype, lse=True)
+    for n, m in ((37, 37), (5, 90)):
+        check_backward_emulated(gradient(a), tensors_of(a, n, m), [n, m])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "f64"])
+@pytest.mark.parametrize("form", [
+    "dense", "window", "documents", "padding", "bias", "alibi", "softcap", "sinks", "decay", "dropout"])
+def test_backward_of_more_forms(form: str, dtype: str) -> None:
+    a = case(form, dtype, lse=True)
+    check_backward_emulated(gradient(a), tensors_of(a, 70, 90), [70, 90], threads=2)
 
 
 @pytest.mark.full

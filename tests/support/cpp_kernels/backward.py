@@ -40,13 +40,19 @@ def given_of(a: Attention, tensors: dict[str, torch.Tensor], sizes: Sequence[int
 def run_backward(
     g: AttentionGrad, tensors: dict[str, torch.Tensor], given: Sequence[torch.Tensor], sizes: Sequence[int], isa: str
 ) -> list[torch.Tensor]:
-    """What the kernel gives; it starts as NaN, so that what is not written shows."""
+    """What the kernel gives."""
+    outputs = empty_outputs(g, sizes)
+    build_backward(g, isa)([tensors[t.name] for t in g.attention.tensors] + list(given), sizes, outputs)
+    return outputs
+
+
+def empty_outputs(g: AttentionGrad, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Where a kernel writes: full of NaN, so that what is not written shows."""
     dtype = DTYPE_OF[g.attention.compute_dtype]
     outputs = [torch.full(shape, float("nan"), dtype=dtype) for shape in shapes_of_grad(g, sizes)]
     for out, x in zip(outputs[len(g.operands) :], g.loads, strict=True):
         if x.over == "i, j":
             out.zero_()  # what no tile visits is not written
-    build_backward(g, isa)([tensors[t.name] for t in g.attention.tensors] + list(given), sizes, outputs)
     return outputs
 
 
@@ -54,7 +60,14 @@ def check_backward(g: AttentionGrad, tensors: dict[str, torch.Tensor], sizes: Se
     """Runs the kernel and holds it against the equations in float64: at most twice what the equations are off in the
     attention's own compute type, and a few roundings; of bfloat16 where products run in it."""
     given = given_of(g.attention, tensors, sizes)
-    got = run_backward(g, tensors, given, sizes, isa)
+    hold(g, tensors, given, sizes, run_backward(g, tensors, given, sizes, isa), isa)
+
+
+def hold(
+    g: AttentionGrad, tensors: dict[str, torch.Tensor], given: Sequence[torch.Tensor], sizes: Sequence[int],
+    got: Sequence[torch.Tensor], isa: str,
+) -> None:  # fmt: skip
+    """The comparison of `check_backward`."""
     want = interpret_grad(g, tensors, given, sizes, compute=torch.float64)
     own = interpret_grad(g, tensors, given, sizes)
     operands = {g.attention.tensor(x.tensor).dtype for x in (g.attention.q, g.attention.k, g.attention.v)}
