@@ -15,11 +15,11 @@ from attncc.frontends.targets import TargetError, one_line
 
 def bench(
     suite: Annotated[
-        Literal["cpu", "gpu", "windows", "longcontext", "context", "compile", "sites", "policies", "train"],
+        Literal["cpu", "gpu", "windows", "longcontext", "context", "compile", "sites", "policies", "train", "linear"],
         typer.Option("--suite", help="Which machine to measure; or on this one, models with long windows, the masks of "
                      "long contexts with their backward, rows and keys cut over processes, what compiling costs, how "
-                     "much of the attention of transformers' models is found, what choosing keys costs, or "
-                     "forward and backward together."),
+                     "much of the attention of transformers' models is found, what choosing keys costs, "
+                     "forward and backward together, or linear attention by chunks."),
     ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
@@ -44,7 +44,7 @@ def bench(
         rows = {"only": only}
         of_train = {"only": only, "dtypes": _words(dtypes), "threads": threads or []}
         suites = {"cpu": of_cpu, "train": of_train, "compile": rows, "context": rows, "sites": rows, "policies": rows,
-                 "windows": of_windows, "longcontext": of_windows}  # fmt: skip
+                 "linear": rows, "windows": of_windows, "longcontext": of_windows}  # fmt: skip
         taken = suites.get(suite, {})
         given = {name for name, value in (of_cpu | of_windows).items() if value}
         foreign = [f"--{_OPTION.get(name, name)}" for name in sorted(given - set(taken))]
