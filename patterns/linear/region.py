@@ -101,7 +101,8 @@ def _beside(f: Facts, chunked: fx.Node, count: int, length: int) -> list[fx.Node
             if _is_analytic(user) and not _joins(f, user, count, length):
                 stack.append(user)
     found: dict[fx.Node, None] = {chunked: None}
-    inside = (n for n in later if n is not chunked and _is_analytic(n) and not _joins(f, n, count, length))
+    joined = _towards(f, [n for n in later if _joins(f, n, count, length) or written_args(n)], later)
+    inside = (n for n in joined if n is not chunked and _is_analytic(n) and not _joins(f, n, count, length))
     stack, seen = list(inside), set[fx.Node]()
     while stack:
         for a in stack.pop().all_input_nodes:
@@ -114,6 +115,17 @@ def _beside(f: Facts, chunked: fx.Node, count: int, length: int) -> list[fx.Node
             else:
                 stack.append(a)
     return f.in_order(found)
+
+
+def _towards(f: Facts, ends: Sequence[fx.Node], among: Mapping[fx.Node, None]) -> set[fx.Node]:
+    """What some nodes are computed from, as far as that is `among` others, with what is written on the way."""
+    found, stack = {*ends}, list(ends)
+    while stack:
+        n = stack.pop()
+        fresh = {a for a in (*n.all_input_nodes, *f.writes(n, f.order[n], len(f.order))) if a in among} - found
+        found |= fresh
+        stack += fresh
+    return found
 
 
 def _joins(f: Facts, n: fx.Node, count: int, length: int) -> bool:
@@ -258,10 +270,9 @@ def region_of(f: Facts, cut: Cut, states: Sequence[fx.Node] = ()) -> Region:
             continue
         inputs = n.all_input_nodes
         if n not in ways and any(x in own for x in inputs) and not written_args(n):
-            if any(x in ways for x in inputs):
-                ways.add(n)  # behind the chunks
-            elif not any(x in states for x in inputs):
+            if not any(x in ways or x in states for x in inputs):
                 continue  # what others make of the same tokens
+            ways.add(n)  # behind the chunks, or a state
         if n.op == "get_attr":
             constants.add(n)
             continue

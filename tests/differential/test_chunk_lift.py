@@ -102,15 +102,14 @@ def test_decays_of_other_tokens_are_an_operand() -> None:
 
 
 def test_equal_layers_are_identified_once(monkeypatch: pytest.MonkeyPatch) -> None:
-
-
     calls: list[int] = []
     real = chunks._identified
     monkeypatch.setattr(chunks, "_identified", lambda *given: calls.append(0) or real(*given))
 
     def twice(q: Q, k: Q, v: Q, g: Q, beta: Q, chunk: int) -> tuple[Q, Q]:
-        out, _ = gated_delta(q, k, v, g, beta, chunk)
-        return gated_delta(q, k, out.sin(), g, beta, chunk)
+        out, first = gated_delta(q.sin(), k.sin(), v.sin(), g, beta, chunk)
+        out, second = gated_delta(q.cos(), k.cos(), out.cos(), g, beta, chunk)
+        return out, first.sin() + second
 
     facts, *_ = read(Core(twice), *inputs())
     found = [x for x in lift_all(facts) if isinstance(x, Recognised)]
