@@ -146,7 +146,7 @@ def _by_attncc(
     rounding = torch.finfo(torch.float32).eps * max((_largest(x) for x in eager), default=0.0)
     most = _UNKNOWN * rounding if own is None else _TIMES * own + 4 * rounding
     return {
-        "lifted": sum(s.status != "refused" for s in sites),
+        "lifted": sum(s.status != "refused" and bool(s.equation) for s in sites),  # a gate has no equation
         "fused": sum(s.status == "fused" for s in sites),
         "reasons": [f"{s.reason} ({s.path} {s.where})" for s in sites if s.status == "refused"],
         "codes": [s.code for s in sites if s.status == "refused"],

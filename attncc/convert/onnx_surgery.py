@@ -62,7 +62,8 @@ def operate(model: ir.Model, traced: Traced, kernels: KernelLibrary | None = Non
         value = traced.values.get(site.anchor)
         where = "" if value is None else str(value.name)
         if isinstance(site, Refusal):
-            found.sites.append(Site(index, "refused", str(site.reason), where, code=site.reason.codes))
+            status, became = ("kept", "its own nodes") if site.kept else ("refused", "")
+            found.sites.append(Site(index, status, str(site.reason), where, became=became, code=site.reason.codes))
             continue
         if isinstance(site, Recognised):
             found.sites.append(Site(

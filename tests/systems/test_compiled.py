@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import pytest
 from systems.compiled import compiled
 
@@ -24,24 +27,26 @@ JOINED = {
     "44 Graph of tokens (router beside attention)": 1,
 }
 #: A branch is compiled on every change: nothing else reads what the driver does with it.
-ALWAYS = ("18 Flux Attention (torch.cond)", "28 RefAM (chosen columns)")
+ALWAYS = ("18 Flux Attention (torch.cond)", "28 RefAM (chosen columns)", "36 Attention-ResUNet (additive gate)")
+#: Trained on every change: an attention that is itself where gradients are off.
+ALWAYS_TRAINED = ("11 Sparsifiner (scattered mask)",)
 
 
-def _cases() -> list[object]:
-    return [pytest.param(s, id=s.title, marks=() if s.title in ALWAYS else pytest.mark.full) for s in SYSTEMS]
+def _cases(systems: Sequence[System], always: Sequence[str]) -> list[object]:
+    return [pytest.param(s, id=s.title, marks=() if s.title in always else pytest.mark.full) for s in systems]
 
 
-@pytest.mark.parametrize("system", _cases())
+@pytest.mark.parametrize("system", _cases(SYSTEMS, ALWAYS))
 def test_a_row_is_compiled(system: System) -> None:
     found = compiled(system, trains=False)
     assert found.holds(), (found.errors, found.own)
     statuses = [s.status for s in found.sites]
     kept = KEPT.get(system.title, 0) + JOINED.get(system.title, 0)
     assert statuses.count("fused") == system.attentions - kept, [s.reason for s in found.sites]
+    assert not Counter(system.left) - Counter(s.code for s in found.sites), "each place is reported, gates too"
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("system", [s for s in SYSTEMS if s.trains], ids=lambda s: s.title)
+@pytest.mark.parametrize("system", _cases([s for s in SYSTEMS if s.trains], ALWAYS_TRAINED))
 def test_a_row_is_trained(system: System) -> None:
     found = compiled(system, trains=True)
     assert found.holds(), (found.errors, found.own)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain, cycle, repeat
 from pathlib import Path
 from threading import Thread
+from time import sleep
 
 import pytest
 import torch
@@ -214,3 +215,15 @@ def test_cuda_events() -> None:
     sample = measure.sampler_for(large.device)
     timings = compare({"large": lambda: large @ large, "small": lambda: small + small}, 0.05, sample)
     assert timings.winner == "small"
+
+
+def test_what_other_programs_take_does_not_count_where_one_thread_computes() -> None:
+    """A thread that waits for its turn has no time of its own."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert measure.on_cpu(lambda: sleep(0.05), 2) < 0.02
+        torch.set_num_threads(2)
+        assert measure.on_cpu(lambda: sleep(0.05), 2) > 0.04
+    finally:
+        torch.set_num_threads(threads)

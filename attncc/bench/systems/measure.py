@@ -53,7 +53,8 @@ def run(
         if json is not None:
             json.write_text(json_format.dumps({**machine(), "rows": rows}, indent=1) + "\n")
     found = {**machine(), "rows": rows}
-    page = document([(titles[name], row) for name, row in rows.items() if name in titles])
+    missing = [s for name, s in titles.items() if name not in rows]
+    page = document([(titles[name], row) for name, row in rows.items() if name in titles], missing)
     print(page)
     if table is not None:
         table.write_text(page)

@@ -36,8 +36,8 @@ def line(system: System, row: dict[str, Any]) -> str:
     return f"{system.title}: {made_of(row)}; {shown} (eager's {row['errors']['eager']:.1e}); {times}{absent}"
 
 
-def document(rows: Sequence[tuple[System, dict[str, Any]]]) -> str:
-    """The page, docs/systems.md."""
+def document(rows: Sequence[tuple[System, dict[str, Any]]], missing: Sequence[System] = ()) -> str:
+    """The page, docs/systems.md. `missing` were not measured."""
     ordered = sorted(rows, key=lambda x: x[0].number)
     head = [
         "# The systems",
@@ -58,7 +58,19 @@ def document(rows: Sequence[tuple[System, dict[str, Any]]]) -> str:
         "| row | kind | what attncc made of it | error (eager's) | ms | eager | Inductor | Flex | memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*head, *(_line(*x) for x in ordered), "", *_claims(ordered), ""])
+    return "\n".join([*head, *(_line(*x) for x in ordered), "", *_claims(ordered), *_missing(missing), ""])
+
+
+def _missing(systems: Sequence[System]) -> list[str]:
+    """What each row that was not measured is read as, which `tests/systems` holds."""
+    if not systems:
+        return []
+    lines = ["", "## Read and not measured", "", "`tests/systems` reads these; no run has timed them yet.", ""]
+    lines += ["| row | kind | attentions | left alone, and why |", "|---|---|---|---|"]
+    for s in systems:
+        left = ", ".join(f"`{code}`" for code in s.left)
+        lines.append(f"| {s.title} | {s.kind} | {s.attentions} | {left} |")
+    return lines
 
 
 def _line(system: System, row: dict[str, Any]) -> str:
