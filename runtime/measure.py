@@ -2,11 +2,14 @@
 
 Candidates take turns, so that what disturbs the machine disturbs all of them, and what is compared is the median of
 their ratios within a turn. The result is kept in the store under all that it depends on: the attention, the bucket of
-its shape, threads, device, versions.
+its shape, threads, device, versions. How far the ratios of the two best lay apart is kept with it: what was decided
+within that noise is doubtful. `ATTNCC_REMEASURE=doubtful` in the environment decides such situations anew, once in a
+process, and `ATTNCC_REMEASURE=all` every one.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import statistics
@@ -20,6 +23,7 @@ from typing import Any, cast
 import torch
 
 from attncc.runtime.forks import Guard
+from attncc.runtime.recent import Recent
 from attncc.runtime.store import Store, key
 
 #: Candidates whose times differ by less than this are equally fast: it is what repeated runs of one kernel differ by.
@@ -31,6 +35,9 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 51
 HOPELESS = 2.0
 #: Seconds after which one round is enough: long calls differ less from each other.
 PATIENCE_S = 4.0
+
+#: The environment's word for what is measured anew: `all`, or `doubtful` decisions.
+REMEASURE = "ATTNCC_REMEASURE"
 
 Call = Callable[[], object]
 #: (call, repeats) -> seconds of one call
@@ -48,6 +55,8 @@ class Timings:
     us: Mapping[str, float]
     rounds: int
     failed: Mapping[str, str]
+    #: How far the middle half of the ratios, within a turn, of the two fastest lies apart. None where one ran, or once.
+    noise: float | None = None
 
     @property
     def winner(self) -> str:
@@ -59,11 +68,20 @@ class Timings:
 
 @dataclass(frozen=True)
 class Decision:
-    """Which candidate runs, why, and the timings behind it (microseconds)."""
+    """Which candidate runs, why, the timings behind it (microseconds), and their noise, as a ratio."""
 
     winner: str
     reason: str
     us: Mapping[str, float]
+    noise: float | None = None
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the noise reaches as far as to where the other candidate would have won, or is not known."""
+        if len(self.us) < 2:
+            return False
+        best, second = sorted(self.us.values())[:2]
+        return self.noise is None or abs(second / best - 1 - TIE) < self.noise
 
 
 def on_cpu(call: Call, repeats: int) -> float:
@@ -125,7 +143,15 @@ def compare(candidates: Mapping[str, Call], budget_s: float, sample: Sampler = o
                 if len(running) == 1:
                     break
     us = {n: t * 1e6 for n, t in _relative(samples).items()}
-    return Timings(dict(sorted(us.items(), key=lambda x: x[1])), rounds, failed)
+    fastest = dict(sorted(us.items(), key=lambda x: x[1]))
+    return Timings(fastest, rounds, failed, _noise(*[samples[n] for n in list(fastest)[:2]]))
+
+
+def _noise(*two: Sequence[float]) -> float | None:
+    if len(two) < 2 or min(map(len, two)) < 2:
+        return None
+    low, _, high = statistics.quantiles((x / max(y, 1e-12) for x, y in zip(*two, strict=False)), n=4)
+    return high - low
 
 
 def _too_few(rounds: int, spent: float) -> bool:
@@ -156,14 +182,14 @@ def decide(timings: Timings, ours: Sequence[str]) -> Decision:
     other = next((n for n in timings.us if n not in ours), None)
     if mine is None:
         why = "; ".join(f"{n}: {timings.failed[n]}" for n in ours if n in timings.failed)
-        return Decision(winner, f"no kernel ran ({why or 'none was offered'})", timings.us)
+        return Decision(winner, f"no kernel ran ({why or 'none was offered'})", timings.us, timings.noise)
     if other is None:
-        return Decision(mine, "nothing to compare with", timings.us)
+        return Decision(mine, "nothing to compare with", timings.us, timings.noise)
     own, their = timings.us[mine], timings.us[other]
     shown = f"{mine} {own:.1f} us, {other} {their:.1f} us"
     if own <= their * (1 + TIE):
-        return Decision(mine, f"{their / own:.2f} times as fast: {shown}", timings.us)
-    return Decision(other, f"the kernel is {own / their:.2f} times slower: {shown}", timings.us)
+        return Decision(mine, f"{their / own:.2f} times as fast: {shown}", timings.us, timings.noise)
+    return Decision(other, f"the kernel is {own / their:.2f} times slower: {shown}", timings.us, timings.noise)
 
 
 def bucket(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -230,16 +256,27 @@ def remembered(store: Store, where: Situation, names: Collection[str], make: Cal
     if known is not None and known.winner in names:
         return known
     decision = make()
-    store.remember(where.key, {"winner": decision.winner, "reason": decision.reason, "us": dict(decision.us)})
+    record = {"winner": decision.winner, "reason": decision.reason, "us": dict(decision.us), "noise": decision.noise}
+    store.remember(where.key, record)
+    _renewed[where.key] = True
     return decision
 
 
+#: Situations that this process has measured itself.
+_renewed = Recent[str, bool](4096)
+
+
 def recalled(store: Store, where: Situation) -> Decision | None:
-    """What was decided here before, by this process or another."""
+    """What was decided here before, by this process or another, unless the environment asks for it anew."""
     record = store.recall(where.key)
-    if record is None or set(record) != {"winner", "reason", "us"}:
+    if record is None or set(record) - {"noise"} != {"winner", "reason", "us"}:
         return None
-    return Decision(str(record["winner"]), str(record["reason"]), cast(dict[str, float], record["us"]))
+    us, noise = cast(dict[str, float], record["us"]), cast(float | None, record.get("noise"))
+    known = Decision(str(record["winner"]), str(record["reason"]), us, noise)
+    asked = os.environ.get(REMEASURE, "")
+    if where.key not in _renewed and (asked == "all" or (asked == "doubtful" and known.doubtful)):
+        return None
+    return known
 
 
 def device_name(device: torch.device) -> str:

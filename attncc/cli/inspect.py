@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +26,7 @@ from attncc.report.mask_image import LEGEND, mask_image
 from attncc.report.model import Report
 from attncc.report.page import PageError
 from attncc.report.site import Site
+from attncc.runtime.measure import REMEASURE
 
 HF = "hf:"
 LANGUAGES = {"cpp": "cpp", "triton": "python", "torch": "python"}
@@ -51,11 +55,12 @@ def inspect(
     tokens: Annotated[int | None, typer.Option("--tokens", min=8, help="Tokens of its texts (256).")] = None,
     plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="Show what each site becomes under a plan."
                                               )] = None,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure every site anew, and remember that.")] = False,
     debug: Debug = False,
 ) -> None:
     """Show each attention of a model: what was found, what it became, or why it was left alone."""
     with clear_errors(debug):
-        with quiet(debug):
+        with quiet(debug), measured_anew(remeasure):
             loaded = loaded_from(target, layers, tokens)
             reports = {"inference": examine(loaded, plan=plan)}
             if train:
@@ -91,6 +96,21 @@ def inspect(
             print_text(console, _part(site, site.picture, "picture of a mask", target))
         if picture is not None:
             draw(report, picture, target, mask)
+
+
+@contextmanager
+def measured_anew(asked: bool) -> Iterator[None]:
+    """Every site is measured, whatever is remembered of it, if `asked`."""
+    before = os.environ.get(REMEASURE)
+    if asked:
+        os.environ[REMEASURE] = "all"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[REMEASURE] = before
+        elif asked:
+            del os.environ[REMEASURE]
 
 
 def loaded_from(target: str, layers: int | None, tokens: int | None) -> Target:

@@ -112,7 +112,7 @@ def _beside_products(
         timings = compare(candidates, BUDGET_S / 3, sampler_for(device))
         us = timings.us
         won = not timings.failed and us["attncc"] <= us["products"] * (1 + TIE)
-        return Decision("attncc" if won else "products", "beside the two products alone", us)
+        return Decision("attncc" if won else "products", "beside the two products alone", us, timings.noise)
 
     return remembered(default_store(), where, candidates, found)
 

@@ -133,8 +133,8 @@ def _settled(timed: Timings, rival: str) -> Decision:
     shown = f"{OURS} {own:.1f} us, {rival} {their:.1f} us"
     if own > their * (1 - TIE):
         ratio = f"{own / their:.2f} of the time of the model's own"
-        return Decision(rival, f"in training its forward and backward took {ratio}: {shown}", timed.us)
-    return Decision(OURS, f"forward and backward {their / own:.2f} times as fast: {shown}", timed.us)
+        return Decision(rival, f"in training its forward and backward took {ratio}: {shown}", timed.us, timed.noise)
+    return Decision(OURS, f"forward and backward {their / own:.2f} times as fast: {shown}", timed.us, timed.noise)
 
 
 def _lean(won: Decision, own: int | None, their: int | None, rival: str) -> Decision:
@@ -142,7 +142,7 @@ def _lean(won: Decision, own: int | None, their: int | None, rival: str) -> Deci
     if own is None or their is None or _within(own, their):
         return won
     shown = f"{own / 2**20:.0f} MiB at the peak, the model's own {their / 2**20:.0f} MiB"
-    return Decision(rival, f"in training its forward and backward would take {shown}", won.us)
+    return Decision(rival, f"in training its forward and backward would take {shown}", won.us, won.noise)
 
 
 def _within(own: int | None, their: int) -> bool:

@@ -98,3 +98,13 @@ def test_a_model_gives_the_same_in_every_call_and_what_float64_gives(name: str) 
 def test_names_of_rows_are_apart() -> None:
     names = [x.name for x in rows()]
     assert len(set(names)) == len(names) >= 9 and not [x for x in names if "," in x]
+
+
+def test_memory_is_what_a_call_needs_at_its_peak() -> None:
+    held = torch.ones(20_000_000)  # 80 MB that are there before
+    needs = bench._growth(lambda: (torch.ones(40_000_000) + 1).sum() + held[0])
+    if needs is None:
+        pytest.skip("the system does not tell")
+    assert 250 < needs < 400  # twice 160 MB
+    little = bench._growth(lambda: held[:1000] + 1)
+    assert little is not None and little < 50

@@ -1,5 +1,6 @@
 """The command line around the driver: what it prints, and how bad input ends. The driver itself is replaced here."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import attncc
 from attncc.bench import compile as compiling
 from attncc.bench import context, cpu, cpu_rows, longcontext, windows
 from attncc.cli.app import app
+from attncc.frontends.targets import TargetError
 from attncc.report.model import Report
 from attncc.report.site import Site
 from attncc.runtime.store import Store, key
@@ -339,3 +341,18 @@ def test_versions_are_printed() -> None:
     assert shown.exit_code == 0 and shown.stdout.startswith(f"attncc {attncc.__version__}, torch {torch.__version__}")
     done = subprocess.run([sys.executable, "-m", "attncc", "--version"], capture_output=True, text=True)
     assert done.stdout == shown.stdout, done.stderr
+
+
+def test_remeasuring_is_asked_for_while_a_model_is_inspected(monkeypatch: pytest.MonkeyPatch) -> None:
+    inspecting, seen = importlib.import_module("attncc.cli.inspect"), list[str | None]()
+
+    def examine(*_: object, **__: object) -> None:
+        seen.append(os.environ.get("ATTNCC_REMEASURE"))
+        raise TargetError("seen")
+
+    monkeypatch.delenv("ATTNCC_REMEASURE", raising=False)
+    monkeypatch.setattr(inspecting, "load", lambda target: target)
+    monkeypatch.setattr(inspecting, "examine", examine)
+    for options in ([], ["--remeasure"], []):
+        assert run("inspect", "a:b", *options).exit_code == 2
+    assert seen == [None, "all", None] and "ATTNCC_REMEASURE" not in os.environ

@@ -227,3 +227,55 @@ def test_what_other_programs_take_does_not_count_where_one_thread_computes() -> 
         assert measure.on_cpu(lambda: sleep(0.05), 2) > 0.04
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_decision_within_its_noise_is_doubtful() -> None:
+    assert not Decision("ours", "", {"ours": 1.0, "sdpa": 2.0}, 0.2).doubtful
+    assert Decision("ours", "", {"ours": 1.0, "sdpa": 1.1}, 0.2).doubtful
+    assert Decision("sdpa", "", {"sdpa": 1.0, "ours": 1.02}, 0.05).doubtful
+    assert Decision("ours", "", {"ours": 1.0, "sdpa": 2.0}).doubtful  # nobody knows
+    assert not Decision("ours", "", {"ours": 1.0}).doubtful  # nothing to doubt
+
+
+def test_noise_is_what_ratios_within_a_turn_scatter_by() -> None:
+    clock = Clock()
+    load = cycle([1.0, 1.0, 3.0, 3.0])  # slows both alike
+
+    def shared(cost: float, turns: Iterator[float]) -> Iterator[float]:
+        return (cost * x for x in turns)
+
+    calm = compare({"a": clock.candidate("a", repeat(1e-3)), "b": clock.candidate("b", repeat(1.5e-3))}, 0.05,
+                   clock.sample)  # fmt: skip
+    assert calm.noise == pytest.approx(0.0)
+    wild = compare({"a": clock.candidate("a", shared(1e-3, load)), "b": clock.candidate("b", repeat(1.5e-3))}, 0.05,
+                   clock.sample)  # fmt: skip
+    assert wild.noise is not None and wild.noise > 0.5
+    assert compare({"a": clock.candidate("a", repeat(1e-3))}, 0.05, clock.sample).noise is None
+
+
+@pytest.mark.parametrize(("asked", "times", "again"), [
+    ("", (1e-3, 1.01e-3), False), ("doubtful", (1e-3, 2e-3), False), ("doubtful", (1e-3, 1.03e-3), True),
+    ("all", (1e-3, 2e-3), True),
+])  # fmt: skip
+def test_what_the_environment_asks_for_is_measured_again_once_in_a_process(
+    asked: str, times: tuple[float, float], again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    scatter = chain([times[1]] * 2, cycle([times[1] * 0.98, times[1] * 1.02]))
+    calls = {"ours": clock.candidate("ours", repeat(times[0])), "sdpa": clock.candidate("sdpa", scatter)}
+    choose(Store(tmp_path), where(), calls, ["ours"], 0.05, clock.sample)
+    measure._renewed.clear()  # as in a later process
+    monkeypatch.setenv("ATTNCC_REMEASURE", asked)
+    ran = len(clock.order)
+    choose(Store(tmp_path), where(), calls, ["ours"], 0.05, clock.sample)
+    assert (len(clock.order) > ran) is again
+    ran = len(clock.order)
+    choose(Store(tmp_path), where(), calls, ["ours"], 0.05, clock.sample)
+    assert len(clock.order) == ran
+
+
+def test_a_record_of_before_noise_was_kept_still_counts(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.remember(where().key, {"winner": "ours", "reason": "", "us": {"ours": 1.0, "sdpa": 2.0}})
+    known = measure.recalled(store, where())
+    assert known is not None and known.noise is None
