@@ -20,7 +20,7 @@ def bench(
         typer.Option("--suite", help="Which machine to measure; or on this one, models with long windows, the masks of "
                      "long contexts with their backward, rows and keys cut over processes, what compiling costs, how "
                      "much of the attention of transformers' models is found, what choosing keys costs, forward and "
-                     "backward together, whole models, linear attention by chunks, or the systems of forty-six papers."),
+                     "backward together, whole models, linear attention by chunks, or forty-six papers' systems."),
     ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,

@@ -19,6 +19,9 @@ class _Unwatched:
     def form(self, seen: Seen) -> Program | None:
         return None
 
+    def gave(self, seen: Seen, out: Tensor) -> None:
+        return None
+
     def backward(self, seen: Seen, out: Tensor, gradient: Tensor) -> None:
         return None
 
