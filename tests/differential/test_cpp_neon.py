@@ -70,7 +70,7 @@ def test_backward(form: str, dtype: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "f64"])
 @pytest.mark.parametrize("form", [
-    "dense", "window", "documents", "padding", "bias", "alibi", "softcap", "sinks", "decay", "dropout"])
+    "dense", "window", "documents", "padding", "alibi", "softcap", "sinks", "decay", "dropout"])
 def test_backward_of_more_forms(form: str, dtype: str) -> None:
     a = case(form, dtype, lse=True)
     check_backward_emulated(gradient(a), tensors_of(a, 70, 90), [70, 90], threads=2)
