@@ -14,8 +14,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from attncc.patterns.graph.operators import argument, dim_argument, is_operator, written_args
-from attncc.patterns.site import VIEW_OPS, Facts, op_name
+from attncc.patterns.site import VIEW_OPS, Facts, argument, is_operator, op_name, written_args
 
 #: Operations that are analytic in their tensors: equal at random points, two compositions of them are equal. The second
 #: group chooses by a mask, or reads at indices, and is analytic where those are constants.
@@ -211,7 +210,7 @@ def _narrowed(f: Facts, n: fx.Node, labels: tuple[int, ...]) -> tuple[fx.Node, t
         inner = inner.all_input_nodes[0]
     if op_name(inner) != "unsqueeze":
         return n, labels
-    at = dim_argument(inner, len(labels))
+    at: int = argument(inner, "dim") % len(labels)
     return _narrowed(f, inner.all_input_nodes[0], labels[:at] + labels[at + 1 :])
 
 
