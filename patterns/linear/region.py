@@ -326,6 +326,8 @@ def _random(n: fx.Node) -> bool:
 
 def _analytic(n: fx.Node, own: Mapping[fx.Node, None]) -> bool:
     name = op_name(n)
+    if name in ("detach", "detach_"):  # values are the same, gradients are not
+        return False
     if n.target in VIEW_OPS or name in _ANALYTIC:
         return True
     data = [a for a in n.args if isinstance(a, fx.Node) and a in own]
