@@ -171,8 +171,10 @@ def _choice(decision: Decision, *, trains: bool) -> Choice:
     ratio = other / own if own and other else None
     if won and "products" in decision.us:
         return Choice(True, None, because("linear-products"), decision.us)
-    code = "linear-fused" if won else "linear-training" if trains else "linear-slower"
-    return Choice(won, ratio, because(code, decision.reason), decision.us)
+    if won:
+        return Choice(True, ratio, because("linear-fused", decision.reason), decision.us)
+    slower = because("linear-training", decision.reason) if trains else because("linear-slower", decision.reason)
+    return Choice(False, ratio, slower, decision.us)
 
 
 def _forward(

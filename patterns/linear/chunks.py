@@ -88,6 +88,9 @@ def chunked(f: Facts) -> Iterator[Found]:
         leaves = (*cut.leaves, *states)
         linear = verify_linear(_linear(f, leaves, cut, roles, scale, dtype=None))
         given = tuple(Result(region.nodes[at], output, axes) for at, output, axes in results)
+        learned = any(f.wants_grad(f.order[x]) for x in leaves)
+        if learned and not all(f.wants_grad(f.order[r.node]) for r in given):
+            continue  # gradients are off in a part of it
         first = given[0]
         yield Found(
             Recognised(

@@ -15,15 +15,16 @@ from functools import reduce
 from torch import fx
 
 from attncc.ir.attention import Access, Axis
-from attncc.ir.build import ONE, ZERO, add, const, mul, op
+from attncc.ir.build import ONE, ZERO, const, mul
 from attncc.ir.evaluate import NAME_OF
-from attncc.ir.expr import ROUNDINGS, Const, Expr, Index, Load, Op, free, loads, rewrite
+from attncc.ir.expr import ROUNDINGS, Expr, Index, Load, Op, free, loads, rewrite
 from attncc.ir.linear import UNIT, Linear, X
 from attncc.ir.reasons import Reason, because
 from attncc.ir.verify import VerifyError
 from attncc.ir.verify_linear import verify_linear
 from attncc.patterns.linear.linear import Recognised, Result
 from attncc.patterns.linear.normalisers import factors, value_of
+from attncc.patterns.linear.steps import common
 from attncc.patterns.site import DOT, VIEW_OPS, Data, Declared, Facts, Point, Unreadable, contraction, op_name
 
 _STEPS = 12
@@ -221,7 +222,7 @@ def _lift(f: Facts, chain: list[Update]) -> Recognised:
     if not alike or any(s.state.index != s.at for s in steps[1:]):
         raise _Unproven(because("steps-differ"))
     time = Index("j") if len(steps) > 1 else ZERO
-    parts = {name: _common([getattr(s, name) for s in steps], time) for name in _PARTS}
+    parts = {name: common([getattr(s, name) for s in steps], time) for name in _PARTS}
     if any(x is None for x in parts.values()):
         raise _Unproven(because("steps-read-others"))
     names: dict[Expr, str] = {x: f"b{at}" for at, x in enumerate(one.batch)}
@@ -387,26 +388,3 @@ def _looked_up(
         if value_of(f, state, extents, f.order[u.node], frozenset({u.before})) is carried:
             return value_of(f, other, extents, f.order[u.node])
     return None
-
-
-def _common(xs: list[Expr], time: Expr) -> Expr | None:
-    """One expression for all steps: constants that count the steps become the time."""
-    first = xs[0]
-    if all(x is first for x in xs):
-        return first
-    if all(isinstance(x, Const) and isinstance(x.value, int) for x in xs):
-        values = [int(x.value) for x in xs if isinstance(x, Const)]
-        counts = values == list(range(values[0], values[0] + len(values)))
-        return add(time, const(values[0])) if counts else None
-    if all(isinstance(x, Load) for x in xs):
-        same = {(x.tensor, x.kind, len(x.index)) for x in xs if isinstance(x, Load)}
-    else:
-        same = {(x.name, "", len(x.args)) if isinstance(x, Op) else (repr(x), "", 0) for x in xs}
-    children = [_common(list(column), time) for column in zip(*(x.children for x in xs), strict=False)]
-    if len(same) != 1 or any(c is None for c in children):
-        return None
-    held = tuple(c for c in children if c is not None)
-    if isinstance(first, Load):
-        return Load(first.tensor, held, first.kind)
-    return op(first.name, *held) if isinstance(first, Op) else None
-

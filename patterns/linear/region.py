@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from attncc.patterns.site import VIEW_OPS, Facts, argument, dim_argument, is_operator, op_name, written_args
+from attncc.patterns.site import VIEW_OPS, Facts, argument, is_operator, op_name, written_args
 
 #: Operations that are analytic in their tensors: equal at random points, two compositions of them are equal. The second
 #: group chooses by a mask, or reads at indices, and is analytic where those are constants.
@@ -210,7 +210,7 @@ def _narrowed(f: Facts, n: fx.Node, labels: tuple[int, ...]) -> tuple[fx.Node, t
         inner = inner.all_input_nodes[0]
     if op_name(inner) != "unsqueeze":
         return n, labels
-    at = dim_argument(inner, len(labels))
+    at: int = argument(inner, "dim") % len(labels)
     return _narrowed(f, inner.all_input_nodes[0], labels[:at] + labels[at + 1 :])
 
 
@@ -326,6 +326,8 @@ def _random(n: fx.Node) -> bool:
 
 def _analytic(n: fx.Node, own: Mapping[fx.Node, None]) -> bool:
     name = op_name(n)
+    if name in ("detach", "detach_"):  # values are the same, gradients are not
+        return False
     if n.target in VIEW_OPS or name in _ANALYTIC:
         return True
     data = [a for a in n.args if isinstance(a, fx.Node) and a in own]

@@ -41,7 +41,7 @@ def inputs(n: int = N) -> tuple[Q, ...]:
     return (*(torch.randn(B, n, H, d) for d in (D, D, E)), torch.randn(B, n, H), torch.randn(B, n, H))
 
 
-@pytest.mark.parametrize("n", [N, 3 * CHUNK])
+@pytest.mark.parametrize("n", [N, pytest.param(3 * CHUNK, marks=pytest.mark.full)])
 @pytest.mark.parametrize("core", [gated_delta, delta_by_inverse, ssd, by_channel])
 def test_found(core: Callable[..., tuple[Q, Q]], n: int) -> None:
     facts, shadow, given = read(Core(core), *inputs(n))

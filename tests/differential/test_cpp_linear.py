@@ -44,14 +44,20 @@ def check(a: Linear, tensors: dict[str, torch.Tensor], isa: str, sizes: tuple[in
         assert error <= 4 * own + 4 * unit * float(want[name].abs().max()), name
 
 
-@pytest.mark.parametrize("isa", host_isas())
-@pytest.mark.parametrize("form", FORMS)
+_QUICK = ("retention", "packed", "delta_by_channel", "features", "for_all", "grouped")
+_CASES = [
+    pytest.param(form, isa, marks=() if (form in _QUICK and at == 0) or form == "packed" else pytest.mark.full)
+    for form in FORMS for at, isa in enumerate(host_isas())
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "isa"), _CASES)
 def test_forms(form: str, isa: str) -> None:
     a = verify_linear(FORMS[form](plain(*SIZES)))
     check(a, data(a), isa)
 
 
-@pytest.mark.parametrize("dtype", ["f64", "bf16", "f16"])
+@pytest.mark.parametrize("dtype", ["f64", "bf16", pytest.param("f16", marks=pytest.mark.full)])
 def test_types(dtype: str) -> None:
     a = verify_linear(FORMS["gated_delta"](plain(*SIZES, dtype)))
     check(a, data(a), host_isas()[0])
@@ -63,7 +69,7 @@ def test_lengths_that_the_call_decides(n: int) -> None:
     check(a, data(a, n), host_isas()[0], (n,))
 
 
-@pytest.mark.parametrize("form", ["gated_delta", "by_channel"])
+@pytest.mark.parametrize("form", ["gated_delta", pytest.param("by_channel", marks=pytest.mark.full)])
 def test_one_token(form: str) -> None:
     a = verify_linear(FORMS[form](plain(2, 4, 1, 64, 64)))
     check(a, data(a), host_isas()[0])
@@ -100,6 +106,7 @@ def test_strong_decays_do_not_overflow() -> None:
         check(a, given, host_isas()[0])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", ["gated", "by_channel"])
 def test_a_state_that_lasts_is_not_bent(form: str) -> None:
     """Decays near one round to float32 as a factor that is off by as much for every token: kept as differences, the
