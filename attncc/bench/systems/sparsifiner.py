@@ -52,6 +52,7 @@ def _make(full: bool, scattered: bool) -> Made:
 _CLAIM = "48-69% fewer operations of attention"
 SYSTEMS = (
     System(11, "Sparsifiner", "scattered mask", "trained", lambda full: _make(full, True), 2, trains=True, claim=_CLAIM,
-           gap="they count operations; a kernel that visits tiles saves none of them where each row keeps other keys"),
+           gap="they count operations; a kernel that visits tiles saves none where each row keeps other keys. Rounding "
+               "decides between keys at the threshold, in eager too"),
     System(11, "Sparsifiner", "threshold", "trained", lambda full: _make(full, False), 2, trains=True, claim=_CLAIM),
 )  # fmt: skip

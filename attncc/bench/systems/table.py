@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from attncc.bench.systems.system import System
+from attncc.runtime.measure import device_name
 
 _PEERS = ("eager", "inductor", "flex")
 
@@ -47,13 +47,13 @@ def document(rows: Sequence[tuple[System, dict[str, Any]]], missing: Sequence[Sy
         "",
         "    attncc bench --suite systems --table docs/systems.md",
         "",
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}, "
+        f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} thread, torch {torch.__version__}, "
         f"{datetime.now(UTC):%Y-%m-%d}; float32, inference,",
         "times of the thread (other programs ran on the machine),",
         "medians of calls that take turns. A ratio is the time of the other over that of attncc: above 1, attncc is",
         "faster. Memory is what a call adds at most, of Inductor's over attncc's. `kept` is understood and left to",
         "Inductor, with the code of the reason; `refused` is no attention. Gradients of the rows that train are",
-        "compared with float64 by `tests/systems`.",
+        "compared with float64 by `tests/systems`. Where all is kept, both run the same graph, and the ratio is noise.",
         "",
         "| row | kind | what attncc made of it | error (eager's) | ms | eager | Inductor | Flex | memory |",
         "|---|---|---|---|---|---|---|---|---|",
