@@ -77,12 +77,22 @@ def rewrite(
         reason = unforeseen("reading a graph", error)
         found.notes.append(f"a graph could not be read, Inductor compiles it as it is: {reason}")
     finally:
-        left = dropout.put_back(gm.graph)
-        if left:
-            gm.recompile()
-        if drops > left:
+        if drops > (left := _undropped(gm, found)):
             found.notes.append(dropout.OWN_STREAM.format(drops - left))
     return gm
+
+
+def _undropped(gm: fx.GraphModule, found: Collected) -> int:
+    """Dropouts that no kernel took as they came; how many. One that stays in our spelling computes the same."""
+    left = 0
+    try:
+        left = dropout.put_back(gm.graph)
+    except Exception as error:
+        reason = unforeseen("putting back dropout", error)
+        found.notes.append(f"dropouts of attention weights may draw from a stream of their own: {reason}")
+    if left:
+        gm.recompile()
+    return left
 
 
 def _read(
