@@ -174,7 +174,7 @@ JOINT = (
     Case("mixed-by-convolution", attend(mixed_by_convolution, **MIX, **MASK), 1, "heads mixed by a 1 x 1 convolution"),
     Case("gated-weights", attend(gated_weights, gate=randoms(D)), 1, "a gate between softmax and values", golden=0),
     Case("joint-heads", attend(joint_heads), 1, "two summed axes", golden=0),
-    Case("two-products", attend(two_products), 2, "one softmax, two sets of values"),
+    Case("two-products", attend(two_products), 1, "one softmax, two sets of values: one attention of both"),
     Case("stable-plus-one", attend(stable_plus_one), 1, "a sink of zero beside subtracted maxima"),
     Case("one-added-after", attend(one_added_after), 1, "a sink of zero, divided after the values"),
     Case("assigned", attend(assigned, **MASK), 1, "a mask by assignment", golden=0),
