@@ -26,7 +26,7 @@ def gradient(a: Attention, wanted: Sequence[str] | None = None) -> AttentionGrad
 
 
 def build_backward(g: AttentionGrad, isa: str) -> CppKernel:
-    return CppKernel(compiled(emit_gradient(g, loop_bounds(g.by_key, rows=True), isa), isa), ranks_of(g))
+    return CppKernel(compiled(emit_gradient(g, loop_bounds(g.by_key, rows=True), isa), isa, quick=False), ranks_of(g))
 
 
 def given_of(a: Attention, tensors: dict[str, torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:

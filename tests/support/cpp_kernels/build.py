@@ -57,9 +57,10 @@ def _built(source: str, isa: str, optimised: bool) -> Path:
     return out
 
 
-def compiled(source: str, isa: str) -> Path:
-    """The library of a source; in the tests marked `full` as users have it, in the others compiled in less time."""
-    return _built(source, isa, os.environ.get(AS_USERS_HAVE_IT) == "1")
+def compiled(source: str, isa: str, *, quick: bool = True) -> Path:
+    """The library of a source; in the tests marked `full` as users have it, in the others compiled in less time where
+    it can be (not what is inlined by way of pointers)."""
+    return _built(source, isa, not quick or os.environ.get(AS_USERS_HAVE_IT) == "1")
 
 
 def build(a: Attention, isa: str, bounds: Bounds | None = None) -> CppKernel:
