@@ -1,7 +1,7 @@
 # Everything happens in .venv, made on first use with the versions of constraints.txt.
 #
 #   make quick       the edit loop: ruff, pyright on the files that changed, the unit tests that are not slow
-#   make test        ruff, pyright, the tests that fit a small machine, and a part of the others, by the day and its half
+#   make test        ruff, pyright, the tests that fit a small machine, and a part of the others, by the quarter of the day
 #   make test-full   ruff, pyright, and all tests
 #   make cov         the lines and branches that the tests of `make test` run, in .coverage and htmlcov/
 #   make demo        the demonstration on a pretrained model
@@ -13,8 +13,8 @@ BIN := .venv/bin
 # One worker a core; a thread that waits for the others of its team must not spin on the core of another worker.
 WORKERS ?= auto
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-# Which part of the tests marked `full` runs too: another one in each half of a day, all of them in a week.
-SHARD ?= $(shell echo $$(( ($$(date -u +%u) - 1) * 2 + $$(date -u +%-H) / 12 + 1 )))/14
+# Which part of the tests marked `full` runs too: another one in each quarter of a day, all of them in a week.
+SHARD ?= $(shell echo $$(( ($$(date -u +%u) - 1) * 4 + $$(date -u +%-H) / 6 + 1 )))/28
 # What changed since the last commit, under the names that pyright knows the files by.
 CHANGED = $(shell { git diff --name-only --diff-filter=d HEAD; git ls-files --others --exclude-standard; } 2>/dev/null \
     | grep '\.py$$' | grep -v '^tests/\|^examples/' | sed 's,^\(patterns\|passes\|codegen\|runtime\)/,attncc/&,')
