@@ -11,12 +11,13 @@ from attncc.report.site import Site
 @dataclass
 class Collected:
     """The sites of some compilations in order, the text of their graphs before and after, what the user should know,
-    and what each pass did."""
+    what each pass did, and whether any of it was under a plan."""
 
     sites: list[Site] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    planned: bool = False
 
     def add(self, other: Collected) -> None:
         """What another compilation found, after what there is."""
@@ -25,6 +26,7 @@ class Collected:
         self.before += other.before
         self.after += other.after
         self.notes += other.notes
+        self.planned |= other.planned
 
 
 collecting: ContextVar[Collected | None] = ContextVar("attncc_collecting", default=None)

@@ -86,6 +86,7 @@ class Recording:
             if not graph.collected:
                 self.note("what was compiled before the recording is shown without its graph and its passes")
             self.collected.notes += [n for n in graph.found.notes if n not in self.collected.notes]
+            self.collected.planned |= graph.found.planned
         return known[1]
 
     def note(self, note: str) -> None:
@@ -183,7 +184,7 @@ def artifact_of(found: Collected) -> str:
 
 def report(found: Collected) -> Report:
     """A report on what compilations found."""
-    seen, outside = guards(), outside_calls()
+    seen, outside = (guards(), outside_calls()) if found.planned else ((), 0)
     said = [str(g) for g in seen]
     said += [f"{outside} calls had lengths that their plan does not hold for, and ran exact"] if outside else []
     return Report(

@@ -56,6 +56,7 @@ def rewrite(
     PlanError where the plan is for another model."""
     edits = GraphEdits() if edits is None else edits
     way, drops = Way(measure, planner, kernels), 0
+    found.planned |= planner is not None
     try:
         if capture.has_nested(gm):
             found.notes.append("a graph over nested tensors is left as it is: torch's own kernels compute attention")
