@@ -57,7 +57,8 @@ def differences(f: Found) -> dict[str, float]:
     for site in f.lifted:
         by_node[site.node].append(site)
     whole = {n: sites for n, sites in by_node.items() if all(site.piece is None for site in sites)}
-    held = f.of.held_when({n.name for n in whole})
+    with torch.no_grad():  # a graph that is left in the middle does not turn gradients on again
+        held = f.of.held_when({n.name for n in whole})
     return {
         n.name: _difference(sum(_in_place(site, held[n.name]) for site in sites), held[n.name][n.name])
         for n, sites in whole.items()
