@@ -1,8 +1,8 @@
 """What all tests share: golden files, the markers of the long ones, and the share of those that a day runs.
 
 A test is long if it is marked `full`, or if it once took more processor time than `COSTLY` by `costs.json`, which
-`--update-costs` writes. Time of a processor, that of the compilers and processes it starts with it, says the same on a
-machine that does other things too.
+`--update-costs` writes; of each file the cheapest test runs on every change in any case. Time of a processor, that of
+the compilers and processes it starts with it, says the same on a machine that does other things too.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -21,7 +21,7 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 COSTS = Path(__file__).parent / "costs.json"
 #: Seconds of processor time from which on a test is long, and those from which on `costs.json` names it.
-COSTLY, NAMED = 4.0, 1.0
+COSTLY, NAMED = 2.0, 1.0
 MARKERS = (
     "full: too long for every change; deselected unless --full, --shard or -m asks for it",
     "slow: compiles or starts processes; left out of `make quick`",
@@ -70,12 +70,25 @@ LONGEST = (
 )  # fmt: skip
 
 
+def too_long(items: Sequence[pytest.Item], known: Mapping[str, float]) -> list[pytest.Item]:
+    """The tests that cost too much for every change, by what is `known`; of each file the cheapest one stays."""
+    found: list[pytest.Item] = []
+    by_file: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("full"):
+            by_file.setdefault(item.path, []).append(item)
+    for tests in by_file.values():
+        least = min(known.get(x.nodeid, 0) for x in tests)
+        limit = max(COSTLY, least)
+        found += [x for x in tests if known.get(x.nodeid, 0) > limit and not x.get_closest_marker("always")]
+    return found
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     known: dict[str, float] = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.is_file() else {}
-    for item in items:
-        if known.get(item.nodeid, 0) > COSTLY and not item.get_closest_marker("always"):
-            item.add_marker(pytest.mark.full)
+    for item in too_long(items, known):
+        item.add_marker(pytest.mark.full)
     places = {str(Path(__file__).parent / name): at for at, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(str(item.path), len(LONGEST)))
     if config.option.part is not None:
