@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attentions.linear_forms import FORMS, data, plain
-from cpp_kernels.build import _compiled, host_isas
+from cpp_kernels.build import compiled, host_isas
 
 from attncc.codegen.cpp import emit_linear, unsupported_linear
 from attncc.ir import Index, Linear, Size, interpret_linear, verify_linear
@@ -25,7 +25,7 @@ def ranks(a: Linear) -> Ranks:
 
 
 def run(a: Linear, tensors: dict[str, torch.Tensor], isa: str, sizes: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    kernel = CppKernel(_compiled(emit_linear(a, isa), isa), ranks(a))
+    kernel = CppKernel(compiled(emit_linear(a, isa), isa), ranks(a))
     want = interpret_linear(a, tensors, sizes, compute=torch.float64)
     kinds = {"out": DTYPE_OF[a.dtype], "state": DTYPE_OF[a.compute_dtype]}
     outputs = {n: torch.full(want[n].shape, float("nan"), dtype=kinds[n]) for n in a.outputs}
