@@ -29,7 +29,7 @@ def gradients_of(
         own = [_apart(t, w) for t, w in zip(tensors, wanted, strict=True)]
         outputs = outputs_of(a, own, sizes)
         sources = [x for x, w in zip(own, wanted, strict=True) if w]
-        return _differentiated(outputs, sources, grads, create_graph=True)
+        return differentiated(outputs, sources, grads, create_graph=True)
 
 
 def gradients_of_gradients(
@@ -42,7 +42,7 @@ def gradients_of_gradients(
         given = [_apart(t, w) for t, w in zip((*grads, *tensors), sources, strict=True)]
         first = gradients_of(a, given[: len(grads)], given[len(grads) :], sizes, wanted)
         chosen = [x for x, w in zip(given, sources, strict=True) if w]
-        return _differentiated(first, chosen, seeds, create_graph=again)
+        return differentiated(first, chosen, seeds, create_graph=again)
 
 
 def _apart(t: torch.Tensor, wanted: bool) -> torch.Tensor:
@@ -52,10 +52,11 @@ def _apart(t: torch.Tensor, wanted: bool) -> torch.Tensor:
     return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
-def _differentiated(
+def differentiated(
     outputs: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], *,
-    create_graph: bool,
+    create_graph: bool = False,
 ) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of `sources` for those of `outputs`, zero for what none of them depends on."""
     seeded = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
     if not seeded or not sources:
         return [torch.zeros_like(x) for x in sources]

@@ -20,6 +20,7 @@ from attncc.ir.evaluate import DTYPE_OF, int_value
 from attncc.ir.expr import Expr
 from attncc.ir.interpret_linear import interpret_linear
 from attncc.ir.linear_chunks import by_chunks, unchunked
+from attncc.runtime.derivatives import differentiated
 from attncc.runtime.op import Kernel, KernelError
 from attncc.runtime.recent import Recent
 
@@ -101,15 +102,7 @@ def _gradients(
             for t, w in zip(tensors, wanted, strict=True)
         ]
         outputs = portable(linear_of(spec), leaves, sizes)
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-        sources = [x for x, w in zip(leaves, wanted, strict=True) if w]
-        if not pairs:
-            return [torch.zeros_like(x) for x in sources]
-        found = torch.autograd.grad(
-            [o for o, _ in pairs], sources, [g for _, g in pairs], create_graph=graph, allow_unused=True,
-            materialize_grads=True,
-        )  # fmt: skip
-    return list(found)
+        return differentiated(outputs, [x for x, w in zip(leaves, wanted, strict=True) if w], grads, create_graph=graph)
 
 
 def _run_gradients(

@@ -26,6 +26,7 @@ from torch.autograd import function
 
 from attncc.ir import Attention
 from attncc.runtime.derivatives import (
+    differentiated,
     gradients_of,
     gradients_of_gradients,
     outputs_of,
@@ -188,13 +189,7 @@ def _recomputed(
     with torch.inference_mode(False), torch.enable_grad(), _autograd_on():
         leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
         outputs = _installed.differentiable(signature_of(spec).attention, leaves, sizes)
-        sources = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-        if not pairs:
-            return [torch.zeros_like(x) for x in sources]
-        found = torch.autograd.grad(
-            [o for o, _ in pairs], sources, [g for _, g in pairs], allow_unused=True, materialize_grads=True
-        )
+        found = differentiated(outputs, [leaf for leaf, w in zip(leaves, wanted, strict=True) if w], grads)
     return _as_promised(found, tensors, wanted)
 
 

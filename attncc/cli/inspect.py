@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import attncc
 from attncc.cli.output import Debug, clear_errors, print_report, print_source, print_text, quiet
 from attncc.convert.writing import replacing
+from attncc.environment import variable
 from attncc.errors import PlanError
 from attncc.frontends.small import random_model
 from attncc.frontends.targets import Target, TargetError, load, one_line
@@ -60,7 +59,7 @@ def inspect(
 ) -> None:
     """Show each attention of a model: what was found, what it became, or why it was left alone."""
     with clear_errors(debug):
-        with quiet(debug), measured_anew(remeasure):
+        with quiet(debug), variable(REMEASURE, "all") if remeasure else nullcontext():
             loaded = loaded_from(target, layers, tokens)
             reports = {"inference": examine(loaded, plan=plan)}
             if train:
@@ -96,21 +95,6 @@ def inspect(
             print_text(console, _part(site, site.picture, "picture of a mask", target))
         if picture is not None:
             draw(report, picture, target, mask)
-
-
-@contextmanager
-def measured_anew(asked: bool) -> Iterator[None]:
-    """Every site is measured, whatever is remembered of it, if `asked`."""
-    before = os.environ.get(REMEASURE)
-    if asked:
-        os.environ[REMEASURE] = "all"
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[REMEASURE] = before
-        elif asked:
-            del os.environ[REMEASURE]
 
 
 def loaded_from(target: str, layers: int | None, tokens: int | None) -> Target:

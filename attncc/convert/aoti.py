@@ -9,8 +9,7 @@ from __future__ import annotations
 import operator
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +25,7 @@ from attncc.codegen.cpp.packed import Packed
 from attncc.convert.packing import Compiling
 from attncc.convert.portable import portable_form
 from attncc.convert.tracing import traced_into
+from attncc.environment import variable
 from attncc.frontends.targets import TargetError, one_line
 from attncc.ir import Attention, Bounds, parse_attention, print_attention
 from attncc.kernels.build import optimise
@@ -119,7 +119,7 @@ class Packing:
                 }
             step(f"writing {path.name}")
             try:
-                with _found_by_the_linker(folder):
+                with variable("LIBRARY_PATH", os.pathsep.join(filter(None, (folder, os.environ.get("LIBRARY_PATH"))))):
                     torch._inductor.aoti_compile_and_package(
                         program, package_path=str(path), inductor_configs=options
                     )
@@ -152,17 +152,3 @@ def _tables(
         return [made[name] for name in names[own:]]
 
     return traced_into(graph, run, [*tensors, *sizes])
-
-
-@contextmanager
-def _found_by_the_linker(folder: str) -> Iterator[None]:
-    """Let compilers that run in here look for libraries in a folder too."""
-    before = os.environ.get("LIBRARY_PATH")
-    os.environ["LIBRARY_PATH"] = folder if not before else f"{folder}{os.pathsep}{before}"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LIBRARY_PATH"]
-        else:
-            os.environ["LIBRARY_PATH"] = before

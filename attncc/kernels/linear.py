@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from math import prod
 
 import torch
 
@@ -63,16 +64,16 @@ def _built(spec: str, target: Target) -> Built:
     assert target.toolchain is not None  # else the target would lack it
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         try:
+            source = cpp.emit_linear(a, target.arch)
             kernel = compiled(
-                _ranks(a), cpp.emit_linear(a, target.arch), target.arch, target.toolchain, kernel_name(a),
-                default_store(), Check(partial(_wrong, a), partial(_differs, a)), partial(PortableKernel, a), None,
+                _ranks(a), source, target.arch, target.toolchain, kernel_name(a), default_store(),
+                Check(partial(_wrong, a), partial(_differs, a)), partial(PortableKernel, a), None,
             )  # fmt: skip
         except CompileError as error:
             return _portable(a, f"the C++ compiler failed: {first_error(str(error))}")
         except (CppKernelError, StoreError, OSError) as error:
             return _portable(a, str(error))
     isa = "avx512" if target.arch in ("amx", "avx512bf16") else target.arch  # products run in the compute type
-    source = cpp.emit_linear(a, target.arch)
     return Built(kernel, source, "cpp", f"C++ {isa} kernel", note=target.toolchain.note, isa=isa)
 
 
@@ -99,7 +100,7 @@ def _wrong(a: Linear, kernel: Kernel) -> str | None:
         extents = [int_value(x.extent, table) for x in a.axes]
         if min(extents) < 1 or any(n < 1 for shape in shapes for n in shape):
             raise Untried("its sizes cannot be made up")
-        if _work(extents) > _MOST_WORK:
+        if prod(extents) > _MOST_WORK:
             raise Untried("it takes too much work for a trial")
         tensors = [_made(a, t.name, t.dtype, shape) for t, shape in zip(a.tensors, shapes, strict=True)]
         outputs = [x.fill_(float("nan")) for x in allocate(print_linear(a), tensors, sizes)]
@@ -108,13 +109,6 @@ def _wrong(a: Linear, kernel: Kernel) -> str | None:
         except CppKernelError as error:
             raise Untried(str(error)) from error
         return _differs(a, tensors, sizes, outputs)
-
-
-def _work(extents: Sequence[int]) -> int:
-    found = 1
-    for n in extents:
-        found *= n
-    return found
 
 
 def _made(a: Linear, name: str, dtype: str, shape: Sequence[int]) -> torch.Tensor:

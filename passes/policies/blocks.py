@@ -286,6 +286,11 @@ def all_heads(a: Attention) -> dict[Axis, int]:
     return {x: int(x.extent.value) for x in heads_of(a) if isinstance(x.extent, Const)}
 
 
+def no_heads(a: Attention) -> Reason | None:
+    """Why nothing can be chosen for all heads alike, or None."""
+    return None if all_heads(a) else because("policy-no-heads")
+
+
 def _of_keys(a: Attention) -> list[Expr]:
     """The parts of the mask that say of a key alone, from data, whether it is there."""
     return [x for x in members("and", a.mask) if loads(x) and mentions(x, a.j.index) and not mentions(x, a.i.index)]

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from attncc.ir import Attention, Const, Expr, Program, S
 from attncc.ir.build import FALSE, and_, cast, le, lt, mul, op, or_, sub
-from attncc.ir.reasons import Reason, because
-from attncc.passes.policies.blocks import Blocks, all_heads, no_blocks
+from attncc.ir.reasons import Reason
+from attncc.passes.policies.blocks import Blocks, all_heads, no_blocks, no_heads
 from attncc.passes.policies.hiding import Form, Hiding, hide
 from attncc.passes.policies.making import over_heads, scored, selected
 from attncc.passes.policies.places import no_distance
@@ -43,9 +43,7 @@ class ChunkMeans:
         return hide(p, Form(self))
 
     def applies(self, a: Attention) -> Reason | None:
-        if not all_heads(a):
-            return because("policy-no-heads")
-        return no_distance(a) or no_blocks(a)
+        return no_heads(a) or no_distance(a) or no_blocks(a)
 
     def keep(self, site: Hiding) -> Expr:
         b, a, at = Blocks(site, self.chunk, self.chunk), site.attention, site.positions

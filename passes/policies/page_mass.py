@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from attncc.ir import Attention, Const, Expr, Program
 from attncc.ir.build import FALSE, and_
-from attncc.ir.reasons import Reason, because
-from attncc.passes.policies.blocks import Blocks, all_heads
+from attncc.ir.reasons import Reason
+from attncc.passes.policies.blocks import Blocks, all_heads, no_heads
 from attncc.passes.policies.hiding import Form, Hiding, hide
 from attncc.passes.policies.making import over_heads, reduced, scored, selected
 from attncc.passes.policies.pages import check_pages, no_decode
@@ -40,9 +40,7 @@ class PageMass:
         return hide(p, Form(self))
 
     def applies(self, a: Attention) -> Reason | None:
-        if not all_heads(a):
-            return because("policy-no-heads")
-        return no_decode(a)
+        return no_heads(a) or no_decode(a)
 
     def keep(self, site: Hiding) -> Expr:
         b, a = Blocks(site, 1, self.page), site.attention

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from attncc.ir import Attention, Expr, Program
 from attncc.ir.build import const, lt, not_, or_
-from attncc.ir.reasons import Reason, because
-from attncc.passes.policies.blocks import Blocks, all_heads, no_blocks
+from attncc.ir.reasons import Reason
+from attncc.passes.policies.blocks import Blocks, all_heads, no_blocks, no_heads
 from attncc.passes.policies.hiding import Form, Hiding, hide
 from attncc.passes.policies.making import over_heads, reduced
 from attncc.passes.policies.places import no_distance
@@ -45,9 +45,7 @@ class RoutedStreaming:
         return hide(p, Form(self))
 
     def applies(self, a: Attention) -> Reason | None:
-        if not all_heads(a):
-            return because("policy-no-heads")
-        return no_distance(a) or no_blocks(a)
+        return no_heads(a) or no_distance(a) or no_blocks(a)
 
     def keep(self, site: Hiding) -> Expr:
         a = site.attention
