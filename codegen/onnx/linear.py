@@ -1,4 +1,5 @@
-"""A linear attention as the operator `LinearAttention`: of opset 27, or of onnxruntime's own domain, which has a kernel.
+"""A linear attention as the operator `LinearAttention`: of opset 27, or of onnxruntime's own domain, which has a kernel
+for it.
 
     S_t = exp(g_t) S_(t-1) + beta_t k_t (v_t - exp(g_t) S_(t-1)^T k_t)^T, or without what the delta rule takes off
     o_t = scale * q_t^T S_t
