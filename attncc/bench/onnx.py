@@ -22,7 +22,7 @@ from torch import nn
 
 from attncc.bench.chosen import chosen
 from attncc.codegen.onnx.onnxruntime import CPU
-from attncc.convert import onnx_files
+from attncc.convert import onnx_exporting, onnx_files
 from attncc.convert.checking import compare
 from attncc.convert.exporting import exported
 from attncc.convert.onnx_kernels import KernelLibrary
@@ -97,7 +97,7 @@ def _row(name: str, n: int) -> dict[str, Any]:
     batch = 2 if n <= 512 else 1
     seen = torch.arange(n)[None] < torch.tensor([n, 2 * n // 3][:batch])[:, None]
     x = torch.randn(batch, n, HEADS * WIDTH)
-    folder, file = onnx_files.export(exported(Target(name, _Layer(form, kv).eval(), (x, seen)), ()), name, opset=18)
+    folder, file = onnx_exporting.export(exported(Target(name, _Layer(form, kv).eval(), (x, seen)), ()), name, opset=18)
     try:
         sessions, took = _sessions(file)
         given = {k: (x, seen)[: len(s.names)] for k, s in sessions.items()}  # what nothing reads may be left out

@@ -1,7 +1,7 @@
 """Masks and distances that a file holds as data, where they follow a rule: the rule takes the place of the data in what
 is read.
 
-    low <= j - i <= high, in booleans or in two numbers        a * i + b * j + c, in integers
+    low <= j - i <= high, in booleans or in two numbers        a * i + b * j + c, in integers        a * i + c
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import torch
 
 
 def spelled(x: torch.Tensor) -> Callable[[], torch.Tensor] | None:
-    """What makes a tensor of (.., rows, keys) that follows one of the rules; None where it does not."""
+    """What makes a tensor of (.., rows, keys), or of places along one dimension, that follows one of the rules; None
+    where it does not."""
+    if x.numel() == max(x.shape):
+        return _places(x)
     rows, keys = x.shape[-2:]
     flat = x.reshape(-1, rows, keys)
     if x.is_complex() or not torch.equal(flat, flat[:1].expand_as(flat)):
@@ -57,6 +60,18 @@ def _ends(far: torch.Tensor, seen: torch.Tensor) -> tuple[int, int] | None:
     """(low, high) where `seen` is low <= far <= high."""
     low, high = int(far[seen].min()), int(far[seen].max())
     return (low, high) if torch.equal(seen, (far >= low) & (far <= high)) else None
+
+
+def _places(x: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+    """Integers that grow by the same step."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool or x.numel() < 2:
+        return None
+    flat = x.reshape(-1).long()
+    start, step = int(flat[0]), int(flat[1] - flat[0])
+    if not step or not torch.equal(flat, start + step * torch.arange(len(flat))):
+        return None
+    count, shape, dtype = len(flat), x.shape, x.dtype
+    return lambda: (torch.arange(count) * step + start).to(dtype).reshape(shape)
 
 
 def _linear(x: torch.Tensor) -> Callable[[], torch.Tensor] | None:

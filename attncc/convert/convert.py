@@ -13,7 +13,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from attncc.convert import onnx_files
+from attncc.convert import onnx_exporting, onnx_files
 from attncc.convert.aoti import Packing
 from attncc.convert.checking import CheckError, check
 from attncc.convert.exported import Rewritten, rewritten
@@ -24,6 +24,8 @@ from attncc.driver.planning import Following
 from attncc.driver.recording import report
 from attncc.errors import PlanError, unforeseen
 from attncc.frontends.targets import Target, TargetError, load, one_line
+from attncc.passes.policies import CERTIFIED
+from attncc.plans.plan import Plan
 from attncc.plans.plan import load as load_plan
 from attncc.progress import step
 from attncc.report.model import Report
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from attncc.convert.onnx_surgery import Asked
 
 Kind = Literal["pt2", "onnx", "mlir", "aoti"]
+#: Policies that leave out weights by what a kernel finds.
+DROPPING = {x.name for x in CERTIFIED}
 OnnxTarget = Literal["onnx", "onnxruntime", "onnxruntime+attncc"]
 Provider = Literal["cpu", "cuda"]
 SUFFIXES: dict[str, Kind] = {".pt2": "pt2", ".onnx": "onnx", ".mlir": "mlir"}
@@ -118,9 +122,9 @@ def _to_onnx(wish: Wish, program: ExportedProgram) -> Converted:
     if wish.plan is not None:
         planner = Following(load_plan(wish.plan))
         source = rewritten(program, kernels=False, planner=planner, form=portable_form).program
-        notes = tuple(planner.notes)
+        notes = (*planner.notes, *_exact_in_onnx(planner.plan))
     step("writing the model as ONNX")
-    folder, file = onnx_files.export(source, wish.source)
+    folder, file = onnx_exporting.export(source, wish.source)
     try:
         with replacing(wish.output) if wish.output is not None else nullcontext() as path:
             found = onnx_files.rewrite(str(file), path, checked=wish.checked, measure=wish.measure,
@@ -131,6 +135,12 @@ def _to_onnx(wish: Wish, program: ExportedProgram) -> Converted:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Converted(replace(found.report, notes=(*found.report.notes, *notes)), said)
+
+
+def _exact_in_onnx(plan: Plan) -> list[str]:
+    """What of a plan no operator says: weights that a kernel may leave out are computed, which is within the form."""
+    forms = {r.form.partition("{")[0] for s in plan.sites for r in s.rules}
+    return [f"{x}: nothing is left out in ONNX, whose operators compute every weight" for x in sorted(forms & DROPPING)]
 
 
 def _asked(wish: Wish) -> Asked:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -320,17 +318,3 @@ def _slower(before: Session, after: Session, inputs: tuple[torch.Tensor, ...]) -
     return because("slower", f"onnxruntime {us.get('after', math.inf):.1f} us, as it was {us['before']:.1f} us")
 
 
-def export(program: ExportedProgram, source: str, opset: int = 23) -> tuple[Path, Path]:
-    """An exported program as an ONNX file in a folder of its own: (folder, file). Raises TargetError."""
-    folder = Path(tempfile.mkdtemp(prefix="attncc-onnx-"))
-    file = folder / "model.onnx"
-    try:
-        import onnxscript  # noqa: F401, PLC0415 what torch's exporter is written in
-
-        torch.onnx.export(program, (), str(file), dynamo=True, opset_version=opset, verbose=False)
-    except Exception as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        needs = "needs onnxscript; pip install 'attncc[onnx]'"
-        why = needs if isinstance(error, ImportError) else f"cannot write it ({one_line(error)})"
-        raise TargetError(f"{source}: torch's ONNX exporter {why}") from error
-    return folder, file

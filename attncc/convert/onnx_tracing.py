@@ -97,7 +97,9 @@ def traced(model: ir.Model, sizes: Mapping[str, int]) -> Traced:
         for n in x.shape:
             count *= int(n)
         spelling = None
-        if len(x.shape) >= 2 and 1 < count <= _MOST_MASK and min(int(n) for n in x.shape[-2:]) > 1:
+        pairs = len(x.shape) >= 2 and min(int(n) for n in x.shape[-2:]) > 1
+        places = count > 64 and count == max((int(n) for n in x.shape), default=0)  # fewer may be sizes
+        if 1 < count <= _MOST_MASK and (pairs or places):
             spelling = spelled(_data(x, name))
         if spelling is not None:
             made[name] = spelling

@@ -31,6 +31,14 @@ def test_what_follows_a_rule(name: str) -> None:
     assert made.dtype == x.dtype and torch.equal(made, x)
 
 
+@pytest.mark.parametrize("shape", [(90,), (90, 1), (1, 1, 90)])
+def test_places_along_one_dimension(shape: tuple[int, ...]) -> None:
+    x = (torch.arange(90, dtype=torch.int32) * 3 - 7).reshape(shape)
+    rule = spelled(x)
+    assert rule is not None and torch.equal(rule(), x) and rule().dtype == x.dtype
+    assert spelled(x**2) is None and spelled(x.float()) is None
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_does_not(name: str) -> None:
     assert spelled(OTHERS[name]) is None
