@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any, cast
 
 from attncc.ir import Expr, Program, Size, print_program, verify_program
-from attncc.passes.policies import CERTIFIED, CLOSED_FORMS, SELECTED
+from attncc.passes.policies import CERTIFIED, CLOSED_FORMS, EFFECTS, SELECTED
 from attncc.passes.protocol import Pass
 from attncc.passes.rewrites.drop_rounding import DropRounding
 from attncc.passes.rewrites.fold_predicates import FoldPredicates
@@ -23,7 +23,7 @@ from attncc.passes.rewrites.split_axes import SplitAxes
 
 #: Every pass that can be named: those that keep what a program computes, and the policies of a plan.
 EXACT = SplitAxes, DropRounding, FoldPredicates, CancelLayouts, MergeRearrangements, DropUnused, TileTokens
-POLICIES = *CLOSED_FORMS, *SELECTED, *CERTIFIED
+POLICIES = *CLOSED_FORMS, *SELECTED, *CERTIFIED, *EFFECTS
 PASSES: dict[str, type[Any]] = {kind.name: kind for kind in (*EXACT, *POLICIES)}
 
 

@@ -179,7 +179,8 @@ def _edited(
     proposals = [prepared.get(id(site)) for site in lifted]
     step("building kernels" if way.kernels else "editing the graph")
     ahead = [p for p in proposals if way.kernels and isinstance(p, Proposal)]
-    build_all(((p.spec, p.device) for p in ahead), builds_of((p.spec, p.learned, p.device) for p in ahead))
+    specs = ((spec, p.device) for p in ahead for spec in (p.spec, *p.others))
+    build_all(specs, builds_of((p.spec, p.learned, p.device) for p in ahead))
     step("editing the graph")
     editor = Editor(reading.over(*copied(reading.graph)), facts)
     verdicts: dict[fx.Node, Choice] = {}
@@ -320,8 +321,9 @@ def _proposals(
             device = str(facts.value(sites[0].node).device)
             if planner is not None and own is not None:
                 extra["made"] = partial(planner.made, own, program.program, final)
-            for site, a, names in zip(sites, attentions, learned, strict=True):
-                found[id(site)] = Proposal(program, final, a, _text(a), device, stages, names, **extra)
+            others = tuple(map(_text, attentions[len(sites) :]))  # those that a plan puts beside a single one
+            for site, a, names in zip(sites, attentions[: len(sites)], learned, strict=True):
+                found[id(site)] = Proposal(program, final, a, _text(a), device, stages, names, others, **extra)
     return found
 
 
@@ -367,7 +369,8 @@ def _verdict(
     if not way.kernels:
         return Choice(True, None, because("measuring-off"))
     kernels = [built(proposal.spec, proposal.device) for proposal in proposals]
-    slow = next((made for made in kernels if made.language == "torch"), None)
+    others = (built(spec, proposal.device) for proposal in proposals for spec in proposal.others)
+    slow = next((made for made in (*kernels, *others) if made.language == "torch"), None)
     if slow is not None:
         return Choice(False, None, because("no-kernel", slow.reason))
     planned = [proposal.planned for proposal in proposals if proposal.planned]

@@ -162,6 +162,8 @@ SENTENCES: dict[str, str] = {
     "policy-other-heads": "it has {} heads, the plan speaks of head {}",
     "policy-no-softmax": "its weights are no softmax of its scores, which the rule chooses by",
     "policy-sums-asked": "its weights or their sums are asked for, which have all keys",
+    "policy-score-by-pair": "its scores are not of the product alone, and means of keys have no place",
+    "policy-not-aligned": "its rows are not its keys one by one, so that no value is that of a row",
     "policy-no-width": "the width of its heads is known at the call alone",
     "policy-by-pair": "data hides keys from some rows of a sequence and not from others (documents, a mask per pair)",
     "policy-not-causal": "its rows do not each end with a last key, which the rule counts back from",

@@ -329,10 +329,11 @@ def test_a_form_that_is_slower_here_is_not_taken() -> None:
 
 
 @pytest.mark.usefixtures("by_density")
-def test_forms_that_select_keys_are_profiled_and_followed() -> None:
+@pytest.mark.parametrize("name", ["block-means", pytest.param("pooled-rest", marks=pytest.mark.full)])
+def test_forms_that_select_keys_are_profiled_and_followed(name: str) -> None:
     """What the certificate was taken of is what the compiled model does."""
     model = Keyed().eval()
-    form = "block-means{rows=32,keys=32,take=fraction,amount=0.25}"
+    form = name + "{rows=32,keys=32,take=fraction,amount=0.25}"
     found = attncc.profile(model, samples(40), "kl<=1@90%", speed=1.5, forms=[form], settings=FEW)
     (own,) = found.sites
     assert own.sparse and own.rules[0].form == form and own.rules[0].density < 0.6
