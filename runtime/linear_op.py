@@ -52,10 +52,35 @@ def allocate(spec: str, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -
     a = linear_of(spec)
     if len(tensors) != len(a.tensors) or len(sizes) != len(a.sizes):
         raise ValueError(f"the linear attention declares {len(a.tensors)} tensors and {len(a.sizes)} sizes")
-    table: dict[Expr, int] = dict(zip(a.sizes, sizes, strict=True))
     device = tensors[0].device
-    shapes = ((tuple(int_value(n, table) for n in t.shape), DTYPE_OF[t.dtype]) for t in kind_of(a).gives(a))
-    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+    # Sizes of a trace are symbols, each a new key: only numbers are worth remembering.
+    known = all(type(n) is int for n in sizes)
+    shapes = (_shapes if known else _shapes.__wrapped__)(spec, tuple(sizes))
+    return [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in shapes]
+
+
+@lru_cache(maxsize=1024)
+def _shapes(spec: str, sizes: tuple[int, ...]) -> list[tuple[list[int], list[int], torch.dtype]]:
+    """Shape, strides and type of each output."""
+    a = linear_of(spec)
+    table: dict[Expr, int] = dict(zip(a.sizes, sizes, strict=True))
+    found: list[tuple[list[int], list[int], torch.dtype]] = []
+    for t in kind_of(a).gives(a):
+        shape = [int_value(n, table) for n in t.shape]
+        order = list(range(len(shape)))
+        if t.name == "state" and _is_turned(a):
+            order[-2:] = order[:-3:-1]
+        strides, step = [1] * len(shape), 1
+        for at in reversed(order):
+            strides[at] = step
+            step = step * shape[at]
+        found.append((shape, strides, DTYPE_OF[t.dtype]))
+    return found
+
+
+def _is_turned(a: Linear) -> bool:
+    """Whether states lie by (e, d) in memory: the next one then lies as the one that it follows."""
+    return a.state is not None and a.state.index[-1] is a.d.index and a.e.index in a.state.index
 
 
 def portable(

@@ -31,6 +31,7 @@ HEADS, WIDTH, TOKENS, FEW = 8, 64, 2048, 512
 LENGTHS = 1024, 2048, 4096, 8192, 16384
 CHUNKS = 32, 64  # 128 was never the best
 ROUNDS = 5
+SEQUENCES = 1, 8, 64, 256
 ROWS: dict[str, Callable[..., Any]] = {
     f.__name__.replace("_", " "): f
     for f in (linear_models.gated_delta, linear_models.delta_by_inverse, linear_models.ssd,
@@ -62,7 +63,7 @@ def run(*, quick: bool = False, json: Path | None = None, only: str = "") -> Non
         if name == "lengths":
             results += _lengths(LENGTHS[:3] if quick else LENGTHS)
         elif name == "decode":
-            results.append(_decode())
+            results += _decode()
         else:
             results.append(_model(name, ROWS[name], tokens))
     if json is not None:
@@ -144,12 +145,24 @@ def _lengths(lengths: Sequence[int]) -> list[dict[str, object]]:
     return results
 
 
-def _decode() -> dict[str, object]:
-    """One token of many sequences: their states are read and written once, as much as a copy does."""
-    _, spec, given = _delta(1, batch=256)
-    target = torch.empty_like(given["s0"])
-    mine, copy = _turns([_kernel(spec, given), lambda: target.copy_(given["s0"])])
-    print(f"one token of 256 sequences: {mine:.3f} ms, {copy / mine:.2f} of the speed of copying their states")
-    return {"row": "decode", "attncc_ms": mine, "copy_ms": copy}
+def _decode() -> list[dict[str, object]]:
+    """One token of some sequences: their states are read and written once, as much as a copy does."""
+    results: list[dict[str, object]] = []
+    for batch in SEQUENCES:
+        _, spec, given = _delta(1, batch=batch)
+        target, kernel = torch.empty_like(given["s0"]), _kernel(spec, given)
+        times = range(4096 // batch)  # a clock that counts in milliseconds would not see one call of few sequences
 
+        def steps(kernel: Callable[[], object] = kernel, times: range = times) -> None:
+            for _ in times:
+                kernel()
 
+        def copies(to: Any = target, of: Any = given["s0"], times: range = times) -> None:
+            for _ in times:
+                to.copy_(of)
+
+        mine, copy = (x / len(times) for x in _turns([steps, copies]))
+        print(f"one token of {batch:4} sequences: {mine * 1e3:9.1f} us, "
+              f"{copy / mine:.2f} of the speed of copying their states")  # fmt: skip
+        results.append({"row": "decode", "sequences": batch, "attncc_ms": mine, "copy_ms": copy})
+    return results

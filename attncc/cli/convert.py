@@ -24,8 +24,14 @@ def convert(
         "kernels inside.")] = None,
     isa: Annotated[str, typer.Option("--isa", metavar="amx,avx512,avx2", help="What a package's kernels are compiled "
                                      "for, one of which is chosen where it is loaded (this machine).")] = "",
-    own_kernels: Annotated[bool, typer.Option("--own-kernels", help="For .onnx: attncc's kernels as operators, in a "
-                                              "library beside the file.")] = False,
+    target: Annotated[Literal["onnx", "onnxruntime", "onnxruntime+attncc"], typer.Option(
+        "--target", help="What runs an .onnx file: anything that knows the standard's operators; onnxruntime, by its "
+        "own ones where these are faster; or onnxruntime with attncc's kernels, in a library beside the file."
+    )] = "onnx",
+    provider: Annotated[Literal["cpu", "cuda"], typer.Option("--provider", help="What onnxruntime runs it on.")
+                        ] = "cpu",
+    opset: Annotated[int, typer.Option("--opset", min=23, max=25, help="Version of the standard operators of an .onnx "
+                                       "file; one that is newer stays so.")] = 23,
     portable: Annotated[bool, typer.Option("--portable", help="Operators of torch alone: attncc is not needed to run "
                                            "it.")] = False,
     dynamic: Annotated[str, typer.Option("--dynamic", metavar="batch,length", help="Leave these dimensions of a "
@@ -53,15 +59,20 @@ def convert(
         kind = (to or "pt2") if output is None else converting.kind_of(output, to)
         if portable and kind != "pt2":
             raise TargetError(f"convert: --portable is for .pt2 programs, not for {kind}")
-        if own_kernels and kind != "onnx":
-            raise TargetError(f"convert: --own-kernels is for .onnx files, not for {kind}")
-        if isa and kind != "aoti" and not own_kernels:
-            raise TargetError("convert: --isa goes with --to aoti or --own-kernels; others are built as they run")
+        if kind != "onnx":
+            for option, given in (("--target", target != "onnx"), ("--opset", opset != 23)):
+                if given:
+                    raise TargetError(f"convert: {option} is for .onnx files, not for {kind}")
+        if provider != "cpu" and target != "onnxruntime":
+            raise TargetError("convert: --provider goes with --target onnxruntime")
+        if isa and kind != "aoti" and target != "onnxruntime+attncc":
+            raise TargetError("convert: --isa goes with --to aoti or --target onnxruntime+attncc; others are built as "
+                              "they run")  # fmt: skip
         if kind == "aoti" and output is not None and output.suffix != ".pt2":
             raise TargetError(f"{output}: torch loads packages from files named .pt2")
         wish = converting.Wish(
             source, None if dry_run else output, kind, portable, tuple(x for x in dynamic.split(",") if x), check, plan,
-            measure, decompose, tuple(x for x in isa.split(",") if x), own_kernels,
+            measure, decompose, tuple(x for x in isa.split(",") if x), target, provider, opset,
         )  # fmt: skip
         try:
             with quiet(debug), reporting():

@@ -29,9 +29,11 @@ from attncc.progress import step
 from attncc.report.model import Report
 
 if TYPE_CHECKING:
-    from attncc.convert.onnx_kernels import KernelLibrary
+    from attncc.convert.onnx_surgery import Asked
 
 Kind = Literal["pt2", "onnx", "mlir", "aoti"]
+OnnxTarget = Literal["onnx", "onnxruntime", "onnxruntime+attncc"]
+Provider = Literal["cpu", "cuda"]
 SUFFIXES: dict[str, Kind] = {".pt2": "pt2", ".onnx": "onnx", ".mlir": "mlir"}
 
 
@@ -39,8 +41,9 @@ SUFFIXES: dict[str, Kind] = {".pt2": "pt2", ".onnx": "onnx", ".mlir": "mlir"}
 class Wish:
     """What is asked for. `output` None: nothing is written. `portable`: operators of torch alone. `measure`: kernels
     are measured, and slower ones left out. `decompose`: MLIR holds no attention as one operation. `isas`: what the
-    kernels of a package or a library are compiled for, this machine where none is named. `own_kernels`: ONNX calls
-    attncc's operators, from a library beside the file."""
+    kernels of a package or a library are compiled for, this machine where none is named. `target`, `provider`: what
+    runs an ONNX file; `onnxruntime+attncc` calls attncc's kernels from a library beside it. `opset`: of its standard
+    operators."""
 
     source: str
     output: Path | None
@@ -52,7 +55,9 @@ class Wish:
     measure: bool = True
     decompose: bool = False
     isas: tuple[str, ...] = ()
-    own_kernels: bool = False
+    target: OnnxTarget = "onnx"
+    provider: Provider = "cpu"
+    opset: int = 23
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def _of_onnx(wish: Wish) -> Converted:
     try:
         with replacing(wish.output) if wish.output is not None else nullcontext() as path:
             found = onnx_files.rewrite(wish.source, path, checked=wish.checked, measure=wish.measure,
-                                       kernels=_library(wish))  # fmt: skip
+                                       asked=_asked(wish))  # fmt: skip
     except (TargetError, CheckError):
         raise
     except Exception as error:
@@ -119,7 +124,7 @@ def _to_onnx(wish: Wish, program: ExportedProgram) -> Converted:
     try:
         with replacing(wish.output) if wish.output is not None else nullcontext() as path:
             found = onnx_files.rewrite(str(file), path, checked=wish.checked, measure=wish.measure,
-                                       kernels=_library(wish))  # fmt: skip
+                                       asked=_asked(wish))  # fmt: skip
             said = found.checked
             if path is not None and wish.checked:
                 said = _check_onnx(wish, source, path)
@@ -128,19 +133,21 @@ def _to_onnx(wish: Wish, program: ExportedProgram) -> Converted:
     return Converted(replace(found.report, notes=(*found.report.notes, *notes)), said)
 
 
-def _library(wish: Wish) -> KernelLibrary | None:
-    if not wish.own_kernels:
-        return None
+def _asked(wish: Wish) -> Asked:
     from attncc.convert.onnx_kernels import KernelLibrary  # noqa: PLC0415 needs onnx-ir
+    from attncc.convert.onnx_surgery import Asked  # noqa: PLC0415 needs onnx-ir
 
-    return KernelLibrary(wish.isas)
+    runtime, _, own = wish.target.partition("+")
+    return Asked(runtime, wish.provider, wish.opset, KernelLibrary(wish.isas) if own else None)
 
 
 def _check_onnx(wish: Wish, program: ExportedProgram, path: Path) -> str:
     """The written file against the program that it was made of."""
     if program.example_inputs is None:
         raise TargetError(f"{wish.source}: holds no example inputs to check with; --no-check leaves that out")
-    session = onnx_files.Session(path)
+    if not onnx_files.runs(wish.provider):
+        return f"not checked: onnxruntime has no {wish.provider.upper()} provider here"
+    session = onnx_files.Session(path, wish.provider)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return session(*_tensors((args, kwargs)))

@@ -28,12 +28,25 @@ from attncc.version import __version__
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from attncc.convert.onnx_kernels import KernelLibrary
+    from attncc.convert.onnx_surgery import Asked, Operated
 
 #: More data than this does not fit into the file itself (protobuf ends at 2 GiB).
 MOST_INSIDE = 1_800_000_000
 #: How long both files are timed, in seconds: on a busy machine less tells nothing.
 MEASURED_S = 2.0
+
+
+#: Providers by the names that users give.
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def runs(provider: str) -> bool:
+    """Whether onnxruntime has a provider here; true of its CPU, and where it is not installed, which a session says."""
+    try:
+        import onnxruntime as ort  # noqa: PLC0415 an extra
+    except ImportError:
+        return True
+    return PROVIDERS[provider] in ort.get_available_providers()
 
 
 def beside(path: Path) -> Path:
@@ -43,9 +56,10 @@ def beside(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Session:
-    """A file as onnxruntime runs it on a CPU, as a function of its inputs in order."""
+    """A file as onnxruntime runs it with a provider, as a function of its inputs in order."""
 
     path: Path
+    provider: str = "cpu"
 
     def __post_init__(self) -> None:
         try:
@@ -58,7 +72,8 @@ class Session:
         try:
             if (library := beside(self.path)).is_file():
                 options.register_custom_ops_library(str(library))
-            made = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            names = [PROVIDERS[x] for x in dict.fromkeys((self.provider, "cpu"))]
+            made = ort.InferenceSession(str(self.path), options, providers=names)
         except Exception as error:
             raise TargetError(f"{self.path.name}: onnxruntime does not load it ({one_line(error)})") from error
         object.__setattr__(self, "_session", made)
@@ -129,26 +144,36 @@ def _known(path: str) -> ir.Model:
 
 @dataclass(frozen=True)
 class Found:
-    """What became of a model: its report, and what was said of the check."""
+    """What became of a model: its report, what was said of the check, and whether the rewritten one was slower: it
+    stayed as it was then."""
 
     report: Report
     checked: str = ""
+    slower: bool = False
 
 
-def rewrite(
-    path: str, output: Path | None, *, checked: bool, measure: bool, kernels: KernelLibrary | None = None
-) -> Found:
-    """Rewrite the attentions of an ONNX file into another, `output` (a place that may be written to), which calls
-    `kernels` beside it where these are given. Raises TargetError, CheckError."""
-    from attncc.convert.onnx_surgery import operate  # noqa: PLC0415 needs onnx-ir
+def rewrite(path: str, output: Path | None, *, checked: bool, measure: bool, asked: Asked) -> Found:
+    """Rewrite the attentions of an ONNX file into another, `output` (a place that may be written to), as it is asked
+    for; attncc's own kernels lie beside it. Raises TargetError, CheckError.
 
-    model = _upgraded(_known(path), path)
+    Where onnxruntime runs its own operators slower than what was given, the standard ones are tried."""
+    every = [asked]
+    if measure and asked.kernels is None and asked.target != "onnx" and asked.provider == "cpu":
+        every.append(replace(asked, target="onnx"))
+    found = Found(Report(()))
+    for n, one in enumerate(every):
+        found = _rewritten(path, output, checked=checked, measure=measure, asked=one)
+        if not found.slower:
+            if n:
+                note = f"written for {one.target}: operators of {asked.target} were slower than the model's own nodes"
+                return replace(found, report=replace(found.report, notes=(*found.report.notes, note)))
+            return found
+    return found
+
+
+def _rewritten(path: str, output: Path | None, *, checked: bool, measure: bool, asked: Asked) -> Found:
     step("finding attention")
-    try:
-        sizes, trace = _traced(model)
-    except TargetError as error:
-        raise TargetError(f"{path}: {error}") from error
-    found = operate(model, trace, kernels)
+    model, sizes, found = _operated(path, asked)
     report = Report(tuple(found.sites), versions={"attncc": __version__, "torch": torch.__version__})
     if output is None:
         return Found(report)
@@ -156,11 +181,13 @@ def rewrite(
     if not found.count:
         return _unchanged(path, output, report)
     save(model, output)
-    if kernels is not None and kernels.called:
-        kernels.write(beside(output))
+    if asked.kernels is not None and asked.kernels.called:
+        asked.kernels.write(beside(output))
     if not checked:
         return Found(report)
-    before, after = Session(Path(path)), Session(output)
+    if not runs(asked.provider):
+        return Found(report, f"not checked: onnxruntime has no {asked.provider.upper()} provider here")
+    before, after = Session(Path(path), asked.provider), Session(output, asked.provider)
     said = agree(before, after, _trials(model, every_size(model, _that_run(before, model, sizes))))
     if measure:
         slower = _slower(before, after, made_up(model, sizes))
@@ -170,8 +197,20 @@ def rewrite(
                 if s.status == "fused" else s
                 for s in report.sites
             )
-            return _unchanged(path, output, replace(report, sites=kept))
+            return replace(_unchanged(path, output, replace(report, sites=kept)), slower=True)
     return Found(report, said)
+
+
+def _operated(path: str, asked: Asked) -> tuple[ir.Model, dict[str, int], Operated]:
+    """(the model with its attentions rewritten, sizes of its open dimensions, what was found)."""
+    from attncc.convert.onnx_surgery import operate  # noqa: PLC0415 needs onnx-ir
+
+    model = _upgraded(_known(path), path, asked.opset)
+    try:
+        sizes, trace = _traced(model)
+    except TargetError as error:
+        raise TargetError(f"{path}: {error}") from error
+    return model, sizes, operate(model, trace, asked)
 
 
 def _unchanged(path: str, output: Path, report: Report) -> Found:
@@ -212,25 +251,23 @@ def _that_run(before: Session, model: ir.Model, sizes: Mapping[str, int]) -> Map
     return sizes
 
 
-def _upgraded(model: ir.Model, path: str) -> ir.Model:
-    """The model with the standard operators of the version that has `Attention`."""
+def _upgraded(model: ir.Model, path: str, opset: int) -> ir.Model:
+    """The model with the standard operators of a version, or of its own where that is newer."""
     import onnx_ir as ir  # noqa: PLC0415
 
-    from attncc.convert.onnx_surgery import OPSET  # noqa: PLC0415
-
-    if opset_of(model) < OPSET:
+    if opset_of(model) < opset:
         try:
             import onnx  # noqa: PLC0415
             from onnx import version_converter  # noqa: PLC0415
         except ImportError as error:
             raise TargetError(f"{path}: a model of an older opset needs onnx; pip install 'attncc[onnx]'") from error
         if sum(x.nbytes for x in _inside(model)) > MOST_INSIDE:
-            raise TargetError(f"{path}: of opset {opset_of(model)} and too large to be converted to {OPSET}")
+            raise TargetError(f"{path}: of opset {opset_of(model)} and too large to be converted to {opset}")
         try:
-            newer: onnx.ModelProto = version_converter.convert_version(ir.to_proto(model), OPSET)
+            newer: onnx.ModelProto = version_converter.convert_version(ir.to_proto(model), opset)
             model = ir.from_proto(newer)
         except Exception as error:
-            raise TargetError(f"{path}: onnx cannot convert it to opset {OPSET} ({one_line(error)})") from error
+            raise TargetError(f"{path}: onnx cannot convert it to opset {opset} ({one_line(error)})") from error
         ir.external_data.set_base_dir(model.graph, Path(path).parent)
     model.ir_version = max(model.ir_version or 0, 10)
     return model

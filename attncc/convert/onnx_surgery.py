@@ -1,7 +1,10 @@
-"""ONNX in, ONNX out: each attention as the standard operator `Attention`; every other node stays as it was."""
+"""ONNX in, ONNX out: each attention as one operator of the runtime that is asked for; every other node stays."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +13,9 @@ import torch
 from torch import fx
 
 from attncc.codegen.cpp.onnxruntime import DOMAIN
-from attncc.codegen.onnx import Inexpressible, Nodes, Value, attention
+from attncc.codegen.onnx import STANDARD, Inexpressible, Nodes, Row, Value, attention
+from attncc.codegen.onnx.onnxruntime import CPU, CUDA
+from attncc.codegen.onnx.onnxruntime import DOMAIN as CONTRIB
 from attncc.convert.onnx_kernels import KernelLibrary
 from attncc.convert.onnx_tracing import Traced
 from attncc.driver import describe
@@ -31,31 +36,56 @@ from attncc.patterns.refusals.reasons import used_by
 from attncc.patterns.site.assemble import Lifted
 from attncc.patterns.site.program import SiteProgram, program_of
 from attncc.report.site import Site
+from attncc.version import __version__
 
 if TYPE_CHECKING:
     from attncc.patterns.graph.facts import Facts
 
 _ALREADY = "already"
-#: The version of the standard operators that `Attention` came with.
+#: The version of the standard operators that `Attention` came with, and those that can be asked for.
 OPSET = 23
+OPSETS = (23, 24, 25)
+#: The rows of a target and a provider.
+ROWS: dict[tuple[str, str], Sequence[Row]] = {
+    ("onnx", "cpu"): STANDARD, ("onnxruntime", "cpu"): CPU, ("onnxruntime", "cuda"): CUDA,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the file is for: a runtime that knows the standard operators (`onnx`), or onnxruntime and one of its
+    providers; `kernels` are attncc's own, which come first."""
+
+    target: str = "onnx"
+    provider: str = "cpu"
+    opset: int = OPSET
+    kernels: KernelLibrary | None = None
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        return ROWS[self.target, self.provider]
 
 
 @dataclass
 class Operated:
-    """What was found in a graph, and how many attentions were rewritten."""
+    """What was found in a graph, and which operators were written how often."""
 
     sites: list[Site] = field(default_factory=list)
-    count: int = 0
+    written: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def count(self) -> int:
+        return self.written.total()
 
 
-def operate(model: ir.Model, traced: Traced, kernels: KernelLibrary | None = None) -> Operated:
-    """Rewrite the attentions of a model whose trace is given; those that have one as operators of `kernels`."""
+def operate(model: ir.Model, traced: Traced, asked: Asked) -> Operated:
+    """Rewrite the attentions of a model whose trace is given."""
     facts = traced.facts()
     lifted = lift_all(facts)
     groups = together([s for s in lifted if isinstance(s, Lifted)], facts)
     shared: dict[object, Value] = {}
     by_site = {id(s): g for g in groups for s in g.sites}
-    done: dict[fx.Node, str] = {}
+    done: dict[fx.Node, _Done] = {}
     found = Operated()
     for site in lifted:
         index = len(found.sites)
@@ -73,57 +103,74 @@ def operate(model: ir.Model, traced: Traced, kernels: KernelLibrary | None = Non
             continue
         if site.node not in done:
             nodes = Nodes(f"attncc_{index}", shared)
-            done[site.node] = _rewrite(model, traced, facts, by_site[id(site)], site, nodes, kernels)
-        own = kernels is not None and kernels.has(optimise(site.attention))
-        became = "attncc's kernel" if own else "Attention"
-        found.sites.append(_record(index, where, site, done[site.node], became))
-        found.count += not done[site.node]
+            done[site.node] = _rewrite(model, traced, facts, by_site[id(site)], site, nodes, asked)
+        was = done[site.node]
+        found.sites.append(_record(index, where, site, was))
+        if not was.why:
+            found.written[was.operator] += 1
     if found.count:
-        _clean(model)
-        said = f"Attention of opset {OPSET}" if kernels is None or not kernels.called else "attncc's kernels"
-        model.metadata_props["attncc"] = f"{found.count} attentions rewritten as {said}"
-        if kernels is not None and kernels.called:
-            model.opset_imports[DOMAIN] = 1
+        _finish(model, found, asked)
     return found
 
 
-def _record(index: int, where: str, site: Lifted, why: str, became: str) -> Site:
-    shown = optimise(site.attention)
+@dataclass(frozen=True)
+class _Done:
+    """Why the attentions of a place stay as they are, or the operator that they became."""
+
+    why: str = ""
+    operator: str = ""
+
+
+def _finish(model: ir.Model, found: Operated, asked: Asked) -> None:
+    _clean(model)
+    counted = ", ".join(f"{n} as {name}" for name, n in sorted(found.written.items()))
+    model.metadata_props["attncc"] = f"attncc {__version__}, for {asked.target}: attentions rewritten, {counted}"
+    model.metadata_props["attncc.sites"] = json.dumps(
+        [{"at": s.where, "became": s.became, "equation": s.equation, "mask": s.mask} for s in found.sites
+         if s.status == "fused"]
+    )  # fmt: skip
+    used = {n.domain for n in model.graph}
+    for domain in (DOMAIN, CONTRIB):
+        if domain in used:
+            model.opset_imports[domain] = 1
+
+
+def _record(index: int, where: str, site: Lifted, was: _Done) -> Site:
+    shown, why = optimise(site.attention), was.why
     reason = None if not why else because("onnx-attention") if why == _ALREADY else because("onnx-inexpressible", why)
     return Site(
         index, "kept" if why else "fused", "" if reason is None else str(reason), where, "", describe.equation(shown),
-        describe.mask(shown), describe.shapes(site), became="its own nodes" if why else became,
+        describe.mask(shown), describe.shapes(site), became="its own nodes" if why else was.operator,
         ir=print_attention(shown), code="" if reason is None else reason.codes,
     )  # fmt: skip
 
 
 def _rewrite(
-    model: ir.Model, traced: Traced, facts: Facts, group: SiteGroup, site: Lifted, nodes: Nodes,
-    kernels: KernelLibrary | None,
-) -> str:  # fmt: skip
-    """Why the attentions of a place stay as they are; nothing where they were rewritten."""
+    model: ir.Model, traced: Traced, facts: Facts, group: SiteGroup, site: Lifted, nodes: Nodes, asked: Asked
+) -> _Done:
     if group.user is not None:
-        return f"its weights are needed by {used_by(facts, group.user)}"
+        return _Done(f"its weights are needed by {used_by(facts, group.user)}")
     place = [s for s in group.sites if s.node is site.node]
     if any(s.piece is not None for s in place):
-        return "it is one of several pieces of a softmax"
+        return _Done("it is one of several pieces of a softmax")
     program = program_of(place, facts)
     if len(program.outputs) != 1:
-        return "the sums of its rows are used"
+        return _Done("the sums of its rows are used")
     old = traced.values.get(program.outputs[0])
     producer = None if old is None else old.producer()
     if old is None or producer is None:
-        return "its output is inside of a node"
-    if producer.op_type == "Attention":
-        return _ALREADY
+        return _Done("its output is inside of a node")
     final = Pipeline((DropRounding(), FoldPredicates())).run(program.program)
     prefix, known = nodes.prefix, dict(nodes.shared)
     try:
-        new = _emitted(nodes, traced, facts, program, final, kernels)
+        operator, new = _emitted(nodes, traced, facts, program, final, asked)
+        why = _ALREADY if _as_good(producer, nodes.made) else ""
     except (Inexpressible, NotImplementedError) as error:
+        operator, new, why = "", None, _ALREADY if producer.op_type == "Attention" else str(error)
+    if why or new is None:
         nodes.shared.clear()
         nodes.shared.update(known)  # what was made for this one is not put into the graph
-        return str(error)
+        return _Done(why)
     made = nodes.made
     out = new.value
     if out.producer() not in made:
@@ -137,14 +184,25 @@ def _rewrite(
     if dtype is not None:
         out.dtype = dtype
     ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
-    return ""
+    return _Done("", operator)
+
+
+def _as_good(producer: ir.Node, made: Sequence[ir.Node]) -> bool:
+    """Whether a node is the operator already that would take its place, with no larger a mask."""
+    if producer.op_type != "Attention":
+        return False
+    again = [n for n in made if n.op_type == "Attention"]
+    masked = any(len(n.inputs) > 3 and n.inputs[3] is not None for n in again)
+    return bool(again) and (masked or len(producer.inputs) <= 3 or producer.inputs[3] is None)
 
 
 def _emitted(
-    nodes: Nodes, traced: Traced, facts: Facts, site: SiteProgram, p: Program, kernels: KernelLibrary | None
-) -> Value:
+    nodes: Nodes, traced: Traced, facts: Facts, site: SiteProgram, p: Program, asked: Asked
+) -> tuple[str, Value]:
+    """(operator, output) of a program."""
     values: dict[str, Value] = {}
     sizes: dict[Expr, Any] = {}
+    operator = ""
     spelled = dict(zip(p.sizes, site.sizes, strict=True))
     for t, n, dtype in zip(p.inputs, site.inputs, site.dtypes, strict=True):
         extents = tuple(int(x.value) if isinstance(x, Const) else None for x in t.shape)
@@ -152,7 +210,8 @@ def _emitted(
         for at, x in enumerate(t.shape):
             if isinstance(x, Size) and x not in sizes:
                 key = "size", spelled[x]
-                sizes[x] = nodes.shared[key] = nodes.shared.get(key) or value.extent(at)
+                held = nodes.shared[key] = nodes.shared.get(key) or value.extent(at)
+                sizes[x] = Value(nodes, held.value, held.dtype, held.shape)
         values[t.name] = Value(
             nodes, value.value, value.dtype,
             tuple(sizes[x] if isinstance(x, Size) else e for x, e in zip(t.shape, extents, strict=True)),
@@ -166,15 +225,18 @@ def _emitted(
         names = [t.name for t in kind_of(step.node).gives(step.node)]
         if isinstance(step.node, Attention):
             own = dict(zip(step.node.sizes, extents, strict=True))
-            use = attention if kernels is None or not kernels.has(step.node) else kernels.call
-            result: dict[str, Any] = {"out": use(step.node, given, own)}
+            if asked.kernels is not None and asked.kernels.has(step.node):
+                operator, out = "attncc's kernel", asked.kernels.call(step.node, given, own)
+            else:
+                operator, out = attention(step.node, given, own, asked.rows, asked.opset)
+            result: dict[str, Any] = {"out": out}
         elif is_direct(step.node):
             by_name: Any = {t.name: x for t, x in zip(step.node.tensors, given, strict=True)}
             result = dict(kind_of(step.node).interpret(step.node, by_name, extents))
         else:
             raise Inexpressible(f"it takes a node of the kind {type(step.node).__name__.lower()}")
         values |= {r: result[n] for r, n in zip(step.results, names, strict=True)}
-    return values[p.outputs[0]]
+    return operator, values[p.outputs[0]]
 
 
 def _held(nodes: Nodes, traced: Traced, n: fx.Node, extents: tuple[Any, ...]) -> Value:

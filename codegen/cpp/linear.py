@@ -51,6 +51,11 @@ def emit_linear(a: Linear, isa: str) -> str:
     return _LinearEmitter(a, isa).source()
 
 
+def is_step(a: Linear) -> bool:
+    """Whether `a` is one token that goes from a state to the next: `lib/linear_step.h` instead of `lib/linear.h`."""
+    return a.j.extent == Const(1) and a.sees == "past" and a.state is not None and {*a.outputs} == {"out", "state"}
+
+
 def _operands(a: Linear) -> dict[str, Operand]:
     axes = {"q": (a.i, a.d), "k": (a.j, a.d), "v": (a.j, a.e), "state": (a.d, a.e)}
     return {name: operand(x, *axes[name]) for name, x in a.accesses()}
@@ -66,7 +71,7 @@ class _LinearEmitter:
     def source(self) -> str:
         parts = [self._header(), self._config(), *map(library, ("vector", "integers", "convert", "linear_rows"))]
         parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), self._rows(), self._maps()]
-        return "\n".join([*parts, library("linear"), self._entry()])
+        return "\n".join([*parts, library("linear_step" if is_step(self.a) else "linear"), self._entry()])
 
     def _header(self) -> str:
         lines = [f"attncc: a C++ kernel for {self.name}", "", *print_linear(self.a).splitlines()]
@@ -80,7 +85,7 @@ class _LinearEmitter:
             "PAST": int(a.sees == "past" and "out" in a.outputs), "DELTA": int(a.rule == "delta"),
             "CHANNELS": int(self.row is not None), "WEIGHED": int(a.over is not None and "out" in a.outputs),
             "HAS_STATE": int(a.state is not None), "HAS_OUT": int("out" in a.outputs),
-            "GIVES_STATE": int("state" in a.outputs), "OUT_OF_MEMORY": 1, "TOO_LARGE": 2,
+            "GIVES_STATE": int("state" in a.outputs), "STATE_RANK": len(a.batch), "OUT_OF_MEMORY": 1, "TOO_LARGE": 2,
         }  # fmt: skip
         headers = ("math.h", "omp.h", "stddef.h", "stdint.h", "stdlib.h", "string.h")
         lines = [f"#include <{h}>" for h in headers]

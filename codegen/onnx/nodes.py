@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 #: Element types by their torch names.
-_TYPES: dict[torch.dtype, ir.DataType] = {
+TYPES: dict[torch.dtype, ir.DataType] = {
     torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.float64: ir.DataType.DOUBLE,
     torch.bfloat16: ir.DataType.BFLOAT16, torch.int64: ir.DataType.INT64, torch.int32: ir.DataType.INT32,
     torch.int16: ir.DataType.INT16, torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8,
@@ -32,16 +32,19 @@ class Nodes:
         self.shared: dict[object, Value] = {} if shared is None else shared
 
     def call(
-        self, op: str, inputs: Sequence[Value], dtype: torch.dtype, shape: Sequence[Extent], domain: str = "",
-        **attributes: Any,
+        self, op: str, inputs: Sequence[Value | None], dtype: torch.dtype, shape: Sequence[Extent], domain: str = "",
+        more: Sequence[tuple[torch.dtype, Sequence[Extent]]] = (), **attributes: Any,
     ) -> Value:  # fmt: skip
-        """What a node gives; `shape` are its extents."""
+        """What a node gives first; `shape` are its extents, `more` types and extents of what it gives too. Inputs that
+        are left out are None."""
         name = f"{self.prefix}/{op}_{len(self.made)}"
-        node = ir.node(op, [x.value for x in inputs], attributes, domain=domain, name=name)
+        given = [None if x is None else x.value for x in inputs]
+        node = ir.node(op, given, attributes, domain=domain, name=name, num_outputs=1 + len(more))
+        for n, (held, (kind, extents)) in enumerate(zip(node.outputs, [(dtype, shape), *more], strict=True)):
+            held.name = f"{name}_out{n or ''}"
+            held.dtype = TYPES[kind]
+            held.shape = ir.Shape([d if isinstance(d, int) else None for d in extents])
         out = node.outputs[0]
-        out.name = f"{self.prefix}/{op}_{len(self.made)}_out"
-        out.dtype = _TYPES[dtype]
-        out.shape = ir.Shape([n if isinstance(n, int) else None for n in shape])
         self.made.append(node)
         return Value(self, out, dtype, tuple(shape))
 
@@ -88,7 +91,7 @@ class Value:
     def to(self, dtype: torch.dtype) -> Value:
         if dtype == self.dtype:
             return self
-        return self.nodes.call("Cast", (self,), dtype, self.shape, to=int(_TYPES[dtype]))
+        return self.nodes.call("Cast", (self,), dtype, self.shape, to=int(TYPES[dtype]))
 
     def permute(self, *dims: Any) -> Value:
         order = list(dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)

@@ -1,5 +1,6 @@
 """ONNX to ONNX: attentions spelled in primitives become the operator, everything else stays, results are equal."""
 
+import json
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -10,18 +11,20 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnx_ir")
-pytest.importorskip("onnxruntime")
+ort = pytest.importorskip("onnxruntime")
 
 import torch  # noqa: E402
 from onnx import helper, numpy_helper  # noqa: E402
 from onnx.backend.test.loader import load_model_tests  # noqa: E402
 
+from attncc.convert import onnx_files  # noqa: E402
 from attncc.convert.checking import CheckError, check  # noqa: E402
 from attncc.convert.convert import Wish, convert  # noqa: E402
 from attncc.convert.exported import rewritten  # noqa: E402
 from attncc.convert.onnx_files import Session, exported  # noqa: E402
 from attncc.convert.portable import portable_form  # noqa: E402
 from attncc.frontends.targets import TargetError  # noqa: E402
+from attncc.ir.reasons import because  # noqa: E402
 
 FLOAT = onnx.TensorProto.FLOAT
 
@@ -75,6 +78,14 @@ def spelled(mask: str = "", *, opset: int = 14, heads: int = 2, batch: Any = "ba
             helper.make_node("Add", ["scaled", "added"], ["masked"]),
         ]  # fmt: skip
         scores = "masked"
+    if mask == "seen":
+        inputs.append(helper.make_tensor_value_info("mask", onnx.TensorProto.BOOL, [batch, length]))
+        data += [constant("axes", [1, 2]), constant("hidden", np.float32(-np.inf))]
+        nodes += [
+            helper.make_node("Unsqueeze", ["mask", "axes"], ["wide"]),
+            helper.make_node("Where", ["wide", "scaled", "hidden"], ["masked"]),
+        ]
+        scores = "masked"
     nodes += [
         helper.make_node("Softmax", [scores], ["weights"], axis=-1), helper.make_node("MatMul", ["weights",
         "v"], ["o"]),
@@ -102,7 +113,7 @@ def test_primitives_become_the_operator(mask: str, tmp_path: Path) -> None:
     (node,) = [n for n in model.graph.node if n.op_type == "Attention"]
     assert len(node.input) == (4 if mask == "padding" else 3)
     assert any(a.name == "is_causal" and a.i == 1 for a in node.attribute) == (mask == "causal")
-    assert {p.key for p in model.metadata_props} == {"attncc"}
+    assert {p.key for p in model.metadata_props} == {"attncc", "attncc.sites"}
     assert [x.name for x in model.graph.initializer if x.name == "w"] == ["w"]
     onnx.checker.check_model(model)
 
@@ -302,3 +313,49 @@ def test_a_bias_by_distance_with_an_open_length(tmp_path: Path) -> None:
                       verbose=False, dynamic_shapes=(axes,))  # fmt: skip
     assert convert(Wish(str(source), out, "onnx", measure=False)).report.fused == 1
     assert ops(out)["Attention"] == 1
+
+
+RUNTIME = {"": "MultiHeadAttention", "causal": "GroupQueryAttention", "seen": "MultiHeadAttention"}
+
+
+@pytest.mark.parametrize("mask", RUNTIME)
+def test_operators_of_onnxruntime(mask: str, tmp_path: Path) -> None:
+    """Written where they are asked for, named in the file, and without a Transpose that another undoes."""
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(spelled(mask), source)
+    done = convert(Wish(str(source), out, "onnx", measure=False, target="onnxruntime"))
+    assert done.report.fused == 1 and done.checked.startswith("checked on 3 sets")
+    assert [s.became for s in done.report.sites] == [RUNTIME[mask]]
+    model = onnx.load(out)
+    assert {x.domain: x.version for x in model.opset_import} == {"": 23, "com.microsoft": 1}
+    said = {p.key: p.value for p in model.metadata_props}
+    assert f"1 as {RUNTIME[mask]}" in said["attncc"] and json.loads(said["attncc.sites"])[0]["became"] == RUNTIME[mask]
+    found = ops(out)
+    assert found[RUNTIME[mask]] == 1 and found["Softmax"] == 0
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "ran.onnx")
+    ort.InferenceSession(str(out), options, providers=["CPUExecutionProvider"])
+    assert ops(tmp_path / "ran.onnx")["Transpose"] <= 4  # what splits the projection, and q, k and v laid flat
+
+
+def test_slower_operators_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where onnxruntime's own are slower the standard ones are tried, and then the file stays as it was."""
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(spelled("causal"), source)
+    answers = iter([because("slower", "1"), None])
+    monkeypatch.setattr(onnx_files, "_slower", lambda *_: next(answers))
+    done = convert(Wish(str(source), out, "onnx", target="onnxruntime"))
+    assert ops(out)["Attention"] == 1 and done.report.notes[0].startswith("written for onnx: ")
+    answers = iter([because("slower", "1"), because("slower", "2")])
+    done = convert(Wish(str(source), out, "onnx", target="onnxruntime"))
+    assert not ops(out)["Attention"] and done.report.kept == 1
+
+
+@pytest.mark.parametrize("opset", [23, 24, 25])
+def test_the_opset_is_the_one_that_was_asked_for(opset: int, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(spelled("padding"), source)
+    assert convert(Wish(str(source), out, "onnx", measure=False, opset=opset)).checked
+    model = onnx.load(out)
+    assert [(x.domain, x.version) for x in model.opset_import] == [("", opset)]
+    onnx.checker.check_model(model, full_check=True)

@@ -76,7 +76,7 @@ def test_a_model_with_its_library_runs_without_attncc(tmp_path: Path) -> None:
     toolchain()
     (tmp_path / "before.onnx").write_bytes(model())
     before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
-    done = convert(Wish(str(before), after, "onnx", measure=False, own_kernels=True))
+    done = convert(Wish(str(before), after, "onnx", measure=False, target="onnxruntime+attncc"))
     (site,) = done.report.sites
     assert site.status == "fused" and site.became == "attncc's kernel" and "checked on 3" in done.checked
     assert {x.name for x in tmp_path.iterdir()} == {"before.onnx", "after.onnx", "after.onnx.so"}

@@ -11,7 +11,7 @@ from attentions.linear_forms import FORMS, data, plain
 from cpp_kernels.build import compiled, host_isas
 
 from attncc.codegen.cpp import emit_linear, unsupported_linear
-from attncc.ir import Index, Linear, Size, interpret_linear, verify_linear
+from attncc.ir import Access, Const, Index, Linear, Size, Tensor, interpret_linear, verify_linear
 from attncc.ir.build import op
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.ir.linear_chunks import by_chunks
@@ -69,9 +69,46 @@ def test_lengths_that_the_call_decides(n: int) -> None:
     check(a, data(a, n), host_isas()[0], (n,))
 
 
-@pytest.mark.parametrize("form", ["gated_delta", pytest.param("by_channel", marks=pytest.mark.full)])
-def test_one_token(form: str) -> None:
-    a = verify_linear(FORMS[form](plain(2, 4, 1, 64, 64)))
+def one_token(form: str, sizes: tuple[int, ...], dtype: str = "f32") -> Linear:
+    """One token of `form`, from a state to a state."""
+    batch, heads, dk, dv = sizes
+    a = FORMS[form](plain(batch, heads, 1, dk, dv, dtype))
+    if a.state is None:
+        state = Tensor("s0", "f64" if dtype == "f64" else "f32", tuple(Const(n) for n in sizes))
+        at = (*(x.index for x in a.batch), a.d.index, a.e.index)
+        a = replace(a, tensors=(*a.tensors, state), state=Access("s0", at))
+    return verify_linear(replace(a, outputs=("out", "state")))
+
+
+_STEPS = [
+    pytest.param(form, sizes, isa, marks=() if at == 0 and kept else pytest.mark.full)
+    for form in FORMS if form not in ("features", "for_all")
+    for sizes, kept in (((2, 4, 32, 96), form == "gated_delta"), ((2, 4, 20, 37), form == "delta_by_channel"))
+    for at, isa in enumerate(host_isas())
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "sizes", "isa"), _STEPS)
+def test_one_token(form: str, sizes: tuple[int, ...], isa: str) -> None:
+    """In each order in memory of the states, before and after."""
+    a = one_token(form, sizes)
+    given = data(a)
+    want = interpret_linear(a, given, compute=torch.float64)
+    kernel = CppKernel(compiled(emit_linear(a, isa), isa), ranks(a))
+    for before, after in ((0, 0), (1, 1), (0, 1), (1, 0)):
+        state = given["s0"].mT.contiguous().mT if before else given["s0"]
+        shape = [*sizes[:2], 1, sizes[3]], [*sizes[:2], *sizes[2:][:: -1 if after else 1]]
+        out, new = (torch.full(x, float("nan")) for x in shape)
+        new = new.mT if after else new
+        kernel([(given | {"s0": state})[t.name] for t in a.tensors], [], [out, new])
+        for name, got in (("out", out), ("state", new)):
+            torch.testing.assert_close(got.double(), want[name], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("f64", marks=pytest.mark.full)])
+def test_one_token_of_many_sequences(dtype: str) -> None:
+    """States that are stored past the caches."""
+    a = one_token("gated_delta", (16, 4, 64, 64), dtype)
     check(a, data(a), host_isas()[0])
 
 

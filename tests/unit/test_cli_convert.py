@@ -68,7 +68,9 @@ def test_a_failed_check_is_3(monkeypatch: pytest.MonkeyPatch) -> None:
         ([TARGET, "-o", "out.bin"], "say what it is to be by its suffix"),
         ([TARGET, "-o", "out.onnx", "--portable"], "--portable is for .pt2 programs"),
         ([TARGET, "-o", "out.pt2", "--isa", "avx2"], "--isa goes with --to aoti"),
-        ([TARGET, "-o", "out.pt2", "--own-kernels"], "--own-kernels is for .onnx files"),
+        ([TARGET, "-o", "out.pt2", "--target", "onnxruntime"], "--target is for .onnx files"),
+        ([TARGET, "-o", "out.pt2", "--opset", "24"], "--opset is for .onnx files"),
+        ([TARGET, "-o", "out.onnx", "--provider", "cuda"], "--provider goes with --target onnxruntime"),
         ([TARGET, "-o", "out.so", "--to", "aoti"], "torch loads packages from files named .pt2"),
         ([TARGET, "-o", "out.pt2", "--to", "aoti", "--isa", "avx9"], "--isa avx9: known are"),
         (["nowhere:made", "-o", "out.pt2"], "no module named 'nowhere'"),
@@ -80,7 +82,8 @@ def test_a_failed_check_is_3(monkeypatch: pytest.MonkeyPatch) -> None:
         ([TARGET, "-o", "out.pt2", "--plan", "absent.plan"], "absent.plan"),
     ],
     ids=[
-        "no-output", "suffix", "portable", "isa-of-none", "own", "package", "isa", "module", "pt2", "onnx", "dynamic",
+        "no-output", "suffix", "portable", "isa-of-none", "target", "opset", "provider",
+        "package", "isa", "module", "pt2", "onnx", "dynamic",
         "export", "folder", "plan",
     ],
 )
