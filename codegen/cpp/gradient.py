@@ -116,8 +116,7 @@ class _GradientEmitter(Emitter):
         narrow = not double and not self.wide and fits_32_bits(a, *roots)
         both = (*self.bounds.visit, *self.hidden)
         over = ", ".join([*(_OVER[x.over] for x in g.loads), "ALL"])
-        defines = machine(self.isa, self.name, double=double, pairs=self.tiles, tiles=self.tiles, wide=False,
-                          coarse=self.tiles) | {
+        defines = machine(self.isa, self.name, double=double, pairs=self.tiles, tiles=self.tiles, coarse=self.tiles) | {
             **(_TILES if self.tiles else _PLAIN), "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged),
             "SLANTED": len(self.p.diagonals.tables), "ROW_AXES": 1, "MOST_FEW": 0,
             "MAX_SPANS": max(len(self.bounds.visit), 1), "MAX_HIDDEN": max(len(self.hidden), 1),

@@ -79,8 +79,7 @@ class _LinearEmitter:
 
     def _config(self) -> str:
         a, double = self.a, self.p.double
-        defines = machine(self.isa, self.name, double=double, pairs=False, tiles=False, wide=False,
-                          coarse=False) | {
+        defines = machine(self.isa, self.name, double=double, pairs=False, tiles=False, coarse=False) | {
             "WIDE_INTS": 1, "TOKENS": 1 if a.j.extent == Const(1) else _TOKENS, "VECTORS": _VECTORS.get(self.name, 2),
             "PAST": int(a.sees == "past" and "out" in a.outputs), "DELTA": int(a.rule == "delta"),
             "CHANNELS": int(self.row is not None), "WEIGHED": int(a.over is not None and "out" in a.outputs),
