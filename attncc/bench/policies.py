@@ -28,7 +28,7 @@ from attncc.ir.evaluate import DTYPE_OF
 from attncc.ir.program import program_of_node
 from attncc.kernels.build import built
 from attncc.passes.pipeline import Pipeline, parse_pipeline, spelled, standard
-from attncc.passes.policies.parts import Composed
+from attncc.passes.policies.hiding import Composed
 from attncc.runtime.outputs import signature_of
 
 HEADS, GROUP, WIDTH = 9, 3, 64

@@ -22,8 +22,8 @@ from attncc.ir import Attention, Axis, Const, Program
 from attncc.ir.reasons import Reason, because
 from attncc.passes.pipeline import standard
 from attncc.passes.policies import CLOSED_FORMS
-from attncc.passes.policies.hiding import Form, Policy, hide, misfit
-from attncc.passes.policies.parts import Composed, is_effect
+from attncc.passes.policies.hiding import Composed, Form, Policy, hide, misfit
+from attncc.passes.policies.parts import is_effect
 from attncc.passes.policies.places import head_count
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.site.assemble import Lifted

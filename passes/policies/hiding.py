@@ -20,7 +20,7 @@ from attncc.ir.attention import fresh_name
 from attncc.ir.build import FALSE, TRUE, and_, const, eq, or_, where
 from attncc.ir.expr import loads, substitute
 from attncc.ir.reasons import Reason, because
-from attncc.passes.policies.parts import Composed, Parts, joined, under
+from attncc.passes.policies.parts import Parts, joined, under
 from attncc.passes.policies.places import Places, ends_of, head_count, heads_of, places
 from attncc.passes.protocol import Legality
 
@@ -145,6 +145,15 @@ class Dropping(Protocol):
 
     def drop(self, site: Hiding) -> Expr:
         """The share, a number over the batch."""
+        ...
+
+
+@runtime_checkable
+class Composed(Protocol):
+    """A policy that does more than to hide keys."""
+
+    def parts(self, site: Hiding) -> Parts:
+        """All that it does."""
         ...
 
 

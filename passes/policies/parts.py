@@ -7,19 +7,17 @@ A policy that hides keys has a method `keep`; one that does more has `parts` as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol
 
-from attncc.ir import Access, Attention, Axis, Correct, Expr, Load, Size, Step, Tensor
+from attncc.ir import Access, Attention, Axis, Correct, Expr, Load, Node, Size, Step, Tensor
 from attncc.ir.attention import W, fresh_name
 from attncc.ir.build import and_, where
 from attncc.ir.expr import free, loads
 from attncc.ir.merge import merge_of
 from attncc.ir.reasons import Reason, because
 
-if TYPE_CHECKING:
-    from attncc.passes.policies.hiding import Hiding
 
 #: The output at (batch, i, e), as it is without the change, to what it becomes.
 After = Callable[[Expr], Expr]
@@ -48,11 +46,22 @@ class Parts:
     after: After | None = None
 
 
-@runtime_checkable
-class Composed(Protocol):
-    """A policy that does more than to hide keys."""
+class Site(Protocol):
+    """The attention that a form is made for, as it grows by what forms read."""
 
-    def parts(self, site: Hiding) -> Parts: ...
+    step: Step
+    attention: Attention
+
+    @property
+    def sizes(self) -> tuple[Size, ...]: ...
+
+    def passed_on(self, node: Node, results: tuple[str, ...], given: Mapping[str, str]) -> Step:
+        """A step of a node whose tensors are the attention's, or by their names values that are `given`."""
+        ...
+
+    def read_by(self, node: Attention) -> tuple[Tensor, ...]:
+        """The tensors that an attention made of this one needs."""
+        ...
 
 
 def no_joining(a: Attention) -> Reason | None:
@@ -78,7 +87,7 @@ def _where(own: Expr, after: After) -> After:
 
 
 def joined(
-    site: Hiding, node: Attention, besides: Sequence[Beside], afters: Sequence[After], taken: set[str]
+    site: Site, node: Attention, besides: Sequence[Beside], afters: Sequence[After], taken: set[str]
 ) -> list[Step]:  # fmt: skip
     """`node` and the attentions beside it as one, and the output changed, under the names that the results had. `taken`
     are the names of the program's values, which grow."""
@@ -114,7 +123,7 @@ def joined(
     return [*steps, _changed(site, afters, out, result)] if afters else steps
 
 
-def _attention(site: Hiding, node: Attention, beside: Beside) -> Attention:
+def _attention(site: Site, node: Attention, beside: Beside) -> Attention:
     """The attention over the keys beside, of the rows of another."""
     made = replace(
         node, j=beside.j, k=beside.k, v=beside.v, score=beside.score, mask=beside.mask, empty="zero", sink=None,
@@ -126,7 +135,7 @@ def _attention(site: Hiding, node: Attention, beside: Beside) -> Attention:
     return replace(made, tensors=tensors, sizes=tuple(s for s in site.sizes if s in used))
 
 
-def _changed(site: Hiding, afters: Sequence[After], out: str, result: str) -> Step:
+def _changed(site: Site, afters: Sequence[After], out: str, result: str) -> Step:
     a = site.attention
     own = fresh_name("x", {x.name for x in (*a.axes, *site.sizes, *a.tensors)})
     value: Expr = Load(own, tuple(x.index for x in a.out_axes), "float")

@@ -30,8 +30,7 @@ from attncc.passes.policies import (
     SelfSimilar,
     VerticalSlash,
 )
-from attncc.passes.policies.hiding import Policy
-from attncc.passes.policies.parts import Composed
+from attncc.passes.policies.hiding import Composed, Policy
 
 
 class Model(nn.Module):
