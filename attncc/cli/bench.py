@@ -16,11 +16,12 @@ from attncc.frontends.targets import TargetError, one_line
 def bench(
     suite: Annotated[
         Literal["cpu", "gpu", "windows", "longcontext", "context", "compile", "sites", "policies", "train", "models",
-                "linear", "systems"],
+                "linear", "onnx", "systems"],
         typer.Option("--suite", help="Which machine to measure; or on this one, models with long windows, the masks of "
                      "long contexts with their backward, rows and keys cut over processes, what compiling costs, how "
                      "much of the attention of transformers' models is found, what choosing keys costs, forward and "
-                     "backward together, whole models, linear attention by chunks, or forty-six papers' systems."),
+                     "backward together, whole models, linear attention by chunks, operators of onnxruntime, or "
+                     "forty-six papers' systems."),
     ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE too.")] = None,
@@ -52,8 +53,8 @@ def bench(
         of_train = {"only": only, "dtypes": _words(dtypes), "threads": threads or []}
         of_models = of_train | {"picture": picture, "table": table}
         suites = {"cpu": of_cpu, "train": of_train, "models": of_models, "compile": rows, "context": rows,
-                  "sites": rows, "policies": rows, "linear": rows, "windows": of_windows, "longcontext": of_windows,
-                  "systems": rows | {"table": table}}  # fmt: skip
+                  "sites": rows, "policies": rows, "linear": rows, "onnx": rows, "windows": of_windows,
+                  "longcontext": of_windows, "systems": rows | {"table": table}}  # fmt: skip
         taken = suites.get(suite, {})
         given = {name for name, value in (of_cpu | of_windows).items() if value}
         foreign = [f"--{_OPTION.get(name, name)}" for name in sorted(given - set(taken))]

@@ -69,6 +69,7 @@ class Session:
                               ) from error  # fmt: skip
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        options.intra_op_num_threads = torch.get_num_threads()
         try:
             if (library := beside(self.path)).is_file():
                 options.register_custom_ops_library(str(library))
@@ -77,6 +78,12 @@ class Session:
         except Exception as error:
             raise TargetError(f"{self.path.name}: onnxruntime does not load it ({one_line(error)})") from error
         object.__setattr__(self, "_session", made)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its inputs, in order."""
+        session: Any = self._session  # type: ignore[attr-defined]
+        return [v.name for v in session.get_inputs()]
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         session: Any = self._session  # type: ignore[attr-defined]
@@ -173,7 +180,7 @@ def rewrite(path: str, output: Path | None, *, checked: bool, measure: bool, ask
 
 def _rewritten(path: str, output: Path | None, *, checked: bool, measure: bool, asked: Asked) -> Found:
     step("finding attention")
-    model, sizes, found = _operated(path, asked)
+    model, sizes, found = operated(path, asked)
     report = Report(tuple(found.sites), versions={"attncc": __version__, "torch": torch.__version__})
     if output is None:
         return Found(report)
@@ -201,7 +208,7 @@ def _rewritten(path: str, output: Path | None, *, checked: bool, measure: bool, 
     return Found(report, said)
 
 
-def _operated(path: str, asked: Asked) -> tuple[ir.Model, dict[str, int], Operated]:
+def operated(path: str, asked: Asked) -> tuple[ir.Model, dict[str, int], Operated]:
     """(the model with its attentions rewritten, sizes of its open dimensions, what was found)."""
     from attncc.convert.onnx_surgery import operate  # noqa: PLC0415 needs onnx-ir
 
@@ -313,14 +320,14 @@ def _slower(before: Session, after: Session, inputs: tuple[torch.Tensor, ...]) -
     return because("slower", f"onnxruntime {us.get('after', math.inf):.1f} us, as it was {us['before']:.1f} us")
 
 
-def export(program: ExportedProgram, source: str) -> tuple[Path, Path]:
+def export(program: ExportedProgram, source: str, opset: int = 23) -> tuple[Path, Path]:
     """An exported program as an ONNX file in a folder of its own: (folder, file). Raises TargetError."""
     folder = Path(tempfile.mkdtemp(prefix="attncc-onnx-"))
     file = folder / "model.onnx"
     try:
         import onnxscript  # noqa: F401, PLC0415 what torch's exporter is written in
 
-        torch.onnx.export(program, (), str(file), dynamo=True, opset_version=23, verbose=False)
+        torch.onnx.export(program, (), str(file), dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         needs = "needs onnxscript; pip install 'attncc[onnx]'"

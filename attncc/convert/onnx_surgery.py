@@ -54,16 +54,17 @@ ROWS: dict[tuple[str, str], Sequence[Row]] = {
 @dataclass(frozen=True)
 class Asked:
     """What the file is for: a runtime that knows the standard operators (`onnx`), or onnxruntime and one of its
-    providers; `kernels` are attncc's own, which come first."""
+    providers; `kernels` are attncc's own, which come first. `only` names an operator that is to be taken alone."""
 
     target: str = "onnx"
     provider: str = "cpu"
     opset: int = OPSET
     kernels: KernelLibrary | None = None
+    only: str = ""
 
     @property
     def rows(self) -> Sequence[Row]:
-        return ROWS[self.target, self.provider]
+        return [r for r in ROWS[self.target, self.provider] if self.only in ("", r.name)]
 
 
 @dataclass

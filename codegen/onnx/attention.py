@@ -13,7 +13,7 @@ import torch
 
 from attncc.codegen.onnx.emitter import Emitter, Inexpressible
 from attncc.codegen.onnx.nodes import Extent, Value
-from attncc.ir import Attention, Const, Expr, Op, S, Size, W
+from attncc.ir import Access, Attention, Axis, Const, Expr, Op, S, Size, W
 from attncc.ir.build import TRUE, op
 from attncc.ir.dense import dense
 from attncc.ir.evaluate import DTYPE_OF
@@ -37,22 +37,23 @@ def attention(
     """(operator, (*batch, rows, e)): the output of `a`, whose tensors and sizes are given, by the first of `rows` that
     takes it. Raises Inexpressible, before any node that matters is made."""
     gate, a = _gated(a)
+    a, units = _with_batch(a)
     form = dense(replace(a, sink=None))
     if form is None:
         raise Inexpressible("its equation is not that of the operator")
     if a.slope and not form.settled:
         raise Inexpressible("rows that see nothing follow their scores")
-    why = ""
+    why = "no operator was asked for"
     for row in rows:
         emitter = Emitter(a, form, tensors, sizes)
         why = _foreign(row, a) or row.refuses(emitter, opset)
         if not why:
             out = emitter.result(row.emit(emitter, opset))
-            if gate is None:
-                return row.name, out
-            seen = emitter.pairs(gate).squeeze([-1]).unsqueeze(-1)
-            zero = emitter.nodes.constant(0.0, out.dtype)
-            return row.name, cast(Value, torch.where(seen, out, zero))  # type: ignore[call-overload]
+            if gate is not None:
+                seen = emitter.pairs(gate).squeeze([-1]).unsqueeze(-1)
+                zero = emitter.nodes.constant(0.0, out.dtype)
+                out = cast(Value, torch.where(seen, out, zero))  # type: ignore[call-overload]
+            return row.name, out.squeeze(range(units))
     raise Inexpressible(why)
 
 
@@ -72,6 +73,28 @@ def _gated(a: Attention) -> tuple[Expr | None, Attention]:
         case _:
             pass
     return None, a
+
+
+def _with_batch(a: Attention) -> tuple[Attention, int]:
+    """(the attention with two batch axes at least, how many of extent 1 it got before the others): a batch of one
+    sequence is none in the IR, and operators have it. Dimensions of extent 1 lie along the new axes."""
+    units = max(0, 2 - len(a.batch))
+    taken = {x.name for x in (*a.axes, *a.sizes, *a.tensors)}
+    names = [x for x in ("one", "unit", "single", "sole") if x not in taken][:units]
+    axes = tuple(Axis(x, Const(1)) for x in names)
+    if not axes:
+        return a, 0
+
+    def along(access: Access) -> Access:
+        left = list(axes)
+        shape = a.tensor(access.tensor).shape
+        index = [
+            left.pop(0).index if left and x == Const(0) and n == Const(1) else x
+            for x, n in zip(access.index, shape, strict=True)
+        ]
+        return Access(access.tensor, tuple(index))
+
+    return replace(a, batch=(*axes, *a.batch), q=along(a.q), k=along(a.k), v=along(a.v), layout=()), units
 
 
 # ---- the standard operator ------------------------------------------------------------------------------------------

@@ -125,6 +125,8 @@ class Value:
         return self.nodes.call("Squeeze", (self, self.nodes.constant(dims)), self.dtype, shape) if dims else self
 
     def select(self, dim: int, at: int) -> Value:
+        if self.shape[dim] == 1 and at == 0:
+            return self.squeeze([dim])
         shape = [n for d, n in enumerate(self.shape) if d != dim]
         return self.nodes.call("Gather", (self, self.nodes.constant(at)), self.dtype, shape, axis=dim)
 

@@ -51,7 +51,7 @@ STANDS_ON: dict[str, tuple[str, ...]] = {
     "convert": ("frontends", "attncc", "codegen.onnx", "environment"),
     "__main__": ("cli",),
     "cli": ("frontends", "attncc", "convert"),
-    "bench": ("frontends", "attncc"),
+    "bench": ("frontends", "attncc", "convert"),
 }  # fmt: skip
 
 

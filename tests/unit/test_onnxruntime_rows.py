@@ -10,14 +10,14 @@ import pytest
 import torch
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnx_ir")
-pytest.importorskip("onnxruntime")
+ir = pytest.importorskip("onnx_ir")
+ort = pytest.importorskip("onnxruntime")
 
 from onnx_nodes.attentions import model_of, run, written  # noqa: E402
 
-from attncc.codegen.onnx import STANDARD, Inexpressible  # noqa: E402
+from attncc.codegen.onnx import STANDARD, Inexpressible, Nodes, Value, attention  # noqa: E402
 from attncc.codegen.onnx.onnxruntime import CPU, CUDA  # noqa: E402
-from attncc.ir import Size  # noqa: E402
+from attncc.ir import Size, parse_attention  # noqa: E402
 from attncc.ir.evaluate import DTYPE_OF  # noqa: E402
 from attncc.ir.interpret import interpret  # noqa: E402
 
@@ -155,3 +155,43 @@ def test_what_the_cuda_provider_has_kernels_for(dtype: str, operator: str) -> No
 def test_heads_lie_side_by_side_where_the_operands_do(tmp_path: Path) -> None:
     ran = compare(TAKEN["grouped"][1], CPU, "f32", tmp_path, STD)
     assert ran.count("Transpose") == 1  # that of the output, which a model turns back
+
+
+SINGLE = """attention
+batch  h = 4
+axis   i = 6, j = 6, d = 8, e = 8
+tensor q: f32[1, 4, 6, 8]
+tensor k: f32[1, 2, 1, 6, 8]
+tensor v: f32[1, 2, 1, 6, 8]
+q      q[0, h, i, d]
+k      k[0, h // 2, 0, j, d]
+v      v[0, h // 2, 0, j, e]
+score  s * 0.25
+mask   j <= i
+norm   softmax
+empty  zero
+weight w
+give   out
+dtype  f32
+layout i, h, e
+"""
+
+
+def test_a_batch_of_one_keeps_its_heads() -> None:
+    """The IR has no axis for it; operators do, and its heads are grouped still."""
+    nodes = Nodes("n")
+    a = parse_attention(SINGLE)
+    shapes = {t.name: [int(n.value) for n in t.shape] for t in a.tensors}
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    given = [ir.Value(name=n, shape=ir.Shape(s), type=kind) for n, s in shapes.items()]
+    values = [Value(nodes, x, torch.float32, tuple(s)) for x, s in zip(given, shapes.values(), strict=True)]
+    name, out = attention(a, values, {}, CPU, 23)
+    out.value.name = "y"
+    assert name == GQA and out.shape == (4, 6, 8)
+    graph = ir.Graph(given, [out.value], nodes=nodes.made, opset_imports={"": 23, "com.microsoft": 1})
+    model = ir.Model(graph, ir_version=10)
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    tensors = {n: torch.randn(s, generator=torch.Generator().manual_seed(0)) for n, s in shapes.items()}
+    found = torch.from_numpy(session.run(None, {n: x.numpy() for n, x in tensors.items()})[0])
+    torch.testing.assert_close(found, interpret(a, tensors)["out"], atol=2e-6, rtol=1e-5)
+    assert not [n for n in nodes.made if n.op_type in ("Expand", "Gather")]
