@@ -3,8 +3,9 @@
     linear(Tensor[] tensors, SymInt[] sizes, str spec) -> Tensor[]
     linear_gradients(Tensor[] grads, Tensor[] tensors, SymInt[] sizes, str spec, bool[] wanted) -> Tensor[]
 
-`spec` is the canonical text of the node, as for `attncc::attention`. Gradients run the exact form by chunks once more
-and differentiate it, and so do gradients of gradients: nothing but the tensors is kept for backward.
+`spec` is the canonical text of the node, as for `attncc::attention`. Gradients come from a kernel that goes over the
+chunks once more, and back (`attncc.runtime.linear_factors`), or, where there is none, from the exact form by chunks,
+which torch differentiates; so do gradients of gradients. Nothing but the tensors is kept for backward.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from attncc.ir.expr import Expr
 from attncc.ir.interpret_linear import interpret_linear
 from attncc.ir.linear_chunks import by_chunks, unchunked
 from attncc.runtime.derivatives import differentiated
+from attncc.runtime.linear_factors import gradients
 from attncc.runtime.op import Kernel, KernelError
 from attncc.runtime.recent import Recent
 
 Build = Callable[[str, torch.device], Kernel]
+BuildGradient = Callable[[str, torch.device], Kernel | None]
 
 
 def _nothing(*_: object) -> Any:
@@ -32,13 +35,17 @@ def _nothing(*_: object) -> Any:
 
 
 _build: Build = _nothing
+_build_gradient: BuildGradient = _nothing
 _kernels = Recent[tuple[str, torch.device], Kernel](1024)
+_gradient_kernels = Recent[tuple[str, torch.device], Kernel | None](1024)
 
 
-def install(build: Build) -> None:
-    """Say how kernels are made: `build(spec, device)`, once for each in this process."""
-    global _build, _kernels
+def install(build: Build, gradient: BuildGradient) -> None:
+    """Say how kernels are made: `build(spec, device)`, and `gradient(spec, device)`, which may know none; once for each
+    in this process."""
+    global _build, _kernels, _build_gradient, _gradient_kernels
     _build, _kernels = build, Recent[tuple[str, torch.device], Kernel](1024)
+    _build_gradient, _gradient_kernels = gradient, Recent[tuple[str, torch.device], Kernel | None](1024)
 
 
 @lru_cache(maxsize=1024)
@@ -130,12 +137,24 @@ def _gradients(
         return differentiated(outputs, [x for x, w in zip(leaves, wanted, strict=True) if w], grads, create_graph=graph)
 
 
+def _gradient_kernel(spec: str, device: torch.device) -> Kernel | None:
+    key = spec, device
+    if key in _gradient_kernels:
+        return _gradient_kernels.get(key)
+    return _gradient_kernels.setdefault(key, _build_gradient(spec, device))
+
+
 def _run_gradients(
     grads: list[torch.Tensor], tensors: list[torch.Tensor], sizes: list[int], spec: str, wanted: list[bool]
 ) -> list[torch.Tensor]:
     with torch.inference_mode(False):
-        found = _gradients([g.clone() if g.is_inference() else g for g in grads],
-                           [t.clone() if t.is_inference() else t for t in tensors], sizes, spec, wanted)  # fmt: skip
+        grads = [g.clone() if g.is_inference() else g for g in grads]
+        tensors = [t.clone() if t.is_inference() else t for t in tensors]
+        kernel = _gradient_kernel(spec, tensors[0].device)
+        if kernel is None:
+            found = _gradients(grads, tensors, sizes, spec, wanted)
+        else:
+            found = gradients(linear_of(spec), kernel, grads, tensors, sizes, wanted)
     promised = [torch.empty_like(t) for t, w in zip(tensors, wanted, strict=True) if w]
     return [x if x.stride() == y.stride() else y.copy_(x) for x, y in zip(found, promised, strict=True)]
 

@@ -1,9 +1,10 @@
 """`attncc bench --suite linear`: linear attention by chunks, as models write it and as one kernel.
 
 Each row is a module of `linear_models`, compiled by Inductor alone and with attncc, and beside them the kernel alone
-against the exact form by chunks in eager torch, at the chunk that is fastest there. Then the kernel at several lengths,
-and one token a sequence, whose time is that of reading and writing the states. One thread; calls take turns, and what
-counts is the median of the processor time of this thread. Errors are against float64, as multiples of the model's own.
+against the exact form by chunks in eager torch, at the chunk that is fastest there. Then forward and backward of two
+of them, the kernel at several lengths, and one token a sequence, whose time is that of reading and writing the states.
+One thread; calls take turns, and what counts is the median of the processor time of this thread. Errors are against
+float64, as multiples of the model's own.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ HEADS, WIDTH, TOKENS, FEW = 8, 64, 2048, 512
 LENGTHS = 1024, 2048, 4096, 8192, 16384
 CHUNKS = 32, 64  # 128 was never the best
 ROUNDS = 5
+TRAINED = 1024
+TRAINING = "gated delta", "ssd"
 SEQUENCES = 1, 8, 64, 256
 ROWS: dict[str, Callable[..., Any]] = {
     f.__name__.replace("_", " "): f
@@ -55,7 +58,7 @@ class _Layer(nn.Module):
 
 def run(*, quick: bool = False, json: Path | None = None, only: str = "") -> None:
     """Print the tables; `only` as in `chosen`."""
-    names = chosen([*ROWS, "lengths", "decode"], only)
+    names = chosen([*ROWS, "training", "lengths", "decode"], only)
     torch.set_num_threads(1)
     results: list[dict[str, object]] = []
     tokens = FEW if quick else TOKENS
@@ -64,6 +67,8 @@ def run(*, quick: bool = False, json: Path | None = None, only: str = "") -> Non
             results += _lengths(LENGTHS[:3] if quick else LENGTHS)
         elif name == "decode":
             results += _decode()
+        elif name == "training":
+            results += [_training(x, ROWS[x], FEW if quick else TRAINED) for x in TRAINING]
         else:
             results.append(_model(name, ROWS[name], tokens))
     if json is not None:
@@ -105,6 +110,32 @@ def _model(name: str, core: Callable[..., Any], tokens: int) -> dict[str, object
     print(f"{name:18} {tokens:6} tokens  attncc {mine:9.3f} ms  Inductor {theirs:9.3f} ms  {theirs / mine:6.2f}x  "
           f"error {error:5.2f} of Inductor's  compiled in {compiled:.0f} s and {unfused:.0f} s")  # fmt: skip
     return {"row": name, "tokens": tokens, "attncc_ms": mine, "inductor_ms": theirs, "error": error}
+
+
+def _training(name: str, core: Callable[..., Any], tokens: int) -> dict[str, object]:
+    """Forward and backward of a layer, as compiled by each; its loss is a sum with random weights."""
+    model = _Layer(core)
+    seed = torch.randn(1, tokens, HEADS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+    def gradients(run: Callable[..., Any], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        given = [x.requires_grad_() for x in _inputs(tokens, dtype)]
+        return list(torch.autograd.grad((run(*given)[0] * seed.to(dtype)).sum(), given))
+
+    exact, plain = gradients(model, torch.float64), gradients(model)
+    own, ours = torch.compile(model), torch.compile(model, backend="attncc")
+    start = time.perf_counter()
+    gradients(own)
+    unfused = time.perf_counter() - start
+    start = time.perf_counter()
+    got = gradients(ours)
+    compiled = time.perf_counter() - start
+    mine, theirs = _turns([lambda: gradients(ours), lambda: gradients(own)])
+    off = (float((x - z).abs().max() / (y - z).abs().max()) for x, y, z in zip(got, plain, exact, strict=True))
+    error = max(off)
+    print(f"{name:18} {tokens:6} tokens, forward and backward  attncc {mine:9.3f} ms  Inductor {theirs:9.3f} ms  "
+          f"{theirs / mine:6.2f}x  gradients {error:5.2f} of eager's error at most  compiled in {compiled:.0f} s and "
+          f"{unfused:.0f} s")  # fmt: skip
+    return {"row": f"training {name}", "tokens": tokens, "attncc_ms": mine, "inductor_ms": theirs, "error": error}
 
 
 def _delta(tokens: int, batch: int = 1) -> tuple[Linear, str, dict[str, torch.Tensor]]:
