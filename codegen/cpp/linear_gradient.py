@@ -56,7 +56,7 @@ def emit_linear_gradient(a: Linear, isa: str) -> str:
 
 def _config(isa: str, *, double: bool, channels: bool, delta: bool) -> str:
     of = TABLE[isa]
-    defines = machine(of, isa, double=double, pairs=False, tiles=False, wide=False, coarse=False) | {
+    defines = machine(of, isa, double=double, pairs=False, tiles=False, coarse=False) | {
         "WIDE_INTS": 1, "DELTA": int(delta), "CHANNELS": int(channels),
         "CHUNK": _CHANNEL_CHUNK if channels else _CHUNK, "OUT_OF_MEMORY": 1, "TOO_LARGE": 2,
     }  # fmt: skip
