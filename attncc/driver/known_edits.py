@@ -73,7 +73,7 @@ def edit_again(gm: fx.GraphModule, graph: Known, found: Collected, edits: GraphE
         sites = [_site(x) for x in record["sites"]]
         if record["nodes"] is not None:
             edits.replace(gm, _graph(graph.graph, record["nodes"]))
-            if _text(gm) != record["text"]:
+            if _text(gm.graph) != record["text"]:
                 edits.undo()
                 return False
     except _OF_ANOTHER_KIND:
@@ -92,11 +92,16 @@ def remember(gm: fx.GraphModule, graph: Known, found: Collected, edits: GraphEdi
         sites = [_plain(site) for site in found.sites]
     except UnknownError:
         return
-    default_store().remember(graph.key, {"nodes": nodes, "text": _text(gm), "sites": sites})
+    default_store().remember(graph.key, {"nodes": nodes, "text": _text(gm.graph), "sites": sites})
 
 
-def _text(gm: fx.GraphModule) -> str:
-    return hashlib.sha256(str(gm.code).encode()).hexdigest()
+def _text(graph: fx.Graph) -> str:
+    """A digest of all operations and their arguments. Generating the graph's code takes ten times as long."""
+    nodes = [
+        (n.op, n.name, name_of(n.target) if n.op.startswith("call") else str(n.target), n.args, n.kwargs)
+        for n in graph.nodes
+    ]
+    return hashlib.sha256(repr(nodes).encode()).hexdigest()
 
 
 # --- sites -----------------------------------------------------------------------------------------------------------

@@ -106,19 +106,19 @@ def _surroundings(options: object) -> object:
 @cache
 def own_code() -> str:
     """A digest of the names, sizes and times of attncc's files."""
-    found = hashlib.sha256()
-    for folder in ("", "codegen", "passes", "patterns", "runtime"):
-        for name, size, time in sorted(_files(Path(__file__).parents[1] / folder)):
-            found.update(f"{folder}/{name} {size} {time}\n".encode())
-    return found.hexdigest()
+    home = Path(__file__).parents[1]
+    found = [x for folder in ("", "codegen", "passes", "patterns", "runtime") for x in _files(str(home / folder))]
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 
 
-def _files(folder: Path) -> Iterator[tuple[str, int, int]]:
-    for place, folders, names in os.walk(folder):
-        folders[:] = [x for x in folders if x != "__pycache__"]
-        for name in names:
-            found = (Path(place) / name).stat()
-            yield os.path.relpath(os.path.join(place, name), folder), found.st_size, found.st_mtime_ns  # noqa: PTH118
+def _files(folder: str) -> Iterator[tuple[str, int, int]]:
+    with os.scandir(folder) as entries:
+        for x in entries:
+            if x.is_dir(follow_symlinks=False):
+                yield from () if x.name == "__pycache__" else _files(x.path)
+            elif x.is_file():
+                found = x.stat()
+                yield x.path, found.st_size, found.st_mtime_ns
 
 
 def _input(x: Any) -> object:
