@@ -85,8 +85,8 @@ def run(*, quick: bool = False, json: Path | None = None, only: str = "") -> Non
             done = _row(name, n)
             results.append(done)
             ratios = "  ".join(f"{x} {ratio:.2f}" for x, ratio in done["ratio"].items())
-            head = f"{name:15} {n:5} tokens  as it is {done['ms']:9.3f} ms"
-            print(f"{head}  {ratios}  chosen: {done['chosen']}", flush=True)
+            took = f"chosen: {done['chosen']}"
+            print(f"{name:15} {n:5} tokens  as it is {done['ms']:9.3f} ms", ratios, took, sep="  ", flush=True)
     if json is not None:
         json.write_text(json_format.dumps(results, indent=1))
 

@@ -30,7 +30,7 @@ def convert(
     )] = "onnx",
     provider: Annotated[Literal["cpu", "cuda"], typer.Option("--provider", help="What onnxruntime runs it on.")
                         ] = "cpu",
-    opset: Annotated[int, typer.Option("--opset", min=23, max=25, help="Version of the standard operators of an .onnx "
+    opset: Annotated[int, typer.Option("--opset", min=23, max=27, help="Version of the standard operators of an .onnx "
                                        "file; one that is newer stays so.")] = 23,
     portable: Annotated[bool, typer.Option("--portable", help="Operators of torch alone: attncc is not needed to run "
                                            "it.")] = False,

@@ -9,22 +9,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
-import torch
 from torch import fx
 
 from attncc.codegen.cpp.onnxruntime import DOMAIN
 from attncc.codegen.onnx import STANDARD, Inexpressible, Nodes, Row, Value, attention
 from attncc.codegen.onnx.onnxruntime import CPU, CUDA
 from attncc.codegen.onnx.onnxruntime import DOMAIN as CONTRIB
+from attncc.convert.onnx_exchange import Exchange, linear_rewritten
 from attncc.convert.onnx_kernels import KernelLibrary
 from attncc.convert.onnx_tracing import Traced
 from attncc.driver import describe
 from attncc.driver.lowering import is_direct
 from attncc.driver.site_groups import SiteGroup, together
-from attncc.frontends.onnx.values import DTYPES
-from attncc.ir import Attention, Const, Expr, Program, Size, kind_of, print_attention
+from attncc.ir import Attention, Program, kind_of, print_attention
 from attncc.ir.evaluate import int_value
-from attncc.ir.expr import free
 from attncc.ir.reasons import because
 from attncc.kernels.build import optimise
 from attncc.passes.pipeline import Pipeline
@@ -44,7 +42,7 @@ if TYPE_CHECKING:
 _ALREADY = "already"
 #: The version of the standard operators that `Attention` came with, and those that can be asked for.
 OPSET = 23
-OPSETS = (23, 24, 25)
+OPSETS = range(23, 28)
 #: The rows of a target and a provider.
 ROWS: dict[tuple[str, str], Sequence[Row]] = {
     ("onnx", "cpu"): STANDARD, ("onnxruntime", "cpu"): CPU, ("onnxruntime", "cuda"): CUDA,
@@ -97,10 +95,15 @@ def operate(model: ir.Model, traced: Traced, asked: Asked) -> Operated:
             found.sites.append(Site(index, status, str(site.reason), where, became=became, code=site.reason.codes))
             continue
         if isinstance(site, Recognised):
+            made = Exchange(model, traced, facts, Nodes(f"attncc_{index}", shared))
+            why = linear_rewritten(made, site, CONTRIB if asked.target != "onnx" else "", asked.opset)
+            reason = because("onnx-inexpressible", why) if why else None
             found.sites.append(Site(
-                index, "kept", str(site.reason), where, equation=describe.linear_equation(site.linear),
-                became="its own nodes", code=site.reason.codes,
+                index, "kept" if why else "fused", str(reason or ""), where, "",
+                describe.linear_equation(site.linear), became="its own nodes" if why else "LinearAttention",
+                code=reason.codes if reason else "",
             ))  # fmt: skip
+            found.written.update([] if why else ["LinearAttention"])
             continue
         if site.node not in done:
             nodes = Nodes(f"attncc_{index}", shared)
@@ -162,7 +165,7 @@ def _rewrite(
     if old is None or producer is None:
         return _Done("its output is inside of a node")
     final = Pipeline((DropRounding(), FoldPredicates())).run(program.program)
-    prefix, known = nodes.prefix, dict(nodes.shared)
+    known = dict(nodes.shared)
     try:
         operator, new = _emitted(nodes, traced, facts, program, final, asked)
         why = _ALREADY if _as_good(producer, nodes.made) else ""
@@ -172,19 +175,7 @@ def _rewrite(
         nodes.shared.clear()
         nodes.shared.update(known)  # what was made for this one is not put into the graph
         return _Done(why)
-    made = nodes.made
-    out = new.value
-    if out.producer() not in made:
-        made.append(ir.node("Identity", [out], name=f"{prefix}/Identity"))
-        out = made[-1].outputs[0]
-    graph = model.graph
-    graph.insert_before(producer, made)
-    name, shape, dtype = old.name, old.shape, old.dtype
-    old.name = f"{prefix}/replaced"
-    out.name, out.shape = name, shape
-    if dtype is not None:
-        out.dtype = dtype
-    ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
+    Exchange(model, traced, facts, nodes).put([(old, new)])
     return _Done("", operator)
 
 
@@ -201,25 +192,9 @@ def _emitted(
     nodes: Nodes, traced: Traced, facts: Facts, site: SiteProgram, p: Program, asked: Asked
 ) -> tuple[str, Value]:
     """(operator, output) of a program."""
-    values: dict[str, Value] = {}
-    sizes: dict[Expr, Any] = {}
     operator = ""
-    spelled = dict(zip(p.sizes, site.sizes, strict=True))
-    for t, n, dtype in zip(p.inputs, site.inputs, site.dtypes, strict=True):
-        extents = tuple(int(x.value) if isinstance(x, Const) else None for x in t.shape)
-        value = _held(nodes, traced, n, extents).to(dtype)
-        for at, x in enumerate(t.shape):
-            if isinstance(x, Size) and x not in sizes:
-                key = "size", spelled[x]
-                held = nodes.shared[key] = nodes.shared.get(key) or value.extent(at)
-                sizes[x] = Value(nodes, held.value, held.dtype, held.shape)
-        values[t.name] = Value(
-            nodes, value.value, value.dtype,
-            tuple(sizes[x] if isinstance(x, Size) else e for x, e in zip(t.shape, extents, strict=True)),
-        )  # fmt: skip
-    for x in p.sizes:
-        if x not in sizes:
-            sizes[x] = _computed(nodes, traced, facts, spelled[x])
+    exchange = Exchange(None, traced, facts, nodes)
+    values, sizes = exchange.given(p.inputs, site.inputs, site.dtypes, dict(zip(p.sizes, site.sizes, strict=True)))
     for step in p.steps:
         given = [values[x] for x in step.arguments]
         extents = [int_value(x, sizes) for x in step.sizes]
@@ -238,32 +213,6 @@ def _emitted(
             raise Inexpressible(f"it takes a node of the kind {type(step.node).__name__.lower()}")
         values |= {r: result[n] for r, n in zip(step.results, names, strict=True)}
     return operator, values[p.outputs[0]]
-
-
-def _held(nodes: Nodes, traced: Traced, n: fx.Node, extents: tuple[Any, ...]) -> Value:
-    """What a node of the trace holds; nodes that the reader made beside it, of those of the trace."""
-    held = traced.values.get(n)
-    if held is not None:
-        own = DTYPES.get(int(held.dtype)) if held.dtype is not None else None
-        return Value(nodes, held, n.meta["val"].dtype if own is None else own, extents)
-    if n.target is torch.ops.aten.to.dtype:
-        return _held(nodes, traced, n.all_input_nodes[0], extents).to(n.args[1])  # type: ignore[arg-type]
-    raise Inexpressible(f"it reads what is inside of a node ({n.target})")
-
-
-def _computed(nodes: Nodes, traced: Traced, facts: Facts, size: Expr) -> Any:
-    """A size that no tensor at hand has, from the extents of the model's inputs."""
-    table: dict[Expr, Any] = {}
-    for symbol in free(size):
-        for n in traced.graph.find_nodes(op="placeholder"):
-            shape = facts.shape(n)
-            if symbol in shape and symbol not in table and n in traced.values:
-                value = Value(nodes, traced.values[n], n.meta["val"].dtype, (None,) * len(shape))
-                table[symbol] = value.extent(shape.index(symbol))
-    try:
-        return int_value(size, table)
-    except (KeyError, TypeError) as error:
-        raise Inexpressible("one of its sizes is no extent of what it reads") from error
 
 
 def _clean(model: ir.Model) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from attncc.codegen.onnx.nodes import Extent, Nodes, Value
 from attncc.codegen.onnx.visible import Visible, visible
-from attncc.ir import Access, Attention, Axis, Const, Expr, Op, Size
+from attncc.ir import Access, Attention, Axis, Const, Expr, Op, Size, Tensor
 from attncc.ir.build import TRUE
 from attncc.ir.dense import Dense
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
@@ -41,8 +41,7 @@ class Emitter:
         self.nodes: Nodes = tensors[0].nodes
 
     def extent(self, axis: Axis) -> Extent:
-        x = axis.extent
-        return int(x.value) if isinstance(x, Const) else self.sizes[x]
+        return _extent(axis, self.sizes)
 
     @cached_property
     def visible(self) -> Visible:
@@ -236,36 +235,48 @@ class Emitter:
     def pairs(self, x: Expr) -> Value:
         """An expression over (*batch, rows, keys), with extent 1 where it does not depend on an axis."""
         a = self.a
-        axes = (*a.batch, a.i, a.j)
-        ev = Evaluator({}, {}, torch.float32, like=next(iter(self.tensors.values())))  # type: ignore[arg-type]
-        ev.tensors = self.tensors  # type: ignore[assignment]
-        for at, axis in enumerate(axes):
-            if mentions(x, axis.index):
-                ev.known[axis.index] = self.arange(axis, at, len(axes))  # type: ignore[assignment]
-        for size, n in self.sizes.items():
-            if mentions(x, size):
-                value = self.nodes.constant(n) if isinstance(n, int) else n.squeeze([0])
-                ev.known[size] = value  # type: ignore[assignment]
-        for load in loads(x):
-            if is_view(load, axes) and self.whole(load, axes):
-                value = view_of(load, self.tensors[load.tensor], axes)  # type: ignore[arg-type]
-                ev.known[load] = value.to(torch.float32) if load.kind == "float" else value
-                if load.kind == "int":
-                    ev.known[load] = value.to(torch.int64)
-        found: Value = ev(x)  # type: ignore[assignment]
-        return found if found.ndim == len(axes) else found.reshape([1] * len(axes))
+        return over((*a.batch, a.i, a.j), x, self.tensors, a.tensor, self.sizes)
 
-    def whole(self, load: Load, axes: Sequence[Axis]) -> bool:
-        """Whether a load reads each dimension from its first element to its last."""
-        by_index = {axis.index: axis.extent for axis in axes}
-        shape = self.a.tensor(load.tensor).shape
-        return all(isinstance(x, Const) or by_index[x] == n for x, n in zip(load.index, shape, strict=True))  # type: ignore[index]
 
-    def arange(self, axis: Axis, at: int, rank: int) -> Value:
-        n = self.extent(axis)
-        end = self.nodes.constant(n) if isinstance(n, int) else n.squeeze([0])
-        places = self.nodes.call(
-            "Range", (self.nodes.constant(0), end, self.nodes.constant(1)), torch.int64, (n,)
-        )
-        shape = [n if d == at else 1 for d in range(rank)]
-        return places.reshape(shape)
+def over(
+    axes: Sequence[Axis], x: Expr, tensors: Mapping[str, Value], declared: Callable[[str], Tensor],
+    sizes: Mapping[Size, Extent], known: Mapping[Expr, Value] | None = None,
+) -> Value:  # fmt: skip
+    """An expression over some axes, with extent 1 where it does not depend on one. `known` are values of parts."""
+    nodes = next(iter(tensors.values())).nodes
+    ev = Evaluator({}, {}, torch.float32, like=next(iter(tensors.values())))  # type: ignore[arg-type]
+    ev.tensors = tensors  # type: ignore[assignment]
+    for at, axis in enumerate(axes):
+        if mentions(x, axis.index):
+            ev.known[axis.index] = _arange(nodes, _extent(axis, sizes), at, len(axes))  # type: ignore[assignment]
+    for size, n in sizes.items():
+        if mentions(x, size):
+            value = nodes.constant(n) if isinstance(n, int) else n.squeeze([0])
+            ev.known[size] = value  # type: ignore[assignment]
+    for load in loads(x):
+        if is_view(load, axes) and _whole(load, axes, declared(load.tensor).shape):
+            value = view_of(load, tensors[load.tensor], axes)  # type: ignore[arg-type]
+            ev.known[load] = value.to(torch.float32) if load.kind == "float" else value
+            if load.kind == "int":
+                ev.known[load] = value.to(torch.int64)
+    for part, value in (known or {}).items():
+        ev.known[part] = value  # type: ignore[assignment]
+    found: Value = ev(x)  # type: ignore[assignment]
+    return found if found.ndim == len(axes) else found.reshape([1] * len(axes))
+
+
+def _whole(load: Load, axes: Sequence[Axis], shape: Sequence[Expr]) -> bool:
+    """Whether a load reads each dimension from its first element to its last."""
+    by_index = {axis.index: axis.extent for axis in axes}
+    return all(isinstance(x, Const) or by_index[x] == n for x, n in zip(load.index, shape, strict=True))  # type: ignore[index]
+
+
+def _extent(axis: Axis, sizes: Mapping[Size, Extent]) -> Extent:
+    x = axis.extent
+    return int(x.value) if isinstance(x, Const) else sizes[x]
+
+
+def _arange(nodes: Nodes, n: Extent, at: int, rank: int) -> Value:
+    end = nodes.constant(n) if isinstance(n, int) else n.squeeze([0])
+    places = nodes.call("Range", (nodes.constant(0), end, nodes.constant(1)), torch.int64, (n,))
+    return places.reshape([n if d == at else 1 for d in range(rank)])

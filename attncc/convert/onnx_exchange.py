@@ -1,0 +1,147 @@
+"""What attentions of an ONNX graph read, as values that nodes can be made of; and new nodes in the place of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from attncc.codegen.onnx import Inexpressible, Nodes, Value
+from attncc.codegen.onnx.linear import linear
+from attncc.convert.onnx_tracing import Traced
+from attncc.frontends.onnx.values import DTYPES
+from attncc.ir import Const, Expr, Linear, Size, Tensor
+from attncc.ir.evaluate import DTYPE_OF, int_value
+from attncc.ir.expr import free
+from attncc.patterns.linear.linear import Recognised, Result
+
+if TYPE_CHECKING:
+    from attncc.patterns.graph.facts import Facts
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A graph, its trace, and the nodes that are made for one site."""
+
+    model: ir.Model | None
+    traced: Traced
+    facts: Facts
+    nodes: Nodes
+
+    def given(
+        self, tensors: Sequence[Tensor], held: Sequence[fx.Node], dtypes: Sequence[torch.dtype],
+        spelled: Mapping[Size, Expr],
+    ) -> tuple[dict[str, Value], dict[Expr, Any]]:  # fmt: skip
+        """(values of tensors by name, extents of sizes). `spelled` are the sizes over the graph's symbols. Raises
+        Inexpressible."""
+        nodes = self.nodes
+        values: dict[str, Value] = {}
+        sizes: dict[Expr, Any] = {}
+        for t, n, dtype in zip(tensors, held, dtypes, strict=True):
+            extents = tuple(int(x.value) if isinstance(x, Const) else None for x in t.shape)
+            value = self.held(n, extents).to(dtype)
+            for at, x in enumerate(t.shape):
+                if isinstance(x, Size) and x not in sizes:
+                    key = "size", spelled[x]
+                    known = nodes.shared[key] = nodes.shared.get(key) or value.extent(at)
+                    sizes[x] = Value(nodes, known.value, known.dtype, known.shape)
+            values[t.name] = Value(
+                nodes, value.value, value.dtype,
+                tuple(sizes[x] if isinstance(x, Size) else e for x, e in zip(t.shape, extents, strict=True)),
+            )  # fmt: skip
+        for x, how in spelled.items():
+            if x not in sizes:
+                sizes[x] = self.computed(how)
+        return values, sizes
+
+    def held(self, n: fx.Node, extents: tuple[Any, ...]) -> Value:
+        """What a node of the trace holds; nodes that the reader made beside it, of those of the trace."""
+        held = self.traced.values.get(n)
+        if held is not None:
+            own = DTYPES.get(int(held.dtype)) if held.dtype is not None else None
+            return Value(self.nodes, held, n.meta["val"].dtype if own is None else own, extents)
+        if n.target is torch.ops.aten.to.dtype:
+            return self.held(n.all_input_nodes[0], extents).to(n.args[1])  # type: ignore[arg-type]
+        raise Inexpressible(f"it reads what is inside of a node ({n.target})")
+
+    def computed(self, size: Expr) -> Any:
+        """A size that no tensor at hand has, from the extents of the model's inputs."""
+        table: dict[Expr, Any] = {}
+        for symbol in free(size):
+            for n in self.traced.graph.find_nodes(op="placeholder"):
+                shape = self.facts.shape(n)
+                if symbol in shape and symbol not in table and n in self.traced.values:
+                    value = Value(self.nodes, self.traced.values[n], n.meta["val"].dtype, (None,) * len(shape))
+                    table[symbol] = value.extent(shape.index(symbol))
+        try:
+            return int_value(size, table)
+        except (KeyError, TypeError) as error:
+            raise Inexpressible("one of its sizes is no extent of what it reads") from error
+
+    def put(self, pairs: Sequence[tuple[ir.Value, Value]]) -> None:
+        """Put the nodes that were made into the graph, with a new value in the place of each old one."""
+        assert self.model is not None
+        made, prefix = self.nodes.made, self.nodes.prefix
+        ends: list[tuple[ir.Value, ir.Value]] = []
+        for old, new in pairs:
+            out = new.value
+            if out.producer() not in made or out in [x for _, x in ends]:
+                made.append(ir.node("Identity", [out], name=f"{prefix}/Identity_{len(made)}"))
+                out = made[-1].outputs[0]
+            ends.append((old, out))
+        producer = pairs[0][0].producer()
+        assert producer is not None
+        self.model.graph.insert_before(producer, made)
+        for n, (old, out) in enumerate(ends):
+            name, shape, dtype = old.name, old.shape, old.dtype
+            old.name = f"{prefix}/replaced_{n}"
+            out.name, out.shape = name, shape
+            if dtype is not None:
+                out.dtype = dtype
+            ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
+
+
+def linear_rewritten(exchange: Exchange, site: Recognised, domain: str, opset: int) -> str:
+    """Why a linear attention stays as it is; nothing where it became the operator."""
+    results = site.results or (Result(site.node, "out", site.axes),)
+    olds = [exchange.traced.values.get(r.node) for r in results]
+    a = replace(site.linear, outputs=tuple(x for x in ("out", "state") if any(r.output == x for r in results)))
+    known = dict(exchange.nodes.shared)
+    try:
+        if any(x is None or x.producer() is None for x in olds):
+            raise Inexpressible("its output is inside of a node")
+        values, sizes = exchange.given(
+            a.tensors, site.tensors, [DTYPE_OF[t.dtype] for t in a.tensors], dict(zip(a.sizes, site.sizes, strict=True))
+        )
+        extents: dict[Size, Any] = {x: sizes[x] for x in a.sizes}
+        found = linear(a, [values[t.name] for t in a.tensors], extents, domain=domain, opset=opset)
+        made = [_as_result(a, r, found[r.output], exchange.facts) for r in results]
+    except (Inexpressible, NotImplementedError) as error:
+        exchange.nodes.shared.clear()
+        exchange.nodes.shared.update(known)
+        return str(error)
+    exchange.put([(old, new) for old, new in zip(olds, made, strict=True) if old is not None])
+    return ""
+
+
+def _as_result(a: Linear, r: Result, value: Value, facts: Facts) -> Value:
+    """An output as the model has it: its axes in the model's order, its dtype."""
+    rows, columns = (a.i, a.e) if r.output == "out" else (a.d, a.e)
+    axes = [*a.batch, rows, columns]
+    if r.row is not None:
+        value = value.select(len(axes) - 2, r.row)
+        axes.remove(rows)
+    like = facts.value(r.node)
+    names = [x.name for x in axes]
+    for at, name in enumerate(r.axes):
+        extent = axes[names.index(name)].extent if name else Const(1)
+        if isinstance(extent, Const) and isinstance(like.shape[at], int) and like.shape[at] != int(extent.value):
+            raise Inexpressible("its rows are more than those of the model's result")
+    value = value.permute([names.index(n) for n in r.axes if n])
+    for at, name in enumerate(r.axes):
+        value = value if name else value.unsqueeze(at)
+    return value.to(facts.dtype(r.node))
