@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ from attncc.convert.onnx_tracing import Traced
 from attncc.driver import describe
 from attncc.driver.lowering import is_direct
 from attncc.driver.site_groups import SiteGroup, together
+from attncc.frontends.onnx.control import graphs_of
+from attncc.frontends.onnx.reading import every_graph, every_node
 from attncc.frontends.onnx.values import DTYPES
 from attncc.ir import Attention, Const, Expr, Program, Size, kind_of, print_attention
 from attncc.ir.evaluate import int_value
 from attncc.ir.expr import free
-from attncc.ir.reasons import because
+from attncc.ir.reasons import Reason, because
 from attncc.kernels.build import optimise
 from attncc.passes.pipeline import Pipeline
 from attncc.passes.rewrites.drop_rounding import DropRounding
@@ -53,7 +56,8 @@ def operate(model: ir.Model, traced: Traced, kernels: KernelLibrary | None = Non
     facts = traced.facts()
     lifted = lift_all(facts)
     groups = together([s for s in lifted if isinstance(s, Lifted)], facts)
-    shared: dict[object, Value] = {}
+    nodes = Nodes("attncc")  # one for all: what sites share makes its nodes where it is used
+    shared: dict[ir.Graph, dict[object, Value]] = {}
     by_site = {id(s): g for g in groups for s in g.sites}
     done: dict[fx.Node, str] = {}
     found = Operated()
@@ -72,12 +76,16 @@ def operate(model: ir.Model, traced: Traced, kernels: KernelLibrary | None = Non
             ))  # fmt: skip
             continue
         if site.node not in done:
-            nodes = Nodes(f"attncc_{index}", shared)
-            done[site.node] = _rewrite(model, traced, facts, by_site[id(site)], site, nodes, kernels)
+            nodes.prefix, nodes.made = f"attncc_{index}", []
+            done[site.node] = _rewrite(model, traced, facts, by_site[id(site)], site, nodes, shared, kernels)
         own = kernels is not None and kernels.has(optimise(site.attention))
         became = "attncc's kernel" if own else "Attention"
         found.sites.append(_record(index, where, site, done[site.node], became))
         found.count += not done[site.node]
+    found.sites += [
+        Site(len(found.sites) + n, "kept", str(reason), str(node.name), became="its own nodes", code=reason.codes)
+        for n, (node, reason) in enumerate(_recurrences(model))
+    ]
     if found.count:
         _clean(model)
         said = f"Attention of opset {OPSET}" if kernels is None or not kernels.called else "attncc's kernels"
@@ -85,6 +93,22 @@ def operate(model: ir.Model, traced: Traced, kernels: KernelLibrary | None = Non
         if kernels is not None and kernels.called:
             model.opset_imports[DOMAIN] = 1
     return found
+
+
+def _recurrences(model: ir.Model) -> Iterator[tuple[ir.Node, Reason]]:
+    """Loops that carry on what products are made with: linear attention, or another recurrence of layers."""
+    for node in every_node(model):
+        for body in graphs_of(node).values() if node.op_type in ("Scan", "Loop") else ():
+            first, last = (2, None) if node.op_type == "Loop" else (0, -node.attributes["num_scan_inputs"].as_int())
+            carried = body.inputs[first:last]
+            made = set(carried)
+            products = 0
+            for n in body:
+                if not made.isdisjoint(n.inputs):
+                    products += n.op_type in ("MatMul", "Gemm", "Einsum")
+                    made.update(n.outputs)
+            if products and not any(n.op_type == "Softmax" for n in body):
+                yield node, because("onnx-recurrence", node.op_type)
 
 
 def _record(index: int, where: str, site: Lifted, why: str, became: str) -> Site:
@@ -99,7 +123,7 @@ def _record(index: int, where: str, site: Lifted, why: str, became: str) -> Site
 
 def _rewrite(
     model: ir.Model, traced: Traced, facts: Facts, group: SiteGroup, site: Lifted, nodes: Nodes,
-    kernels: KernelLibrary | None,
+    shared: dict[ir.Graph, dict[object, Value]], kernels: KernelLibrary | None,
 ) -> str:  # fmt: skip
     """Why the attentions of a place stay as they are; nothing where they were rewritten."""
     if group.user is not None:
@@ -117,6 +141,9 @@ def _rewrite(
     if producer.op_type == "Attention":
         return _ALREADY
     final = Pipeline((DropRounding(), FoldPredicates())).run(program.program)
+    graph = producer.graph
+    assert isinstance(graph, ir.Graph)  # it was run
+    nodes.shared = shared.setdefault(graph, {})
     prefix, known = nodes.prefix, dict(nodes.shared)
     try:
         new = _emitted(nodes, traced, facts, program, final, kernels)
@@ -126,10 +153,13 @@ def _rewrite(
         return str(error)
     made = nodes.made
     out = new.value
+    if not _visible(model, made, graph):
+        nodes.shared.clear()
+        nodes.shared.update(known)
+        return "it reads what is inside of another graph of the file"
     if out.producer() not in made:
         made.append(ir.node("Identity", [out], name=f"{prefix}/Identity"))
         out = made[-1].outputs[0]
-    graph = model.graph
     graph.insert_before(producer, made)
     name, shape, dtype = old.name, old.shape, old.dtype
     old.name = f"{prefix}/replaced"
@@ -138,6 +168,17 @@ def _rewrite(
         out.dtype = dtype
     ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
     return ""
+
+
+def _visible(model: ir.Model, made: Sequence[ir.Node], graph: ir.Graph) -> bool:
+    """Whether nodes that are put into a graph read only what it, or a graph around it, has."""
+    outer = {inner: g for g in every_graph(model) for node in g for inner in graphs_of(node).values()}
+    around = {graph}
+    while graph in outer:
+        graph = outer[graph]
+        around.add(graph)
+    own = {x for n in made for x in n.outputs}
+    return all(x is None or x in own or x.graph in around for n in made for x in n.inputs)
 
 
 def _emitted(

@@ -181,13 +181,18 @@ def _top_k(x: Any, k: Any, *, axis: int = -1, largest: int = 1, sorted: int = 1)
     return tuple(torch.topk(x, number(k), axis, bool(largest), bool(sorted)))
 
 
+def _scaled(n: Any, s: Any) -> Any:
+    """The size that an axis of size n has after it was resized by s."""
+    return n * int(s) if isinstance(s, float) and s.is_integer() else torch.sym_int(n * s)
+
+
 def _resize(
     x: Any, roi: Any = None, scales: Any = None, sizes: Any = None, *, mode: str = "nearest",
     coordinate_transformation_mode: str = "half_pixel", nearest_mode: str = "round_prefer_floor", **rest: Any,
 ) -> Any:  # fmt: skip
     if sizes is None:
-        known = [float(s) for s in tensor(scales).tolist()]
-        wanted = [int(n * s) for n, s in zip(x.shape, known, strict=True)]
+        known = scales if isinstance(scales, list) else tensor(scales).tolist()
+        wanted = [_scaled(n, s) for n, s in zip(x.shape, known, strict=True)]
     else:
         wanted = integers(sizes)
     how = mode, coordinate_transformation_mode, nearest_mode if mode == "nearest" else ""
