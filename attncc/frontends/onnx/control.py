@@ -173,6 +173,8 @@ def _scan(run: RunGraph, node: ir.Node, given: Sequence[Any], known: Mapping[Any
     how = {name: a.value for name, a in node.attributes.items() if name != "body"}
     body = graphs_of(node)["body"]
     count = int(how["num_scan_inputs"])
+    if len(body.inputs) != len(given):
+        raise Unsupported("has the form of opset 8")
     states, along = list(given[: len(given) - count]), [tensor(x) for x in given[len(given) - count :]]
     axes = integers(list(how.get("scan_input_axes") or [0] * count))
     back = list(how.get("scan_input_directions") or [0] * count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +50,7 @@ _BINARY: dict[str, tuple[Row, Row]] = {
     "And": (torch.logical_and, operator.and_),
     "Or": (torch.logical_or, operator.or_),
     "Xor": (torch.logical_xor, operator.xor),
-    "Pow": (torch.pow, operator.pow),
+    "Pow": (lambda a, b: torch.pow(a, b).to(a.dtype), operator.pow),
 }
 
 
@@ -83,7 +84,7 @@ def _binary(of_tensors: Row, of_numbers: Row) -> Row:
         if any(isinstance(x, torch.Tensor) and x.ndim for x in (a, b)):
             a, b = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (a, b))
         a, b = (plain(x) if is_number(x) else tensor(x) for x in (a, b))
-        if not isinstance(a, torch.Tensor) and of_tensors is not torch.pow:
+        if not isinstance(a, torch.Tensor):
             if of_tensors in _TURNED:
                 return _TURNED[of_tensors](b, a)
             a = tensor(a, b.dtype)
@@ -151,9 +152,14 @@ def _variadic(op: Row, host: Row) -> Row:
     return row
 
 
+def _rest(a: Any, b: Any) -> Any:
+    """What is left of a, with its sign."""
+    return a - b * _over(a, b)
+
+
 def _mod(a: Any, b: Any, *, fmod: int = 0) -> Any:
     if on_host(a) and on_host(b):
-        return _each(operator.mod, a, b)
+        return _each(math.fmod if fmod and type(a) is float else _rest if fmod else operator.mod, a, b)
     return (torch.fmod if fmod else torch.remainder)(tensor(a), b if is_number(b) else tensor(b))
 
 

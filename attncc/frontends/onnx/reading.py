@@ -59,7 +59,12 @@ def opset_of(model: ir.Model) -> int:
 
 def every_graph(model: ir.Model) -> Iterator[ir.Graph]:
     """The graph of a model, and those that its nodes hold."""
-    open_ = [model.graph]
+    return _graphs_in(model.graph)
+
+
+def _graphs_in(outer: Any) -> Iterator[Any]:
+    """A graph or a function, and the graphs that its nodes hold."""
+    open_ = [outer]
     while open_:
         graph = open_.pop()
         yield graph
@@ -159,13 +164,12 @@ def _check_functions(model: ir.Model, path: Path) -> None:
             if key in open_ or len(open_) > 64:
                 raise TargetError(f"{path}: the function {key[1]!r} calls itself")
             open_.add(key)
-            sizes[key] = 1 + sum(
-                size(n.op_identifier()) if n.op_identifier() in model.functions else 1 for n in model.functions[key]
-            )
+            nodes = (n for g in _graphs_in(model.functions[key]) for n in g)
+            sizes[key] = 1 + sum(size(n.op_identifier()) if n.op_identifier() in model.functions else 1 for n in nodes)
             open_.discard(key)
         return sizes[key]
 
-    total = sum(size(n.op_identifier()) for n in model.graph if n.op_identifier() in model.functions)
+    total = sum(size(n.op_identifier()) for n in every_node(model) if n.op_identifier() in model.functions)
     if total > MOST_NODES:
         raise TargetError(f"{path}: its functions make more than {MOST_NODES} nodes")
 
@@ -175,7 +179,7 @@ def _check_data(model: ir.Model, path: Path) -> None:
     import onnx_ir as ir  # noqa: PLC0415
 
     folder = path.parent.resolve()
-    for name, x in constants(model).items():
+    for name, x in _every_tensor(model):
         wanted = math.ceil(math.prod(map(int, x.shape)) * x.dtype.bitwidth / 8) if x.dtype.bitwidth else 0
         if any(int(n) < 0 for n in x.shape):
             raise TargetError(f"{path}: the shape of {name!r} has a negative extent")
@@ -190,6 +194,22 @@ def _check_data(model: ir.Model, path: Path) -> None:
                 raise TargetError(f"{path}: {x.location!r} does not hold all {wanted} bytes of {name!r}")
         elif isinstance(x, ir.TensorProtoTensor):
             _check_proto(x, name, wanted, path)
+
+
+def _every_tensor(model: ir.Model) -> Iterator[tuple[str, Any]]:
+    """All data of a model, that of attributes and of functions too, with what to call it."""
+    import onnx_ir as ir  # noqa: PLC0415
+
+    for graph in every_graph(model):
+        yield from ((str(name), v.const_value) for name, v in graph.initializers.items() if v.const_value is not None)
+    for outer in (model.graph, *model.functions.values()):
+        for node in (n for g in _graphs_in(outer) for n in g):
+            for name, a in node.attributes.items():
+                called = str(node.outputs[0].name) if node.op_type == "Constant" and node.outputs else name
+                if a.type == ir.AttributeType.TENSOR and not a.is_ref():
+                    yield called, a.as_tensor()
+                elif a.type == ir.AttributeType.TENSORS and not a.is_ref():
+                    yield from ((called, x) for x in a.as_tensors())
 
 
 def _check_proto(x: Any, name: str, wanted: int, path: Path) -> None:

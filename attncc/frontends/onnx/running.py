@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ROWS: dict[str, Callable[..., Any]] = {**pointwise.ROWS, **shapes.ROWS, **layers.ROWS}
 #: Those that hold graphs.
 CONTROL = ("If", "Loop", "Scan")
+#: So many more nodes are run than a file holds: loops inside of loops, written out, can make as many as they like.
+MOST_MORE = 10_000
 
 
 @cache
@@ -105,6 +107,7 @@ class Running:
     data: Mapping[str, Any]
     seen: Callable[[ir.Value, Any], object] = lambda value, x: None
     control: Control = run_control
+    left: list[int] = field(default_factory=lambda: [MOST_MORE])
 
     def graph(self, graph: ir.Graph, inputs: Sequence[Any], around: Mapping[Any, Any]) -> list[Any]:
         """The outputs of a graph for its inputs and what is known around it. Values are dropped after their last
@@ -128,6 +131,9 @@ class Running:
         return [known[v] for v in graph.outputs]
 
     def _node(self, node: ir.Node, known: Mapping[Any, Any]) -> tuple[Any, ...]:
+        self.left[0] -= 1
+        if self.left[0] < 0:
+            raise TargetError("its loops inside of loops are too many to be written out")
         if node.op_type == "Constant" and node.outputs[0].name in self.data:
             return (self.data[str(node.outputs[0].name)],)
         given = [known[x] for x in node.inputs]
@@ -135,8 +141,11 @@ class Running:
             return run_node(node, given, self.opset)
         try:
             return self.control(self.graph, node, given, known)
-        except Unsupported as error:
-            raise TargetError(f"the node {node.name or node.op_type!r} ({node.op_type}): it {error}") from error
+        except TargetError:
+            raise
+        except Exception as error:
+            why = f"it {error}" if isinstance(error, Unsupported) else one_line(error)
+            raise TargetError(f"the node {node.name or node.op_type!r} ({node.op_type}): {why}") from error
 
 
 def _read(node: ir.Node) -> set[ir.Value]:
@@ -151,7 +160,8 @@ def run(
 ) -> list[torch.Tensor]:  # fmt: skip
     """The outputs of a model (`Running`)."""
     free = [inputs[str(v.name)] for v in model.graph.inputs if v.name not in model.graph.initializers]
-    return [tensor(x) for x in Running(opset_of(model), data, seen, control).graph(model.graph, free, {})]
+    most = MOST_MORE + 2 * sum(1 for _ in every_node(model))
+    return [tensor(x) for x in Running(opset_of(model), data, seen, control, [most]).graph(model.graph, free, {})]
 
 
 class OnnxModule(torch.nn.Module):
