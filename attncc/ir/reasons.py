@@ -196,6 +196,7 @@ SENTENCES: dict[str, str] = {
     "faster": "{}",
     "slower": "{}",
     "measuring-off": "not measured",
+    "onnx-recurrence": "a recurrence over the turns of {}, whose products are read in one turn alone",
     "onnx-attention": "it is ONNX's operator Attention already",
     "onnx-inexpressible": "no operator of ONNX computes it: {}",
     "not-measured": "not measured: {}",
