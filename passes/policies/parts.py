@@ -18,7 +18,6 @@ from attncc.ir.expr import free, loads
 from attncc.ir.merge import merge_of
 from attncc.ir.reasons import Reason, because
 
-
 #: The output at (batch, i, e), as it is without the change, to what it becomes.
 After = Callable[[Expr], Expr]
 
