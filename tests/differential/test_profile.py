@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from memory.allocations import allocations
 from planned.keyed import Keyed, answer, sample, wanted
 from planned.made import WHAT, costs_by_density, plan, site
 from rich.console import Console
@@ -156,6 +157,23 @@ def test_models_that_cannot_be_profiled() -> None:
         attncc.profile(nn.Linear(4, 4).eval(), (torch.randn(2, 4) for _ in range(40)), "rel<=0.1@90%", settings=FEW)
     with pytest.raises(PlanError, match="in training mode"):
         attncc.profile(Keyed(), samples(40))
+    broken = Keyed().eval()
+    broken.strength.fill_(float("inf"))
+    with pytest.raises(PlanError, match="the exact model gives NaN or infinity on the data") as raised:
+        attncc.profile(broken, samples(40), "kl<=0.001@90%", forms=NEAR[:1], settings=FEW)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("by_density")
+def test_profiling_makes_nothing_of_the_size_of_the_scores() -> None:
+    model, n = Keyed(length=1024).eval(), 1024
+    data = (sample(seed, n) for seed in range(6))
+    forms = [*NEAR, "block-means{rows=64,keys=64,take=fraction,amount=0.25}"]
+    made = allocations(
+        lambda: attncc.profile(model, data, "kl<=1@90%", speed=1.2, forms=forms, settings=FEW, uncertified=True)
+    )
+    assert max(made) < 2 * n * n, "bytes of the largest block: a mask of both heads has so many"
 
 
 def test_a_plan_without_a_certificate_says_so() -> None:
