@@ -126,7 +126,7 @@ class _GradientEmitter(Emitter):
             "WANTS_Q": int("q" in g.operands), "WANTS_K": int("k" in g.operands), "WANTS_V": int("v" in g.operands),
             "NEEDS_SLOPES": int(g.operands != ("v",) or bool(g.loads)), "TERMS": len(g.loads),
             "BY_DISTANCE": int(any(x.over == "j - i" for x in g.loads)),
-            "OUT_OF_MEMORY": 1, "TOO_LARGE": 2, "NO_MATRIX_UNIT": 3,
+            "HAS_SINK": int(g.attention.sink is not None), "OUT_OF_MEMORY": 1, "TOO_LARGE": 2, "NO_MATRIX_UNIT": 3,
         }  # fmt: skip
         headers = ["math.h", "omp.h", "stddef.h", "stdint.h", "stdlib.h", "string.h"]
         headers += ["sys/syscall.h", "unistd.h"] if self.tiles else []
