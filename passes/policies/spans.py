@@ -25,7 +25,7 @@ class Spans:
     """keep(i, j) = J = 0  or  |I - J| < max(1, alpha // block + floor(beta N / block))    I, J: blocks of row(i) and j
 
     `alpha`: tokens; `beta`: a share of the N keys, 0 to 1; `block`: tokens. The own block counts. N is `tokens`,
-    those of the prompt and all that will follow, so that spans are fixed when a prompt is read; or, where that is 0, the
+    those of the prompt and of all that will follow, so that spans are fixed when it is read; or, where that is 0, the
     number of keys of the call: of a static cache, its whole length."""
 
     name: ClassVar[str] = "spans"
