@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attentions.linear_forms import FORMS, data, plain
+from attentions.linear_forms import FORMS, SCANS, data, plain
 from cpp_kernels.build import compiled, host_isas
 
 from attncc.codegen.cpp import emit_linear, unsupported_linear
@@ -55,6 +55,26 @@ _CASES = [
 def test_forms(form: str, isa: str) -> None:
     a = verify_linear(FORMS[form](plain(*SIZES)))
     check(a, data(a), isa)
+
+
+@pytest.mark.parametrize(
+    ("form", "isa", "n"),
+    [
+        pytest.param(form, isa, n, marks=() if (form, at, n) == ("selective_scan", 0, 45) else pytest.mark.full)
+        for form in SCANS for at, isa in enumerate(host_isas()) for n in (1, 45)
+    ],
+)  # fmt: skip
+def test_scans(form: str, isa: str, n: int) -> None:
+    """Token by token, where each column of the state has its own decay; more columns than a task has."""
+    a = verify_linear(SCANS[form](plain(2, 2, n, 20, 331 if form == "selective_scan" else 37)))
+    check(a, data(a), isa)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["f64", "bf16"])
+def test_scans_of_other_types(dtype: str) -> None:
+    a = verify_linear(SCANS["selective_scan"](plain(*SIZES, dtype)))
+    check(a, data(a), host_isas()[0])
 
 
 @pytest.mark.parametrize("dtype", ["f64", "bf16", pytest.param("f16", marks=pytest.mark.full)])
@@ -163,10 +183,10 @@ def test_a_state_that_lasts_is_not_bent(form: str) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"decay": op("exp", op("float", Index("e")))}, "for each column"),
-        ({"rate": op("float", Index("d"))}, "a rate for each channel"),
+        ({"decay": op("exp", op("float", Index("e"))), "rule": "delta"}, "for each column"),
+        ({"decay": op("exp", op("float", Index("d"))), "rule": "delta"}, "several tensors"),
+        ({"rate": op("float", Index("d")), "sees": "all"}, "every query sees every key"),
         ({"phi_q": op("float", Index("d"))}, "feature map"),
-        ({"decay": op("exp", op("float", Index("d")))}, "several tensors"),
     ],
 )
 def test_what_has_no_kernel(change: dict[str, object], reason: str) -> None:
