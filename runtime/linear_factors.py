@@ -63,7 +63,7 @@ def factor_gradients(
     out = x.q.new_zeros(()).expand(*batch, n, e) if out is None else out.to(x.q.dtype)
     state = x.q.new_zeros(()).expand(*batch, d, e) if state is None else state.to(x.q.dtype)
     given = [*_taken(x), _four(out), _four(state)]
-    made = [torch.empty(y.shape, dtype=y.dtype) for y in given[:6]]
+    made = [torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in given[:6]]
     kernel(given, [*given[0].shape[:2], n, d, e], made)
     made[4] = made[4][..., None]
     return [y.reshape(*batch, *y.shape[2:]) for y in made]

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from attncc.codegen.cpp.expressions import literal, vector_op
 from attncc.codegen.cpp.linear_expressions import LinearPrinter, along
 from attncc.codegen.cpp.prepared import function
@@ -39,10 +41,24 @@ def held_loads(a: Linear) -> list[Load]:
     return [x for x in found if a.e.index in free(x)]
 
 
+def computed_rows(a: Linear) -> list[Op]:
+    """What decays and rates compute along the columns, the same for all channels: once a token."""
+    found: dict[Op, None] = {}
+    stack: list[Expr] = [a.decay, a.rate]
+    while stack:
+        x = stack.pop()
+        if isinstance(x, Op) and x.kind == "float" and a.e.index in free(x) and a.d.index not in free(x):
+            found[x] = None
+        elif isinstance(x, Op):
+            stack += x.args
+    return sorted(found, key=lambda x: len(list(walk(x))))  # what is a part of others comes first
+
+
 def scan_room(a: Linear) -> str:
-    """How much room what is read along the columns takes."""
-    flags = ", ".join("true" if a.d.index in free(x) else "false" for x in held_loads(a)) or "false"
-    return f"constexpr int HELD = {max(len(held_loads(a)), 1)};\nconstexpr bool HELD_D[] = {{{flags}}};\n"
+    """How much room what is read and computed along the columns takes."""
+    rows = [*held_loads(a), *computed_rows(a)]
+    flags = ", ".join("true" if a.d.index in free(x) else "false" for x in rows) or "false"
+    return f"constexpr int HELD = {max(len(rows), 1)};\nconstexpr bool HELD_D[] = {{{flags}}};\n"
 
 
 def scan_rows(a: Linear, p: LinearPrinter) -> str:
@@ -61,11 +77,15 @@ def scan_rows(a: Linear, p: LinearPrinter) -> str:
                     f"({at})[n] = value(c.t_{x.tensor}[{place}]); }}")  # fmt: skip
         loop = "for (int64_t d = 0; d < c.D; ++d) " if by_d else ""
         lines.append(f"if (EACH_TOKEN == {'true' if a.j.index in free(x) else 'false'}) {loop}{body}")
+    own = computed_rows(a)
+    for n, x in enumerate(own, len(held)):
+        store = f"store(r.held[{n}] + e, {_vector(a, p, x, [*held, *own[: n - len(held)]])});"
+        lines.append(f"if (EACH_TOKEN) for (int64_t e = 0; e < r.columns; e += LANES) {store}")
     head = "INLINE void fetch(const Call& c, const Batch& b, Room& r, int64_t j, int64_t e0, int64_t width)"
     out = ["template <bool EACH_TOKEN>", function(head, lines)]
     for name, x in (("decay_at", a.decay), ("rate_at", a.rate)):
         head = f"INLINE vreal {name}(const Call& c, const Batch& b, const Room& r, int64_t j, int64_t d, int64_t e)"
-        lines = ["(void)c; (void)b; (void)r; (void)j; (void)d; (void)e;", f"return {_vector(a, p, x, held)};"]
+        lines = ["(void)c; (void)b; (void)r; (void)j; (void)d; (void)e;", f"return {_vector(a, p, x, [*held, *own])};"]
         out.append(function(head, lines))
     return "\n".join(out)
 
@@ -77,9 +97,9 @@ def _step(a: Linear, x: Load) -> str | None:
     return f"c.s_{x.tensor}[{dims[0]}]" if plain else None
 
 
-def _vector(a: Linear, p: LinearPrinter, x: Expr, held: list[Load]) -> str:
+def _vector(a: Linear, p: LinearPrinter, x: Expr, held: Sequence[Expr]) -> str:
     """A float, or a boolean of floats, as a vector over the columns."""
-    if isinstance(x, Load) and x in held:
+    if x in held:
         by_d = a.d.index in free(x)
         return f"load(r.held[{held.index(x)}] + {'d * r.columns + ' if by_d else ''}e)"
     if isinstance(x, Const):

@@ -22,7 +22,7 @@ from attncc.ir.expr import free
 from attncc.ir.linear_chunks import unchunked
 
 #: Tokens of a chunk; columns of the state that a program has, at most; channels that a program can hold.
-_CHUNK, _COLUMNS, _MOST_CHANNELS = 16, 64, 256
+_CHUNK, _COLUMNS, _MOST_CHANNELS = 16, 32, 256
 #: Channels of the pairs of a chunk at a time, where each channel has its own decay.
 _PAIRS = 16
 _STRIDED = (("q", 4), ("k", 4), ("v", 4), ("log", 4), ("rate", 3), ("first", 4), ("out", 4), ("last", 4))

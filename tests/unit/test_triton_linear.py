@@ -25,7 +25,7 @@ def test_compiles(form: str, kernel: str, target: str) -> None:
     config = LinearConfig(precision="ieee" if target.startswith("gfx") else "tf32x3")
     built = compile_for(emit_linear(FORMS[form](plain(1, 2, 64, 64, 64)), config), config, target, kernel)
     assert built.shared_bytes <= SHARED[target]
-    assert built.spills <= 256
+    assert built.spills <= (512 if target == "sm_80" else 256)  # bytes a thread, around the loop
     if kernel == "chunks" and target in ("sm_80", "sm_90"):
         assert "mma" in built.text  # products run in tensor cores
 
