@@ -219,5 +219,5 @@ def _check_proto(x: Any, name: str, wanted: int, path: Path) -> None:
         fields = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
         count = sum(len(getattr(raw, f)) for f in fields)
         held = wanted if count * max(8, x.dtype.bitwidth) >= wanted * 8 or x.dtype.name == "STRING" else count
-    if held < wanted:
+    if held < wanted or (raw.HasField("raw_data") and held != wanted):
         raise TargetError(f"{path}: {name!r} says it holds {wanted} bytes and holds {held}")

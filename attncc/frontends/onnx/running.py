@@ -65,7 +65,10 @@ def of_data(x: Any) -> torch.Tensor:
     dtype = DTYPES.get(int(x.dtype))
     if dtype is None:
         raise Unsupported(f"of {x.dtype.name.lower()} data")
-    data = x.numpy()
+    try:
+        data = x.numpy()
+    except Exception as error:
+        raise Unsupported(f"which cannot be read ({one_line(error)})") from error
     if dtype == torch.bfloat16:
         return torch.from_numpy(data.view("int16").copy()).view(torch.bfloat16)
     return torch.from_numpy(data if data.flags.writeable else data.copy())
