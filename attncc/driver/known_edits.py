@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from attncc.driver.collected import Collected, collecting
+from attncc.driver.garbage import no_collection
 from attncc.driver.graph_edits import GraphEdits, copy_node, emptied, kept
 from attncc.driver.known_graphs import UnknownError, digest, name_of, target_named
 from attncc.errors import unforeseen
@@ -56,7 +57,8 @@ def known(gm: fx.GraphModule, inputs: Sequence[Any], *, measure: bool) -> Known 
         return None
     step("reading the graph")
     try:
-        found = digest(gm, inputs, measure=measure)
+        with no_collection():
+            found = digest(gm, inputs, measure=measure)
     except Exception as error:
         unforeseen("recognising a graph", error)
         return None
@@ -72,7 +74,8 @@ def edit_again(gm: fx.GraphModule, graph: Known, found: Collected, edits: GraphE
     try:
         sites = [_site(x) for x in record["sites"]]
         if record["nodes"] is not None:
-            edits.replace(gm, _graph(graph.graph, record["nodes"]))
+            with no_collection():
+                edits.replace(gm, _graph(graph.graph, record["nodes"]))
             if _text(gm.graph) != record["text"]:
                 edits.undo()
                 return False

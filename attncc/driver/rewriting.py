@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -15,6 +13,7 @@ from attncc.driver import capture, describe, dropout, linear_sites
 from attncc.driver.candidate import Candidate, Choice, unmeasured
 from attncc.driver.collected import Collected, collecting
 from attncc.driver.edit import Editor, source_text
+from attncc.driver.garbage import no_collection
 from attncc.driver.graph_edits import GraphEdits, copied
 from attncc.driver.names import names_of
 from attncc.driver.planned_times import slower
@@ -64,7 +63,7 @@ def rewrite(
         with preserved():
             drops = dropout.spell_out(gm, edits)
             reading = _read(gm, inputs, found, edits, way, recomputed)
-            with _no_collection(), without_autocast():
+            with no_collection(), without_autocast():
                 step("finding attention")
                 facts = reading.facts()
                 lifted = _with_columns(lift_all(facts), facts)
@@ -101,7 +100,7 @@ def _read(
 ) -> capture.Reading:
     """The shadow of a graph. The bodies in it, which have graphs of their own, are rewritten."""
     step("reading the graph")
-    with _no_collection():
+    with no_collection():
         reading = capture.read(gm, inputs)
     for body in reading.bodies:
         with under(body.modes):
@@ -147,18 +146,6 @@ def left_alone(site: Site, reason: Reason) -> Site:
     """The record of a site that was fused, or decided on, in a graph that is compiled as it came."""
     kept = replace(site, reason=str(reason), code=reason.codes, became="original graph")
     return site if site.status == "refused" else replace(kept, status="kept")
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without the garbage collector: one pass over all that Dynamo holds takes as long as the work itself."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _edited(
