@@ -61,6 +61,10 @@ def _build_linear(spec: str, device: torch.device) -> _op.Kernel:
     return import_module("attncc.kernels.linear").build_linear(spec, device)
 
 
+def _build_linear_gradient(spec: str, device: torch.device) -> _op.Kernel | None:
+    return import_module("attncc.kernels.linear_gradient").build_linear_gradient(spec, device)
+
+
 def _differentiable(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
     return import_module("attncc.kernels.build").blocked(a, tensors, sizes)
 
@@ -83,5 +87,5 @@ def _seen(
 
 
 _op.install(_build, _differentiable, _Backward())
-_linear_op.install(_build_linear)
+_linear_op.install(_build_linear, _build_linear_gradient)
 _ring.install(_seen)

@@ -7,12 +7,14 @@ terminal.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Timer
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _log = logging.getLogger(__name__)
 #: A stack, not a context variable: kernels may be built on threads, which do not inherit the context.
@@ -41,6 +43,12 @@ def reporting(
     start: str = "reading the model", console: Console | None = None, *, after: float = 0.0
 ) -> Iterator[None]:
     """Show steps as a spinner on standard error once `after` seconds have passed."""
+    if console is None and not sys.stderr.isatty():  # the library takes as long to import as the rest of attncc
+        yield
+        return
+    from rich.console import Console  # noqa: PLC0415 - as above
+    from rich.text import Text  # noqa: PLC0415 - as above
+
     console = console or Console(stderr=True)
     if not console.is_terminal:
         yield

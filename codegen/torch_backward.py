@@ -32,7 +32,10 @@ from attncc.ir.expr import free, loads
 BUDGET = 1 << 18
 #: From here on the sum of a row is known too roughly to make weights of scores, which are summed in another order than
 #: the forward's: a mask that adds the lowest number leaves nothing of the logarithm.
-_ROUGH = 1e3
+ROUGH = 1e3
+#: The same where weights are divided by what they sum to, as C++ kernels do where no sink is part of the sum
+#: (gradient_tile.h): from here on all weights of a row may leave the range of floats first.
+FAR = 1e8
 #: Rows of a block: fewer visit fewer hidden keys, more make better products.
 ROWS = 64
 
@@ -99,19 +102,20 @@ def backward(
     return _to_tensors(names, leaves, {"q": q, "k": k, "v": v}, found, run.sums)
 
 
-def is_rough(lse: torch.Tensor) -> bool:
-    """Whether weights cannot be made of scores and the sums of rows `lse` alone: see `_ROUGH`; or some row is NaN."""
-    return any(_kinds(lse))
+def is_rough(lse: torch.Tensor, *, most: float = ROUGH) -> bool:
+    """Whether weights cannot be made of scores and the sums of rows `lse` alone, as those of what is beyond `most`
+    (see `ROUGH`); or some row is NaN."""
+    return any(_kinds(lse, most))
 
 
-def _kinds(lse: torch.Tensor) -> tuple[bool, bool]:
+def _kinds(lse: torch.Tensor, far: float = ROUGH) -> tuple[bool, bool]:
     """Whether sums of rows are rough, and whether some row is NaN. Another device than the CPU would be waited for."""
     if not lse.is_cpu or not lse.numel():
         return not lse.is_cpu, False
     least, most = (float(x) for x in torch.aminmax(lse))
-    if least >= -_ROUGH and most <= _ROUGH:
+    if least >= -far and most <= far:
         return False, False
-    rough = bool((lse.abs() > _ROUGH).logical_and(lse.isfinite()).any())
+    rough = bool((lse.abs() > far).logical_and(lse.isfinite()).any())
     return rough, bool((lse.isnan() | (lse == float("inf"))).any())
 
 

@@ -13,17 +13,19 @@ from time import perf_counter
 from typing import Any, cast
 
 from attncc.ir import Expr, Program, Size, print_program, verify_program
-from attncc.passes.policies import CERTIFIED, CLOSED_FORMS, SELECTED
+from attncc.passes.policies import CERTIFIED, CLOSED_FORMS, EFFECTS, SELECTED
 from attncc.passes.protocol import Pass
 from attncc.passes.rewrites.drop_rounding import DropRounding
 from attncc.passes.rewrites.fold_predicates import FoldPredicates
 from attncc.passes.rewrites.layouts import CancelLayouts, DropUnused, TileTokens
+from attncc.passes.rewrites.orders import ClusterTokens, CurveTokens, OrderTokens
 from attncc.passes.rewrites.rearrangements import MergeRearrangements
 from attncc.passes.rewrites.split_axes import SplitAxes
 
 #: Every pass that can be named: those that keep what a program computes, and the policies of a plan.
-EXACT = SplitAxes, DropRounding, FoldPredicates, CancelLayouts, MergeRearrangements, DropUnused, TileTokens
-POLICIES = *CLOSED_FORMS, *SELECTED, *CERTIFIED
+ORDERS = TileTokens, OrderTokens, CurveTokens, ClusterTokens
+EXACT = SplitAxes, DropRounding, FoldPredicates, CancelLayouts, MergeRearrangements, DropUnused, *ORDERS
+POLICIES = *CLOSED_FORMS, *SELECTED, *CERTIFIED, *EFFECTS
 PASSES: dict[str, type[Any]] = {kind.name: kind for kind in (*EXACT, *POLICIES)}
 
 

@@ -3,8 +3,9 @@
     linear(Tensor[] tensors, SymInt[] sizes, str spec) -> Tensor[]
     linear_gradients(Tensor[] grads, Tensor[] tensors, SymInt[] sizes, str spec, bool[] wanted) -> Tensor[]
 
-`spec` is the canonical text of the node, as for `attncc::attention`. Gradients run the exact form by chunks once more
-and differentiate it, and so do gradients of gradients: nothing but the tensors is kept for backward.
+`spec` is the canonical text of the node, as for `attncc::attention`. Gradients come from a kernel that goes over the
+chunks once more, and back (`attncc.runtime.linear_factors`), or, where there is none, from the exact form by chunks,
+which torch differentiates; so do gradients of gradients. Nothing but the tensors is kept for backward.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from attncc.ir.expr import Expr
 from attncc.ir.interpret_linear import interpret_linear
 from attncc.ir.linear_chunks import by_chunks, unchunked
 from attncc.runtime.derivatives import differentiated
+from attncc.runtime.linear_factors import gradients
 from attncc.runtime.op import Kernel, KernelError
 from attncc.runtime.recent import Recent
 
 Build = Callable[[str, torch.device], Kernel]
+BuildGradient = Callable[[str, torch.device], Kernel | None]
 
 
 def _nothing(*_: object) -> Any:
@@ -32,13 +35,17 @@ def _nothing(*_: object) -> Any:
 
 
 _build: Build = _nothing
+_build_gradient: BuildGradient = _nothing
 _kernels = Recent[tuple[str, torch.device], Kernel](1024)
+_gradient_kernels = Recent[tuple[str, torch.device], Kernel | None](1024)
 
 
-def install(build: Build) -> None:
-    """Say how kernels are made: `build(spec, device)`, once for each in this process."""
-    global _build, _kernels
+def install(build: Build, gradient: BuildGradient) -> None:
+    """Say how kernels are made: `build(spec, device)`, and `gradient(spec, device)`, which may know none; once for each
+    in this process."""
+    global _build, _kernels, _build_gradient, _gradient_kernels
     _build, _kernels = build, Recent[tuple[str, torch.device], Kernel](1024)
+    _build_gradient, _gradient_kernels = gradient, Recent[tuple[str, torch.device], Kernel | None](1024)
 
 
 @lru_cache(maxsize=1024)
@@ -52,10 +59,35 @@ def allocate(spec: str, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -
     a = linear_of(spec)
     if len(tensors) != len(a.tensors) or len(sizes) != len(a.sizes):
         raise ValueError(f"the linear attention declares {len(a.tensors)} tensors and {len(a.sizes)} sizes")
-    table: dict[Expr, int] = dict(zip(a.sizes, sizes, strict=True))
     device = tensors[0].device
-    shapes = ((tuple(int_value(n, table) for n in t.shape), DTYPE_OF[t.dtype]) for t in kind_of(a).gives(a))
-    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+    # Sizes of a trace are symbols, each a new key: only numbers are worth remembering.
+    known = all(type(n) is int for n in sizes)
+    shapes = (_shapes if known else _shapes.__wrapped__)(spec, tuple(sizes))
+    return [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in shapes]
+
+
+@lru_cache(maxsize=1024)
+def _shapes(spec: str, sizes: tuple[int, ...]) -> list[tuple[list[int], list[int], torch.dtype]]:
+    """Shape, strides and type of each output."""
+    a = linear_of(spec)
+    table: dict[Expr, int] = dict(zip(a.sizes, sizes, strict=True))
+    found: list[tuple[list[int], list[int], torch.dtype]] = []
+    for t in kind_of(a).gives(a):
+        shape = [int_value(n, table) for n in t.shape]
+        order = list(range(len(shape)))
+        if t.name == "state" and _is_turned(a):
+            order[-2:] = order[:-3:-1]
+        strides, step = [1] * len(shape), 1
+        for at in reversed(order):
+            strides[at] = step
+            step = step * shape[at]
+        found.append((shape, strides, DTYPE_OF[t.dtype]))
+    return found
+
+
+def _is_turned(a: Linear) -> bool:
+    """Whether states lie by (e, d) in memory: the next one then lies as the one that it follows."""
+    return a.state is not None and a.state.index[-1] is a.d.index and a.e.index in a.state.index
 
 
 def portable(
@@ -105,12 +137,24 @@ def _gradients(
         return differentiated(outputs, [x for x, w in zip(leaves, wanted, strict=True) if w], grads, create_graph=graph)
 
 
+def _gradient_kernel(spec: str, device: torch.device) -> Kernel | None:
+    key = spec, device
+    if key in _gradient_kernels:
+        return _gradient_kernels.get(key)
+    return _gradient_kernels.setdefault(key, _build_gradient(spec, device))
+
+
 def _run_gradients(
     grads: list[torch.Tensor], tensors: list[torch.Tensor], sizes: list[int], spec: str, wanted: list[bool]
 ) -> list[torch.Tensor]:
     with torch.inference_mode(False):
-        found = _gradients([g.clone() if g.is_inference() else g for g in grads],
-                           [t.clone() if t.is_inference() else t for t in tensors], sizes, spec, wanted)  # fmt: skip
+        grads = [g.clone() if g.is_inference() else g for g in grads]
+        tensors = [t.clone() if t.is_inference() else t for t in tensors]
+        kernel = _gradient_kernel(spec, tensors[0].device)
+        if kernel is None:
+            found = _gradients(grads, tensors, sizes, spec, wanted)
+        else:
+            found = gradients(linear_of(spec), kernel, grads, tensors, sizes, wanted)
     promised = [torch.empty_like(t) for t, w in zip(tensors, wanted, strict=True) if w]
     return [x if x.stride() == y.stride() else y.copy_(x) for x, y in zip(found, promised, strict=True)]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import secrets
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -259,7 +260,18 @@ def remembered(store: Store, where: Situation, names: Collection[str], make: Cal
     record = {"winner": decision.winner, "reason": decision.reason, "us": dict(decision.us), "noise": decision.noise}
     store.remember(where.key, record)
     _renewed[where.key] = True
+    if os.environ.get(REMEASURE):
+        store.remember(_GENERATION, {"of": secrets.token_hex(8)})
     return decision
+
+
+#: The record of what counts the times that a store's choices were made anew.
+_GENERATION = key({"kind": "generation of choices"})
+
+
+def generation(store: Store) -> str:
+    """Another text after each process that made choices anew: what was derived from older ones holds no more."""
+    return str((store.recall(_GENERATION) or {}).get("of", ""))
 
 
 #: Situations that this process has measured itself.

@@ -14,12 +14,15 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from attncc.runtime.forks import Guard
 from attncc.runtime.store_files import is_folder, out_of_the_way, read, write
 
 _KEY = ".key"
 _LENGTH = 32
 #: Below the root, each this user's alone.
 FOLDERS = (".records", ".locks", ".building", ".quarantine")
+
+_opening = Guard()
 
 
 class Seal:
@@ -55,6 +58,10 @@ class Opened:
         away with all that is in it. Raises OSError where the folder cannot be used."""
         self.root = root
         self.emptied: str | None = None
+        with _opening():  # of two threads that find the same thing wrong, one throws it away
+            self._open(root)
+
+    def _open(self, root: Path) -> None:
         for _ in range(3):  # another process may do the same
             why = _in_order(root)
             if why is None:
@@ -89,7 +96,7 @@ def _writable(found: os.stat_result) -> bool:
 
 def _in_order(root: Path) -> str | None:
     for path in (root, *(root / name for name in FOLDERS)):
-        if not is_folder(path) and os.path.lexists(path):
+        if os.path.lexists(path) and not is_folder(path):  # in this order: what another is making right now is right
             out_of_the_way(path)
         path.mkdir(mode=0o700, exist_ok=True)
         found = path.lstat()

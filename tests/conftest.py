@@ -57,6 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of what a shell runs in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("ATTNCC_STRICT", "1")  # an error that nobody foresaw fails the test that meets it
+    os.environ.setdefault("ATTNCC_EDITS", "off")  # graphs are read, whatever an earlier run knows of them
     for line in MARKERS:
         config.addinivalue_line("markers", line)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from attncc.bench.cpu_rows import CpuRow
 from attncc.bench.row import Row, grid, mask_of
@@ -73,7 +73,8 @@ def sdpa(row: Row, t: Tensors) -> Call:
     _affordable(row, 60e9)
     q, k, v, mask = t["q"], t["k"], t["v"], sdpa_mask(row, t)
     if row.group == 1:
-        return lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=row.causal and mask is None)
+        causal = row.causal and mask is None
+        return lambda: scaled_dot_product_attention(q, k, v, mask, dropout_p=row.dropped, is_causal=causal)
     if row.causal and mask is None:
         mask = mask_of(row, t)
     shape = (row.batch, row.heads, row.group * row.rows, row.d)
@@ -123,7 +124,7 @@ def eager(row: Row, t: Tensors, at: torch.Tensor | None = None) -> Callable[...,
         s = (q @ k.transpose(-1, -2)).float() * row.d**-0.5
         s = s if score_mod is None else score_mod(s, 0, h, i, j)
         s = s if mask is None else s.masked_fill(~mask, -math.inf)
-        return torch.softmax(s, -1).to(q.dtype) @ v
+        return dropout(torch.softmax(s, -1).to(q.dtype), row.dropped) @ v
 
     return model
 

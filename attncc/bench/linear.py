@@ -1,9 +1,10 @@
 """`attncc bench --suite linear`: linear attention by chunks, as models write it and as one kernel.
 
 Each row is a module of `linear_models`, compiled by Inductor alone and with attncc, and beside them the kernel alone
-against the exact form by chunks in eager torch, at the chunk that is fastest there. Then the kernel at several lengths,
-and one token a sequence, whose time is that of reading and writing the states. One thread; calls take turns, and what
-counts is the median of the processor time of this thread. Errors are against float64, as multiples of the model's own.
+against the exact form by chunks in eager torch, at the chunk that is fastest there. Then forward and backward of two
+of them, the kernel at several lengths, and one token a sequence, whose time is that of reading and writing the states.
+One thread; calls take turns, and what counts is the median of the processor time of this thread. Errors are against
+float64, as multiples of the model's own.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ HEADS, WIDTH, TOKENS, FEW = 8, 64, 2048, 512
 LENGTHS = 1024, 2048, 4096, 8192, 16384
 CHUNKS = 32, 64  # 128 was never the best
 ROUNDS = 5
+TRAINED = 1024
+TRAINING = "gated delta", "ssd"
+SEQUENCES = 1, 8, 64, 256
 ROWS: dict[str, Callable[..., Any]] = {
     f.__name__.replace("_", " "): f
     for f in (linear_models.gated_delta, linear_models.delta_by_inverse, linear_models.ssd,
@@ -54,7 +58,7 @@ class _Layer(nn.Module):
 
 def run(*, quick: bool = False, json: Path | None = None, only: str = "") -> None:
     """Print the tables; `only` as in `chosen`."""
-    names = chosen([*ROWS, "lengths", "decode"], only)
+    names = chosen([*ROWS, "training", "lengths", "decode"], only)
     torch.set_num_threads(1)
     results: list[dict[str, object]] = []
     tokens = FEW if quick else TOKENS
@@ -62,7 +66,9 @@ def run(*, quick: bool = False, json: Path | None = None, only: str = "") -> Non
         if name == "lengths":
             results += _lengths(LENGTHS[:3] if quick else LENGTHS)
         elif name == "decode":
-            results.append(_decode())
+            results += _decode()
+        elif name == "training":
+            results += [_training(x, ROWS[x], FEW if quick else TRAINED) for x in TRAINING]
         else:
             results.append(_model(name, ROWS[name], tokens))
     if json is not None:
@@ -106,6 +112,32 @@ def _model(name: str, core: Callable[..., Any], tokens: int) -> dict[str, object
     return {"row": name, "tokens": tokens, "attncc_ms": mine, "inductor_ms": theirs, "error": error}
 
 
+def _training(name: str, core: Callable[..., Any], tokens: int) -> dict[str, object]:
+    """Forward and backward of a layer, as compiled by each; its loss is a sum with random weights."""
+    model = _Layer(core)
+    seed = torch.randn(1, tokens, HEADS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+    def gradients(run: Callable[..., Any], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        given = [x.requires_grad_() for x in _inputs(tokens, dtype)]
+        return list(torch.autograd.grad((run(*given)[0] * seed.to(dtype)).sum(), given))
+
+    exact, plain = gradients(model, torch.float64), gradients(model)
+    own, ours = torch.compile(model), torch.compile(model, backend="attncc")
+    start = time.perf_counter()
+    gradients(own)
+    unfused = time.perf_counter() - start
+    start = time.perf_counter()
+    got = gradients(ours)
+    compiled = time.perf_counter() - start
+    mine, theirs = _turns([lambda: gradients(ours), lambda: gradients(own)])
+    off = (float((x - z).abs().max() / (y - z).abs().max()) for x, y, z in zip(got, plain, exact, strict=True))
+    error = max(off)
+    print(f"{name:18} {tokens:6} tokens, forward and backward  attncc {mine:9.3f} ms  Inductor {theirs:9.3f} ms  "
+          f"{theirs / mine:6.2f}x  gradients {error:5.2f} of eager's error at most  compiled in {compiled:.0f} s and "
+          f"{unfused:.0f} s")  # fmt: skip
+    return {"row": f"training {name}", "tokens": tokens, "attncc_ms": mine, "inductor_ms": theirs, "error": error}
+
+
 def _delta(tokens: int, batch: int = 1) -> tuple[Linear, str, dict[str, torch.Tensor]]:
     """The gated delta rule, its text, and tensors for it."""
     wide, few = f"f32[{batch}, {HEADS}, {tokens}, {WIDTH}]", f"f32[{batch}, {HEADS}, {tokens}]"
@@ -144,12 +176,24 @@ def _lengths(lengths: Sequence[int]) -> list[dict[str, object]]:
     return results
 
 
-def _decode() -> dict[str, object]:
-    """One token of many sequences: their states are read and written once, as much as a copy does."""
-    _, spec, given = _delta(1, batch=256)
-    target = torch.empty_like(given["s0"])
-    mine, copy = _turns([_kernel(spec, given), lambda: target.copy_(given["s0"])])
-    print(f"one token of 256 sequences: {mine:.3f} ms, {copy / mine:.2f} of the speed of copying their states")
-    return {"row": "decode", "attncc_ms": mine, "copy_ms": copy}
+def _decode() -> list[dict[str, object]]:
+    """One token of some sequences: their states are read and written once, as much as a copy does."""
+    results: list[dict[str, object]] = []
+    for batch in SEQUENCES:
+        _, spec, given = _delta(1, batch=batch)
+        target, kernel = torch.empty_like(given["s0"]), _kernel(spec, given)
+        times = range(4096 // batch)  # a clock that counts in milliseconds would not see one call of few sequences
 
+        def steps(kernel: Callable[[], object] = kernel, times: range = times) -> None:
+            for _ in times:
+                kernel()
 
+        def copies(to: Any = target, of: Any = given["s0"], times: range = times) -> None:
+            for _ in times:
+                to.copy_(of)
+
+        mine, copy = (x / len(times) for x in _turns([steps, copies]))
+        print(f"one token of {batch:4} sequences: {mine * 1e3:9.1f} us, "
+              f"{copy / mine:.2f} of the speed of copying their states")  # fmt: skip
+        results.append({"row": "decode", "sequences": batch, "attncc_ms": mine, "copy_ms": copy})
+    return results

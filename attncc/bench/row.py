@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from attncc.ir.evaluate import DTYPE_OF
+from attncc.ir.streams import limit_of
 
 Mod = Callable[..., torch.Tensor]
 
@@ -18,7 +19,7 @@ class Row:
 
     `mask_mod` and `score_mod` are FlexAttention's spelling, given the extra tensors; the plain spelling uses them. In
     the text of the IR, SCALE, HEAD and DTYPE stand for what they are in this row. `by_head` says that each head has a
-    mask of its own."""
+    mask of its own. `dropped` is the share of weights that training leaves out, by the `words` of each row."""
 
     name: str
     batch: int
@@ -36,6 +37,7 @@ class Row:
     causal: bool = False
     by_head: bool = False
     dtype: str = "bf16"
+    dropped: float = 0.0
 
     @property
     def text(self) -> str:
@@ -48,6 +50,7 @@ class Row:
             f"tensor k: {self.dtype}[{self.batch}, {self.heads}, {self.keys}, {self.d}]",
             f"tensor v: {self.dtype}[{self.batch}, {self.heads}, {self.keys}, {self.d}]",
             *(f"tensor {t.replace('DTYPE', self.dtype)}" for t in self.declared),
+            *([f"tensor words: i32[{self.batch}, {hq}, {self.rows}, 2]"] if self.dropped else []),
             f"q      q[b, hk * {self.group} + g, i, d]",
             "k      k[b, hk, j, d]",
             "v      v[b, hk, j, e]",
@@ -55,11 +58,22 @@ class Row:
             f"mask   {self.mask.replace('HEAD', head)}",
             "norm   softmax",
             "empty  zero",
-            "weight w",
+            f"weight {self._weight.replace('HEAD', head)}",
             "give   out",
             f"dtype  {self.dtype}",
         ]  # fmt: skip
         return "\n".join(lines)
+
+    @property
+    def _weight(self) -> str:
+        if not self.dropped:
+            return "w"
+        word = "mix(words[b, HEAD, i, 0], words[b, HEAD, i, 1], j)"
+        return f"w * where({word} < {limit_of(self.dropped)}, {1 / (1 - self.dropped)!r}, 0.0)"
+
+    def words(self) -> torch.Tensor:
+        """New ones, from torch's generator, as a model's step draws them."""
+        return torch.randint(-(2**31), 2**31, (self.batch, self.heads * self.group, self.rows, 2), dtype=torch.int32)
 
     def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
         random = torch.Generator(device).manual_seed(0)
@@ -71,8 +85,9 @@ class Row:
 
         q = normal(self.heads * self.group, self.rows)
         types = {name: kind.partition("[")[0].strip() for name, _, kind in (t.partition(":") for t in self.declared)}
+        drawn = {"words": self.words().to(device)} if self.dropped else {}
         extra = {n: t.to(DTYPE_OF[types[n].replace("DTYPE", self.dtype)]) for n, t in self.extra(device).items()}
-        return {"q": q, "k": normal(self.heads, self.keys), "v": normal(self.heads, self.keys), **extra}
+        return {"q": q, "k": normal(self.heads, self.keys), "v": normal(self.heads, self.keys), **extra, **drawn}
 
 
 def grid(row: Row, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

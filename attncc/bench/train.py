@@ -2,8 +2,9 @@
 
 Every rival computes the same attention on the same tensors, and the gradients of all of them: queries, keys, values,
 and the tables, slopes and biases that the score reads. SDPA's mask of a bias that learns is made in every step, as a
-model has to. Ratios are medians of the ratios within a turn; gradients are compared with those in a wider type before
-they are timed.
+model has to; each step draws anew which weights it drops. Ratios are medians of the ratios within a turn; gradients are
+compared with those in a wider type before they are timed, but those of rivals where weights are dropped: they drop
+others.
 """
 
 from __future__ import annotations
@@ -58,7 +59,13 @@ def rows(*, quick: bool) -> list[TrainRow]:
         TrainRow(cpu_rows.t5_bias(2048), bias), TrainRow(cpu_rows.alibi(2048), bias),
         TrainRow(cpu_rows.soft_cap(2048), bias), TrainRow(cpu_rows.swin(64, 4), {}),
         TrainRow(cpu_rows.small("ViT", 4, 197), small), TrainRow(cpu_rows.small("BERT", 8, 128), small),
+        TrainRow(dropped(cpu_rows.small("BERT", 8, 128)), {}), TrainRow(dropped(cpu_rows.causal(1024)), {}),
     ]  # fmt: skip
+
+
+def dropped(x: CpuRow, share: float = 0.1) -> CpuRow:
+    """The row with a share of its weights left out."""
+    return CpuRow(replace(x.row, name=f"{x.row.name} dropped {share:g}", dropped=share))
 
 
 def trained(row: Row) -> str:
@@ -84,8 +91,11 @@ def measure_row(x: TrainRow, seconds: float) -> dict[str, Any]:
         return run
 
     def own() -> torch.Tensor:
+        if row.dropped and not fixed:
+            t["words"] = row.words()
         return torch.ops.attncc.attention([t[n.name] for n in a.tensors], [], spec)[0].view(shape)
 
+    fixed = True  # while gradients are compared with those of the same words
     calls: dict[str, Call] = {"attncc": step(own)}
     absent: dict[str, str] = {}
     exact = _exact(a, t, learned, seed)
@@ -99,10 +109,13 @@ def measure_row(x: TrainRow, seconds: float) -> dict[str, Any]:
     for name, rival in {"sdpa": _sdpa, "inductor": inductor}.items():
         try:
             calls[name] = run = step(rival(row, t))  # type: ignore[operator]
-            errors[name] = error(run())
+            given = run()
+            if not row.dropped:  # another stream drops others
+                errors[name] = error(given)
         except Exception as why:  # a rival may fail in any way of its own
             calls.pop(name, None)
             absent[name] = (str(why).splitlines() or [type(why).__name__])[0]
+    fixed = False
     samples = samples_of(calls, absent, seconds, set(calls))
     median = {n: statistics.median(s) for n, s in samples.items()}
     pairs = visible_pairs(row, t)

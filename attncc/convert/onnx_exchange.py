@@ -12,6 +12,7 @@ from torch import fx
 
 from attncc.codegen.onnx import Inexpressible, Nodes, Value
 from attncc.codegen.onnx.linear import linear
+from attncc.convert.onnx_graphs import visible
 from attncc.convert.onnx_tracing import Traced
 from attncc.frontends.onnx.values import DTYPES
 from attncc.ir import Const, Expr, Linear, Size, Tensor
@@ -83,7 +84,8 @@ class Exchange:
             raise Inexpressible("one of its sizes is no extent of what it reads") from error
 
     def put(self, pairs: Sequence[tuple[ir.Value, Value]]) -> None:
-        """Put the nodes that were made into the graph, with a new value in the place of each old one."""
+        """Put the nodes that were made into the graph, with a new value in the place of each old one. Raises
+        Inexpressible where they read what that graph does not see."""
         assert self.model is not None
         made, prefix = self.nodes.made, self.nodes.prefix
         ends: list[tuple[ir.Value, ir.Value]] = []
@@ -95,7 +97,11 @@ class Exchange:
             ends.append((old, out))
         producer = pairs[0][0].producer()
         assert producer is not None
-        self.model.graph.insert_before(producer, made)
+        graph = producer.graph
+        assert isinstance(graph, ir.Graph)  # it was run
+        if not visible(self.model, made, graph):
+            raise Inexpressible("it reads what is inside of another graph of the file")
+        graph.insert_before(producer, made)
         for n, (old, out) in enumerate(ends):
             name, shape, dtype = old.name, old.shape, old.dtype
             old.name = f"{prefix}/replaced_{n}"
@@ -120,11 +126,11 @@ def linear_rewritten(exchange: Exchange, site: Recognised, domain: str, opset: i
         extents: dict[Size, Any] = {x: sizes[x] for x in a.sizes}
         found = linear(a, [values[t.name] for t in a.tensors], extents, domain=domain, opset=opset)
         made = [_as_result(a, r, found[r.output], exchange.facts) for r in results]
+        exchange.put([(old, new) for old, new in zip(olds, made, strict=True) if old is not None])
     except (Inexpressible, NotImplementedError) as error:
         exchange.nodes.shared.clear()
         exchange.nodes.shared.update(known)
         return str(error)
-    exchange.put([(old, new) for old, new in zip(olds, made, strict=True) if old is not None])
     return ""
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from attncc.convert.checking import Trial, agree
-from attncc.convert.onnx_tracing import dtype_of, name_of, shape_of, sizes_of, traced
+from attncc.convert.onnx_tracing import UnequalSizes, dtype_of, name_of, shape_of, sizes_of, traced
 from attncc.frontends.onnx.reading import opset_of, read
 from attncc.frontends.onnx.running import OnnxModule, missing
 from attncc.frontends.targets import TargetError, one_line
@@ -108,12 +109,20 @@ def made_up(model: ir.Model, sizes: Mapping[str, int]) -> tuple[torch.Tensor, ..
     return tuple(found)
 
 
-def every_size(model: ir.Model, first: Mapping[str, int]) -> list[dict[str, int]]:
+#: Which open dimensions are sums of two others.
+Sums = Mapping[str, tuple[str, str]]
+#: Names of open dimensions that are looked through for such.
+_MOST_NAMES = 6
+
+
+def every_size(model: ir.Model, first: Mapping[str, int], sums: Sums) -> list[dict[str, int]]:
     """Sizes to check with: the first ones, one more of each and more than twice as many, as the open dimensions say."""
     if not first:
         return [{}]
-    grown = [sizes_of(model, {n: change(s) for n, s in first.items() if "+" not in n})
-             for change in (lambda n: n + 1, lambda n: 2 * n + 3)]  # fmt: skip
+    grown: list[dict[str, int]] = []
+    for change in (lambda n: n + 1, lambda n: 2 * n + 3):
+        sizes = sizes_of(model, {n: change(s) for n, s in first.items() if "+" not in n})
+        grown.append(sizes | {t: sizes[a] + sizes[b] for t, (a, b) in sums.items()})
     return [dict(first), *grown]
 
 
@@ -193,7 +202,8 @@ def _rewritten(path: str, output: Path | None, *, checked: bool, measure: bool, 
     if not runs(asked.provider):
         return Found(report, f"not checked: onnxruntime has no {asked.provider.upper()} provider here")
     before, after = Session(Path(path), asked.provider), Session(output, asked.provider)
-    said = agree(before, after, _trials(model, every_size(model, _that_run(before, model, sizes))))
+    sizes, sums = _that_run(before, model, sizes)
+    said = agree(before, after, _trials(model, every_size(model, sizes, sums)))
     if measure:
         slower = _slower(before, after, made_up(model, sizes))
         if slower:
@@ -228,32 +238,62 @@ def _unchanged(path: str, output: Path, report: Report) -> Found:
 
 def _traced(model: ir.Model) -> tuple[dict[str, int], Any]:
     """The trace, with the sizes of open dimensions that it was made for. Where dimensions of other names have to be
-    equal, first ones are taken to be."""
+    equal, those that a run tells, or the first ones of all inputs, are taken to be."""
     sizes = sizes_of(model)
-    try:
-        return sizes, traced(model, sizes)
-    except TargetError:
-        equal = _with_equal_firsts(model, sizes)
-        if equal == sizes:
-            raise
-    return equal, traced(model, equal)
-
-
-def _with_equal_firsts(model: ir.Model, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Sizes with which the first dimensions of all inputs, where they are open, are equal."""
-    firsts = [name_of(v, 0) for v in model.graph.inputs if v.shape and not isinstance(v.shape[0], int)]
-    return {n: sizes[firsts[0]] if n in firsts else s for n, s in sizes.items()}
-
-
-def _that_run(before: Session, model: ir.Model, sizes: Mapping[str, int]) -> Mapping[str, int]:
-    """Sizes that the model takes: the same, or with equal first dimensions."""
-    equal = _with_equal_firsts(model, sizes)
-    if equal != sizes:
+    for _ in range(len(sizes) + 1):
         try:
-            before(*made_up(model, sizes))
-        except Exception:
-            return equal
-    return sizes
+            return sizes, traced(model, sizes)
+        except UnequalSizes as error:
+            one, other = (sizes[n] for n in error.names)
+            equal = {n: one if s == other else s for n, s in sizes.items()}
+        except TargetError:
+            equal = _with_equal_firsts(model, sizes)
+        if equal == sizes:
+            break
+        sizes = equal
+    return sizes, traced(model, sizes)
+
+
+def _with_equal_firsts(model: ir.Model, sizes: Mapping[str, int], size: int | None = None) -> dict[str, int]:
+    """Sizes with which the first dimensions of all inputs, where they are open, are equal: `size`, or as the first."""
+    firsts = [name_of(v, 0) for v in model.graph.inputs if v.shape and not isinstance(v.shape[0], int)]
+    return {n: (size or sizes[firsts[0]]) if n in firsts else s for n, s in sizes.items()}
+
+
+def _that_run(before: Session, model: ir.Model, sizes: Mapping[str, int]) -> tuple[Mapping[str, int], Sums]:
+    """Sizes that the model takes, and which of them are sums of two: as they are, or as files need them that do not say
+    what they need. Some are exported for any batch, and run for one; a mask is as long as the past and the new tokens
+    together."""
+    equal, single = _with_equal_firsts(model, sizes), _with_equal_firsts(model, sizes, 1)
+    tries: list[tuple[Mapping[str, int], Sums]] = [(sizes, {}), (equal, {}), (single, {})]
+    for base in (equal, single):
+        tries += [({**base, t: base[a] + base[b]}, {t: (a, b)}) for t, a, b in _sums(model)]
+    best, most = tries[0], 0
+    for tried, sums in tries:
+        every = every_size(model, tried, sums)
+        runs = next((n for n, s in enumerate(every) if not _runs(before, model, s)), len(every))
+        if runs > most:
+            best, most = (tried, sums), runs
+        if runs == len(every):
+            break
+    return best
+
+
+def _runs(session: Session, model: ir.Model, sizes: Mapping[str, int]) -> bool:
+    try:
+        session(*made_up(model, sizes))
+    except Exception:
+        return False
+    return True
+
+
+def _sums(model: ir.Model) -> Iterator[tuple[str, str, str]]:
+    """Which open dimension of an input of integers may be the sum of two others."""
+    inner = [(name_of(v, at), dtype_of(v)) for v in model.graph.inputs if v.name not in model.graph.initializers
+             for at, n in enumerate(v.shape or ()) if at and not isinstance(n, int)]  # fmt: skip
+    names = list(dict.fromkeys(n for n, _ in inner))[:_MOST_NAMES]
+    for t in dict.fromkeys(n for n, dtype in inner if not dtype.is_floating_point):
+        yield from ((t, a, b) for a, b in combinations([n for n in names if n != t], 2))
 
 
 def _upgraded(model: ir.Model, path: str, opset: int) -> ir.Model:

@@ -16,6 +16,7 @@ from attncc.codegen.onnx import STANDARD, Inexpressible, Nodes, Row, Value, atte
 from attncc.codegen.onnx.onnxruntime import CPU, CUDA
 from attncc.codegen.onnx.onnxruntime import DOMAIN as CONTRIB
 from attncc.convert.onnx_exchange import Exchange, linear_rewritten
+from attncc.convert.onnx_graphs import recurrences
 from attncc.convert.onnx_kernels import KernelLibrary
 from attncc.convert.onnx_tracing import Traced
 from attncc.driver import describe
@@ -82,7 +83,8 @@ def operate(model: ir.Model, traced: Traced, asked: Asked) -> Operated:
     facts = traced.facts()
     lifted = lift_all(facts)
     groups = together([s for s in lifted if isinstance(s, Lifted)], facts)
-    shared: dict[object, Value] = {}
+    nodes = Nodes("attncc")  # one for all: what sites share makes its nodes where it is used
+    shared: dict[ir.Graph, dict[object, Value]] = {}
     by_site = {id(s): g for g in groups for s in g.sites}
     done: dict[fx.Node, _Done] = {}
     found = Operated()
@@ -95,7 +97,9 @@ def operate(model: ir.Model, traced: Traced, asked: Asked) -> Operated:
             found.sites.append(Site(index, status, str(site.reason), where, became=became, code=site.reason.codes))
             continue
         if isinstance(site, Recognised):
-            made = Exchange(model, traced, facts, Nodes(f"attncc_{index}", shared))
+            nodes.shared = shared.setdefault(_graph_of(model, traced.values.get(site.node)), {})
+            nodes.prefix, nodes.made = f"attncc_{index}", []
+            made = Exchange(model, traced, facts, nodes)
             why = linear_rewritten(made, site, CONTRIB if asked.target != "onnx" else "", asked.opset)
             reason = because("onnx-inexpressible", why) if why else None
             found.sites.append(Site(
@@ -106,15 +110,25 @@ def operate(model: ir.Model, traced: Traced, asked: Asked) -> Operated:
             found.written.update([] if why else ["LinearAttention"])
             continue
         if site.node not in done:
-            nodes = Nodes(f"attncc_{index}", shared)
-            done[site.node] = _rewrite(model, traced, facts, by_site[id(site)], site, nodes, asked)
+            nodes.prefix, nodes.made = f"attncc_{index}", []
+            done[site.node] = _rewrite(model, traced, facts, by_site[id(site)], site, nodes, shared, asked)
         was = done[site.node]
         found.sites.append(_record(index, where, site, was))
         if not was.why:
             found.written[was.operator] += 1
+    found.sites += [
+        Site(len(found.sites) + n, "kept", str(reason), str(node.name), became="its own nodes", code=reason.codes)
+        for n, (node, reason) in enumerate(recurrences(model))
+    ]
     if found.count:
         _finish(model, found, asked)
     return found
+
+
+def _graph_of(model: ir.Model, value: ir.Value | None) -> ir.Graph:
+    """The graph that has the node of a value."""
+    producer = None if value is None else value.producer()
+    return producer.graph if producer is not None and isinstance(producer.graph, ir.Graph) else model.graph
 
 
 @dataclass(frozen=True)
@@ -150,8 +164,9 @@ def _record(index: int, where: str, site: Lifted, was: _Done) -> Site:
 
 
 def _rewrite(
-    model: ir.Model, traced: Traced, facts: Facts, group: SiteGroup, site: Lifted, nodes: Nodes, asked: Asked
-) -> _Done:
+    model: ir.Model, traced: Traced, facts: Facts, group: SiteGroup, site: Lifted, nodes: Nodes,
+    shared: dict[ir.Graph, dict[object, Value]], asked: Asked,
+) -> _Done:  # fmt: skip
     if group.user is not None:
         return _Done(f"its weights are needed by {used_by(facts, group.user)}")
     place = [s for s in group.sites if s.node is site.node]
@@ -165,17 +180,19 @@ def _rewrite(
     if old is None or producer is None:
         return _Done("its output is inside of a node")
     final = Pipeline((DropRounding(), FoldPredicates())).run(program.program)
+    nodes.shared = shared.setdefault(_graph_of(model, old), {})
     known = dict(nodes.shared)
     try:
         operator, new = _emitted(nodes, traced, facts, program, final, asked)
         why = _ALREADY if _as_good(producer, nodes.made) else ""
+        if not why:
+            Exchange(model, traced, facts, nodes).put([(old, new)])
     except (Inexpressible, NotImplementedError) as error:
         operator, new, why = "", None, _ALREADY if producer.op_type == "Attention" else str(error)
     if why or new is None:
         nodes.shared.clear()
         nodes.shared.update(known)  # what was made for this one is not put into the graph
         return _Done(why)
-    Exchange(model, traced, facts, nodes).put([(old, new)])
     return _Done("", operator)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from attncc import torch_private
 from attncc.convert.constant_masks import spelled
-from attncc.frontends.onnx.reading import constants
+from attncc.convert.onnx_inlining import Inlined
+from attncc.frontends.onnx.reading import constant_values, constants, scales
 from attncc.frontends.onnx.running import of_data, run
 from attncc.frontends.onnx.values import DTYPES, Unsupported, of_constant
 from attncc.frontends.targets import TargetError
@@ -92,6 +93,7 @@ def traced(model: ir.Model, sizes: Mapping[str, int]) -> Traced:
     made: dict[str, Any] = {}
     placed: list[str] = []
     learned: set[int] = set()
+    plain = scales(model)
     for name, x in constants(model).items():
         count = 1
         for n in x.shape:
@@ -104,7 +106,7 @@ def traced(model: ir.Model, sizes: Mapping[str, int]) -> Traced:
         if spelling is not None:
             made[name] = spelling
             continue
-        value = of_constant(_data(x, name)) if count <= 64 else None
+        value = of_constant(_data(x, name), name in plain) if count <= 64 else None
         if value is not None and not isinstance(value, torch.Tensor):
             known[name] = value
             continue
@@ -128,18 +130,17 @@ def traced(model: ir.Model, sizes: Mapping[str, int]) -> Traced:
     def call(*given: Any) -> list[torch.Tensor]:
         inputs = {str(v.name): x for v, x in zip(own, given, strict=False)}
         data = known | dict(zip(placed, given[len(own) :], strict=True)) | {n: f() for n, f in made.items()}
-        return run(model, inputs, data, seen)
+        return run(model, inputs, data, seen, Inlined(mode).run)
 
     with torch.no_grad():
-        gm = torch_private.trace(call, mode, [*fakes, *(known[n] for n in placed)])
+        try:
+            gm = torch_private.trace(call, mode, [*fakes, *(known[n] for n in placed)])
+        except TargetError as error:
+            raise _unequal(str(error), own, fakes) or error from error
     names = {n.name: n for n in gm.graph.nodes}
     found = Traced(gm.graph)
     places = list(gm.graph.find_nodes(op="placeholder"))
-    data_values = {name: model.graph.initializers.get(name) for name in placed}
-    data_values |= {
-        str(node.outputs[0].name): node.outputs[0] for node in model.graph
-        if node.op_type == "Constant" and node.outputs[0].name in data_values
-    }  # fmt: skip
+    data_values = constant_values(model)
     for node, value in zip(places, [*own, *(data_values[n] for n in placed)], strict=True):
         if value is not None:
             found.values[node] = value
@@ -149,6 +150,25 @@ def traced(model: ir.Model, sizes: Mapping[str, int]) -> Traced:
             found.values.setdefault(node, value)
     found.parameters = frozenset(n for at, n in enumerate(places) if at in learned)
     return found
+
+
+class UnequalSizes(TargetError):
+    """A graph does not run unless the open dimensions of these `names` are equal."""
+
+    def __init__(self, message: str, names: tuple[str, str]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
+def _unequal(message: str, own: Sequence[ir.Value], fakes: Sequence[torch.Tensor]) -> UnequalSizes | None:
+    """What to make of a message of torch's that two sizes should be the same, where both are of inputs."""
+    found = re.search(r"\((s\d+)\) must match .*\((s\d+)\)", message)
+    if found is None:
+        return None
+    names = {str(n): name_of(v, at) for v, x in zip(own, fakes, strict=False) for at, n in enumerate(x.shape)
+             if isinstance(n, torch.SymInt)}  # fmt: skip
+    pair = [names.get(symbol) for symbol in found.groups()]
+    return UnequalSizes(message, (pair[0], pair[1])) if pair[0] is not None and pair[1] is not None else None
 
 
 def _data(x: Any, name: str) -> torch.Tensor:

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from attncc import torch_private
 from attncc.driver.collected import Collected, collecting
 from attncc.driver.graph_edits import GraphEdits
+from attncc.driver.known_edits import edit_again, known, remember
 from attncc.driver.options import Options, options_of
 from attncc.driver.plain import plain
-from attncc.driver.planning import Following, Planner
-from attncc.driver.recording import Ran, artifact_of
-from attncc.driver.rewriting import left_alone, rewrite
+from attncc.driver.ran import Ran
 from attncc.driver.sign_bits import may_write, signed_inputs, with_their_numbers
 from attncc.errors import log, unforeseen
 from attncc.ir.reasons import because
 from attncc.progress import step, waiting
-from attncc.runtime import notices, sharding
+from attncc.runtime import notices
 from attncc.runtime.recent import Recent
 from attncc.torch_private import floats
 from attncc.torch_private.compiling import trace_through_breaks
 from attncc.torch_private.distributed import is_distributed
+
+if TYPE_CHECKING:
+    from attncc.driver.planning import Planner
 
 __all__ = ["Collected", "attncc_backend", "collecting", "rewrite"]
 
@@ -46,7 +49,11 @@ def attncc_backend(
     compute some rows of each such call exactly, and all of it where they differ too much. Raises RuntimeError for an
     unknown mode or option, PlanError (which is one) for a plan of another model."""
     chosen = options_of(mode, options)
-    planner = None if chosen.plan is None else Following(chosen.plan, guard=chosen.guard)
+    planner = None
+    if chosen.plan is not None:
+        from attncc.driver.planning import Following  # noqa: PLC0415 - for plans alone
+
+        planner = Following(chosen.plan, guard=chosen.guard)
     return compile_graph(gm, example_inputs, chosen, planner)
 
 
@@ -57,6 +64,8 @@ def compile_graph(
     trace_through_breaks(attncc_backend)  # for the frames to come, where this was not asked for by its name
     found, edits = Collected(), GraphEdits()
     if any(is_distributed(x) for x in example_inputs):
+        from attncc.runtime import sharding  # noqa: PLC0415 - for distributed tensors alone
+
         sharding.install()
     signed = signed_inputs(example_inputs) if chosen.inductor else ()
     if signed and may_write(gm.graph):
@@ -67,7 +76,11 @@ def compile_graph(
             found.notes.append("a model that is called with fake tensors is compiled as it is: nothing can be timed")
         elif not plain(gm):
             floats.ask_for_known_floats(gm)
-            rewrite(gm, example_inputs, found, edits, measure=chosen.measure, planner=planner)
+            graph = known(gm, example_inputs, measure=chosen.measure) if planner is None else None
+            if graph is None or not edit_again(gm, graph, found, edits):
+                rewrite(gm, example_inputs, found, edits, measure=chosen.measure, planner=planner)
+                if graph is not None:
+                    remember(gm, graph, found, edits)
         compiled = _compiled(gm, example_inputs, chosen.config, found, edits) if chosen.inductor else gm.forward
     found.notes += notices.taken()
     found.notes += [] if planner is None else planner.notes
@@ -77,12 +90,26 @@ def compile_graph(
     for site in found.sites:
         log.info("%s %s", site, site.reason)
     if found.sites:
-        torch_private.artifact("attncc_sites", lambda: artifact_of(found))
+        torch_private.artifact("attncc_sites", lambda: _recording().artifact_of(found))
     outer = collecting.get()
     if outer is not None:
         outer.add(found)
     run = with_their_numbers(compiled, signed) if signed else compiled
     return Ran(run, found, outer is not None) if found.sites else run
+
+
+def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *more: Any, **named: Any) -> fx.GraphModule:
+    """Fuse a graph's attention: `attncc.driver.rewriting.rewrite`. What reads and lifts takes as long to import as all
+    the rest, and a graph that is known needs none of it."""
+    return _rewriting().rewrite(gm, inputs, found, *more, **named)
+
+
+def _rewriting() -> Any:
+    return import_module("attncc.driver.rewriting")
+
+
+def _recording() -> Any:
+    return import_module("attncc.driver.recording")
 
 
 def _compiled(
@@ -99,7 +126,7 @@ def _compiled(
             reason = because("compiling-failed", unforeseen("compiling a fused graph", error))
             edits.undo()
             found.notes.append(f"a graph is compiled as it came; {reason}")
-            found.sites = [left_alone(site, reason) for site in found.sites]
+            found.sites = [_rewriting().left_alone(site, reason) for site in found.sites]
         return torch_private.inductor(gm, inputs, config, _say_once)
     except Exception as error:
         if not torch_private.lacks_compiler(error):

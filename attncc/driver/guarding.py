@@ -97,10 +97,11 @@ def error_of(
 
 def exact_call(planned: Program, exact: Program) -> tuple[Attention, list[int], list[int]] | None:
     """The attention of a program without a plan, and which tensors and sizes of the planned one's attention are its;
-    None where it reads others."""
-    (other,) = [step for step in planned.steps if isinstance(step.node, Attention)]
+    None where it reads others, or the plan makes several of it."""
+    other, *more = [step for step in planned.steps if isinstance(step.node, Attention)]
     found = [step for step in exact.steps if isinstance(step.node, Attention)]
-    if len(found) != 1 or not {*found[0].arguments} <= {*other.arguments} or not {*found[0].sizes} <= {*other.sizes}:
+    alone = len(found) == 1 and not more
+    if not alone or not {*found[0].arguments} <= {*other.arguments} or not {*found[0].sizes} <= {*other.sizes}:
         return None
     a = found[0].node
     assert isinstance(a, Attention)

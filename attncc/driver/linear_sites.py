@@ -30,6 +30,7 @@ from attncc.ir.linear import LinearOutput
 from attncc.ir.reasons import because
 from attncc.kernels.build import Built, default_store
 from attncc.kernels.linear import built_linear
+from attncc.kernels.linear_gradient import built_linear_gradient
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.linear.linear import Recognised, Result
 from attncc.progress import step
@@ -142,7 +143,8 @@ def _measured(x: LinearSite, facts: Facts, training: Training, sizes: list[int])
     dtypes = [facts.dtype(r.node) for r in x.site.results]
     flat = [int(s) for t in tensors for s in t.shape]
     kind = ("linear in training" if training.recomputed else "linear with gradients") if x.trains else "linear"
-    where = situation(x.spec, [*flat, *sizes], device, (x.made.source, kind))
+    sources = [x.made.source, *([built_linear_gradient(x.spec, str(device)).source] if x.trains else [])]
+    where = situation(x.spec, [*flat, *sizes], device, (*sources, kind))
 
     def apply(target: Any, *args: Any) -> Any:
         return target(*args)

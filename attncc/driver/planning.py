@@ -22,11 +22,12 @@ from attncc.ir import Attention, Axis, Const, Program
 from attncc.ir.reasons import Reason, because
 from attncc.passes.pipeline import standard
 from attncc.passes.policies import CLOSED_FORMS
-from attncc.passes.policies.hiding import Form, Policy, hide, misfit
+from attncc.passes.policies.hiding import Composed, Form, Policy, hide, misfit
+from attncc.passes.policies.parts import is_effect
 from attncc.passes.policies.places import head_count
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.site.assemble import Lifted
-from attncc.plans.plan import Key, Phase, Plan, SitePlan
+from attncc.plans.plan import Key, Phase, Plan, Rule, SitePlan, policy_of
 from attncc.report.site import HeadForm, ranges
 
 #: Rows from which on a call fills a cache rather than reads it.
@@ -130,13 +131,17 @@ def in_words(planned: SitePlan) -> str:
     """`streaming{sinks=64,window=256} on heads 0-3 (31% of the keys, error 1.2e-04), exact on 4-8; 12.1 ms, exact 30.2
     ms`."""
     parts = [
-        f"{r.form} on heads {ranges(r.heads)} ({r.density:.0%} of the keys, error {r.error:.1e})"
+        f"{r.form} on heads {ranges(r.heads)} ({r.density:.0%} of the keys, {_error_of(r)})"
         for r in planned.rules
         if r.heads
     ]
     rest = sorted({*range(planned.heads)} - {h for r in planned.rules for h in r.heads})
     parts += [f"exact on {ranges(rest)}"] if rest else []
     return f"{', '.join(parts)}; {planned.ms:.2f} ms, exact {planned.exact_ms:.2f} ms"
+
+
+def _error_of(rule: Rule) -> str:
+    return "an effect, no approximation" if is_effect(policy_of(rule.form)) else f"error {rule.error:.1e}"
 
 
 def is_closed(policy: Policy) -> bool:
@@ -211,6 +216,9 @@ class Following:
             self._say("calls with gradients are not guarded; the guard works under torch.no_grad()")
             return
         name = f"{site.path or '(top level)'}{f' ({site.place})' if site.place else ''}, {site.phase}"
+        if any(isinstance(form.policy, Composed) for form in planned.forms()):
+            self._say(f"{name} cannot be guarded: its output is put together after its attention")
+            return
         more = guarded_arguments(final, standard().run(exact), name, planned.bound)
         if more is None:
             self._say(f"{name} cannot be guarded: its exact form reads what its approximate one does not")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -15,6 +13,7 @@ from attncc.driver import capture, describe, dropout, linear_sites
 from attncc.driver.candidate import Candidate, Choice, unmeasured
 from attncc.driver.collected import Collected, collecting
 from attncc.driver.edit import Editor, source_text
+from attncc.driver.garbage import no_collection
 from attncc.driver.graph_edits import GraphEdits, copied
 from attncc.driver.names import names_of
 from attncc.driver.planned_times import slower
@@ -64,7 +63,7 @@ def rewrite(
         with preserved():
             drops = dropout.spell_out(gm, edits)
             reading = _read(gm, inputs, found, edits, way, recomputed)
-            with _no_collection(), without_autocast():
+            with no_collection(), without_autocast():
                 step("finding attention")
                 facts = reading.facts()
                 lifted = _with_columns(lift_all(facts), facts)
@@ -101,7 +100,7 @@ def _read(
 ) -> capture.Reading:
     """The shadow of a graph. The bodies in it, which have graphs of their own, are rewritten."""
     step("reading the graph")
-    with _no_collection():
+    with no_collection():
         reading = capture.read(gm, inputs)
     for body in reading.bodies:
         with under(body.modes):
@@ -149,18 +148,6 @@ def left_alone(site: Site, reason: Reason) -> Site:
     return site if site.status == "refused" else replace(kept, status="kept")
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without the garbage collector: one pass over all that Dynamo holds takes as long as the work itself."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _edited(
     reading: capture.Reading, facts: Facts, lifted: list[Lifted | Refusal | Recognised], settled: list[Site],
     first: int, way: Way, training: Training,
@@ -179,7 +166,8 @@ def _edited(
     proposals = [prepared.get(id(site)) for site in lifted]
     step("building kernels" if way.kernels else "editing the graph")
     ahead = [p for p in proposals if way.kernels and isinstance(p, Proposal)]
-    build_all(((p.spec, p.device) for p in ahead), builds_of((p.spec, p.learned, p.device) for p in ahead))
+    specs = ((spec, p.device) for p in ahead for spec in (p.spec, *p.others))
+    build_all(specs, builds_of((p.spec, p.learned, p.device) for p in ahead))
     step("editing the graph")
     editor = Editor(reading.over(*copied(reading.graph)), facts)
     verdicts: dict[fx.Node, Choice] = {}
@@ -320,8 +308,9 @@ def _proposals(
             device = str(facts.value(sites[0].node).device)
             if planner is not None and own is not None:
                 extra["made"] = partial(planner.made, own, program.program, final)
-            for site, a, names in zip(sites, attentions, learned, strict=True):
-                found[id(site)] = Proposal(program, final, a, _text(a), device, stages, names, **extra)
+            others = tuple(map(_text, attentions[len(sites) :]))  # those that a plan puts beside a single one
+            for site, a, names in zip(sites, attentions[: len(sites)], learned, strict=True):
+                found[id(site)] = Proposal(program, final, a, _text(a), device, stages, names, others, **extra)
     return found
 
 
@@ -367,7 +356,8 @@ def _verdict(
     if not way.kernels:
         return Choice(True, None, because("measuring-off"))
     kernels = [built(proposal.spec, proposal.device) for proposal in proposals]
-    slow = next((made for made in kernels if made.language == "torch"), None)
+    others = (built(spec, proposal.device) for proposal in proposals for spec in proposal.others)
+    slow = next((made for made in (*kernels, *others) if made.language == "torch"), None)
     if slow is not None:
         return Choice(False, None, because("no-kernel", slow.reason))
     planned = [proposal.planned for proposal in proposals if proposal.planned]

@@ -33,8 +33,8 @@ def _unseen(call: fx.Node) -> None:
 class Proposal:
     """What a site would become: its program after the passes, shared by the sites of one place, its own attention in
     there with its text, the device it runs on, and what each pass did. `learned` names the tensors whose gradients are
-    wanted. `planned`: what a plan says of it, where it follows one, and `forms` the same as values; `held` is why it
-    does not, where it should."""
+    wanted; `others` are the texts of attentions that a plan puts beside the site's own. `planned`: what a plan says of
+    it, where it follows one, and `forms` the same as values; `held` is why it does not, where it should."""
 
     origin: SiteProgram
     program: Program
@@ -43,6 +43,7 @@ class Proposal:
     device: str
     stages: tuple[Stage, ...] = ()
     learned: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     planned: str = ""
     forms: tuple[HeadForm, ...] = ()
     held: Reason | None = None

@@ -7,104 +7,14 @@ Only rewrites that hold for every value are made here. For floats that excludes 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 
+from attncc.ir.constants import FOLD
 from attncc.ir.terms import OPS, Const, Expr, Kind, Load, Op, Scalar, Var, walk
 
 TRUE, FALSE = Const(True), Const(False)
 ZERO, ONE = Const(0), Const(1)
 NEG_INF = Const(-math.inf)
-
-
-def _exp(a: float) -> float:
-    try:
-        return math.exp(a)
-    except OverflowError:
-        return math.inf
-
-
-def _sigmoid(a: float) -> float:
-    """Where it is exact: elsewhere the last digit is the processor's."""
-    if a in (-math.inf, 0.0, math.inf):
-        return {-math.inf: 0.0, 0.0: 0.5, math.inf: 1.0}[a]
-    raise ValueError(a)
-
-
-def _log(a: float) -> float:
-    return -math.inf if a == 0 else math.log(a) if a > 0 else math.nan
-
-
-def _div(a: float, b: float) -> float:
-    if b:
-        return a / b
-    return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a) * math.copysign(1.0, b)
-
-
-def _sqrt(a: float) -> float:
-    return math.sqrt(a) if a >= 0 else math.nan
-
-
-def _least(a: Scalar, b: Scalar) -> Scalar:
-    return math.nan if a != a or b != b else min(a, b)
-
-
-def _most(a: Scalar, b: Scalar) -> Scalar:
-    return math.nan if a != a or b != b else max(a, b)
-
-
-def _negate(a: float) -> float:
-    return -a
-
-
-def _magnitude(a: float) -> float:
-    return abs(a)
-
-
-def _floor_divide(a: int, b: int) -> int:
-    return a // b
-
-
-def _truncdiv(a: int, b: int) -> int:
-    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
-
-
-def _integral(f: Callable[[float], int]) -> Callable[[float], float]:
-    def apply(a: float) -> float:
-        return math.copysign(float(f(a)), a) if math.isfinite(a) else a
-
-    return apply
-
-
-#: What an op makes of constants. An op that is not here, or that raises, stays an op.
-_FOLD: dict[str, Callable[..., Scalar]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": _div,
-    "floordiv": _floor_divide,
-    "mod": operator.mod,
-    "truncdiv": _truncdiv,
-    "neg": _negate,
-    "abs": _magnitude,
-    "min": _least,
-    "max": _most,
-    "minfirst": _least,
-    "maxfirst": _most,
-    "lt": operator.lt,
-    "le": operator.le,
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "float": float,
-    "int": int,
-    "exp": _exp,
-    "log": _log,
-    "sigmoid": _sigmoid,
-    "tanh": math.tanh,
-    "sqrt": _sqrt,
-    "floor": _integral(math.floor),
-    "ceil": _integral(math.ceil),
-}
 
 
 def const(value: Scalar) -> Const:
@@ -133,10 +43,10 @@ def op(name: str, *args: Expr) -> Expr:
     if (selected := _over_selection(name, args)) is not None:
         return selected
     values = [a.value for a in args if isinstance(a, Const)]
-    if len(values) < len(args) or name not in _FOLD:
+    if len(values) < len(args) or name not in FOLD:
         return result
     try:
-        return Const(_FOLD[name](*values))
+        return Const(FOLD[name](*values))
     except (ZeroDivisionError, OverflowError, ValueError):
         return result
 
@@ -144,7 +54,7 @@ def op(name: str, *args: Expr) -> Expr:
 def _over_selection(name: str, args: tuple[Expr, ...]) -> Expr | None:
     """f(where(c, 1.0, 0.0), 2.0) is where(c, f(1.0, 2.0), f(0.0, 2.0)): masks in arithmetic become predicates."""
     selections = [a for a in args if isinstance(a, Op) and a.name == "where"]
-    if len(selections) != 1 or name not in _FOLD or not all(isinstance(a, Const | Op) for a in args):
+    if len(selections) != 1 or name not in FOLD or not all(isinstance(a, Const | Op) for a in args):
         return None
     (chosen,) = selections
     condition, yes, no = chosen.args
@@ -316,7 +226,7 @@ _SIMPLIFY: dict[str, Callable[..., Expr | None]] = {
     "int": _int,
 }
 
-assert set(_SIMPLIFY) | set(_FOLD) <= set(OPS)
+assert set(_SIMPLIFY) | set(FOLD) <= set(OPS)
 
 
 def add(a: Expr, b: Expr) -> Expr:

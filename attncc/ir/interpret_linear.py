@@ -88,8 +88,9 @@ def over_axes(
         if is_view(load, axes):
             source = tensors[load.tensor]
             for axis in axes:
-                if axis.index in load.index:
-                    source = source.narrow(load.index.index(axis.index), 0, extent(axis.extent, table))
+                dim = load.index.index(axis.index) if axis.index in load.index else None
+                if dim is not None and source.shape[dim] != extent(axis.extent, table):  # else torch would copy it back
+                    source = source.narrow(dim, 0, extent(axis.extent, table))
             value = view_of(load, source, axes)
             ev.known[load] = value.to(compute) if load.kind == "float" else value
     if own is not None:

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
 from attncc.ir.build import add, op
 from attncc.ir.expr import ROUNDINGS, Expr, Op, free
 from attncc.ir.interpret import Result, size_table
-from attncc.ir.interpret_linear import Operands, divisor, initial_state, operands, over_axes
-from attncc.ir.linear import UNIT, Linear
+from attncc.ir.interpret_linear import divisor, initial_state, over_axes
+from attncc.ir.linear import UNIT, Linear, X
 from attncc.ir.signs import sign
 
 _solved = cast(Callable[..., torch.Tensor], torch.linalg.solve_triangular)  # pyright: ignore[reportUnknownMemberType]
@@ -53,21 +53,53 @@ def by_chunks(
     if reason is not None:
         raise ValueError(reason)
     table: dict[Expr, int] = dict(size_table(a, sizes))
-    x = operands(a, tensors, table, compute)
-    log = _log_decay(a, tensors, table, compute)
-    state = initial_state(a, tensors, table, compute)
-    length = chunk or (CHUNK if log is None or log.shape[-1] == 1 else CHANNEL_CHUNK)
+    x = factors(a, tensors, table, compute)
+    state = x.state
+    length = chunk or (CHUNK if x.log is None or x.log.shape[-1] == 1 else CHANNEL_CHUNK)
     past, delta = a.sees == "past", a.rule == "delta"
-    if past or delta or log is not None:
-        out, state = _by_chunks(x, log, state, length, delta=delta, asked=past)
+    if past or delta or x.log is not None:
+        out, state = recurrence_by_chunks(x, length, delta=delta, asked=past)
     else:
-        out, state = x.v, state + (x.k * x.rate[..., 0]).mT @ x.v
+        out, state = x.v, state + (x.k if x.rate is None else x.k * x.rate).mT @ x.v
     out = out if past else x.q @ state
     if a.over is not None:
         weight = (x.q * x.k.cumsum(-2)).sum(-1) if past else (x.q @ x.k.sum(-2)[..., None])[..., 0]
         out = out / divisor(a, weight, tensors, table, compute)
     every = {"out": out, "state": state}
     return {name: every[name] for name in a.outputs}
+
+
+class Factors(NamedTuple):
+    """What a linear attention reads, feature maps applied: q' (*batch, i, d), k' (*batch, j, d), v (*batch, j, e), the
+    logarithms of the decays and the rates (*batch, j, d or 1), none where all are one, and the first state
+    (*batch, d, e)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    log: torch.Tensor | None
+    rate: torch.Tensor | None
+    state: torch.Tensor
+
+
+def factors(
+    a: Linear, tensors: Mapping[str, torch.Tensor], table: Mapping[Expr, int], compute: torch.dtype
+) -> Factors:
+    """The factors of `a` in `compute`. No decay or rate may depend on the column."""
+    rows, keys, columns = (*a.batch, a.i, a.d), (*a.batch, a.j, a.d), (*a.batch, a.j, a.e)
+
+    def each(x: Expr) -> torch.Tensor:
+        if a.d.index in free(x):
+            return over_axes(keys, x, tensors, table, compute).to(compute)
+        return over_axes(keys[:-1], x, tensors, table, compute).to(compute)[..., None]
+
+    return Factors(
+        over_axes(rows, a.phi_q, tensors, table, compute, a.q).to(compute),
+        over_axes(keys, a.phi_k, tensors, table, compute, a.k).to(compute),
+        over_axes(columns, X, tensors, table, compute, a.v).to(compute),
+        None if a.decay is UNIT else each(logarithm(a.decay)), None if a.rate is UNIT else each(a.rate),
+        initial_state(a, tensors, table, compute).to(compute),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,25 +141,28 @@ def _decays(log: torch.Tensor | None) -> _Decays:
     return _Decays(log.masked_fill(zero, 0.0).cumsum(-2), zero.cumsum(-2))
 
 
-def _by_chunks(
-    x: Operands, log: torch.Tensor | None, state: torch.Tensor, chunk: int, *, delta: bool, asked: bool
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def recurrence_by_chunks(
+    x: Factors, chunk: int, *, delta: bool, asked: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The outputs, none unless they are `asked` for, and the last state."""
     outs: list[torch.Tensor] = []
+    state = x.state
     n = x.k.shape[-2]
     for start in range(0, n, chunk):
         part = slice(start, min(start + chunk, n))
-        decays = _decays(None if log is None else log[..., part, :])
+        decays = _decays(None if x.log is None else x.log[..., part, :])
+        rate = None if x.rate is None else x.rate[..., part, :]
         k, u = x.k[..., part, :], x.v[..., part, :]
         between, begun, rest = decays.between(), decays.since_start(), decays.to_end()
         written = k
         if delta:
-            rate = x.rate[..., part, 0, :1]
-            system = _products(k, k, between).tril(-1) * rate
+            system = _products(k, k, between).tril(-1)
             u = u - (k if begun is None else k * begun) @ state
-            u = _solved(system, u * rate, upper=False, unitriangular=True)
-        else:
-            written = k * x.rate[..., part, :, 0]
+            if rate is not None:
+                system, u = system * rate, u * rate
+            u = _solved(system, u, upper=False, unitriangular=True)
+        elif rate is not None:
+            written = k * rate
         if asked:
             q = x.q[..., part, :]
             read = (q if begun is None else q * begun) @ state
@@ -144,16 +179,6 @@ def _products(rows: torch.Tensor, keys: torch.Tensor, between: torch.Tensor | No
     if between.shape[-1] == 1:
         return rows @ keys.mT * between[..., 0]
     return torch.einsum("...rd,...sd,...rsd->...rs", rows, keys, between)
-
-
-def _log_decay(
-    a: Linear, tensors: Mapping[str, torch.Tensor], table: Mapping[Expr, int], compute: torch.dtype
-) -> torch.Tensor | None:
-    """(*batch, j, d or 1), the logarithm of the decays, -inf for zeros; nothing if all are one."""
-    if a.decay is UNIT:
-        return None
-    found = over_axes((*a.batch, a.j, a.d), logarithm(a.decay), tensors, table, compute)
-    return found if a.d.index in free(a.decay) else found[..., :1]
 
 
 def logarithm(x: Expr) -> Expr:

@@ -22,6 +22,7 @@ from attncc.ir.layout import Layout, interpret_layout, parse_layout, print_layou
 from attncc.ir.linear import Linear, parse_linear, print_linear
 from attncc.ir.linear_chunks import by_chunks, unchunked
 from attncc.ir.merge import Merge, interpret_merge, parse_merge, print_merge, verify_merge
+from attncc.ir.order import Order, interpret_order, parse_order, print_order, verify_order
 from attncc.ir.rearrange import Rearrange, interpret_rearrange, parse_rearrange, print_rearrange, verify_rearrange
 from attncc.ir.reduce import Reduce, interpret_reduce, parse_reduce, print_reduce, verify_reduce
 from attncc.ir.scores import Scores, interpret_scores, parse_scores, print_scores, verify_scores
@@ -84,7 +85,7 @@ def _linear(
     return found if compute else {t.name: found[t.name].to(DTYPE_OF[t.dtype]) for t in _of_linear(a)}
 
 
-def _own(a: Merge | Correct | Layout | Rearrange | Scores | Select | Reduce | Table) -> tuple[Tensor, ...]:
+def _own(a: Merge | Correct | Layout | Order | Rearrange | Scores | Select | Reduce | Table) -> tuple[Tensor, ...]:
     return a.gives
 
 
@@ -95,6 +96,7 @@ KINDS = (
     Kind("correct", Correct, _own, verify_correct, interpret_correct, print_correct, parse_correct),
     Kind("rearrange", Rearrange, _own, verify_rearrange, interpret_rearrange, print_rearrange, parse_rearrange),
     Kind("layout", Layout, _own, verify_layout, interpret_layout, print_layout, parse_layout),
+    Kind("order", Order, _own, verify_order, interpret_order, print_order, parse_order),
     Kind("scores", Scores, _own, verify_scores, interpret_scores, print_scores, parse_scores),
     Kind("select", Select, _own, verify_select, interpret_select, print_select, parse_select),
     Kind("reduce", Reduce, _own, verify_reduce, interpret_reduce, print_reduce, parse_reduce),

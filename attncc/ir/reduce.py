@@ -17,7 +17,7 @@ import torch
 from attncc.ir.attention import Axis, Tensor
 from attncc.ir.build import TRUE, ZERO
 from attncc.ir.evaluate import DTYPE_OF, Evaluator
-from attncc.ir.expr import Expr, Size
+from attncc.ir.expr import Expr, Size, mentions
 from attncc.ir.interpret import Result, extent, index_grid, size_table
 from attncc.ir.lines import Lines, Writer, declared_lines, tensor_lines
 from attncc.ir.verify import check_declarations, check_scope, require
@@ -94,10 +94,13 @@ def interpret_reduce(
         if a.seen is TRUE:
             found = _REDUCE[a.op](value)
             return found / whole[-1] if a.op == "mean" else found
-        seen = ev(a.seen).expand(whole)
+        seen = ev(a.seen)
         found = _REDUCE[a.op](torch.where(seen, value, torch.full_like(value, _neutral(a.op, value.dtype))))
+        # counted over the axes alone that it depends on: not once more for every component of every head
+        seen = seen if seen.ndim == len(whole) else seen.expand(whole)
         if a.op == "mean":
-            found = found / seen.sum(-1).clamp_min(1)
+            count = seen.sum(-1) if mentions(a.seen, a.over.index) else seen.sum(-1) * whole[-1]
+            found = found / count.clamp_min(1)
         return torch.where(seen.any(-1), found, none.to(found.dtype))
 
     return {"out": _in_parts(shape, part).to(compute if compute and a.dtype == "f32" else DTYPE_OF[a.dtype])}

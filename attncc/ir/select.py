@@ -23,7 +23,7 @@ import torch
 from attncc.ir.attention import Axis, Tensor
 from attncc.ir.build import FALSE, ONE, TRUE
 from attncc.ir.evaluate import Evaluator
-from attncc.ir.expr import Expr, Size
+from attncc.ir.expr import Const, Expr, Size
 from attncc.ir.interpret import Result, extent, index_grid, size_table
 from attncc.ir.lines import Lines, Writer, declared_lines, tensor_lines
 from attncc.ir.verify import check_declarations, check_scope, require
@@ -92,6 +92,8 @@ def interpret_select(
         return ev(x).expand(shape).flatten(rank)
 
     value, seen = points(a.value).to(wide), points(a.open)
+    if a.take == "fraction" and isinstance(a.amount, Const) and a.amount.value >= 1:
+        return {"out": seen.reshape(shape)}
     amount = ev(a.amount).expand([*shape[:rank], *[1] * at]).flatten(rank)
     ranked = value.masked_fill(points(a.first), float("inf")).masked_fill(~seen, float("-inf"))
     order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices

@@ -13,17 +13,19 @@ from math import prod
 
 import torch
 
-from attncc.codegen import cpp
+from attncc.codegen import cpp, triton
 from attncc.ir import Axis, Const, Linear, interpret_linear, kind_of, print_linear
 from attncc.ir.evaluate import DTYPE_OF, int_value
 from attncc.ir.expr import Expr, loads
 from attncc.kernels.build import Built, Target, default_store, first_error, target_of
 from attncc.kernels.compiled import compiled
-from attncc.kernels.first_use import Check, Untried
+from attncc.kernels.first_use import Check, CheckedAtFirst, Untried
 from attncc.runtime.cpp import CompileError, CppKernelError, Ranks
+from attncc.runtime.linear_factors import FactorKernel
 from attncc.runtime.linear_op import allocate, linear_of, portable
 from attncc.runtime.op import Kernel
 from attncc.runtime.store import StoreError
+from attncc.runtime.triton_launch import TritonKernel
 from attncc.torch_private import apart
 
 #: Tokens of a trial, and multiplications of a kernel that is tried on made-up data.
@@ -56,6 +58,8 @@ def built_linear(spec: str, device: str) -> Built:
 @lru_cache(maxsize=1024)
 def _built(spec: str, target: Target) -> Built:
     a = linear_of(spec)
+    if target.device == "cuda" and not target.missing:
+        return _triton(a, target)
     reason = target.missing or cpp.unsupported_linear(a)
     if target.device != "cpu" and not reason:
         reason = f"no kernels of linear attention for device {target.device}"
@@ -75,6 +79,17 @@ def _built(spec: str, target: Target) -> Built:
             return _portable(a, str(error))
     isa = "avx512" if target.arch in ("amx", "avx512bf16") else target.arch  # products run in the compute type
     return Built(kernel, source, "cpp", f"C++ {isa} kernel", note=target.toolchain.note, isa=isa)
+
+
+def _triton(a: Linear, target: Target) -> Built:
+    reason = triton.unsupported_linear(a)
+    if reason:
+        return _portable(a, reason)
+    amd = target.arch.startswith("gfx")
+    source = triton.emit_linear(a, triton.LinearConfig(precision="ieee" if amd else "tf32x3"))
+    kernel = FactorKernel(a, TritonKernel([source]))
+    held = CheckedAtFirst(kernel, partial(_differs, a), lambda why: PortableKernel(a) if why else kernel)
+    return Built(held, source, "triton", f"Triton {target.arch} kernel", isa=target.arch)
 
 
 def _portable(a: Linear, reason: str) -> Built:

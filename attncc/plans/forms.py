@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from attncc.errors import PlanError
+from attncc.passes.policies.parts import is_effect
 from attncc.plans.plan import policy_of
 
 #: From little to much: what a head needs lies between its last keys and all of them.
@@ -32,7 +33,8 @@ def chosen(forms: Iterable[str] | None) -> tuple[str, ...]:
         raise PlanError("name a form to try")
     for text in found:
         try:
-            policy_of(text)
+            if is_effect(policy_of(text)):
+                raise PlanError(f"{text} is an effect, not an approximation: it has no error that a budget could hold")
         except PlanError as error:
             raise PlanError(str(error).removeprefix("a plan names ")) from None
     return found

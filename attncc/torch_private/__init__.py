@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
     _ProxyTensor,
     _sympy_handlers,
+    disable_proxy_modes_tracing,
     get_proxy_mode,
     get_proxy_slot,
     make_fx,
@@ -124,6 +125,11 @@ def traced_graph() -> fx.Graph:
     mode = get_proxy_mode()
     assert mode is not None
     return mode.tracer.graph
+
+
+def untraced() -> AbstractContextManager[Any]:
+    """Inside, a trace in progress does not see what is made; the mode of its fake tensors stays."""
+    return disable_proxy_modes_tracing()
 
 
 def unobserved() -> AbstractContextManager[Any]:

@@ -21,6 +21,7 @@ from attncc.codegen.cpp.fold import folded
 from attncc.codegen.cpp.isa import TABLE, machine
 from attncc.codegen.cpp.operands import NotAffine, Operand, operand
 from attncc.codegen.cpp.prepared import function
+from attncc.codegen.cpp.visits import is_band, most_few
 from attncc.ir import Attention, Axis, Bounds, Const, Expr, Interval, Op, S, W, print_attention
 from attncc.ir.analysis import folded_axes, keeps_nan, linear_factor, scaled, zero_at_zero
 from attncc.ir.bounds import Bits
@@ -33,7 +34,6 @@ ELEMENT = {
 }  # fmt: skip
 _INDENT = "    "
 _LOG2E = math.log2(math.e)
-_FEW = 16  # rows of a matrix unit's tile, the most that are few
 
 
 def unsupported(a: Attention) -> str | None:
@@ -132,10 +132,9 @@ class Emitter:
         a, double = self.a, self.p.double
         roots = (a.score, a.mask, a.weight, *(x for x in (a.sink, a.spare) if x is not None))
         narrow = not double and not self.wide and fits_32_bits(a, *roots)
-        wide = isinstance(a.e.extent, Const) and int(a.e.extent.value) >= 128
         spans = [n for x in self.bounds.intervals for n in x.expressions]
-        defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles, wide=wide,
-                          coarse=self.coarse) | {
+        defines = machine(self.isa, self.name, double=double, pairs=self.pairs, tiles=self.tiles,
+                          coarse=self.coarse, band=is_band(a, self.bounds), skips=a.spare is not None) | {
             "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged), "SLANTED": len(self.p.diagonals.tables),
             "STAGED_BY_SCORE": int(not self.p.staged.keys().isdisjoint(loads(a.score, a.weight))),
             "MAX_SPANS": max(len(self.bounds.visit), 1), "MAX_HIDDEN": max(len(self.hidden), 1),
@@ -147,7 +146,7 @@ class Emitter:
             "EMPTY_ZERO": 0, "EMPTY_MEAN": 1, "EMPTY_NAN": 2, "EMPTY": f"EMPTY_{a.empty.upper()}",
             "SCALE": self._real(self.scale), "LOG2E": self._real(_LOG2E),
             "HAS_NEAR": int(self.near), "MAY_DROP": int(a.spare is not None),
-            "MOST_FEW": self._most_few,
+            "MOST_FEW": most_few(a, self.folded),
             "FEW_ALONE": int(a.normalizer == "softmax" and self.raw is S and self.factor == Const(1.0)),
             "SUMS_ROUNDED": int(self.factor == Const(1.0) and "lse" not in a.outputs),
             "CAN_SPLIT": int(a.normalizer == "softmax" and not self.early and a.empty != "mean"),
@@ -161,16 +160,6 @@ class Emitter:
         lines += [f"typedef {'int64_t' if double else 'int32_t'} mask_int;"]
         lines += [f"typedef {'int32_t' if narrow else 'int64_t'} lane_int;  // what every integer of a lane fits"]
         return "\n".join(lines) + "\n"
-
-    @property
-    def _most_few(self) -> int:
-        """Rows of a tile of few queries (see few.h, few_tiles.h) at most. Code for more takes the compiler long."""
-        rows = self.a.i.extent
-        if isinstance(rows, Const) and rows.value > _FEW:
-            return 0
-        extents = [x.extent for x in (self.a.i, *self.folded)]
-        known = [int(x.value) for x in extents if isinstance(x, Const)]
-        return min(math.prod(known), _FEW) if len(known) == len(extents) else _FEW
 
     def _real(self, x: float) -> str:
         return literal(Const(float(x)), double=self.p.double)

@@ -116,8 +116,7 @@ class _GradientEmitter(Emitter):
         narrow = not double and not self.wide and fits_32_bits(a, *roots)
         both = (*self.bounds.visit, *self.hidden)
         over = ", ".join([*(_OVER[x.over] for x in g.loads), "ALL"])
-        defines = machine(self.isa, self.name, double=double, pairs=self.tiles, tiles=self.tiles, wide=False,
-                          coarse=self.tiles) | {
+        defines = machine(self.isa, self.name, double=double, pairs=self.tiles, tiles=self.tiles, coarse=self.tiles) | {
             **(_TILES if self.tiles else _PLAIN), "WIDE_INTS": int(not narrow), "STAGED": len(self.p.staged),
             "SLANTED": len(self.p.diagonals.tables), "ROW_AXES": 1, "MOST_FEW": 0,
             "MAX_SPANS": max(len(self.bounds.visit), 1), "MAX_HIDDEN": max(len(self.hidden), 1),
@@ -127,7 +126,7 @@ class _GradientEmitter(Emitter):
             "WANTS_Q": int("q" in g.operands), "WANTS_K": int("k" in g.operands), "WANTS_V": int("v" in g.operands),
             "NEEDS_SLOPES": int(g.operands != ("v",) or bool(g.loads)), "TERMS": len(g.loads),
             "BY_DISTANCE": int(any(x.over == "j - i" for x in g.loads)),
-            "OUT_OF_MEMORY": 1, "TOO_LARGE": 2, "NO_MATRIX_UNIT": 3,
+            "HAS_SINK": int(g.attention.sink is not None), "OUT_OF_MEMORY": 1, "TOO_LARGE": 2, "NO_MATRIX_UNIT": 3,
         }  # fmt: skip
         headers = ["math.h", "omp.h", "stddef.h", "stdint.h", "stdlib.h", "string.h"]
         headers += ["sys/syscall.h", "unistd.h"] if self.tiles else []

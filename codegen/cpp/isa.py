@@ -30,23 +30,28 @@ TABLE: dict[str, Isa] = {
 }
 assert tuple(TABLE) == ISAS
 QUERIES = 64  # lanes of a tile at most
+BAND_QUERIES = 32  # the same where keys move along with rows: what some rows of a tile see and others do not is less
+GROUP_QUERIES = 512  # lanes of the tiles that share one pass over the keys
 KEYS = 96  # keys a block, a multiple of 32 and of the rows of a register tile
 PAIR_KEYS = 192  # the same where sums of values go on from block to block, in vectors
-WIDE_KEYS = 128  # the same for wide heads in the matrix unit, whose sums are long to load and store
-GROUP_TILES = 8  # tiles that share one pass over the keys
+TILE_KEYS = 512  # the same in the matrix unit, which loads and stores all sums of values once a block
 
 
-def machine(isa: Isa, name: str, *, double: bool, pairs: bool, tiles: bool, wide: bool,
-            coarse: bool) -> dict[str, int | str]:
+def machine(isa: Isa, name: str, *, double: bool, pairs: bool, tiles: bool, coarse: bool,
+            band: bool = False, skips: bool = False) -> dict[str, int | str]:
     """What the skeleton is told by `#define`: the machine, the compute type, and which products run in
-    bfloat16; `wide`: heads of 128 and more; `coarse`: functions need be right to the rounding of bfloat16 alone."""
-    keys = WIDE_KEYS if tiles and wide else PAIR_KEYS if pairs and not tiles else KEYS
+    bfloat16; `coarse`: functions need be right to the rounding of bfloat16 alone; `band`: the keys that rows see move
+    along with them; `skips`: a block may weigh next to nothing and be left out, a short one sooner than a long one."""
+    keys = KEYS if tiles and skips else TILE_KEYS if tiles else PAIR_KEYS if pairs else KEYS
     lanes = isa.vector_bytes // (8 if double else 4)
+    queries = BAND_QUERIES if band else QUERIES
+    tile_vectors = min(isa.tile_vectors, queries // lanes)
+    tile_rows = isa.tile_rows * isa.tile_vectors // tile_vectors
     low = [x for n in range(lanes // 2) for x in (n, n + lanes)]
     defines: dict[str, int | str] = {
-        "LANES": lanes, "QUERIES": QUERIES, "KEYS": keys, "GROUP_TILES": GROUP_TILES,
-        "SLANT_ROOM": max(GROUP_TILES * QUERIES + keys + 2 * lanes, keys * lanes),
-        "TILE_ROWS": isa.tile_rows, "TILE_VECTORS": isa.tile_vectors,
+        "LANES": lanes, "QUERIES": queries, "KEYS": keys, "GROUP_TILES": GROUP_QUERIES // queries,
+        "SLANT_ROOM": max(GROUP_QUERIES + keys + 2 * lanes, keys * lanes),
+        "TILE_ROWS": tile_rows, "TILE_VECTORS": tile_vectors,
         "PAIRS": int(pairs), "TILES": int(tiles), "COARSE": int(coarse),
         "REAL_IS_DOUBLE": int(double), "BIAS": 1023 if double else 127, "MANTISSA": 52 if double else 23,
         "LARGEST": "__DBL_MAX__" if double else "__FLT_MAX__",

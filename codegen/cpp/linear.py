@@ -12,12 +12,15 @@ from attncc.codegen.cpp.emitter import ELEMENT, library
 from attncc.codegen.cpp.expressions import INDEX_BOUND
 from attncc.codegen.cpp.isa import TABLE, machine
 from attncc.codegen.cpp.linear_expressions import LinearPrinter, along
+from attncc.codegen.cpp.linear_scan import is_scan, scan_room, scan_rows, unsupported_scan
 from attncc.codegen.cpp.operands import NotAffine, Operand, operand
 from attncc.codegen.cpp.prepared import function
 from attncc.ir import Axis, Const, Expr, Linear, Load, print_linear
 from attncc.ir.expr import free
 from attncc.ir.linear import X
 
+#: Where what `lib/linear_scan.h` works with is declared, and what reads it comes.
+_ROOM_END = "// ---- the hooks of this attention come here\n"
 #: Tokens of a block, and vectors of a row of the state that stay in registers with the sums of as many tokens.
 _TOKENS, _VECTORS = 4, {"avx2": 1}
 
@@ -27,15 +30,11 @@ def unsupported_linear(a: Linear) -> str | None:
     floats = ("f64", "f32", "bf16", "f16")
     if a.dtype not in floats or any(a.tensor(x.tensor).dtype not in floats for _, x in a.accesses()):
         return "operands that are no floats"
-    d, e = a.d.index, a.e.index
-    if e in free(a.decay) | free(a.rate):
-        return "a decay or a rate for each column of the state"
-    if d in free(a.rate):
-        return "a rate for each channel"
+    d = a.d.index
     if d in free(a.phi_q) | free(a.phi_k):
         return "a feature map that changes with the channel"
-    if isinstance(row := along(a, a.decay), str):
-        return row
+    if is_scan(a) and (reason := unsupported_scan(a)) is not None:
+        return reason
     try:
         _operands(a)
     except NotAffine as error:
@@ -51,6 +50,11 @@ def emit_linear(a: Linear, isa: str) -> str:
     return _LinearEmitter(a, isa).source()
 
 
+def is_step(a: Linear) -> bool:
+    """Whether `a` is one token that goes from a state to the next: `lib/linear_step.h` instead of `lib/linear.h`."""
+    return a.j.extent == Const(1) and a.sees == "past" and a.state is not None and {*a.outputs} == {"out", "state"}
+
+
 def _operands(a: Linear) -> dict[str, Operand]:
     axes = {"q": (a.i, a.d), "k": (a.j, a.d), "v": (a.j, a.e), "state": (a.d, a.e)}
     return {name: operand(x, *axes[name]) for name, x in a.accesses()}
@@ -61,12 +65,16 @@ class _LinearEmitter:
         self.a, self.name, self.isa = a, isa, TABLE[isa]
         self.p = LinearPrinter(a)
         self.operands = _operands(a)
-        self.row = along(a, a.decay)
+        self.row = None if is_scan(a) else along(a, a.decay)
 
     def source(self) -> str:
         parts = [self._header(), self._config(), *map(library, ("vector", "integers", "convert", "linear_rows"))]
         parts += ["// ---- this attention " + "-" * 96 + "\n", self._call(), self._points(), self._rows(), self._maps()]
-        return "\n".join([*parts, library("linear"), self._entry()])
+        if is_scan(self.a):  # its hooks come between what they work with and the loop that calls them
+            room, loop = library("linear_scan").split(_ROOM_END)
+            parts += [scan_room(self.a), room + _ROOM_END, scan_rows(self.a, self.p), loop]
+            return "\n".join([*parts, self._entry()])
+        return "\n".join([*parts, library("linear_step" if is_step(self.a) else "linear"), self._entry()])
 
     def _header(self) -> str:
         lines = [f"attncc: a C++ kernel for {self.name}", "", *print_linear(self.a).splitlines()]
@@ -74,13 +82,12 @@ class _LinearEmitter:
 
     def _config(self) -> str:
         a, double = self.a, self.p.double
-        defines = machine(self.isa, self.name, double=double, pairs=False, tiles=False, wide=False,
-                          coarse=False) | {
+        defines = machine(self.isa, self.name, double=double, pairs=False, tiles=False, coarse=False) | {
             "WIDE_INTS": 1, "TOKENS": 1 if a.j.extent == Const(1) else _TOKENS, "VECTORS": _VECTORS.get(self.name, 2),
             "PAST": int(a.sees == "past" and "out" in a.outputs), "DELTA": int(a.rule == "delta"),
             "CHANNELS": int(self.row is not None), "WEIGHED": int(a.over is not None and "out" in a.outputs),
             "HAS_STATE": int(a.state is not None), "HAS_OUT": int("out" in a.outputs),
-            "GIVES_STATE": int("state" in a.outputs), "OUT_OF_MEMORY": 1, "TOO_LARGE": 2,
+            "GIVES_STATE": int("state" in a.outputs), "STATE_RANK": len(a.batch), "OUT_OF_MEMORY": 1, "TOO_LARGE": 2,
         }  # fmt: skip
         headers = ("math.h", "omp.h", "stddef.h", "stdint.h", "stdlib.h", "string.h")
         lines = [f"#include <{h}>" for h in headers]
@@ -156,6 +163,8 @@ class _LinearEmitter:
                           "for (int64_t at = c.D; at < rows; ++at) p[at] = 0;"]  # fmt: skip
             head = f"INLINE void {name}(const Call& c, const Batch& b, int64_t {row}, real* p, int64_t rows)"
             out.append(function(head, lines))
+        if is_scan(a):
+            return "\n".join(out)
         lines = ["(void)c; (void)b; (void)j; (void)rows;"]
         if isinstance(self.row, Load):
             at = tuple(Const(0) if x is a.d.index else x for x in self.row.index)

@@ -15,7 +15,7 @@ from attncc.ir.expr import ROUNDINGS, free, loads, rewrite, walk
 
 @dataclass(frozen=True)
 class LinearPrinter:
-    """Prints what one linear attention computes of a token: `i`, `j` and `d` are variables, the batch is in `b`."""
+    """Prints what one linear attention computes of a token: `i`, `j`, `d`, `e` are variables, the batch is in `b`."""
 
     a: Linear
 
@@ -31,7 +31,9 @@ class LinearPrinter:
             case Size(name):
                 return f"c.z_{name}"
             case Index(name):
-                return {self.a.i.name: "i", self.a.j.name: "j", self.a.d.name: "d"}.get(name, f"b.x_{name}")
+                axes = (self.a.i, self.a.j, self.a.d, self.a.e)
+                own = {x.name: letter for x, letter in zip(axes, "ijde", strict=True)}
+                return own.get(name, f"b.x_{name}")
             case Load(tensor, index):
                 return f"value(c.t_{tensor}[{self.place(tensor, index)}])"
             case Op(name, args):

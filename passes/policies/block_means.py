@@ -59,7 +59,7 @@ class BlockMeans:
 
 def by_means(b: Blocks) -> Value:
     """(.., I, J): the weights of block means."""
-    x, y = b.mean_of_rows(), b.of_keys("keys_mean", "mean")
+    x, y = b.mean_of_rows(), b.mean_of_keys
     d = b.a.d
     return scored(b.site, "p", b.I, b.J, d, x(b.I.index, d.index), y(b.J.index, d.index), b.score(), b.open)
 
@@ -73,11 +73,17 @@ def shared(b: Blocks, p: Value, share: str) -> Value:
 
 def taken(b: Blocks, p: Value, take: str, amount: float, first: Expr, seen: Expr | None = None) -> Expr:
     """Whether the block of row i takes that of key j, of those that are open or `seen`."""
+    return taken_map(b, p, take, amount, first, seen)(b.of_row(b.a.i.index), b.of_key(b.a.j.index))
+
+
+def taken_map(
+    b: Blocks, p: Value, take: str, amount: float, first: Expr, seen: Expr | None = None, name: str = "map"
+) -> Value:  # fmt: skip
+    """(.., I, J): whether I takes J."""
     value = p(b.I.index, b.J.index)
-    map_ = selected(
-        b.site, "map", (b.J,), value, take, const(float(amount)), seen=seen or b.open, first=first, rows=(b.I,)  # type: ignore[arg-type]
+    return selected(
+        b.site, name, (b.J,), value, take, const(float(amount)), seen=seen or b.open, first=first, rows=(b.I,)  # type: ignore[arg-type]
     )
-    return map_(b.of_row(b.a.i.index), b.of_key(b.a.j.index))
 
 
 def check(rows: int, keys: int, take: str, amount: float, share: str = "none") -> None:

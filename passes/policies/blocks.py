@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from attncc.ir import Access, Attention, Axis, Const, Expr, Load, S
 from attncc.ir.affine import nonnegative, simplify
 from attncc.ir.analysis import blocks_of, members
 from attncc.ir.attention import W
-from attncc.ir.bounds import TILE_HI, TILE_LO
+from attncc.ir.bounds import TILE_HI, TILE_LO, Bounds, RowBound
 from attncc.ir.build import (
     FALSE,
     ONE,
@@ -70,6 +70,7 @@ class Blocks:
         self.site, self.rows, self.keys = site, rows, keys
         self.a = a = site.attention
         self._axes: tuple[Axis, ...] = ()
+        self._made_rows: dict[str, Value] = {}
         self.start: Expr = site.ends.get("start", ZERO)
         self.offset = self._offset()  # of positions against rows
         self.shift = _remainder(self.offset, rows)
@@ -180,24 +181,44 @@ class Blocks:
     @cached_property
     def open(self) -> Expr:
         """Whether some row of block I may see some key of block J."""
+        low, high = self._keys_of(self.J.index)
+        first, end = self._rows_of(self.I.index)
+        met = [lt(maximum(lo, low), minimum(hi, high)) for lo, hi in self._of_mask("visit")]
+        return self.simple(and_(or_(*met), lt(first, end), self._any_held))
+
+    @cached_property
+    def whole(self) -> Expr:
+        """Whether all rows of block I see all keys of the sequence in block J."""
+        low, high = self._keys_of(self.J.index)
+        first, end = self._rows_of(self.I.index)
+        inside = [and_(le(lo, low), le(high, hi)) for lo, hi in self._of_mask("full")]
+        return self.simple(and_(or_(*inside), lt(first, end), self._any_held))
+
+    def _of_mask(self, which: Literal["visit", "full"]) -> list[tuple[Expr, Expr]]:
+        """The keys that the mask of the model, but for what data says of keys, leaves to some or to all rows of block
+        I, as intervals."""
         a = self.a
-        plain = tuple(x for x in members("and", a.mask) if x not in _of_keys(a))
-        bounds = loop_bounds(replace(a, mask=and_(*plain)), rows=True)
         first, end = self._rows_of(self.I.index)
         tile: dict[Expr, Expr] = {TILE_LO: minimum(first, sub(a.i.extent, ONE)), TILE_HI: end}
-        for bound in bounds.rows:
+        for bound in self._bounds.rows:
+            tile[bound.index] = self._over_rows(bound)(self.I.index)
+        return [(substitute(x.lo, tile), substitute(x.hi, tile)) for x in getattr(self._bounds, which)]
+
+    @cached_property
+    def _bounds(self) -> Bounds:
+        plain = tuple(x for x in members("and", self.a.mask) if x not in _of_keys(self.a))
+        return loop_bounds(replace(self.a, mask=and_(*plain)), rows=True)
+
+    def _over_rows(self, bound: RowBound) -> Value:
+        """The least or largest value of what data says of the rows of each block."""
+        if bound.name not in self._made_rows:
             r = self.site.axis("r", Const(self.rows))
             i, there = self.row_at(self.I.index, r.index)
-            value = substitute(bound.expr, {a.i.index: i})
-            least = sub(ZERO, ONE) if bound.op == "max" else a.j.extent
+            value = substitute(bound.expr, {self.a.i.index: i})
+            least = sub(ZERO, ONE) if bound.op == "max" else self.a.j.extent
             made = reduced(self.site, bound.name, (self.I,), r, bound.op, value, there, least)
-            tile[bound.index] = made(self.I.index)
-        low, high = self._keys_of(self.J.index)
-        met: list[Expr] = []
-        for x in bounds.visit:
-            lo, hi = (substitute(n, tile) for n in (x.lo, x.hi))
-            met.append(lt(maximum(lo, low), minimum(hi, high)))
-        return self.simple(and_(or_(*met), lt(first, end), self._any_held))
+            self._made_rows[bound.name] = made
+        return self._made_rows[bound.name]
 
     def _rows_of(self, n: Expr) -> tuple[Expr, Expr]:
         first = sub(mul(n, Const(self.rows)), self.shift)
@@ -219,9 +240,22 @@ class Blocks:
         those; nothing where rows and keys have no positions in common."""
         if self.site.at is None:
             return FALSE
-        first, end = self._rows_of(self.I.index)
-        least, most = (self._own_block(i) for i in (minimum(first, sub(self.a.i.extent, ONE)), sub(end, ONE)))
+        least, most = self._own_blocks()
         return self.simple(and_(lt(sub(least, Const(recent)), self.J.index), le(self.J.index, most)))
+
+    def around(self, near: int) -> Expr:
+        """Whether block J is at most `near` blocks from one that holds the key at the position of a row of block I;
+        nothing where rows and keys have no positions in common."""
+        if self.site.at is None:
+            return FALSE
+        least, most = self._own_blocks()
+        j = self.J.index
+        return self.simple(and_(le(sub(least, Const(near)), j), le(j, add(most, Const(near)))))
+
+    def _own_blocks(self) -> tuple[Expr, Expr]:
+        """The first and the last block that holds the key at the position of a row of block I."""
+        first, end = self._rows_of(self.I.index)
+        return self._own_block(minimum(first, sub(self.a.i.extent, ONE))), self._own_block(sub(end, ONE))
 
     def _own_block(self, i: Expr) -> Expr:
         at = add(self.position(maximum(i, ZERO)), self.start)
@@ -237,15 +271,25 @@ class Blocks:
 
     def mean_of_rows(self, value: OfToken = lambda x, at: x) -> Value:
         """(.., I, d): the mean over the rows of each block of a function of q and of where the row is."""
-        return self._summary("rows_mean", "mean", self.a.q, value, rows=True)
+        return self._summary("rows_mean", "mean", self.a.q, self.a.d, value, rows=True)
 
     def of_keys(self, name: str, op: Reduction, value: OfToken = lambda x, at: x) -> Value:
         """(.., J, d): the mean, least or largest over the visible keys of each block of a function of k and of where
         the key is."""
-        return self._summary(name, op, self.a.k, value, rows=False)
+        return self._summary(name, op, self.a.k, self.a.d, value, rows=False)
+
+    @cached_property
+    def mean_of_keys(self) -> Value:
+        """(.., J, d): the mean over the visible keys of each block."""
+        return self.of_keys("keys_mean", "mean")
+
+    @cached_property
+    def mean_of_values(self) -> Value:
+        """(.., J, e): the mean of v over the visible keys of each block."""
+        return self._summary("values_mean", "mean", self.a.v, self.a.e, lambda x, at: x, rows=False)
 
     def _summary(
-        self, name: str, op: Reduction, access: Access, value: OfToken, *, rows: bool
+        self, name: str, op: Reduction, access: Access, component: Axis, value: OfToken, *, rows: bool
     ) -> Value:  # fmt: skip
         a, site = self.a, self.site
         axis = self.I if rows else self.J
@@ -253,7 +297,7 @@ class Blocks:
         at, there = (self.row_at if rows else self.key_at)(axis.index, r.index)
         seen = and_(there, self.counts(at) if rows else self.seen(at))
         x = substitute(site.load(access.tensor, access.index), {(a.i if rows else a.j).index: at})
-        return reduced(site, name, (axis, a.d), r, op, value(x, at), self.simple(seen))
+        return reduced(site, name, (axis, component), r, op, value(x, at), self.simple(seen))
 
     def score(self, s: Expr = S) -> Expr:
         """The model's score of a product, as far as it is one of the product alone; else the product over sqrt(d)."""

@@ -3,22 +3,24 @@
     mask  ->  mask and keep(i, j)                                                      one policy for all heads
     mask  ->  mask and (form(h) = 0  or  form(h) = 1 and keep_1(h, i, j)  or ...)      one for each set; form 0 is exact
     drop  ->  eps_1 where form(h) = 1, ..                                   shares of the weights that a kernel chooses
+    out   ->  merged with what stands beside the keys, and changed, for the heads of forms that say so        (parts.py)
 
 `form` is read from a table, so that layers whose heads differ in their forms alone run one kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
-from attncc.ir import Attention, Axis, Const, Expr, Load, Node, Program, Size, Step, Table, kind_of
+from attncc.ir import Attention, Axis, Const, Expr, Load, Node, Program, Size, Step, Table, Tensor, kind_of
 from attncc.ir.affine import expr, poly
 from attncc.ir.attention import fresh_name
 from attncc.ir.build import FALSE, TRUE, and_, const, eq, or_, where
 from attncc.ir.expr import loads, substitute
 from attncc.ir.reasons import Reason, because
+from attncc.passes.policies.parts import Parts, joined, under
 from attncc.passes.policies.places import Places, ends_of, head_count, heads_of, places
 from attncc.passes.protocol import Legality
 
@@ -74,10 +76,7 @@ class Hiding:
         (first, *_) = kind_of(node).gives(node)
         result = fresh_name(name, self._taken)
         self._taken.add(result)
-        arguments = tuple(self._arguments[t.name] for t in node.tensors)
-        table: dict[Expr, Expr] = dict(zip(a.sizes, self.step.sizes, strict=True))
-        passed = table | {size: substitute(count, table) for size, count in self._counts.items()}
-        self.before.append(Step((result,), node, arguments, tuple(passed[s] for s in node.sizes)))
+        self.before.append(self.passed_on(node, (result,), {}))
         own = fresh_name(name, {x.name for x in (*a.axes, *a.sizes, *a.tensors, *self._counts)})
         shape = tuple(substitute(n, {**self._counts}) for n in first.shape)
         self.attention = replace(a, tensors=(*a.tensors, replace(first, name=own, shape=shape)))
@@ -88,16 +87,30 @@ class Hiding:
         """A load from a tensor that the attention reads."""
         return Load(name, index, self.attention.tensor(name).kind)
 
-    def finish(self, keep: Expr, drop: Expr | None) -> list[Step]:
-        """The steps: what is read, and the attention with the rest of its keys hidden, and a share of its weights to
-        be left out by its kernel."""
-        a = self.attention
-        node = replace(a, mask=and_(a.mask, keep), drop=a.drop if drop is None else drop)
-        made = (node.mask, *(() if node.drop is None else (node.drop,)))
-        read = {x.tensor for x in loads(*made)} | {t.name for t in a.tensors[: self._own]}
-        node = replace(node, tensors=tuple(t for t in a.tensors if t.name in read))
-        arguments = tuple(value for name, value in self._arguments.items() if name in read)
-        return [*_needed(self.before, arguments), replace(self.step, node=node, arguments=arguments)]
+    def finish(self, *parts: Parts) -> list[Step]:
+        """The steps: what is read, and the attention with the rest of its keys hidden, a share of its weights to be
+        left out by its kernel, what stands beside its keys, and its output changed. Only the first of `parts` hides."""
+        first, a = parts[0], self.attention
+        node = replace(a, mask=and_(a.mask, first.keep), drop=a.drop if first.drop is None else first.drop)
+        besides = [x.beside for x in parts if x.beside is not None]
+        afters = [x.after for x in parts if x.after is not None]
+        made = joined(self, node, besides, afters, self._taken)
+        return [*_needed(self.before, [x for step in made for x in step.arguments]), *made]
+
+    def passed_on(self, node: Node, results: tuple[str, ...], given: Mapping[str, str]) -> Step:
+        """A step of a node whose tensors are the attention's, or by their names values that are `given`."""
+        table: dict[Expr, Expr] = dict(zip(self.attention.sizes, self.step.sizes, strict=True))
+        passed = table | {size: substitute(count, table) for size, count in self._counts.items()}
+        arguments = tuple(given.get(t.name) or self._arguments[t.name] for t in node.tensors)
+        return Step(results, node, arguments, tuple(passed[s] for s in node.sizes))
+
+    def read_by(self, node: Attention) -> tuple[Tensor, ...]:
+        """The tensors that an attention made of this one needs: its operands and what its expressions load; of those
+        that the model gave all, where it is the attention itself."""
+        names = {x.tensor for x in loads(*node.expressions())} | {x.tensor for x in (node.q, node.k, node.v)}
+        if (node.k, node.v) == (self.attention.k, self.attention.v):
+            names |= {t.name for t in self.attention.tensors[: self._own]}
+        return tuple(t for t in self.attention.tensors if t.name in names)
 
 
 def _needed(steps: Sequence[Step], values: Sequence[str]) -> list[Step]:
@@ -135,6 +148,15 @@ class Dropping(Protocol):
         ...
 
 
+@runtime_checkable
+class Composed(Protocol):
+    """A policy that does more than to hide keys."""
+
+    def parts(self, site: Hiding) -> Parts:
+        """All that it does."""
+        ...
+
+
 @dataclass(frozen=True)
 class Form:
     """What some heads of an attention do: `heads` by their numbers, or all where it is None."""
@@ -168,28 +190,31 @@ def misfit(a: Attention, form: Form) -> Reason | None:
 
 def _hidden(site: Hiding, forms: Sequence[Form]) -> list[Step]:
     if len(forms) == 1 and forms[0].heads is None:
-        return site.finish(forms[0].policy.keep(site), _drop(forms[0].policy, site))
+        return site.finish(_parts(forms[0].policy, site))
     a = site.attention
     numbers = _numbers(forms, head_count(a))
     if 0 not in numbers and len(set(numbers)) == 1:
-        policy = forms[numbers[0] - 1].policy
-        return site.finish(policy.keep(site), _drop(policy, site))
+        return site.finish(_parts(forms[numbers[0] - 1].policy, site))
     form = site.made(Table(a.sizes, heads_of(a), a.tensors[:1], numbers), "form")
     kept = eq(form, Const(0)) if 0 in numbers else FALSE
     whole, dropped = True, None
+    others: list[Parts] = []
     for number, each in enumerate(forms, 1):
         if number in numbers:
-            keep, drop = each.policy.keep(site), _drop(each.policy, site)
+            parts = _parts(each.policy, site)
             own = eq(form, Const(number))
-            whole &= keep is TRUE
-            kept = or_(kept, and_(own, keep))
-            if drop is not None:
-                dropped = where(own, drop, const(0.0) if dropped is None else dropped)
-    return site.finish(TRUE if whole else kept, dropped)
+            whole &= parts.keep is TRUE
+            kept = or_(kept, and_(own, parts.keep))
+            others.append(under(own, parts))
+            if parts.drop is not None:
+                dropped = where(own, parts.drop, const(0.0) if dropped is None else dropped)
+    return site.finish(Parts(TRUE if whole else kept, dropped), *others)
 
 
-def _drop(policy: Policy, site: Hiding) -> Expr | None:
-    return policy.drop(site) if isinstance(policy, Dropping) else None
+def _parts(policy: Policy, site: Hiding) -> Parts:
+    if isinstance(policy, Composed):
+        return policy.parts(site)
+    return Parts(policy.keep(site), policy.drop(site) if isinstance(policy, Dropping) else None)
 
 
 def _numbers(forms: Sequence[Form], count: int) -> tuple[int, ...]:

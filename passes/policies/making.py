@@ -7,15 +7,15 @@ read the same keys. What no later step and no mask reads is dropped with the att
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from attncc.ir import Axis, Const, Expr, Load, Reduce, S, Scores, Select, Tensor
+from attncc.ir import Axis, Const, Correct, Expr, Load, Reduce, S, Scores, Select, Size, Tensor
 from attncc.ir.affine import expr, poly
 from attncc.ir.analysis import blocks_of
 from attncc.ir.build import FALSE, ONE, TRUE, ZERO, add, const, floordiv, mod, mul
-from attncc.ir.expr import loads, mentions
+from attncc.ir.expr import free, loads, mentions
 from attncc.ir.reduce import Reduction
 from attncc.ir.rewrite import substitute
 from attncc.ir.scores import Norm
@@ -96,6 +96,18 @@ def selected(
     tensors = _read(site, value, amount, seen, first)
     node = Select(site.sizes, (*lead, *rows), tuple(over), tensors, value, take, amount, seen, first)
     return Value(site.step_of(node, name), indices, "bool")
+
+
+def rounded(site: Hiding, made: Value, dtype: str) -> Value:
+    """A float value in another dtype, itself where it has that."""
+    t = site.attention.tensor(made.name)
+    if t.dtype == dtype:
+        return made
+    axes = tuple(site.axis(f"x{n}", extent) for n, extent in enumerate(t.shape))
+    used = {s for x in (*(n.extent for n in axes), *t.shape) for s in free(x) if isinstance(s, Size)}
+    sizes = tuple(s for s in site.sizes if s in used)
+    node = Correct(sizes, axes, (t,), Load(t.name, tuple(x.index for x in axes), "float"), dtype)
+    return replace(made, name=site.step_of(node, t.name))
 
 
 def _own_batch(batch: Sequence[Axis], *values: Expr) -> tuple[tuple[Axis, ...], tuple[Expr, ...], list[Expr]]:

@@ -24,17 +24,22 @@ _MOST_PARTS = 4096
 class Spans:
     """keep(i, j) = J = 0  or  |I - J| < max(1, alpha // block + floor(beta N / block))    I, J: blocks of row(i) and j
 
-    `alpha`: tokens; `beta`: a share of the N keys, 0 to 1; `block`: tokens. The own block counts."""
+    `alpha`: tokens; `beta`: a share of the N keys, 0 to 1; `block`: tokens. The own block counts. N is `tokens`,
+    those of the prompt and of all that will follow, so that spans are fixed when it is read; or, where that is 0, the
+    number of keys of the call: of a static cache, its whole length."""
 
     name: ClassVar[str] = "spans"
     legality: ClassVar[Legality] = "approximate"
     alpha: int = 1024
     beta: float = 0.0
     block: int = 64
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1 or self.block < 1:
             raise ValueError(f"beta is from 0 to 1 and block at least 1, not {self.beta} and {self.block}")
+        if self.tokens < 0:
+            raise ValueError(f"tokens is at least 0, not {self.tokens}")
 
     def __call__(self, p: Program, /) -> Program:
         return hide(p, Form(self))
@@ -45,7 +50,8 @@ class Spans:
     def keep(self, site: Hiding) -> Expr:
         at = site.positions
         part = Fraction(self.beta).limit_denominator(_MOST_PARTS)
-        grown = floordiv(mul(at.length, Const(part.numerator)), Const(part.denominator * self.block))
+        length = Const(self.tokens) if self.tokens else at.length
+        grown = floordiv(mul(length, Const(part.numerator)), Const(part.denominator * self.block))
         span = maximum(add(Const(self.alpha // self.block), grown), ONE)
         rows, keys = floordiv(at.row, Const(self.block)), floordiv(at.key, Const(self.block))
         near = lt(sub(rows, keys), span)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from attncc.ir import Attention, Axis, Const, Index, Layout, Program, Size, Step, Tensor, kind_of
+from attncc.ir import Layout, Program, Step
 from attncc.ir.rewrite import substitute
-from attncc.ir.terms import loads
 from attncc.passes.protocol import Legality
-from attncc.passes.rewrites.tile_layout import TileOrder, tile_layout
+from attncc.passes.rewrites.in_order import Known, in_order
+from attncc.passes.rewrites.tile_layout import TileOrder
 
 
 @dataclass(frozen=True)
@@ -78,49 +78,4 @@ class TileTokens:
     tile: tuple[int, ...]
 
     def __call__(self, p: Program, /) -> Program:
-        steps: list[Step] = []
-        for step in p.steps:
-            steps += self._tiled(step) if isinstance(step.node, Attention) else [step]
-        return replace(p, steps=tuple(steps))
-
-    def _tiled(self, step: Step) -> list[Step]:
-        a = step.node
-        assert isinstance(a, Attention)
-        order = TileOrder(self.grid, self.tile)
-        after = tile_layout(a, order)
-        also = {x.tensor for x in loads(a.score, a.mask, a.weight, *(x for x in (a.sink, a.drop) if x is not None))}
-        if also & {x.tensor for x in (a.q, a.k, a.v)}:
-            raise ValueError("an operand is read by the score or the mask, too, in the order of the tokens")
-        steps: list[Step] = []
-        arguments = list(step.arguments)
-        for at, t in enumerate(a.tensors):
-            rows = {x for x, access in ((a.i, a.q), (a.j, a.k), (a.j, a.v)) if access.tensor == t.name}
-            if not rows:
-                continue
-            (access, *_) = (x for x in (a.q, a.k, a.v) if x.tensor == t.name)
-            place = next(n for n, x in enumerate(access.index) if x in {r.index for r in rows})
-            name = f"{step.results[0]}_{t.name}"
-            steps.append(Step((name,), _layout(t, place, order), (arguments[at],), step.sizes))
-            arguments[at] = name
-        moved = tuple(f"{name}_tiled" for name in step.results)
-        steps.append(replace(step, node=after, arguments=tuple(arguments), results=moved))
-        for name, given, tiled in zip(step.results, kind_of(a).gives(a), moved, strict=True):
-            places = {"out": [-2], "lse": [-1], "weights": [-2, -1]}[given.name]
-            for n, place in enumerate(places):
-                last = n == len(places) - 1
-                back = _layout(given, len(given.shape) + place, order, inverse=True)
-                steps.append(Step((name if last else f"{name}_{n}",), back, (tiled,), step.sizes))
-                tiled = f"{name}_{n}"
-        return steps
-
-
-def _layout(t: Tensor, place: int, order: TileOrder, *, inverse: bool = False) -> Layout:
-    sizes: dict[Size, None] = {}
-    axes: list[Axis] = []
-    for n, x in enumerate(t.shape):
-        if not isinstance(x, Const | Size):
-            raise ValueError(f"{t.name} has the extent {x!r}, which is neither a constant nor a size")
-        axes.append(Axis(f"x{n}", x))
-        sizes |= {x: None} if isinstance(x, Size) else {}
-    source = order.position(Index(f"x{place}"))
-    return Layout(tuple(sizes), tuple(axes), (replace(t, name="x"),), f"x{place}", source, inverse)
+        return in_order(p, Known(TileOrder(self.grid, self.tile)))

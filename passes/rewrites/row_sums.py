@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import repeat
 
 from attncc.ir import Attention, Program
 
 
 def with_sums(p: Program, wanted: Sequence[bool]) -> Program:
-    """`p` with `lse` among the outputs of those of its attentions, in order, that are `wanted` and have a softmax."""
-    flags = iter(wanted)
+    """`p` with `lse` among the outputs of those of its attentions, in order, that are `wanted` and have a softmax. An
+    attention of which a plan made several is wanted in all of them."""
+    flags = iter(wanted if len(wanted) > 1 else repeat(any(wanted)))
     steps = list(p.steps)
     for at, step in enumerate(steps):
         a = step.node

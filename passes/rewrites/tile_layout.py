@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
+from typing import Protocol
 
 import torch
 
@@ -71,9 +72,20 @@ class TileOrder:
         return parts.permute(*range(dim), *order, *range(dim + len(cut), parts.ndim))
 
 
-def tile_layout(a: Attention, order: TileOrder) -> Attention:
-    """`a` for tokens in `order`: the caller passes q, k and v through `to_tiles`, and `out`, `lse` and `weights` back
-    through `from_tiles`. Other tensors stay as they are.
+class TokenOrder(Protocol):
+    """Tokens in another order than the model's."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    def position(self, t: Expr) -> Expr:
+        """The model's number of the token that is at `t` in this order."""
+        ...
+
+
+def tile_layout(a: Attention, order: TokenOrder) -> Attention:
+    """`a` for tokens in `order`: the caller passes q, k and v in that order, and brings `out`, `lse` and `weights` back
+    from it (`TileOrder.to_tiles` and `from_tiles`, or layouts). Other tensors stay as they are.
 
     Raises ValueError unless rows and keys are the tokens of the grid and q, k and v index one dimension by them."""
     if any(x.extent != Const(order.tokens) for x in (a.i, a.j)):

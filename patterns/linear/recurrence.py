@@ -9,21 +9,21 @@ that is carried from chunk to chunk of tokens is a recurrence too, and is said t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import reduce
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from attncc.ir.attention import Access, Axis
 from attncc.ir.build import ONE, ZERO, const, mul
 from attncc.ir.evaluate import NAME_OF
-from attncc.ir.expr import ROUNDINGS, Expr, Index, Load, Op, free, loads, rewrite
+from attncc.ir.expr import Expr, Index, Load, Op, free, loads, rewrite
 from attncc.ir.linear import UNIT, Linear, X
 from attncc.ir.reasons import Reason, because
 from attncc.ir.verify import VerifyError
 from attncc.ir.verify_linear import verify_linear
 from attncc.patterns.linear.linear import Recognised, Result
 from attncc.patterns.linear.normalisers import factors, value_of
+from attncc.patterns.linear.products import flat, mapped, product_of
 from attncc.patterns.linear.steps import common
 from attncc.patterns.site import DOT, VIEW_OPS, Data, Declared, Facts, Point, Unreadable, contraction, op_name
 
@@ -40,6 +40,7 @@ class Update:
     written: fx.Node
     chunk: bool  # the step writes a product over several tokens
     reads: list[fx.Node] = field(default_factory=list[fx.Node])
+    leaves: frozenset[fx.Node] = frozenset()  # tensors of all tokens, which are read as they are
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,35 @@ def _found(f: Facts, chain: list[Update]) -> Recognised | Reason:
     many = len(chain) > 1
     if chain[0].chunk:
         return because("recurrence", f"{len(chain)} chunks" if many else "one chunk")
+    found = _lifted(f, chain)
+    if not isinstance(found, Reason):
+        return found
+    # Activations, norms and gates of a token that read several tensors: the tensors that they are, of all tokens.
+    again = _lifted(f, [replace(u, leaves=_token_tensors(f, u)) for u in chain])
+    if not isinstance(again, Reason):
+        return again
+    return because("recurrence-unread", f"{len(chain)} steps" if many else "one step", found)
+
+
+def _lifted(f: Facts, chain: list[Update]) -> Recognised | Reason:
     try:
         return _lift(f, chain)
     except (_Unproven, Unreadable) as error:
-        why = error.reason
+        return error.reason
     except VerifyError as error:
-        why = because("not-expressible", str(error))
-    return because("recurrence-unread", f"{len(chain)} steps" if many else "one step", why)
+        return because("not-expressible", str(error))
+
+
+def _token_tensors(f: Facts, u: Update) -> frozenset[fx.Node]:
+    """What a step selects its token from."""
+    found: set[fx.Node] = set()
+    ring, seen = [u.node, *u.reads], {u.before, u.node, *u.reads}
+    for _ in range(_STEPS):
+        inputs = [a for n in ring for a in n.all_input_nodes if a not in seen]
+        seen.update(inputs)
+        found |= {a.all_input_nodes[0] for a in inputs if op_name(a) == "select"}
+        ring = [a for a in inputs if op_name(a) != "select" and a.op == "call_function"]
+    return frozenset(x for x in found if f.rank(x) >= 3)
 
 
 def _chains(f: Facts) -> list[list[Update]]:
@@ -168,11 +191,13 @@ def _is_outer(f: Facts, n: fx.Node) -> bool:
     value = _opened(f, value_of(f, (n, at), extents, f.order[n]), extents)
     if value is None or len(at) < 2 or ZERO in at[-2:]:
         return False
-    seen = [free(x) & set(at[-2:]) for x in _flat(value)]
+    seen = [free(x) & set(at[-2:]) for x in flat(value)]
     return all(frozenset((x,)) in seen for x in at[-2:])
 
 
-def _opened(f: Facts, x: Expr | None, extents: dict[Expr, Expr]) -> Expr | None:
+def _opened(
+    f: Facts, x: Expr | None, extents: dict[Expr, Expr], leaves: frozenset[fx.Node] = frozenset()
+) -> Expr | None:
     """An expression with its outer products, which sum over one element, as the products that they are."""
 
     def rule(y: Expr) -> Expr | None:
@@ -182,19 +207,10 @@ def _opened(f: Facts, x: Expr | None, extents: dict[Expr, Expr]) -> Expr | None:
         if product is None or product.extent is not ONE:
             return None
         sides = zip((product.lhs, product.rhs), product.maps(y.index, ZERO), strict=True)
-        left, right = (value_of(f, side, extents, f.order[product.node]) for side in sides)
+        left, right = (value_of(f, side, extents, f.order[product.node], leaves) for side in sides)
         return None if left is None or right is None else mul(left, right)
 
     return None if x is None else rewrite(x, rule)
-
-
-def _flat(x: Expr) -> list[Expr]:
-    """The factors of a product."""
-    if isinstance(x, Op) and x.name == "mul":
-        return [*_flat(x.args[0]), *_flat(x.args[1])]
-    if isinstance(x, Op) and x.name in ROUNDINGS:
-        return _flat(x.args[0])
-    return [x]
 
 
 def _reads(f: Facts, n: fx.Node) -> list[fx.Node]:
@@ -292,30 +308,30 @@ def _step(f: Facts, u: Update) -> Step:
     n = u.node
     at: Point = tuple(ZERO if s is ONE else Index(f"o{x}") for x, s in enumerate(f.shape(n)))
     extents: dict[Expr, Expr] = {x: s for x, s in zip(at, f.shape(n), strict=True) if x is not ZERO}
-    value = _opened(f, value_of(f, (n, at), extents, f.order[n] + 1, frozenset({u.before})), extents)
+    value = _opened(f, value_of(f, (n, at), extents, f.order[n] + 1, u.leaves | {u.before}), extents, u.leaves)
     one, other = at[-2:]
     if not isinstance(value, Op) or value.name != "add" or not isinstance(one, Index) or not isinstance(other, Index):
         raise _Unproven(because("state-not-sum"))
     carried, written = value.args if _mentions(value.args[0], u.before) else value.args[::-1]
-    held = [x for x in _flat(carried) if isinstance(x, Load) and x.tensor == u.before.name]
-    decay = _product([x for x in _flat(carried) if x not in held])
+    held = [x for x in flat(carried) if isinstance(x, Load) and x.tensor == u.before.name]
+    decay = product_of([x for x in flat(carried) if x not in held])
     if len(held) != 1 or _mentions(decay, u.before):
         raise _Unproven(because("state-not-decayed"))
     q, phi_q, d, read, read_at = _query(f, u, at, extents)
     e = other if d is one else one
-    keys = [x for x in _flat(written) if d in free(x) and e not in free(x)]
-    values = [x for x in _flat(written) if e in free(x) and d not in free(x)]
-    rest = [x for x in _flat(written) if x not in keys and x not in values]
-    key = _product(keys)
+    keys = [x for x in flat(written) if d in free(x) and e not in free(x)]
+    values = [x for x in flat(written) if e in free(x) and d not in free(x)]
+    rest = [x for x in flat(written) if x not in keys and x not in values]
+    key = product_of(keys)
     if any(d in free(x) and e in free(x) for x in rest):
         raise _Unproven(because("writes-no-product"))
     error = next((x for x in values if isinstance(x, Op) and x.name == "sub"), None)
     if error is not None:
         v, memory = error.args
         whole = _looked_up(f, memory, carried, d, extents, u) if isinstance(memory, Load) else None
-        if whole is None or [x for x in _flat(whole) if d in free(x)] != keys:
+        if whole is None or [x for x in flat(whole) if d in free(x)] != keys:
             raise _Unproven(because("delta-other-value"))
-        for x in (x for x in _flat(whole) if d not in free(x)):  # a norm of the key is part of it
+        for x in (x for x in flat(whole) if d not in free(x)):  # a norm of the key is part of it
             if x not in rest:
                 raise _Unproven(because("delta-other-key"))
             rest.remove(x)
@@ -324,29 +340,17 @@ def _step(f: Facts, u: Update) -> Step:
     else:
         v = next((x for x in reversed(values) if isinstance(x, Load) and x not in loads(decay)), UNIT)
         rest += [x for x in values if x is not v]
-    k, phi_k = _mapped(key, d)
+    k, phi_k = mapped(key, d)
     if k is None:
         raise _Unproven(because("key-of-several"))
     if not isinstance(v, Load) or v.tensor.startswith(DOT) or _mentions(v, u.before):
         raise _Unproven(because("value-of-several"))
-    rate = _product(rest)
+    rate = product_of(rest)
     if _mentions(rate, u.before) or any(x.tensor.startswith(DOT) for y in (rate, decay) for x in loads(y)):
         raise _Unproven(because("rate-is-product"))
     batch = tuple(x for x in at[:-2] if isinstance(x, Index))
     delta = error is not None
     return Step(at, d, e, batch, extents, decay, rate, k, phi_k, v, q, phi_q, delta, held[0], read, read_at)
-
-
-def _product(xs: Sequence[Expr]) -> Expr:
-    return reduce(mul, xs) if xs else UNIT
-
-
-def _mapped(x: Expr, d: Index) -> tuple[Load | None, Expr]:
-    """(element, map) where an expression is a map of the one element that has the index `d`."""
-    held = [y for y in loads(x) if d in free(y)]
-    if len(held) != 1 or held[0].tensor.startswith(DOT):
-        return None, X
-    return held[0], rewrite(x, lambda y: X if y is held[0] else None)
 
 
 def _mentions(x: Expr, n: fx.Node) -> bool:
@@ -370,8 +374,8 @@ def _query(
             there: dict[Expr, Expr] = {x: y for x, y in zip(value.index, at, strict=True) if isinstance(x, Index)}
             d = there[c]
             assert isinstance(d, Index)  # the state has both of its last axes
-            asked = value_of(f, query, inner, f.order[read])
-            q, phi = (None, X) if asked is None else _mapped(rewrite(asked, there.get), d)
+            asked = value_of(f, query, inner, f.order[read], u.leaves)
+            q, phi = (None, X) if asked is None else mapped(rewrite(asked, there.get), d)
             if q is None:
                 q = Load(query[0].name, tuple(rewrite(x, there.get) for x in query[1]), "float")
             allowed = frozenset[Expr](at[:-2]) | {d}
@@ -385,6 +389,6 @@ def _looked_up(
 ) -> Expr | None:
     """The key, where a load is sum_d key[d] * (decay * S)[d, e]."""
     for state, other in factors(f, x, d):
-        if value_of(f, state, extents, f.order[u.node], frozenset({u.before})) is carried:
-            return value_of(f, other, extents, f.order[u.node])
+        if value_of(f, state, extents, f.order[u.node], u.leaves | {u.before}) is carried:
+            return value_of(f, other, extents, f.order[u.node], u.leaves)
     return None

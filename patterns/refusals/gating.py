@@ -69,6 +69,8 @@ def _of_product(f: Facts, n: fx.Node, data: Container[fx.Node]) -> tuple[Reason,
 
 def _of_shares(f: Facts, shares: fx.Node, side: fx.Node, other: fx.Node, *, summed: bool) -> Reason | None:
     """What a product with a sigmoid is; None where it is a plain unit of a network, as GLU and SiLU are."""
+    if _behind_elements(f, shares.all_input_nodes[0]) is other:
+        return None  # x sigmoid(c x): SiLU, or GELU's approximation
     trail = _trail(f, shares.all_input_nodes[0])
     if not any(_is_layer(f, x) for x in trail):
         return None

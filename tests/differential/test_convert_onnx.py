@@ -221,6 +221,29 @@ def test_every_conformance_case(tmp_path: Path) -> None:
     assert kept["its weights are needed by the output"] + kept["onnxruntime has no kernel for bf16"] >= 20
 
 
+def test_the_conformance_cases_are_all_that_there_are() -> None:
+    """Every expanded case of an operator of attention is one of those above, or of linear attention below."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [t.name for t in load_model_tests(kind="node") if "attention" in t.name and "expanded" in t.name]
+    assert len(found) == len(conformance()) + len([n for n in found if "linear" in n])
+    assert len(conformance()) >= 104 and not set(NAMES) - set(found)
+
+
+@pytest.mark.full
+def test_every_case_of_linear_attention(tmp_path: Path) -> None:
+    """They are recurrences over the turns of a Scan: reported, and left as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        every = load_model_tests(kind="node")
+    cases = [t.model for t in every if "linear_attention" in t.name and "expanded" in t.name]
+    assert len(cases) >= 14
+    for model in cases:
+        done = convert(Wish(save(model, tmp_path / "in.onnx"), tmp_path / "out.onnx", "onnx", measure=False))
+        assert [s.code for s in done.report.sites] == ["onnx-recurrence"]
+        assert "as it was" in done.report.notes[0]
+
+
 class Layer(torch.nn.Module):
     """A layer as models write it, for torch's exporters."""
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attentions.linear_forms import FORMS, data, plain
+from attentions.linear_forms import FORMS, SCANS, data, plain
 from cpp_kernels.build import compiled, host_isas
 
 from attncc.codegen.cpp import emit_linear, unsupported_linear
-from attncc.ir import Index, Linear, Size, interpret_linear, verify_linear
+from attncc.ir import Access, Const, Index, Linear, Size, Tensor, interpret_linear, verify_linear
 from attncc.ir.build import op
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.ir.linear_chunks import by_chunks
@@ -57,6 +57,26 @@ def test_forms(form: str, isa: str) -> None:
     check(a, data(a), isa)
 
 
+@pytest.mark.parametrize(
+    ("form", "isa", "n"),
+    [
+        pytest.param(form, isa, n, marks=() if (form, at, n) == ("selective_scan", 0, 45) else pytest.mark.full)
+        for form in SCANS for at, isa in enumerate(host_isas()) for n in (1, 45)
+    ],
+)  # fmt: skip
+def test_scans(form: str, isa: str, n: int) -> None:
+    """Token by token, where each column of the state has its own decay; more columns than a task has."""
+    a = verify_linear(SCANS[form](plain(2, 2, n, 20, 331 if form == "selective_scan" else 37)))
+    check(a, data(a), isa)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["f64", "bf16"])
+def test_scans_of_other_types(dtype: str) -> None:
+    a = verify_linear(SCANS["selective_scan"](plain(*SIZES, dtype)))
+    check(a, data(a), host_isas()[0])
+
+
 @pytest.mark.parametrize("dtype", ["f64", "bf16", pytest.param("f16", marks=pytest.mark.full)])
 def test_types(dtype: str) -> None:
     a = verify_linear(FORMS["gated_delta"](plain(*SIZES, dtype)))
@@ -69,9 +89,46 @@ def test_lengths_that_the_call_decides(n: int) -> None:
     check(a, data(a, n), host_isas()[0], (n,))
 
 
-@pytest.mark.parametrize("form", ["gated_delta", pytest.param("by_channel", marks=pytest.mark.full)])
-def test_one_token(form: str) -> None:
-    a = verify_linear(FORMS[form](plain(2, 4, 1, 64, 64)))
+def one_token(form: str, sizes: tuple[int, ...], dtype: str = "f32") -> Linear:
+    """One token of `form`, from a state to a state."""
+    batch, heads, dk, dv = sizes
+    a = FORMS[form](plain(batch, heads, 1, dk, dv, dtype))
+    if a.state is None:
+        state = Tensor("s0", "f64" if dtype == "f64" else "f32", tuple(Const(n) for n in sizes))
+        at = (*(x.index for x in a.batch), a.d.index, a.e.index)
+        a = replace(a, tensors=(*a.tensors, state), state=Access("s0", at))
+    return verify_linear(replace(a, outputs=("out", "state")))
+
+
+_STEPS = [
+    pytest.param(form, sizes, isa, marks=() if at == 0 and kept else pytest.mark.full)
+    for form in FORMS if form not in ("features", "for_all")
+    for sizes, kept in (((2, 4, 32, 96), form == "gated_delta"), ((2, 4, 20, 37), form == "delta_by_channel"))
+    for at, isa in enumerate(host_isas())
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "sizes", "isa"), _STEPS)
+def test_one_token(form: str, sizes: tuple[int, ...], isa: str) -> None:
+    """In each order in memory of the states, before and after."""
+    a = one_token(form, sizes)
+    given = data(a)
+    want = interpret_linear(a, given, compute=torch.float64)
+    kernel = CppKernel(compiled(emit_linear(a, isa), isa), ranks(a))
+    for before, after in ((0, 0), (1, 1), (0, 1), (1, 0)):
+        state = given["s0"].mT.contiguous().mT if before else given["s0"]
+        shape = [*sizes[:2], 1, sizes[3]], [*sizes[:2], *sizes[2:][:: -1 if after else 1]]
+        out, new = (torch.full(x, float("nan")) for x in shape)
+        new = new.mT if after else new
+        kernel([(given | {"s0": state})[t.name] for t in a.tensors], [], [out, new])
+        for name, got in (("out", out), ("state", new)):
+            torch.testing.assert_close(got.double(), want[name], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("f64", marks=pytest.mark.full)])
+def test_one_token_of_many_sequences(dtype: str) -> None:
+    """States that are stored past the caches."""
+    a = one_token("gated_delta", (16, 4, 64, 64), dtype)
     check(a, data(a), host_isas()[0])
 
 
@@ -126,10 +183,10 @@ def test_a_state_that_lasts_is_not_bent(form: str) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"decay": op("exp", op("float", Index("e")))}, "for each column"),
-        ({"rate": op("float", Index("d"))}, "a rate for each channel"),
+        ({"decay": op("exp", op("float", Index("e"))), "rule": "delta"}, "for each column"),
+        ({"decay": op("exp", op("float", Index("d"))), "rule": "delta"}, "several tensors"),
+        ({"rate": op("float", Index("d")), "sees": "all"}, "every query sees every key"),
         ({"phi_q": op("float", Index("d"))}, "feature map"),
-        ({"decay": op("exp", op("float", Index("d")))}, "several tensors"),
     ],
 )
 def test_what_has_no_kernel(change: dict[str, object], reason: str) -> None:

@@ -4,6 +4,7 @@ situation that the exact path lifts."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,6 +96,21 @@ def test_a_whole_budget_is_the_exact_attention(policy: Policy) -> None:
         assert torch.equal(interpret_program(p, data, s.sizes)[p.outputs[0]], next(iter(exact.values())))
 
 
+@pytest.mark.parametrize("policy", [Spans(4, 0.25, 4, 40), Spans(4, 0.25, 4)], ids=str)
+def test_spans_that_are_fixed_at_prefill_are_those_of_every_step(policy: Spans) -> None:
+    """Parts of a prefill and decoding steps see what the whole does; spans by the length of each call do not."""
+    whole = Situation("padded", group=2, n=40, m=40, padding=(0, 8))
+    data = whole.tensors()
+    mask = kept(applied(policy, whole.attention()), data, whole)
+    same = True
+    for first, end in ((0, 16), (16, 31), (31, 32), (39, 40)):
+        part = replace(whole, n=end - first, m=end)
+        own = {"q": data["q"][:, :, first:end], "seen": data["seen"][:, :end]}
+        own |= {x: data[x][:, :, :end] for x in "kv"}
+        same &= torch.equal(kept(applied(policy, part.attention()), own, part), mask[:, :, first:end, :end])
+    assert same == (policy.tokens == 40)
+
+
 @pytest.mark.parametrize(("policy", "rule"), named)
 def test_padding_before_a_sequence_changes_nothing(policy: Policy, rule: Rule) -> None:
     short = Situation("padded", n=30, m=30, padding=(0, 4))
@@ -169,7 +185,7 @@ def test_cross_attention_has_no_distances() -> None:
     ("text", "message"),
     [
         ("streaming{window=0}", "sinks is at least 0 and window at least 1"),
-        ("spans{beta=1.5}", "beta is from 0 to 1"),
+        ("spans{beta=1.5}", "beta is from 0 to 1"), ("spans{tokens=-1}", "tokens is at least 0"),
         ("strides{local=0}", "block, local and stride are at least 1"),
         ("chunks{size=0}", "size is at least 1"),
         ("sliding-tiles{grid=8x8,tile=3x4,window=3x3}", "tiles of 3x4 do not divide a grid of 8x8"),

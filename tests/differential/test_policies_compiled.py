@@ -9,16 +9,28 @@ import pytest
 import torch
 from memory.allocations import allocations
 from parameters.thinned import thinned
+from policies.sequences import exactly
 from policies.situations import Situation, kept, masked
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from attncc.driver import rewriting
+from attncc.ir import interpret_program
 from attncc.ir.program import program_of_node
 from attncc.passes.pipeline import Pipeline, standard
-from attncc.passes.policies import Antidiagonal, BlockMeans, ChunkMeans, FlexPrefill, Pages, SelfSimilar, VerticalSlash
-from attncc.passes.policies.hiding import Policy
+from attncc.passes.policies import (
+    Antidiagonal,
+    BlockMeans,
+    ChunkMeans,
+    FlexPrefill,
+    Pages,
+    PooledRest,
+    Rectified,
+    SelfSimilar,
+    VerticalSlash,
+)
+from attncc.passes.policies.hiding import Composed, Policy
 
 
 class Model(nn.Module):
@@ -48,9 +60,10 @@ def under(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.compiler.reset()
 
 
-def compiled(*, dynamic: bool = False) -> Callable[..., Tensor]:
+def compiled(*, dynamic: bool = False, inductor: bool = True) -> Callable[..., Tensor]:
     """`dynamic`: in the numbers of rows and of keys."""
-    run = torch.compile(Model(), backend="attncc", options={"measure": False}, dynamic=None if dynamic else False)
+    options: dict[str, str | int | bool | Callable[..., object]] = {"measure": False, "inductor": inductor}
+    run = torch.compile(Model(), backend="attncc", options=options, dynamic=None if dynamic else False)
 
     def call(*tensors: Tensor) -> Tensor:
         for x in tensors if dynamic else ():
@@ -62,6 +75,8 @@ def compiled(*, dynamic: bool = False) -> Callable[..., Tensor]:
 
 def wanted(policy: Policy, s: Situation, data: dict[str, Tensor]) -> Tensor:
     p = policy(program_of_node(s.attention()))  # type: ignore[operator]
+    if isinstance(policy, Composed):
+        return interpret_program(p, exactly(data), s.sizes, compute=torch.float64)[p.outputs[0]]
     return masked(data, s, kept(p, data, s))
 
 
@@ -92,6 +107,7 @@ def test_one_graph_of_any_length(policy: Policy, mask: str, monkeypatch: pytest.
             for policy, s in (
                 (Antidiagonal(8, 4, amount=0.6), Situation("padded", group=2, dynamic=False)),
                 (SelfSimilar(8, 4, amount=0.6, similar=0.3), Situation("padded", group=2, dynamic=False)),
+                (Rectified(8, 0.3, 0.6), Situation("padded", group=2, dynamic=False)),
                 (ChunkMeans(4, 8, 5, 3, 2), Situation("causal", group=4, dynamic=False)),
                 (VerticalSlash(4, 6, 8, 4, 2, 3), Situation("padded", group=2, n=16, m=33, dynamic=False)),
             )
@@ -122,9 +138,40 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(x.double(), y, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("inductor", [False, True])
+def test_two_attentions_in_one_graph_of_any_length(monkeypatch: pytest.MonkeyPatch, inductor: bool) -> None:
+    policy = PooledRest(8, 4, "fraction", 0.3)
+    with under(policy, monkeypatch), torch.no_grad():
+        run = compiled(dynamic=True, inductor=inductor)
+        for n, m in ((37, 37), (21, 45), (40, 40)):
+            check(policy, run, Situation("padded", group=2, n=n, m=m))
+
+
+def test_gradients_of_two_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The means pass theirs on to all keys and values of their blocks."""
+    policy, s = PooledRest(8, 4, "fraction", 0.3), Situation("padded", group=2, dynamic=False)
+    data = s.tensors()
+    exact = {x: data[x].double().requires_grad_() for x in "qkv"}
+    out = wanted(policy, s, data | exact)
+    reference = torch.autograd.grad(out.square().sum(), list(exact.values()))
+    with under(policy, monkeypatch):
+        given = {x: data[x].clone().requires_grad_() for x in "qkv"}
+        found = compiled(inductor=False)(*given.values(), data["seen"])
+        grads = torch.autograd.grad(found.square().sum(), list(given.values()))
+    for x, y in zip(grads, reference, strict=True):
+        assert_close(x.double(), y, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "policy",
-    [BlockMeans(), *(pytest.param(x, marks=pytest.mark.full) for x in (Antidiagonal(64, 16), VerticalSlash(64, 256)))],
+    [
+        BlockMeans(),
+        *(
+            pytest.param(x, marks=pytest.mark.full)
+            for x in (Antidiagonal(64, 16), VerticalSlash(64, 256), PooledRest())
+        ),
+    ],
     ids=lambda p: p.name,
 )
 def test_no_square_is_made(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

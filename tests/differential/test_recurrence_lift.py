@@ -79,7 +79,12 @@ def selective_scan(q: Q, k: Q, v: Q, g: Q, beta: Q, state: Q) -> tuple[Q, Q]:
     return torch.stack(outs, 1), state
 
 
-CORES = (gated_delta, by_products, retention, selective_scan)
+def of_activations(q: Q, k: Q, v: Q, g: Q, beta: Q, state: Q) -> tuple[Q, Q]:
+    """Of tokens that are activations, which no map of one element gives: as Qwen3-Next decodes."""
+    return gated_delta(F.silu(q), F.silu(k), F.silu(v) * v.sin(), -F.softplus(g) * beta, beta.sigmoid(), state)
+
+
+CORES = (gated_delta, by_products, of_activations, retention, selective_scan)
 
 
 @pytest.mark.parametrize("steps", [1, T])
@@ -91,7 +96,7 @@ def test_found(core: Callable[..., object], steps: int) -> None:
     assert site.reason.code == ("linear" if steps > 1 else "linear-step")
     a = site.linear
     assert parse_linear(print_linear(a)) == a
-    assert (a.rule, a.state is None) == ("delta" if core in CORES[:2] else "add", core is retention)
+    assert (a.rule, a.state is None) == ("delta" if core in CORES[:3] else "add", core is retention)
     held = values(shadow, given)
     tensors = {t.name: held[n.name] for t, n in zip(a.tensors, site.tensors, strict=True)}
     got = interpret_linear(a, tensors, compute=torch.float64)

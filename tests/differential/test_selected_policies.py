@@ -10,7 +10,6 @@ import torch
 from parameters.thinned import thinned
 from policies.selected import (
     Rule,
-    Sequence,
     antidiagonal,
     block_means,
     chunk_means,
@@ -21,6 +20,7 @@ from policies.selected import (
     self_similar,
     vertical_slash,
 )
+from policies.sequences import exactly, sequences
 from policies.situations import SITUATIONS, B, D, Situation, applied, kept, masked, run_kernels
 from torch import Tensor
 from torch.testing import assert_close
@@ -39,6 +39,8 @@ from attncc.passes.policies import (
     FlexPrefill,
     PageMass,
     Pages,
+    PooledRest,
+    Rectified,
     RoutedStreaming,
     SelfSimilar,
     VerticalSlash,
@@ -77,26 +79,6 @@ EVERY = [pytest.param(policy, rule, s, id=f"{policy}-{s}") for policy, rule, tri
 NAMED = [pytest.param(policy, id=str(policy)) for policy, _, _ in CASES]
 
 
-def sequences(data: dict[str, Tensor], s: Situation) -> list[tuple[int, int, list[int], Sequence]]:
-    """(sequence of the batch, head of keys, the rows that are tokens of it, what a rule is given), each key in place of
-    the mask's first."""
-    found: list[tuple[int, int, list[int], Sequence]] = []
-    for b in range(B):
-        seen = [s.visible(data, b, i) for i in range(s.n)]
-        start = seen[0][2]
-        rows = [i for i, (keys, _, _) in enumerate(seen) if keys and (s.causal or i >= start)]
-        end = max(max(seen[i][0]) for i in rows) + 1
-        see = torch.zeros(len(rows), end - start, dtype=torch.bool)
-        for n, i in enumerate(rows):
-            see[n, [j - start for j in seen[i][0]]] = True
-        for g in range(s.heads // s.group):
-            q = data["q"][b, g * s.group : (g + 1) * s.group, rows].double()
-            k = data["k"][b, g, start:end].double()
-            positions = [seen[i][1] if s.causal or s.n == s.m else i for i in rows]
-            found.append((b, g, rows, Sequence(q, k, positions, see, s.causal)))
-    return found
-
-
 def wanted(rule: Rule, data: dict[str, Tensor], s: Situation) -> tuple[Tensor, Tensor]:
     """What a rule keeps, bool[b, h, i, j], and for which rows it says so."""
     out = torch.zeros(B, s.heads, s.n, s.m, dtype=torch.bool)
@@ -107,10 +89,6 @@ def wanted(rule: Rule, data: dict[str, Tensor], s: Situation) -> tuple[Tensor, T
         for n, h in enumerate(range(g * s.group, (g + 1) * s.group)):
             out[b, h, rows, start : start + sequence.length] = rule(sequence)[n]
     return out, told
-
-
-def exactly(data: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: x.double() if x.is_floating_point() else x for n, x in data.items()}
 
 
 @pytest.mark.parametrize(("policy", "rule", "s"), EVERY)
@@ -393,4 +371,4 @@ def test_the_attention_reads_the_map_alone() -> None:
 
 
 def test_every_selecting_policy_is_tried() -> None:
-    assert {type(policy) for policy, _, _ in CASES} | {Draft} == set(SELECTED)
+    assert {type(policy) for policy, _, _ in CASES} | {Draft, PooledRest, Rectified} == set(SELECTED)

@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-FORWARD, BACKWARD = (Path(__file__).with_name(f"test_triton_{n}interpreted.py") for n in ("", "backward_"))
+FORWARD, BACKWARD, LINEAR = (
+    Path(__file__).with_name(f"test_triton_{n}interpreted.py") for n in ("", "backward_", "linear_")
+)
 
 
 def run(file: Path, *options: str, **more: str) -> str:
@@ -24,7 +26,7 @@ def run(file: Path, *options: str, **more: str) -> str:
 
 
 @pytest.mark.always
-@pytest.mark.parametrize(("file", "least"), [(FORWARD, 10), (BACKWARD, 2)])
+@pytest.mark.parametrize(("file", "least"), [(FORWARD, 10), (BACKWARD, 2), (LINEAR, 1)])
 def test_under_the_interpreter(file: Path, least: int, request: pytest.FixtureRequest) -> None:
     """A fifth of them, another one with each part of the long tests; all with `--full`."""
     n, _ = request.config.option.shard or (1, 1)

@@ -133,3 +133,54 @@ def layers(rank: int, world: int, folder: str, results: Any) -> None:
         if rank == 0:
             results[how] = max(errors)
     dist.destroy_process_group()
+
+
+def steps(rank: int, world: int, folder: str, results: Any) -> None:
+    """Some steps of a model whose processes see other data, replicated (DDP) and sharded (FSDP2): its parameters after
+    the last beside those of one process that sees all data in float64, and how far these moved at least."""
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - heavy
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - heavy
+    from torch.nn.parallel import DistributedDataParallel  # noqa: PLC0415 - heavy
+
+    from attncc.driver.backend import Collected, collecting  # noqa: PLC0415 - after the environment is set
+
+    mesh = start(rank, world, folder)
+    data = torch.randn(3, world * 2, 16, 32, generator=torch.Generator().manual_seed(1))
+
+    def trained(run: Callable[..., Tensor], model: nn.Module, x: Tensor) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+        for batch in x:
+            for half in batch.chunk(2):  # gradients of two batches are added up
+                ((run(half) - half.roll(1, -1)).square().mean() / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for how in ("DDP", "FSDP2"):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = nn.Sequential(Block(), Block())
+        exact = nn.Sequential(Block(), Block()).double()
+        exact.load_state_dict(model.state_dict())
+        if how == "DDP":
+            wrapped: nn.Module = DistributedDataParallel(model)
+        else:
+            for block in model:
+                fully_shard(block, mesh=mesh)
+            wrapped = fully_shard(model, mesh=mesh)
+        found = Collected()
+        token = collecting.set(found)
+        try:
+            own = data.unflatten(1, (2, world))[:, :, rank]  # a part of each half
+            trained(torch.compile(wrapped, backend="attncc", options=OPTIONS), wrapped, own)
+        finally:
+            collecting.reset(token)
+        before = [p.detach().clone() for p in exact.parameters()]
+        trained(exact, exact, data.double())
+        moved = min(float((p.detach() - x).abs().max()) for p, x in zip(exact.parameters(), before, strict=True))
+        errors = []
+        for p, y in zip(model.parameters(), exact.parameters(), strict=True):
+            whole = p.full_tensor() if isinstance(p, DTensor) else p
+            errors.append(float((whole - y).detach().abs().max() / y.detach().abs().max()))
+        if rank == 0:
+            results[how] = ([s.status for s in found.sites], max(errors), moved)
+    dist.destroy_process_group()

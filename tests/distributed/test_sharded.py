@@ -39,6 +39,16 @@ def test_layers(world: int, tmp_path: Path) -> None:
     assert all(error < 2e-5 for error in found.values()), found
 
 
+@pytest.mark.slow
+@pytest.mark.full
+def test_steps(tmp_path: Path) -> None:
+    found = run("sharded_programs", "steps", 2, tmp_path)
+    assert set(found) == {"DDP", "FSDP2"}
+    for how, (statuses, error, moved) in found.items():
+        assert statuses and set(statuses) == {"fused"}, (how, statuses)
+        assert error < 2e-5 < 1e-3 < moved, how
+
+
 TEXT = """attention
 size   n, m
 batch  b = 2, h = 8

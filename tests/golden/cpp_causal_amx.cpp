@@ -36,9 +36,9 @@
 #include <unistd.h>
 #define LANES 16
 #define QUERIES 64
-#define KEYS 96
+#define KEYS 512
 #define GROUP_TILES 8
-#define SLANT_ROOM 1536
+#define SLANT_ROOM 8192
 #define TILE_ROWS 6
 #define TILE_VECTORS 4
 #define PAIRS 1

@@ -63,8 +63,10 @@ def test_rows_say_what_was_met(tmp_path: Path) -> None:
     missed = {**row, "per_block": 2.0, "most": 1.3}
     assert "per block 2.00 of the dense kernel's (<= 1.3: missed)" in line(missed)
     ms = {"selection": 1.0, "sparse": 20.0, "dense": 42.0}
-    told = line({"policy": "x", "dtype": "f32", "tokens": 1, "ms": ms, "share": 0.05})
-    assert "selection 5.0% of sparse (<= 10%: met), dense / both 2.00x" in told
+    told = line({"policy": "x", "dtype": "f32", "tokens": 1, "ms": ms, "share": 0.05, "off": 0.1})
+    assert "selection 5.0% of sparse (<= 10%: met), dense / all 2.00x, output off by 0.100" in told
+    whole = {**ms, "whole": 42.0}
+    assert "dense / all 1.00x" in line({"policy": "x", "dtype": "f32", "ms": whole, "share": 0.05, "off": 0.1})
     report = run(quick=True, json=tmp_path / "r.json", only="none")
     assert report["rows"] == [] and json.loads((tmp_path / "r.json").read_text()) == report
     assert policy_row("chunk-means{chunk=32,budget=64}", 256, "f32", 0, 1)["share"] > 0

@@ -21,6 +21,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from attncc.cli.app import app  # noqa: E402
 from attncc.convert.convert import Wish, convert  # noqa: E402
+from attncc.frontends.onnx import running  # noqa: E402
 from attncc.frontends.onnx.reading import read  # noqa: E402
 from attncc.frontends.targets import TargetError, load  # noqa: E402
 
@@ -151,12 +152,71 @@ def bad_axis(m: Any) -> None:
     m.graph.node[1].attribute[0].ints[:] = [0, 7, 1]
 
 
+def outside_in_an_attribute(m: Any) -> None:
+    data = numpy_helper.from_array(np.ones(1, np.float32), "v")
+    onnx.external_data_helper.set_external_data(data, "../secret")
+    data.ClearField("raw_data")
+    m.graph.initializer.append(numpy_helper.from_array(np.array([3], np.int64), "n"))
+    m.graph.node.insert(0, helper.make_node("ConstantOfShape", ["n"], ["v"], value=data))
+
+
+def inside(m: Any, *nodes: Any, **how: Any) -> None:
+    """Put a graph of these nodes in front of the softmax, as both branches of an `If`."""
+    m.graph.initializer.append(numpy_helper.from_array(np.array(True), "c"))
+    m.graph.input.append(helper.make_tensor_value_info("taken", TensorProto.BOOL, []))
+    graph = helper.make_graph(list(nodes), "branch", [], [helper.make_tensor_value_info("s2", FLOAT, None)], **how)
+    branches = {"then_branch": graph, "else_branch": graph}
+    m.graph.node.insert(3, helper.make_node("If", ["taken"], ["s3"], **branches))
+    m.graph.node[4].input[0] = "s3"
+
+
+def cycle_inside(m: Any) -> None:
+    inside(m, helper.make_node("Relu", ["s2"], ["t2"]), helper.make_node("Relu", ["t2"], ["s2"]))
+
+
+def unmade_inside(m: Any) -> None:
+    inside(m, helper.make_node("Relu", ["nowhere"], ["s2"]))
+
+
+def unknown_inside(m: Any) -> None:
+    inside(m, helper.make_node("Frobnicate", ["s"], ["s2"]))
+
+
+def outside_inside(m: Any) -> None:
+    data = numpy_helper.from_array(np.ones(1, np.float32), "d")
+    onnx.external_data_helper.set_external_data(data, "/etc/hostname")
+    data.ClearField("raw_data")
+    inside(m, helper.make_node("Add", ["s", "d"], ["s2"]), initializer=[data])
+
+
+def no_branch(m: Any) -> None:
+    inside(m, helper.make_node("Relu", ["s"], ["s2"]))
+    del m.graph.node[3].attribute[1:]
+
+
+def exponential_inside(m: Any) -> None:
+    """Forty functions, each of which calls the next one in both branches."""
+    m.opset_import.append(helper.make_opsetid("own", 1))
+    m.graph.input.append(helper.make_tensor_value_info("taken", TensorProto.BOOL, []))
+    for n in range(40):
+        call = helper.make_node("Identity", ["a"], ["o"]) if n == 39 else helper.make_node(
+            f"F{n + 1}", ["a", "t"], ["o"], domain="own")  # fmt: skip
+        graph = helper.make_graph([call], "branch", [], [helper.make_tensor_value_info("o", FLOAT, None)])
+        node = helper.make_node("If", ["t"], ["b"], then_branch=graph, else_branch=graph)
+        m.functions.append(helper.make_function("own", f"F{n}", ["a", "t"], ["b"], [node], list(m.opset_import)))
+    m.graph.node[3].domain, m.graph.node[3].op_type = "own", "F0"
+    m.graph.node[3].input.append("taken")
+    del m.graph.node[3].attribute[:]
+
+
 BAD: dict[Callable[[Any], None], str] = {
     cyclic: "cycle", unmade: "nothing makes", twice: "", no_output: "", untyped: "no type", future: "opset 999",
     ancient: "opset 1", no_opset: "opset 0", custom: "com.example", unknown: "Frobnicate", huge: "bytes", negative: "",
     short: "holds 8", strange_type: "", outside: "outside of its folder", absolute: "outside of its folder",
     absent: "no file", beyond: "does not hold", recursive: "calls itself", exponential: "functions make more",
-    bad_axis: "Transpose", huge_input: "shape", huge_tile: "Tile",
+    bad_axis: "Transpose", huge_input: "shape", huge_tile: "Tile", outside_in_an_attribute: "outside of its folder",
+    cycle_inside: "cycle", unmade_inside: "nothing makes", unknown_inside: "Frobnicate",
+    outside_inside: "outside of its folder", no_branch: "If", exponential_inside: "functions make more",
 }  # fmt: skip
 
 
@@ -172,6 +232,52 @@ def test_one_line(spoil: Callable[[Any], None], tmp_path: Path) -> None:
     assert done.exit_code == 2, done.output
     said = done.stderr.strip()
     assert said.startswith("attncc: ") and "\n" not in said and str(source) in said and BAD[spoil] in said
+    assert [x.name for x in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def field(number: int, data: bytes) -> bytes:
+    """A field of a message as protobuf writes it."""
+    length, n = bytearray(), len(data)
+    while n > 127:
+        length.append(n & 127 | 128)
+        n >>= 7
+    return bytes([number << 3 | 2, *length, n]) + data
+
+
+def test_graphs_inside_of_graphs(tmp_path: Path) -> None:
+    """Two thousand of them: more than is read."""
+    graph = b""
+    for _ in range(2000):
+        graph = field(1, field(5, field(6, graph)))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(field(7, graph))
+    with pytest.raises(TargetError, match="not a whole ONNX model") as raised:
+        read(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_loops_inside_of_loops_are_not_written_out_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty turns of sixty turns of sixty turns of sixty."""
+    node = helper.make_node("Relu", ["now"], ["next"])
+    for depth in range(4):
+        again = helper.make_node("Identity", ["more"], ["again"])
+        inputs = [helper.make_tensor_value_info(n, t, []) for n, t in (("at", TensorProto.INT64), ("more",
+            TensorProto.BOOL))]
+        outputs = [helper.make_tensor_value_info("again", TensorProto.BOOL, []),
+                   helper.make_tensor_value_info("next", FLOAT, None)]  # fmt: skip
+        body = helper.make_graph([node, again], "body", [*inputs, helper.make_tensor_value_info("now", FLOAT, None)],
+                                 outputs)  # fmt: skip
+        node = helper.make_node("Loop", ["turns", "", "now" if depth < 3 else "s"], ["next" if depth < 3 else "s2"],
+                                body=body)  # fmt: skip
+    model = good()
+    model.graph.initializer.append(numpy_helper.from_array(np.array(60), "turns"))
+    model.graph.node.insert(3, node)
+    model.graph.node[4].input[0] = "s2"
+    source = tmp_path / "model.onnx"
+    source.write_bytes(model.SerializeToString())
+    monkeypatch.setattr(running, "MOST_MORE", 200)  # the real one takes half a minute
+    with pytest.raises(TargetError, match="too many to be written out"):
+        convert(Wish(str(source), tmp_path / "out.pt2", "pt2", portable=True))
     assert [x.name for x in tmp_path.iterdir()] == ["model.onnx"]
 
 
@@ -191,10 +297,12 @@ def test_a_link_out_of_the_folder(tmp_path: Path) -> None:
 def fuzz(count: int, seed: int, tmp_path: Path) -> None:
     """Files with bytes changed, cut off, doubled or put in: a model, or one line."""
     print(f"seed {seed}")
-    chance, whole = random.Random(seed), good().SerializeToString()
+    chance, branched = random.Random(seed), good()
+    inside(branched, helper.make_node("Add", ["s", "s"], ["t2"]), helper.make_node("Relu", ["t2"], ["s2"]))
+    files = good().SerializeToString(), branched.SerializeToString()
     source, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
     for n in range(count):
-        data = bytearray(whole)
+        data = bytearray(files[n % 2])
         for _ in range(chance.choice((1, 1, 2, 5, 20))):
             at = chance.randrange(len(data) or 1)
             match chance.randrange(5):
@@ -220,7 +328,7 @@ def fuzz(count: int, seed: int, tmp_path: Path) -> None:
 
 
 def test_fuzzed_files(tmp_path: Path) -> None:
-    fuzz(100, 0, tmp_path)
+    fuzz(50, 0, tmp_path)
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""The kernel store: keys, atomic entries, corruption, concurrency, kills, full disks, permissions, pruning, records."""
+"""The kernel store: keys, atomic entries, corruption, concurrency, kills, full disks, permissions, pruning."""
 
 from __future__ import annotations
 
@@ -366,40 +366,3 @@ def test_pruning_takes_what_was_used_longest_ago(tmp_path: Path) -> None:
     assert [e.name for e in store.entries()] == ["k0", "k1"]
     assert store.find(keys[2], "k2") is None
     assert Store(tmp_path, limit=0).prune() == 1  # k1 was used within the hour
-
-
-def test_records(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    assert store.recall(KEY) is None
-    record = {"winner": "cpp", "us": {"cpp": 12.5, "sdpa": 20.0}, "shapes": [1, 2], "tied": False, "why": None}
-    assert store.remember(KEY, record)
-    assert Store(tmp_path).recall(KEY) == record
-    assert store.remember(KEY, {"winner": "sdpa"}) and store.recall(KEY) == {"winner": "sdpa"}
-    with pytest.raises(TypeError, match=r"record\.t"):
-        store.remember(KEY, {"t": object()})
-    assert leftovers(store) == []
-
-
-@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"record": {"winner": "cpp"}}'])
-def test_damaged_records_are_no_records(tmp_path: Path, damage: str) -> None:
-    store = Store(tmp_path)
-    store.remember(KEY, {"winner": "sdpa"})
-    (store.root / ".records" / f"{KEY}.json").write_text(damage)
-    assert store.recall(KEY) is None
-
-
-def test_a_record_changed_by_one_byte_is_no_record(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.remember(KEY, {"winner": "sdpa"})
-    path = store.root / ".records" / f"{KEY}.json"
-    path.write_text(path.read_text().replace("sdpa", "sdpb"))
-    assert store.recall(KEY) is None
-
-
-def test_a_full_disk_keeps_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(tmp_path)
-    store.remember(KEY, {"winner": "sdpa"})
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", full)
-        assert not store.remember(KEY, {"winner": "cpp"})
-    assert store.recall(KEY) == {"winner": "sdpa"} and leftovers(store) == []

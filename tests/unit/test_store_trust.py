@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from attncc.runtime import store_files
+from attncc.runtime import store_files, store_seals
 from attncc.runtime.store import Store, StoreError, key
 from attncc.runtime.store_files import way_is_safe
 
@@ -251,3 +251,29 @@ def test_whatever_lies_in_the_place_of_a_file_is_healed(
     healed = Store(tmp_path)
     assert healed.find(KEY, "k") is not None and healed.recall(KEY) == RECORD and healed.note is None
     assert healed.clear() == 1 and healed.entries() == []
+
+
+@pytest.mark.parametrize("place", ["", ".records", ".locks"])
+def test_a_folder_that_another_makes_meanwhile_is_kept(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a look at a place, where nothing was, and the next thing that is done there."""
+    root = tmp_path / "store-2"
+    watched = root / place
+    looks = {"lexists": os.path.lexists, "is_folder": store_files.is_folder}
+
+    def after(name: str) -> Callable[[Path], bool]:
+        def look(path: Path) -> bool:
+            found = looks[name](path)
+            if Path(path) == watched and not looks["lexists"](watched):
+                watched.mkdir(mode=0o700, parents=True)
+                (watched / "of another").write_text("kept")
+            return found
+
+        return look
+
+    monkeypatch.setattr(store_seals, "is_folder", after("is_folder"))
+    monkeypatch.setattr("attncc.runtime.store_seals.os.path.lexists", after("lexists"))
+    opened = store_seals.Opened(root)
+    assert opened.emptied is None
+    assert (watched / "of another").read_text() == "kept"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attncc.frontends.onnx.attention import attention
 from attncc.frontends.onnx.values import DTYPES, Unsupported, axis_of, integers, number, tensor
 
 Row = Callable[..., Any]
@@ -57,9 +58,15 @@ def _softmax(x: Any, *, axis: int | None = None, opset: int = 13, log: bool = Fa
 
 
 def _layer_norm(
-    x: Any, scale: Any, bias: Any = None, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
-) -> Any:
-    return F.layer_norm(x, x.shape[axis_of(axis, x.ndim) :], tensor(scale), None if bias is None else bias, epsilon)
+    x: Any, scale: Any, bias: Any = None, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1,
+    outputs: int = 1,
+) -> Any:  # fmt: skip
+    out = F.layer_norm(x, x.shape[axis_of(axis, x.ndim) :], tensor(scale), None if bias is None else bias, epsilon)
+    if outputs == 1:
+        return out
+    wide, axes = x.to(DTYPES[stash_type]), list(range(axis_of(axis, x.ndim), x.ndim))
+    mean = wide.mean(axes, keepdim=True)
+    return (out, mean, torch.rsqrt((wide - mean).pow(2).mean(axes, keepdim=True) + epsilon))[:outputs]
 
 
 def _rms_norm(x: Any, scale: Any, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1) -> Any:
@@ -100,6 +107,12 @@ def _sides(pads: Sequence[int] | None, auto_pad: str, x: torch.Tensor, kernel: S
     else:
         both = [(pads[i], pads[i + n]) for i in range(n)]
     return [p for pair in reversed(both) for p in pair]
+
+
+def _dropout(x: Any, ratio: Any = None, training: Any = None, *, seed: int = 0, outputs: int = 1, **how: Any) -> Any:
+    if training is not None and training is not False and (not isinstance(ratio, float) or ratio):
+        raise Unsupported("in training mode")
+    return (x, torch.ones_like(x, dtype=torch.bool))[:outputs]
 
 
 def _conv(
@@ -170,24 +183,31 @@ def _cumsum(x: Any, axis: Any, *, exclusive: int = 0, reverse: int = 0) -> Any:
 
 def _arg(op: Row) -> Row:
     def row(x: Any, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Any:
-        if select_last_index:
-            raise Unsupported("of the last one")
-        return op(x, axis, bool(keepdims))
+        if not select_last_index:
+            return op(x, axis, bool(keepdims))
+        return x.shape[axis] - 1 - op(x.flip(axis), axis, bool(keepdims))
 
     return row
 
 
 def _top_k(x: Any, k: Any, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> Any:
-    return tuple(torch.topk(x, number(k), axis, bool(largest), bool(sorted)))
+    order = torch.sort(tensor(x), dim=axis, descending=bool(largest), stable=True)  # the first of equals comes first
+    return tuple(y.narrow(axis, 0, number(k)) for y in order)
+
+
+def _scaled(n: Any, s: Any) -> Any:
+    """The size that an axis of size n has after it was resized by s."""
+    return n * int(s) if isinstance(s, float) and s.is_integer() else torch.sym_int(n * s)
 
 
 def _resize(
     x: Any, roi: Any = None, scales: Any = None, sizes: Any = None, *, mode: str = "nearest",
     coordinate_transformation_mode: str = "half_pixel", nearest_mode: str = "round_prefer_floor", **rest: Any,
 ) -> Any:  # fmt: skip
+    known: Any = ()
     if sizes is None:
-        known = [float(s) for s in tensor(scales).tolist()]
-        wanted = [int(n * s) for n, s in zip(x.shape, known, strict=True)]
+        known = scales if isinstance(scales, list) else tensor(scales).tolist()
+        wanted = [_scaled(n, s) for n, s in zip(x.shape, known, strict=True)]
     else:
         wanted = integers(sizes)
     how = mode, coordinate_transformation_mode, nearest_mode if mode == "nearest" else ""
@@ -197,25 +217,12 @@ def _resize(
         ("linear", "pytorch_half_pixel", ""): {"mode": "bilinear", "align_corners": False},
         ("linear", "align_corners", ""): {"mode": "bilinear", "align_corners": True},
     }
-    if how not in kinds or x.ndim != 4 or wanted[:2] != list(x.shape[:2]) or rest.get("antialias"):
+    pairs = zip(x.shape, known, wanted, strict=True) if sizes is None and mode == "linear" else ()
+    uneven = any(n * s != w for n, s, w in pairs)
+    single = coordinate_transformation_mode == "pytorch_half_pixel" and any(n == 1 for n in wanted[2:])
+    if uneven or single or how not in kinds or x.ndim != 4 or wanted[:2] != list(x.shape[:2]) or rest.get("antialias"):
         raise Unsupported(f"as {' '.join(how)}")
     return F.interpolate(x, size=wanted[2:], **kinds[how])
-
-
-def _attention(
-    q: Any, k: Any, v: Any, mask: Any = None, *, is_causal: int = 0, scale: float | None = None, q_num_heads: int = 0,
-    kv_num_heads: int = 0, softcap: float = 0.0, qk_matmul_output_mode: int = 0, softmax_precision: int | None = None,
-) -> Any:  # fmt: skip
-    flat = q.ndim == 3
-    if flat:
-        q = q.unflatten(-1, (q_num_heads, -1)).transpose(1, 2)
-        k, v = (x.unflatten(-1, (kv_num_heads, -1)).transpose(1, 2) for x in (k, v))
-    if softcap or (is_causal and mask is not None):
-        raise Unsupported("with a soft cap, or a mask beside the causal one")
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=bool(is_causal), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2).flatten(2) if flat else out
 
 
 def _rotary(
@@ -239,13 +246,13 @@ def _rotary(
 ROWS: dict[str, Row] = {
     "ArgMax": _arg(torch.argmax),
     "ArgMin": _arg(torch.argmin),
-    "Attention": _attention,
+    "Attention": attention,
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "CumSum": _cumsum,
-    "Dropout": lambda x, *rest, **how: x,  # inference: nothing is dropped
+    "Dropout": _dropout,
     "Einsum": lambda *xs, equation: torch.einsum(equation, *xs),
     "Gemm": _gemm,
     "GlobalAveragePool": lambda x: x.mean(list(range(2, x.ndim)), keepdim=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attncc.frontends.onnx.values import DTYPES, Unsupported, is_number, on_host, tensor
+from attncc.frontends.onnx.values import DTYPES, Typed, Unsupported, is_number, on_host, plain, tensor
 
 Row = Callable[..., Any]
 
@@ -49,7 +50,7 @@ _BINARY: dict[str, tuple[Row, Row]] = {
     "And": (torch.logical_and, operator.and_),
     "Or": (torch.logical_or, operator.or_),
     "Xor": (torch.logical_xor, operator.xor),
-    "Pow": (torch.pow, operator.pow),
+    "Pow": (lambda a, b: torch.pow(a, b).to(a.dtype), operator.pow),
 }
 
 
@@ -82,8 +83,8 @@ def _binary(of_tensors: Row, of_numbers: Row) -> Row:
             return _each(of_numbers, a, b)
         if any(isinstance(x, torch.Tensor) and x.ndim for x in (a, b)):
             a, b = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (a, b))
-        a, b = (x if is_number(x) else tensor(x) for x in (a, b))
-        if not isinstance(a, torch.Tensor) and of_tensors is not torch.pow:
+        a, b = (plain(x) if is_number(x) else tensor(x) for x in (a, b))
+        if not isinstance(a, torch.Tensor):
             if of_tensors in _TURNED:
                 return _TURNED[of_tensors](b, a)
             a = tensor(a, b.dtype)
@@ -128,8 +129,9 @@ def _where(c: Any, a: Any, b: Any) -> Any:
     if c.ndim:
         a, b = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (a, b))
     if is_number(a) and is_number(b):
-        return torch.where(c, tensor(a), tensor(b))
-    a, b = (x if is_number(x) else tensor(x) for x in (a, b))
+        dtype = next((x.dtype for x in (a, b) if isinstance(x, Typed)), None)
+        return torch.where(c, tensor(a, dtype), tensor(b, dtype))
+    a, b = (plain(x) if is_number(x) else tensor(x) for x in (a, b))
     return torch.where(c, a, b)
 
 
@@ -150,16 +152,21 @@ def _variadic(op: Row, host: Row) -> Row:
     return row
 
 
+def _rest(a: Any, b: Any) -> Any:
+    """What is left of a, with its sign."""
+    return a - b * _over(a, b)
+
+
 def _mod(a: Any, b: Any, *, fmod: int = 0) -> Any:
     if on_host(a) and on_host(b):
-        return _each(operator.mod, a, b)
+        return _each(math.fmod if fmod and type(a) is float else _rest if fmod else operator.mod, a, b)
     return (torch.fmod if fmod else torch.remainder)(tensor(a), b if is_number(b) else tensor(b))
 
 
 def _clip(x: Any, low: Any = None, high: Any = None, *, min: Any = None, max: Any = None) -> Any:
     low, high = (min if low is None else low), (max if high is None else high)
     x = tensor(x)
-    low, high = (y if y is None or is_number(y) else tensor(y) for y in (low, high))
+    low, high = (y if y is None else plain(y) if is_number(y) else tensor(y) for y in (low, high))
     if any(isinstance(y, torch.Tensor) for y in (low, high)):
         low, high = (y if y is None else tensor(y, x.dtype) for y in (low, high))
     return torch.clamp(x, low, high) if low is not None or high is not None else x
@@ -170,8 +177,10 @@ def _cast(x: Any, *, to: int, saturate: int = 1) -> Any:
     if dtype is None:
         raise Unsupported(f"to the element type {to}")
     if is_number(x) and not isinstance(x, torch.SymBool):
+        if dtype.is_floating_point and dtype != torch.float32 and isinstance(x, int | float):
+            return Typed(x, dtype)
         if dtype.is_floating_point:
-            return torch.sym_float(x)
+            return torch.sym_float(plain(x))
         if dtype == torch.int64 and not isinstance(x, torch.SymFloat):
             return int(x) if isinstance(x, float | bool) else x
         if dtype == torch.bool and isinstance(x, bool | int):
@@ -186,7 +195,8 @@ def _cast(x: Any, *, to: int, saturate: int = 1) -> Any:
 def _cast_like(x: Any, y: Any, *, saturate: int = 1) -> Any:
     y = tensor(y)
     floats = isinstance(x, float) or (isinstance(x, list) and all(isinstance(n, float) for n in x))
-    return x if floats and y.dtype == torch.float32 else tensor(x).to(y.dtype)
+    same = floats and y.dtype == torch.float32 and not isinstance(x, Typed)
+    return x if same else tensor(x).to(y.dtype)
 
 
 def _gelu(x: Any, *, approximate: str = "none") -> Any:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attncc.frontends.onnx import layers, pointwise, shapes
-from attncc.frontends.onnx.reading import STANDARD, constants, opset_of
+from attncc.frontends.onnx.control import Control, captured, graphs_of, run_control
+from attncc.frontends.onnx.reading import STANDARD, constants, every_node, opset_of, scales
 from attncc.frontends.onnx.values import DTYPES, Unsupported, of_constant, tensor
 from attncc.frontends.targets import TargetError, one_line
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 #: What each operator of ONNX is in torch, by its name.
 ROWS: dict[str, Callable[..., Any]] = {**pointwise.ROWS, **shapes.ROWS, **layers.ROWS}
+#: Those that hold graphs.
+CONTROL = ("If", "Loop", "Scan")
+#: So many more nodes are run than a file holds: loops inside of loops, written out, can make as many as they like.
+MOST_MORE = 10_000
 
 
 @cache
@@ -34,7 +40,7 @@ def missing(model: ir.Model) -> list[str]:
     """The operators of a model that have no row, once each."""
     return list(dict.fromkeys(
         f"{n.domain}::{n.op_type}" if n.domain else n.op_type
-        for n in model.graph if n.domain not in STANDARD or n.op_type not in ROWS
+        for n in every_node(model) if n.domain not in STANDARD or n.op_type not in (*ROWS, *CONTROL)
     ))  # fmt: skip
 
 
@@ -59,7 +65,10 @@ def of_data(x: Any) -> torch.Tensor:
     dtype = DTYPES.get(int(x.dtype))
     if dtype is None:
         raise Unsupported(f"of {x.dtype.name.lower()} data")
-    data = x.numpy()
+    try:
+        data = x.numpy()
+    except Exception as error:
+        raise Unsupported(f"which cannot be read ({one_line(error)})") from error
     if dtype == torch.bfloat16:
         return torch.from_numpy(data.view("int16").copy()).view(torch.bfloat16)
     return torch.from_numpy(data if data.flags.writeable else data.copy())
@@ -92,33 +101,70 @@ def _of_domain(node: ir.Node) -> str:
     return f" (of the domain {node.domain!r})" if node.domain not in STANDARD else ""
 
 
+@dataclass(frozen=True)
+class Running:
+    """A run of a model. `data` are its constants by name; `seen` is called with each value that is made; `control` says
+    what nodes give that hold graphs."""
+
+    opset: int
+    data: Mapping[str, Any]
+    seen: Callable[[ir.Value, Any], object] = lambda value, x: None
+    control: Control = run_control
+    left: list[int] = field(default_factory=lambda: [MOST_MORE])
+
+    def graph(self, graph: ir.Graph, inputs: Sequence[Any], around: Mapping[Any, Any]) -> list[Any]:
+        """The outputs of a graph for its inputs and what is known around it. Values are dropped after their last
+        use."""
+        known = {None: None, **around}
+        known.update((v, self.data[name]) for name, v in graph.initializers.items())
+        free = [v for v in graph.inputs if v.name not in graph.initializers]
+        known.update(zip(free, inputs, strict=True))
+        for v, x in zip(free, inputs, strict=True):
+            self.seen(v, x)
+        reads = {node: _read(node) for node in graph}
+        last = {x: node for node, read in reads.items() for x in read}
+        kept = {*graph.outputs, None}
+        for node, read in reads.items():
+            for v, x in zip(node.outputs, self._node(node, known), strict=False):
+                known[v] = x
+                self.seen(v, x)
+            for x in read:
+                if x not in kept and last.get(x) is node:
+                    del known[x]
+        return [known[v] for v in graph.outputs]
+
+    def _node(self, node: ir.Node, known: Mapping[Any, Any]) -> tuple[Any, ...]:
+        self.left[0] -= 1
+        if self.left[0] < 0:
+            raise TargetError("its loops inside of loops are too many to be written out")
+        if node.op_type == "Constant" and node.outputs[0].name in self.data:
+            return (self.data[str(node.outputs[0].name)],)
+        given = [known[x] for x in node.inputs]
+        if node.op_type not in CONTROL or node.domain not in STANDARD:
+            return run_node(node, given, self.opset)
+        try:
+            return self.control(self.graph, node, given, known)
+        except TargetError:
+            raise
+        except Exception as error:
+            why = f"it {error}" if isinstance(error, Unsupported) else one_line(error)
+            raise TargetError(f"the node {node.name or node.op_type!r} ({node.op_type}): {why}") from error
+
+
+def _read(node: ir.Node) -> set[ir.Value]:
+    """What a node reads, the graphs that it holds included."""
+    inner = [x for g in graphs_of(node).values() for x in captured(g)] if node.op_type in CONTROL else []
+    return {*(x for x in node.inputs if x is not None), *inner}
+
+
 def run(
     model: ir.Model, inputs: Mapping[str, Any], data: Mapping[str, Any],
-    seen: Callable[[ir.Value, Any], object] = lambda value, x: None,
+    seen: Callable[[ir.Value, Any], object] = lambda value, x: None, control: Control = run_control,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """The outputs of a graph. `data` are its constants by name; `seen` is called with each value that is made. Values
-    are dropped after their last use."""
-    opset = opset_of(model)
-    known: dict[Any, Any] = {None: None}
-    for name, v in model.graph.initializers.items():
-        known[v] = data[name]
-    for v in model.graph.inputs:
-        if v not in known:
-            known[v] = inputs[str(v.name)]
-    last = {x: node for node in model.graph for x in node.inputs if x is not None}
-    kept = {*model.graph.outputs, None}
-    for node in model.graph:
-        if node.op_type == "Constant" and node.outputs[0].name in data:
-            made: tuple[Any, ...] = (data[str(node.outputs[0].name)],)
-        else:
-            made = run_node(node, [known[x] for x in node.inputs], opset)
-        for v, x in zip(node.outputs, made, strict=False):
-            known[v] = x
-            seen(v, x)
-        for x in set(node.inputs):
-            if x is not None and x not in kept and last.get(x) is node:
-                del known[x]
-    return [tensor(known[v]) for v in model.graph.outputs]
+    """The outputs of a model (`Running`)."""
+    free = [inputs[str(v.name)] for v in model.graph.inputs if v.name not in model.graph.initializers]
+    most = MOST_MORE + 2 * sum(1 for _ in every_node(model))
+    return [tensor(x) for x in Running(opset_of(model), data, seen, control, [most]).graph(model.graph, free, {})]
 
 
 class OnnxModule(torch.nn.Module):
@@ -131,8 +177,9 @@ class OnnxModule(torch.nn.Module):
         self.names = [str(v.name) for v in model.graph.inputs if v.name not in model.graph.initializers]
         self.places: dict[str, str] = {}
         self.numbers: dict[str, Any] = {}
+        plain = scales(model)
         for at, (name, x) in enumerate(constants(model).items()):
-            value = of_constant(of_data(x))
+            value = of_constant(of_data(x), name in plain)
             if not isinstance(value, torch.Tensor):
                 self.numbers[name] = value
                 continue

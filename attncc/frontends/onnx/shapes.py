@@ -206,6 +206,16 @@ def _trilu(x: Any, k: Any = 0, *, upper: int = 1) -> Any:
     return (torch.triu if upper else torch.tril)(x, number(k))
 
 
+def _from_front(index: torch.Tensor, n: Any) -> torch.Tensor:
+    """Places, those counted from the end too, as they are counted from the front."""
+    return torch.where(index < 0, index + n, index).long()
+
+
+def _gather_elements(x: Any, index: Any, *, axis: int = 0) -> Any:
+    x = tensor(x)
+    return torch.gather(x, axis, _from_front(tensor(index), x.shape[axis]))
+
+
 def _gather_nd(x: Any, index: Any, *, batch_dims: int = 0) -> Any:
     index = tensor(index)
     if batch_dims:
@@ -223,6 +233,7 @@ def _scatter_nd(x: Any, index: Any, updates: Any, *, reduction: str = "none") ->
 
 def _scatter_elements(x: Any, index: Any, updates: Any, *, axis: int = 0, reduction: str = "none") -> Any:
     x, index, updates = tensor(x), tensor(index), tensor(updates)
+    index = _from_front(index, x.shape[axis])
     if reduction == "none":
         return x.scatter(axis, index, updates)
     names = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
@@ -275,7 +286,7 @@ ROWS: dict[str, Row] = {
     "EyeLike": _eye_like,
     "Flatten": _flatten,
     "Gather": _gather,
-    "GatherElements": lambda x, index, *, axis=0: torch.gather(tensor(x), axis, tensor(index)),
+    "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
     "OneHot": _one_hot,
     "Pad": _pad,

@@ -21,6 +21,22 @@ NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
 MOST_ON_HOST = 64
 
 
+class Typed(float):
+    """A number known on the host of another type than float32."""
+
+    def __new__(cls, x: float, dtype: torch.dtype) -> Typed:
+        made = super().__new__(cls, torch.tensor(x, dtype=dtype).item())
+        made.dtype = dtype
+        return made
+
+    dtype: torch.dtype
+
+
+def plain(x: Any) -> Any:
+    """A value as torch's functions take it."""
+    return float(x) if isinstance(x, Typed) else x
+
+
 class Unsupported(Exception):
     """A node that has no row, or asks of one what it cannot do. The message is one line."""
 
@@ -45,7 +61,8 @@ def tensor(x: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
     if dtype is None:
         real = isinstance(x, float | torch.SymFloat)
         dtype = torch.bool if isinstance(x, bool) else torch.float32 if real else torch.int64
-    return torch.full((), x, dtype=dtype)
+        dtype = x.dtype if isinstance(x, Typed) else dtype
+    return torch.full((), plain(x), dtype=dtype)
 
 
 def integers(x: Any) -> list[Any]:
@@ -65,13 +82,15 @@ def number(x: Any) -> Any:
     return found[0]
 
 
-def of_constant(x: torch.Tensor) -> Any:
-    """A constant as it takes part in a run: what can be a shape, and floats without dimensions, are known on the
-    host."""
+def of_constant(x: torch.Tensor, numbers: bool = False) -> Any:
+    """A constant as it takes part in a run: what can be a shape, floats without dimensions, and vectors that are said
+    to be plain `numbers`, are known on the host."""
+    if numbers and x.ndim == 1 and x.numel() <= MOST_ON_HOST:
+        return x.tolist()
     if x.dtype == torch.int64 and x.ndim <= 1 and x.numel() <= MOST_ON_HOST:
         return x.tolist()
     if x.ndim == 0 and (x.is_floating_point() or x.dtype == torch.bool):
-        return x.item()
+        return x.item() if x.dtype in (torch.float32, torch.bool) else Typed(x.item(), x.dtype)
     if x.dtype == torch.float32 and x.ndim == 1 and x.numel() == 1:
         return x.tolist()
     return x

@@ -42,11 +42,11 @@ struct Room {
     bool reserve(const Call& c, const Plan& p) {
         const size_t rows = p.group * c.M * sizeof(real), block = QUERIES * KEYS * sizeof(real), column = QUERIES * sizeof(real);
         void** const places[] = {(void**)&w.scores, (void**)&w.slopes, (void**)&w.dk, (void**)&w.dv, (void**)&w.near,
-                                 (void**)&w.key_sums, (void**)&w.diagonals, (void**)&w.slants.at, (void**)&w.bases, (void**)&w.deltas, &w.k, &w.v,
-                                 &w.k_rows, &w.q, &w.g, &w.turned, &w.packed, (void**)&w.part};
+                                 (void**)&w.key_sums, (void**)&w.diagonals, (void**)&w.slants.at, (void**)&w.bases, (void**)&w.deltas,
+                                 (void**)&w.shares, &w.k, &w.v, &w.k_rows, &w.q, &w.g, &w.turned, &w.packed, (void**)&w.part};
         const size_t sizes[] = {block, block, column * dk_rows(c), column * dv_rows(c),
                                 (STAGED * KEYS * LANES + LANES) * sizeof(real), (TERMS + 1) * column,
-                                BY_DISTANCE ? TERMS * LANES * DIAGONALS * sizeof(real) : 0, slanted_size(), rows, rows,
+                                BY_DISTANCE ? TERMS * LANES * DIAGONALS * sizeof(real) : 0, slanted_size(), rows, rows, rows,
                                 k_room(c), v_room(c), k_rows_room(c), q_room(c), g_room(c), turned_room(c, p.group), packed_room(),
                                 p.splits > 1 ? 0 : part_size(c, p)};
         size_t total = 0;
@@ -59,8 +59,9 @@ struct Room {
     }
 };
 
-// Everything that one tile of keys and one block of query rows of member `t.g0` of the group give.
-static void add_block(const Call& c, const Batch& b, Tile& t, const Rows& at, const Part& part, Work& w) {
+// Everything that one tile of keys and one block of query rows of member `t.g0` of the group give; or what the weights of
+// these rows sum to. One code for both: most of it is the products.
+static void add_block(const Call& c, const Batch& b, Tile& t, const Rows& at, const Part& part, Work& w, bool sums) {
     score_products(c, t, at, w);
     int64_t from, to;
     full_run(t, at.j0, at.count, from, to);
@@ -74,11 +75,18 @@ static void add_block(const Call& c, const Batch& b, Tile& t, const Rows& at, co
     for (int64_t column = 0; column < t.columns; ++column) {
         if (STAGED) bring_near(c, u, t.values[column], at.count, w.near);
         if (SLANTED) bring_slanted(c, b, u, t, column * LANES, at.count, w.slants);
+        if (HAS_SINK == 0 && sums) {
+            sum_rows<true>(c, t, u, column, 0, from, w);
+            sum_rows<false>(c, t, u, column, from, to, w);
+            sum_rows<true>(c, t, u, column, to, at.count, w);
+            continue;
+        }
         derive_rows<true>(c, b, t, u, column, 0, from, part, w, whole);
         derive_rows<false>(c, b, t, u, column, from, to, part, w, whole);
         derive_rows<true>(c, b, t, u, column, to, at.count, part, w, whole);
         pack_column(at, column, w);
     }
+    if (sums) return;
     for (int x = 0; x < TERMS; ++x)
         if (OVER[x] == ALL) part.sums[x][t.g0] += sum_of_lanes(whole[x]);
         else if (OVER[x] == DISTANCE) add_diagonals(c, t, at.j0, x, part, w);
@@ -113,7 +121,8 @@ static void put_columns(const Tile& t, const real* in, int64_t rows_in, int64_t 
     }
 }
 
-static void run_tile(const Call& c, const Plan& p, int64_t point, int64_t number, Work& w, const Part& part) {
+// A tile of keys with all the blocks of query rows, of each member, that see any of them.
+static void visit_tile(const Call& c, const Plan& p, int64_t point, int64_t number, Work& w, const Part& part, bool sums) {
     Tile& t = w.tile;
     t.i0 = number * QUERIES;
     t.i1 = t.i0 + QUERIES < c.N ? t.i0 + QUERIES : c.N;
@@ -121,8 +130,6 @@ static void run_tile(const Call& c, const Plan& p, int64_t point, int64_t number
     t.columns = (t.rows + LANES - 1) / LANES;
     t.few = false;
     load_keys(c, batch_of(c, point, 0), t, w);
-    if (WANTS_K) memset(w.dk, 0, QUERIES * dk_rows(c) * sizeof(real));
-    if (WANTS_V) memset(w.dv, 0, QUERIES * dv_rows(c) * sizeof(real));
     for (int64_t m = 0; m < p.group; ++m) {
         const Batch b = batch_of(c, point, m);
         t.g0 = m;
@@ -136,16 +143,39 @@ static void run_tile(const Call& c, const Plan& p, int64_t point, int64_t number
         w.slants.group = -1;
         for (int64_t j = t.lo; (j = first_key(t, j)) < t.hi;) {
             const int64_t j0 = j / BLOCK_STEP * BLOCK_STEP, most = j0 + KEYS < t.hi ? j0 + KEYS : t.hi, end = run_end(t, j, most);
-            add_block(c, b, t, rows_at(c, b, j0, end - j0, w), part, w);
+            add_block(c, b, t, rows_at(c, b, j0, end - j0, w), part, w, sums);
             j = end;
         }
-        for (int n = 0; n < TERMS; ++n)
+        for (int n = 0; n < TERMS && !sums; ++n)
             if (OVER[n] == KEY)
                 for (int64_t l = 0; l < t.rows; ++l) sums_at(c, b, n)[(t.i0 + l) * sums_step(c, n)] = w.key_sums[n * QUERIES + l];
     }
+}
+
+static void run_tile(const Call& c, const Plan& p, int64_t point, int64_t number, Work& w, const Part& part) {
+    if (WANTS_K) memset(w.dk, 0, QUERIES * dk_rows(c) * sizeof(real));
+    if (WANTS_V) memset(w.dv, 0, QUERIES * dv_rows(c) * sizeof(real));
+    visit_tile(c, p, point, number, w, part, false);
     const Batch b = batch_of(c, point, 0);
-    if (WANTS_K) put_columns(t, w.dk, dk_rows(c), c.D, dk_at(c, b), c.dk_i, c.dk_d);
-    if (WANTS_V) put_columns(t, w.dv, dv_rows(c), c.E, dv_at(c, b), c.dv_i, c.dv_e);
+    if (WANTS_K) put_columns(w.tile, w.dk, dk_rows(c), c.D, dk_at(c, b), c.dk_i, c.dk_d);
+    if (WANTS_V) put_columns(w.tile, w.dv, dv_rows(c), c.E, dv_at(c, b), c.dv_i, c.dv_e);
+}
+
+// What divides the weights of each row: one, or what they sum to where the row's lse is far.
+static void find_shares(const Call& c, const Plan& p, int64_t point, Work& w, const Part& part) {
+    bool any = false;
+    for (int64_t m = 0; m < p.group; ++m) {
+        const real* lse = lse_at(c, batch_of(c, point, m));
+        for (int64_t j = 0; j < c.M; ++j) any |= is_far(lse[j * c.lse_j]);
+    }
+    for (int64_t j = 0; j < p.group * c.M; ++j) w.shares[j] = any ? 0 : 1;
+    if (!any) return;
+    for (int64_t n = 0; n < p.tiles; ++n) visit_tile(c, p, point, n, w, part, true);
+    for (int64_t m = 0; m < p.group; ++m) {
+        const real* lse = lse_at(c, batch_of(c, point, m));
+        real* shares = w.shares + m * c.M;
+        for (int64_t j = 0; j < c.M; ++j) shares[j] = is_far(lse[j * c.lse_j]) && shares[j] > 0 ? 1 / shares[j] : 1;
+    }
 }
 
 // What the items of a point add up to, written where it belongs.
@@ -175,6 +205,7 @@ static void run_item(const Call& c, const Plan& p, int64_t item, Work& w, char* 
         prepare_rows(c, batch_of(c, point, m), w.bases + m * c.M, w.deltas + m * c.M);
         prepare_member(c, batch_of(c, point, m), m, w);
     }
+    find_shares(c, p, point, w, part);
     for (int64_t n = split; n < p.tiles; n += p.splits) run_tile(c, p, point, n, w, part);
     if (p.splits == 1) put_part(c, p, point, part);
 }

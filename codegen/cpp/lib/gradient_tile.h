@@ -5,7 +5,7 @@ INLINE int64_t round_to(int64_t n, int64_t step) { return (n + step - 1) / step 
 // One thread's working memory. Scores and their gradients hold a vector of keys for each query row, `SCORE_ROW` from row to
 // row and `SCORE_NEXT` from vector to vector; what else there is says gradient_plain.h or gradient_tiles.h.
 struct Work {
-    real *scores, *slopes, *dk, *dv, *near, *key_sums, *diagonals, *bases, *deltas;
+    real *scores, *slopes, *dk, *dv, *near, *key_sums, *diagonals, *bases, *deltas, *shares;
     void *k, *v, *k_rows, *q, *g, *turned, *packed;
     char* part;
     Slants slants;
@@ -18,16 +18,28 @@ struct Part {
     real* sums[TERMS + 1];
 };
 
+// A row whose lse is so far from zero is off by more than its weights' last digits: they are summed first, and divided by it.
+constexpr real FAR = REAL_IS_DOUBLE ? 1024 : 32;
+INLINE bool is_far(real lse) { return HAS_SINK == 0 && lse - lse == 0 && (lse > FAR || lse < -FAR); }
+
+// The weights of one vector of keys for query row j, but for what divides all of the row.
+template <bool MASKED>
+INLINE vreal weights(const Call& c, const Uniform& u, const RowValues& r, int64_t j, real base, const real* s, vmask& visible,
+                     vreal& slope, vreal& factor, vreal (&terms)[TERMS + 1]) {
+    vreal logit;
+    local<MASKED>(c, u, r, j, load(s), visible, logit, slope, factor, terms);
+    const vreal p = exp2_weight(logit * SCALE - splat(base));
+    return MASKED ? pick(visible, p, vreal{}) : p;
+}
+
 // One vector of keys against query row j: the score in `s` becomes the weight that the value's gradient takes, the number in
 // `ds`, gradient times value, becomes the gradient of the score. `terms` are the gradients of loads.
 template <bool MASKED>
-INLINE void derive(const Call& c, const Uniform& u, const RowValues& r, int64_t j, real base, real delta, vmask present,
+INLINE void derive(const Call& c, const Uniform& u, const RowValues& r, int64_t j, real base, real share, real delta, vmask present,
                    real* s, real* ds, vreal (&terms)[TERMS + 1]) {
     vmask visible = present;
-    vreal logit, slope, factor;
-    local<MASKED>(c, u, r, j, load(s), visible, logit, slope, factor, terms);
-    vreal p = exp2_weight(logit * SCALE - splat(base));
-    if (MASKED) p = pick(visible, p, vreal{});
+    vreal slope, factor;
+    const vreal p = weights<MASKED>(c, u, r, j, base, s, visible, slope, factor, terms) * splat(share);
     const vreal t = p * (load(ds) * factor - splat(delta)), x = t * slope;
     store(s, p * factor);
     store(ds, MASKED ? pick(visible, x, vreal{}) : x);
@@ -56,19 +68,38 @@ INLINE void add_diagonals(const Call& c, const Tile& t, int64_t j0, int term, co
 
 INLINE real sum_of_lanes(vreal x) { real s = 0; EACH_LANE(s += x[l]) return s; }
 
+INLINE vmask present_in(const Tile& t, int64_t column) {
+    vmask present;
+    EACH_LANE(present[l] = -(mask_int)(column * LANES + l < t.rows))
+    return present;
+}
+
+// Rows [from, to) of the block from j0 on against one vector of keys: what their weights sum to.
+template <bool MASKED>
+static void sum_rows(const Call& c, const Tile& t, const Uniform& u, int64_t column, int64_t from, int64_t to, Work& w) {
+    const vmask present = MASKED ? present_in(t, column) : splat_mask(true);
+    const real *bases = w.bases + t.g0 * c.M, *s = w.scores + column * SCORE_NEXT;
+    for (int64_t n = from; n < to; ++n) {
+        vmask visible = present;
+        vreal slope, factor, terms[TERMS + 1];
+        const int64_t j = u.j0 + n;
+        const vreal p = weights<MASKED>(c, u, t.values[column], j, bases[j], s + n * SCORE_ROW, visible, slope, factor, terms);
+        w.shares[t.g0 * c.M + j] += sum_of_lanes(p);
+    }
+}
+
 // Rows [from, to) of the block from j0 on against one vector of keys.
 template <bool MASKED>
 static void derive_rows(const Call& c, const Batch& b, const Tile& t, const Uniform& u, int64_t column, int64_t from, int64_t to,
                         const Part& part, Work& w, vreal (&whole)[TERMS + 1]) {
-    vmask present = splat_mask(true);
-    if (MASKED) EACH_LANE(present[l] = -(mask_int)(column * LANES + l < t.rows))
+    const vmask present = MASKED ? present_in(t, column) : splat_mask(true);
     const RowValues& r = t.values[column];
-    const real *bases = w.bases + t.g0 * c.M, *deltas = w.deltas + t.g0 * c.M;
+    const real *bases = w.bases + t.g0 * c.M, *deltas = w.deltas + t.g0 * c.M, *shares = w.shares + t.g0 * c.M;
     real *s = w.scores + column * SCORE_NEXT, *ds = w.slopes + column * SCORE_NEXT;
     for (int64_t n = from; n < to; ++n) {
         vreal terms[TERMS + 1];
         const int64_t j = u.j0 + n;
-        derive<MASKED>(c, u, r, j, bases[j], deltas[j], present, s + n * SCORE_ROW, ds + n * SCORE_ROW, terms);
+        derive<MASKED>(c, u, r, j, bases[j], shares[j], deltas[j], present, s + n * SCORE_ROW, ds + n * SCORE_ROW, terms);
         for (int x = 0; x < TERMS; ++x) {
             if (OVER[x] == ALL) whole[x] += terms[x];
             if (OVER[x] == QUERY) part.sums[x][t.g0 * c.M + j] += sum_of_lanes(terms[x]);

@@ -44,7 +44,7 @@ struct Block {
     int64_t k_row;
 };
 
-static const uint16_t* pack_keys(const Call& c, const k_element* k, int64_t count, uint16_t* out) {
+static void pack_keys(const Call& c, const k_element* k, int64_t count, uint16_t* out) {
     const int64_t width = padded_d(c);
     for (int64_t j = 0; j < round_to(count, 32); ++j) {
         uint16_t* to = out + j * width;
@@ -53,7 +53,6 @@ static const uint16_t* pack_keys(const Call& c, const k_element* k, int64_t coun
             for (int64_t d = 0; d < c.D; ++d) to[d] = j < count ? k[j * c.k_j + d * c.k_d].bits : 0;
         for (int64_t d = c.D; d < width; ++d) to[d] = 0;
     }
-    return out;
 }
 
 #if TILES
@@ -71,7 +70,7 @@ INLINE void put_pairs(const Call& c, vword (&x)[16], int64_t key, int64_t e, uin
 }
 #endif
 
-static const uint16_t* pack_values(const Call& c, const v_element* v, int64_t count, uint16_t* out) {
+static void pack_values(const Call& c, const v_element* v, int64_t count, uint16_t* out) {
     for (int64_t key = 0; key < count; key += 32)
         for (int64_t e = 0; e < padded_e(c); e += 16) {
             vword x[16];
@@ -100,18 +99,22 @@ static const uint16_t* pack_values(const Call& c, const v_element* v, int64_t co
             }
             put_pairs(c, x, key, e, out);
         }
-    return out;
 }
 
-static Block load_block(const Call& c, const k_element* k, const v_element* v, int64_t j0, int64_t count, real* k_at,
-                        real* v_at) {
-    k += j0 * c.k_j;
-    v += j0 * c.v_j;
-    Block x = {j0, count, (const uint16_t*)k, nullptr, c.k_j};
-    const bool direct = c.k_d == 1 && (TILES ? c.D % 32 == 0 && count % 16 == 0 : c.D % 2 == 0);
-    if (!direct) x.k = pack_keys(c, k, count, (uint16_t*)k_at), x.k_row = padded_d(c);
-    x.v = pack_values(c, v, count, (uint16_t*)v_at);
-    return x;
+INLINE bool keys_as_they_lie(const Call& c, int64_t count) {
+    return c.k_d == 1 && (TILES ? c.D % 32 == 0 && count % 16 == 0 : c.D % 2 == 0);
+}
+// Keys [j0, j0 + count) of a batch point, as they lie or where `bring` puts them.
+static Block block_of(const Call& c, const k_element* k, const v_element*, int64_t j0, int64_t count, real* k_at, real* v_at) {
+    if (!keys_as_they_lie(c, count)) return {j0, count, (const uint16_t*)k_at, (const uint16_t*)v_at, padded_d(c)};
+    return {j0, count, (const uint16_t*)(k + j0 * c.k_j), (const uint16_t*)v_at, c.k_j};
+}
+// Its keys from `from`, a multiple of KEY_STEP, to `to`, counted from its first, packed.
+static void bring(const Call& c, const k_element* k, const v_element* v, const Block& x, int64_t from, int64_t to, real* k_at,
+                  real* v_at) {
+    if (!keys_as_they_lie(c, x.count))
+        pack_keys(c, k + (x.j0 + from) * c.k_j, to - from, (uint16_t*)k_at + from * padded_d(c));
+    pack_values(c, v + (x.j0 + from) * c.v_j, to - from, (uint16_t*)v_at + v_tile(c, from, 0));
 }
 static Block part_of(const Call& c, const Block& x, int64_t from, int64_t to) {
     return {x.j0 + from, to - from, x.k + from * x.k_row, x.v + v_tile(c, from, 0), x.k_row};

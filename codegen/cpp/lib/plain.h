@@ -20,17 +20,23 @@ struct Block {
 INLINE const real* compute_type(const real* p) { return p; }
 template <class T> INLINE const real* compute_type(const T*) { return nullptr; }
 
-// Keys [j0, j0 + count) of a batch point whose first key is at k, first value at v.
-static Block load_block(const Call& c, const k_element* k, const v_element* v, int64_t j0, int64_t count, real* k_at,
-                        real* v_at) {
-    k += j0 * c.k_j;
-    v += j0 * c.v_j;
-    Block x = {j0, count, compute_type(k), compute_type(v), c.k_j, c.k_d, c.v_j, c.v_e};
-    if (!x.k) x.k = plain(k, c.k_j, c.k_d, count, c.D, k_at), x.k_row = c.D, x.k_col = 1;
-    if (!x.v) x.v = plain(v, c.v_j, c.v_e, count, c.E, v_at), x.v_row = c.E, x.v_col = 1;
+// Keys [j0, j0 + count) of a batch point whose first key is at k, first value at v: as they lie, or where `bring` puts them.
+static Block block_of(const Call& c, const k_element* k, const v_element* v, int64_t j0, int64_t count, real* k_at,
+                      real* v_at) {
+    Block x = {j0, count, compute_type(k + j0 * c.k_j), compute_type(v + j0 * c.v_j), c.k_j, c.k_d, c.v_j, c.v_e};
+    if (!x.k) x.k = k_at, x.k_row = c.D, x.k_col = 1;
+    if (!x.v) x.v = v_at, x.v_row = c.E, x.v_col = 1;
     return x;
 }
-// Its keys from `from` to `to`, counted from its first.
+// Its keys from `from` to `to`, counted from its first, in the compute type.
+static void bring(const Call& c, const k_element* k, const v_element* v, const Block& x, int64_t from, int64_t to, real* k_at,
+                  real* v_at) {
+    k += (x.j0 + from) * c.k_j;
+    v += (x.j0 + from) * c.v_j;
+    if (!compute_type(k)) plain(k, c.k_j, c.k_d, to - from, c.D, k_at + from * c.D);
+    if (!compute_type(v)) plain(v, c.v_j, c.v_e, to - from, c.E, v_at + from * c.E);
+}
+// The same keys as a block.
 static Block part_of(const Call&, const Block& x, int64_t from, int64_t to) {
     return {x.j0 + from, to - from, x.k + from * x.k_row, x.v + from * x.v_row, x.k_row, x.k_col, x.v_row, x.v_col};
 }

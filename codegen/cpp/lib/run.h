@@ -5,6 +5,9 @@ struct Plan {
     int64_t items() const { return batches * items_each * splits; }
 };
 
+// Keys of a split part at least, and what their number is a multiple of.
+constexpr int64_t LEAST_SPLIT = 512, SPLIT_STEP = 128;
+
 static Plan plan(const Call& c, int64_t threads) {
     Plan p;
     p.tiling = tiling(c);
@@ -18,11 +21,11 @@ static Plan plan(const Call& c, int64_t threads) {
     p.splits = 1;
     if (CAN_SPLIT && threads > 1 && items > 0 && items < 4 * threads) {
         p.splits = (4 * threads + items - 1) / items;
-        const int64_t most = c.M / (4 * KEYS);
+        const int64_t most = c.M / LEAST_SPLIT;
         p.splits = p.splits > most ? most : p.splits;
         if (p.splits < 1) p.splits = 1;
     }
-    p.split_keys = ((c.M + p.splits - 1) / p.splits + KEYS - 1) / KEYS * KEYS;
+    p.split_keys = ((c.M + p.splits - 1) / p.splits + SPLIT_STEP - 1) / SPLIT_STEP * SPLIT_STEP;
     return p;
 }
 
@@ -95,6 +98,10 @@ static bool reserve(const Call& c, Scratch& s) {
 
 static_assert(LEAST_GAP >= KEY_STEP, "a part that begins early meets the one before it");
 
+// Keys that are converted or packed together, once a tile visits one of them.
+constexpr int64_t UNIT = 32;
+static_assert(UNIT % KEY_STEP == 0, "a part of a block begins within what was brought for it");
+
 // Every tile of [first, last) over the keys it visits, block by block, so that a block of keys serves all of them.
 static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stage stage, Scratch& w) {
     int64_t lo = x.to, hi = x.from;
@@ -121,8 +128,8 @@ static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stag
         }
         if (j0 >= hi) return;
         j1 = j0 + KEYS < hi ? j0 + KEYS : hi;
-        Block whole;
-        bool ready = false;
+        const Block whole = block_of(c, k, v, j0, j1 - j0, w.k, w.v);
+        bool brought[(KEYS + UNIT - 1) / UNIT] = {};
         for (int64_t n = 0; n < count; ++n) {
             Tile& t = tiles[n];
             for (int64_t from = j0, to; from < j1; from = to) {
@@ -139,8 +146,10 @@ static void sweep(const Call& c, const Item& x, Tile* tiles, int64_t count, Stag
                     attend(c, x.b, t, raw, stage, w.scores, w.weights, w.slants);
                     continue;
                 }
-                if (!ready) whole = load_block(c, k, v, j0, j1 - j0, w.k, w.v);
-                ready = true;
+                for (int64_t n = (from - j0) / UNIT, at = n * UNIT; at < to - j0; ++n, at += UNIT) {
+                    if (!brought[n]) bring(c, k, v, whole, at, at + UNIT < whole.count ? at + UNIT : whole.count, w.k, w.v);
+                    brought[n] = true;
+                }
                 const int64_t begin = (from - j0) / KEY_STEP * KEY_STEP;
                 attend(c, x.b, t, part_of(c, whole, begin, to - j0), stage, w.scores, w.weights,
                        w.slants);

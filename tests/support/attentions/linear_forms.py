@@ -114,6 +114,29 @@ def grouped(a: Linear) -> Linear:
     )  # fmt: skip
 
 
+def selective_scan(a: Linear) -> Linear:
+    """A decay for each channel and column, of a step for each column and a matrix: Mamba; from a state."""
+    batch, heads, n, dk = a.tensor("q").shape
+    kind = "f64" if a.dtype == "f64" else "f32"
+    step, matrix = Tensor("dt", kind, (batch, n, heads, a.e.extent)), Tensor("am", kind, (a.e.extent, dk))
+    dt, am = Load("dt", (b, j, h, e), "float"), Load("am", (e, d), "float")
+    state = Tensor("s0", kind, (batch, heads, a.e.extent, dk))
+    return replace(
+        a, tensors=(*a.tensors, step, matrix, state), decay=op("exp", op("neg", mul(dt, am))), rate=dt,
+        state=Access("s0", (b, h, e, d)), outputs=("out", "state"),
+    )  # fmt: skip
+
+
+def discretised(a: Linear) -> Linear:
+    """The same of decays that are a tensor, and a rate for each channel and column."""
+    batch, heads, n, dk = a.tensor("q").shape
+    kind = "f64" if a.dtype == "f64" else "f32"
+    held = Tensor("gde", kind, (batch, heads, a.e.extent, n, dk))
+    x = Load("gde", (b, h, e, j, d), "float")
+    return replace(a, tensors=(*a.tensors, held), decay=x, rate=mul(x, x), outputs=("out", "state"))
+
+
+SCANS: dict[str, Callable[[Linear], Linear]] = {f.__name__: f for f in (selective_scan, discretised)}
 FORMS: dict[str, Callable[[Linear], Linear]] = {
     f.__name__: f
     for f in (bare, retention, gated, by_channel, delta, gated_delta, delta_by_channel, packed, features, for_all,
@@ -131,7 +154,7 @@ def data(a: Linear, n: int = 0, seed: int = 0) -> dict[str, torch.Tensor]:
         if t.name == "doc":
             made[t.name] = torch.arange(shape[-1]).expand(shape) // 5
             continue
-        uniform = t.name in ("g", "gk", "r", "slope")
+        uniform = t.name in ("g", "gk", "r", "slope", "dt", "am", "gde")
         x = (torch.rand if uniform else torch.randn)(shape, generator=generator, dtype=torch.float64)
         x = x * 1.5 if t.name in ("g", "gk") else x
         made[t.name] = (torch.nn.functional.normalize(x, dim=-1) if t.name == "k" else x).to(kinds[t.dtype])

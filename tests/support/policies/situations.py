@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attncc.ir import Attention, Program, interpret_program, parse_attention, print_attention, verify_program
-from attncc.ir.evaluate import Evaluator
+from attncc.ir.evaluate import Evaluator, int_value
 from attncc.ir.interpret import index_grid, size_table
 from attncc.ir.program import program_of_node
 from attncc.kernels.build import built
@@ -149,9 +149,11 @@ def run_kernels(made_by: Program, data: dict[str, Tensor], s: Situation) -> Tens
         if isinstance(step.node, Attention):
             made = built(print_attention(step.node), "cpu")
             assert made.language == "cpp", made.reason
-            (out,) = signature_of(print_attention(step.node)).allocate(given, s.sizes)
-            made.kernel(given, s.sizes, [out])
-            values[step.results[0]] = out
+            table = dict(zip(p.sizes, s.sizes, strict=True))
+            sizes = [int_value(x, {**table}) for x in step.sizes]
+            outs = signature_of(print_attention(step.node)).allocate(given, sizes)
+            made.kernel(given, sizes, outs)
+            values |= dict(zip(step.results, outs, strict=True))
         else:
             one = replace(step, arguments=tuple(t.name for t in step.node.tensors))
             named_as_read = {t.name: x for t, x in zip(step.node.tensors, given, strict=True)}

@@ -1,0 +1,1 @@
+"""Real models as exporters write them, small and with random weights."""
