@@ -101,7 +101,13 @@ def compile_graph(
 def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, *more: Any, **named: Any) -> fx.GraphModule:
     """Fuse a graph's attention: `attncc.driver.rewriting.rewrite`. What reads and lifts takes as long to import as all
     the rest, and a graph that is known needs none of it."""
-    return _rewriting().rewrite(gm, inputs, found, *more, **named)
+    try:
+        rewriting = _rewriting()
+    except Exception as error:
+        reason = unforeseen("loading what reads graphs", error)
+        found.notes.append(f"a graph could not be read, Inductor compiles it as it is: {reason}")
+        return gm
+    return rewriting.rewrite(gm, inputs, found, *more, **named)
 
 
 def _rewriting() -> Any:

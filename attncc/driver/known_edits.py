@@ -67,11 +67,11 @@ def known(gm: fx.GraphModule, inputs: Sequence[Any], *, measure: bool) -> Known 
 
 def edit_again(gm: fx.GraphModule, graph: Known, found: Collected, edits: GraphEdits) -> bool:
     """Do to a graph what was done to it before. Whether that is so; if not, it is as it was."""
-    record = default_store().recall(graph.key)
-    if record is None:
-        return False
-    step("editing the graph")
     try:
+        record = default_store().recall(graph.key)
+        if record is None:
+            return False
+        step("editing the graph")
         sites = [_site(x) for x in record["sites"]]
         if record["nodes"] is not None:
             with no_collection():
@@ -79,7 +79,9 @@ def edit_again(gm: fx.GraphModule, graph: Known, found: Collected, edits: GraphE
             if _text(gm.graph) != record["text"]:
                 edits.undo()
                 return False
-    except _OF_ANOTHER_KIND:
+    except Exception as error:
+        if not isinstance(error, _OF_ANOTHER_KIND):
+            unforeseen("editing a graph as before", error)
         edits.undo()
         return False
     found.sites += sites
@@ -93,9 +95,11 @@ def remember(gm: fx.GraphModule, graph: Known, found: Collected, edits: GraphEdi
     try:
         nodes = None if gm.graph is graph.graph else _difference(graph.graph, gm.graph)
         sites = [_plain(site) for site in found.sites]
+        default_store().remember(graph.key, {"nodes": nodes, "text": _text(gm.graph), "sites": sites})
     except UnknownError:
         return
-    default_store().remember(graph.key, {"nodes": nodes, "text": _text(gm.graph), "sites": sites})
+    except Exception as error:
+        unforeseen("remembering what became of a graph", error)
 
 
 def _text(graph: fx.Graph) -> str:

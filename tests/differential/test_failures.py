@@ -21,8 +21,8 @@ from attncc.torch_private.state import settings
 
 #: The net itself: what is left to do when everything else has failed.
 NET = {
-    "driver/rewriting.py:rewrite", "driver/rewriting.py:left_alone", "driver/rewriting.py:_undropped",
-    "driver/graph_edits.py:GraphEdits.__init__",
+    "driver/backend.py:rewrite", "driver/rewriting.py:rewrite", "driver/rewriting.py:left_alone",
+    "driver/rewriting.py:_undropped", "driver/graph_edits.py:GraphEdits.__init__",
     "attncc/errors.py:unforeseen", "attncc/errors.py:line", "attncc/errors.py:strict",
 }  # fmt: skip
 #: What is called, or not, by what was built before.

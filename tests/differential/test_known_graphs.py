@@ -224,6 +224,25 @@ def test_what_was_noted_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> No
     assert Compiled(attention, given(), monkeypatch).reads == 1
 
 
+@pytest.mark.parametrize("step", some(["digest", "_difference", "_plain", "_graph", "_site", "_text", "default_store"],
+                                     "_graph", "_difference"))  # fmt: skip
+def test_a_step_that_fails_costs_nothing(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is read then, the first time and later."""
+    monkeypatch.setenv("ATTNCC_STRICT", "0")
+
+    def fails(*_: object, **__: object) -> Any:
+        raise OSError("on purpose")
+
+    with monkeypatch.context() as patch:
+        if step not in ("_graph", "_site"):
+            patch.setattr(known_edits, step, fails)
+        assert Compiled(attention, given(), monkeypatch).reads == 1
+        patch.setattr(known_edits, step, fails)
+        again = Compiled(attention, given(), monkeypatch)
+    assert again.reads == 1
+    torch.testing.assert_close(again.result, attention(*given()))
+
+
 def test_the_backend_alone_loads_nothing_that_reads_graphs() -> None:
     code = (
         "import sys, attncc.dynamo\n"
