@@ -16,9 +16,10 @@ from failing_programs import PROGRAMS, Program
 from injected import failing, recorded
 from torch import Tensor, fx
 
-from attncc.driver import backend
+from attncc.driver import backend, rewriting
 from attncc.torch_private.state import settings
 
+assert rewriting  # what is loaded with it is no step of a compilation
 #: The net itself: what is left to do when everything else has failed.
 NET = {
     "driver/backend.py:rewrite", "driver/rewriting.py:rewrite", "driver/rewriting.py:left_alone",

@@ -17,7 +17,17 @@ from attncc.ir import Attention, Program, interpret_program, parse_attention, pr
 from attncc.ir.program import program_of_node
 from attncc.ir.reasons import because
 from attncc.passes.pipeline import PASSES, parse_pipeline
-from attncc.passes.policies import CERTIFIED, CLOSED_FORMS, SELECTED, Chunks, SlidingTiles, Spans, Streaming, Strides
+from attncc.passes.policies import (
+    CERTIFIED,
+    CLOSED_FORMS,
+    EFFECTS,
+    SELECTED,
+    Chunks,
+    SlidingTiles,
+    Spans,
+    Streaming,
+    Strides,
+)
 from attncc.passes.policies.hiding import Form, Policy, hide, misfit
 
 #: keep(row, key, length, head of the query, situation), from the sources of the rules; positions from the start.
@@ -200,7 +210,7 @@ def test_parameters_that_mean_nothing(text: str, message: str) -> None:
 
 def test_every_policy_is_approximate_and_can_be_named() -> None:
     names = [x for x, kind in PASSES.items() if kind.legality == "approximate"]
-    assert names == [kind.name for kind in (*CLOSED_FORMS, *SELECTED, *CERTIFIED)]
+    assert names == [kind.name for kind in (*CLOSED_FORMS, *SELECTED, *CERTIFIED, *EFFECTS)]
     assert parse_pipeline("spans{alpha=512,beta=0.25,block=32}") == (Spans(512, 0.25, 32),)
 
 
