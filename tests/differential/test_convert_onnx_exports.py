@@ -26,7 +26,8 @@ STAYS = {"deberta": "q is read at other places than its own", "unet": "Attention
 
 def converted(source: Path, folder: Path) -> Report:
     done = convert(Wish(str(source), folder / "out.onnx", "onnx", measure=False))
-    assert done.checked.startswith("checked on"), done.checked
+    rewritten = any(s.status == "fused" for s in done.report.sites)
+    assert done.checked.startswith("checked on") == rewritten, done.checked  # a file that stays as it is has no check
     return done.report
 
 
