@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -26,12 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A graph, its trace, and the nodes that are made for one site."""
+    """A model, its trace, and the nodes that are made for one site after the other. `shared` is what sites of a graph
+    share, and makes its nodes where it is used."""
 
-    model: ir.Model | None
+    model: ir.Model
     traced: Traced
     facts: Facts
-    nodes: Nodes
+    nodes: Nodes = field(default_factory=lambda: Nodes("attncc"))
+    shared: dict[ir.Graph, dict[object, Value]] = field(default_factory=dict)
+
+    def begin(self, prefix: str, old: ir.Value | None) -> None:
+        """Begin the nodes of a site whose value is `old`."""
+        producer = None if old is None else old.producer()
+        graph = self.model.graph if producer is None or not isinstance(producer.graph, ir.Graph) else producer.graph
+        self.nodes.prefix, self.nodes.made, self.nodes.shared = prefix, [], self.shared.setdefault(graph, {})
 
     def given(
         self, tensors: Sequence[Tensor], held: Sequence[fx.Node], dtypes: Sequence[torch.dtype],
@@ -86,7 +94,6 @@ class Exchange:
     def put(self, pairs: Sequence[tuple[ir.Value, Value]]) -> None:
         """Put the nodes that were made into the graph, with a new value in the place of each old one. Raises
         Inexpressible where they read what that graph does not see."""
-        assert self.model is not None
         made, prefix = self.nodes.made, self.nodes.prefix
         ends: list[tuple[ir.Value, ir.Value]] = []
         for old, new in pairs:

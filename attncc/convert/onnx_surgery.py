@@ -12,7 +12,7 @@ import onnx_ir as ir
 from torch import fx
 
 from attncc.codegen.cpp.onnxruntime import DOMAIN
-from attncc.codegen.onnx import STANDARD, Inexpressible, Nodes, Row, Value, attention
+from attncc.codegen.onnx import STANDARD, Inexpressible, Row, Value, attention
 from attncc.codegen.onnx.onnxruntime import CPU, CUDA
 from attncc.codegen.onnx.onnxruntime import DOMAIN as CONTRIB
 from attncc.convert.onnx_exchange import Exchange, linear_rewritten
@@ -38,7 +38,7 @@ from attncc.report.site import Site
 from attncc.version import __version__
 
 if TYPE_CHECKING:
-    from attncc.patterns.graph.facts import Facts
+    pass
 
 _ALREADY = "already"
 #: The version of the standard operators that `Attention` came with, and those that can be asked for.
@@ -83,13 +83,13 @@ def operate(model: ir.Model, traced: Traced, asked: Asked) -> Operated:
     facts = traced.facts()
     lifted = lift_all(facts)
     groups = together([s for s in lifted if isinstance(s, Lifted)], facts)
-    nodes = Nodes("attncc")  # one for all: what sites share makes its nodes where it is used
-    shared: dict[ir.Graph, dict[object, Value]] = {}
+    exchange = Exchange(model, traced, facts)
     by_site = {id(s): g for g in groups for s in g.sites}
     done: dict[fx.Node, _Done] = {}
     found = Operated()
     for site in lifted:
         index = len(found.sites)
+        prefix = f"attncc_{index}"
         value = traced.values.get(site.anchor)
         where = "" if value is None else str(value.name)
         if isinstance(site, Refusal):
@@ -97,10 +97,8 @@ def operate(model: ir.Model, traced: Traced, asked: Asked) -> Operated:
             found.sites.append(Site(index, status, str(site.reason), where, became=became, code=site.reason.codes))
             continue
         if isinstance(site, Recognised):
-            nodes.shared = shared.setdefault(_graph_of(model, traced.values.get(site.node)), {})
-            nodes.prefix, nodes.made = f"attncc_{index}", []
-            made = Exchange(model, traced, facts, nodes)
-            why = linear_rewritten(made, site, CONTRIB if asked.target != "onnx" else "", asked.opset)
+            exchange.begin(prefix, traced.values.get(site.node))
+            why = linear_rewritten(exchange, site, CONTRIB if asked.target != "onnx" else "", asked.opset)
             reason = because("onnx-inexpressible", why) if why else None
             found.sites.append(Site(
                 index, "kept" if why else "fused", str(reason or ""), where, "",
@@ -110,8 +108,7 @@ def operate(model: ir.Model, traced: Traced, asked: Asked) -> Operated:
             found.written.update([] if why else ["LinearAttention"])
             continue
         if site.node not in done:
-            nodes.prefix, nodes.made = f"attncc_{index}", []
-            done[site.node] = _rewrite(model, traced, facts, by_site[id(site)], site, nodes, shared, asked)
+            done[site.node] = _rewrite(exchange, prefix, by_site[id(site)], site, asked)
         was = done[site.node]
         found.sites.append(_record(index, where, site, was))
         if not was.why:
@@ -123,12 +120,6 @@ def operate(model: ir.Model, traced: Traced, asked: Asked) -> Operated:
     if found.count:
         _finish(model, found, asked)
     return found
-
-
-def _graph_of(model: ir.Model, value: ir.Value | None) -> ir.Graph:
-    """The graph that has the node of a value."""
-    producer = None if value is None else value.producer()
-    return producer.graph if producer is not None and isinstance(producer.graph, ir.Graph) else model.graph
 
 
 @dataclass(frozen=True)
@@ -163,10 +154,8 @@ def _record(index: int, where: str, site: Lifted, was: _Done) -> Site:
     )  # fmt: skip
 
 
-def _rewrite(
-    model: ir.Model, traced: Traced, facts: Facts, group: SiteGroup, site: Lifted, nodes: Nodes,
-    shared: dict[ir.Graph, dict[object, Value]], asked: Asked,
-) -> _Done:  # fmt: skip
+def _rewrite(exchange: Exchange, prefix: str, group: SiteGroup, site: Lifted, asked: Asked) -> _Done:
+    facts, nodes = exchange.facts, exchange.nodes
     if group.user is not None:
         return _Done(f"its weights are needed by {used_by(facts, group.user)}")
     place = [s for s in group.sites if s.node is site.node]
@@ -175,18 +164,18 @@ def _rewrite(
     program = program_of(place, facts)
     if len(program.outputs) != 1:
         return _Done("the sums of its rows are used")
-    old = traced.values.get(program.outputs[0])
+    old = exchange.traced.values.get(program.outputs[0])
     producer = None if old is None else old.producer()
     if old is None or producer is None:
         return _Done("its output is inside of a node")
     final = Pipeline((DropRounding(), FoldPredicates())).run(program.program)
-    nodes.shared = shared.setdefault(_graph_of(model, old), {})
+    exchange.begin(prefix, old)
     known = dict(nodes.shared)
     try:
-        operator, new = _emitted(nodes, traced, facts, program, final, asked)
+        operator, new = _emitted(exchange, program, final, asked)
         why = _ALREADY if _as_good(producer, nodes.made) else ""
         if not why:
-            Exchange(model, traced, facts, nodes).put([(old, new)])
+            exchange.put([(old, new)])
     except (Inexpressible, NotImplementedError) as error:
         operator, new, why = "", None, _ALREADY if producer.op_type == "Attention" else str(error)
     if why or new is None:
@@ -205,12 +194,9 @@ def _as_good(producer: ir.Node, made: Sequence[ir.Node]) -> bool:
     return bool(again) and (masked or len(producer.inputs) <= 3 or producer.inputs[3] is None)
 
 
-def _emitted(
-    nodes: Nodes, traced: Traced, facts: Facts, site: SiteProgram, p: Program, asked: Asked
-) -> tuple[str, Value]:
+def _emitted(exchange: Exchange, site: SiteProgram, p: Program, asked: Asked) -> tuple[str, Value]:
     """(operator, output) of a program."""
     operator = ""
-    exchange = Exchange(None, traced, facts, nodes)
     values, sizes = exchange.given(p.inputs, site.inputs, site.dtypes, dict(zip(p.sizes, site.sizes, strict=True)))
     for step in p.steps:
         given = [values[x] for x in step.arguments]

@@ -77,8 +77,7 @@ def edit_again(gm: fx.GraphModule, graph: Known, found: Collected, edits: GraphE
             with no_collection():
                 edits.replace(gm, _graph(graph.graph, record["nodes"]))
             if _text(gm.graph) != record["text"]:
-                edits.undo()
-                return False
+                raise UnknownError("another graph")
     except Exception as error:
         if not isinstance(error, _OF_ANOTHER_KIND):
             unforeseen("editing a graph as before", error)

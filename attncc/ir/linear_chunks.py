@@ -44,6 +44,15 @@ def unchunked(a: Linear) -> str | None:
     return None
 
 
+def unfactored(a: Linear) -> str | None:
+    """Why kernels that take its factors, with one rate a token, do not give `a`, or None."""
+    if a.sees == "all":
+        return "every query sees every key: two products of matrices"
+    if a.over is not None:
+        return "a quotient by the sum of the weights"
+    return "a rate for each channel" if a.d.index in free(a.rate) else None
+
+
 def by_chunks(
     a: Linear, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int] = (), *,
     compute: torch.dtype = torch.float32, chunk: int | None = None,

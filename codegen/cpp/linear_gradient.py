@@ -16,7 +16,7 @@ from attncc.codegen.cpp.isa import TABLE, machine
 from attncc.codegen.cpp.prepared import function
 from attncc.ir import Linear
 from attncc.ir.expr import free
-from attncc.ir.linear_chunks import unchunked
+from attncc.ir.linear_chunks import unchunked, unfactored
 
 #: (in C, dimensions) of what the kernel takes and of what it gives.
 TAKES = (("q", 4), ("k", 4), ("v", 4), ("log", 4), ("rate", 3), ("state", 4), ("o", 4), ("dstate", 4))
@@ -28,13 +28,7 @@ _CHUNK, _CHANNEL_CHUNK = 32, 16
 
 def unsupported_linear_gradient(a: Linear) -> str | None:
     """Why no C++ kernel gives the gradient of `a`, or None."""
-    if a.sees == "all":
-        return "every query sees every key: two products of matrices"
-    if a.over is not None:
-        return "a quotient by the sum of the weights"
-    if a.d.index in free(a.rate):
-        return "a rate for each channel"
-    return unchunked(a)
+    return unfactored(a) or unchunked(a)
 
 
 def emit_linear_gradient(a: Linear, isa: str) -> str:

@@ -19,7 +19,7 @@ from typing import Literal
 from attncc.codegen.triton.kernel import wrapped
 from attncc.ir import Const, Linear, print_linear
 from attncc.ir.expr import free
-from attncc.ir.linear_chunks import unchunked
+from attncc.ir.linear_chunks import unchunked, unfactored
 
 #: Tokens of a chunk; columns of the state that a program has, at most; channels that a program can hold.
 _CHUNK, _COLUMNS, _MOST_CHANNELS = 16, 32, 256
@@ -41,12 +41,9 @@ def unsupported_linear(a: Linear) -> str | None:
     """Why no Triton kernel gives `a`, or None."""
     if a.compute_dtype == "f64":
         return "operands in float64"
-    if a.sees == "all":
-        return "every query sees every key: two products of matrices"
-    if a.over is not None:
-        return "a quotient by the sum of the weights"
-    if a.d.index in free(a.rate):
-        return "a rate for each channel"
+    reason = unfactored(a)
+    if reason:
+        return reason
     if not isinstance(a.d.extent, Const) or not isinstance(a.e.extent, Const):
         return "channels of which only the call says how many"
     if int(a.d.extent.value) > _MOST_CHANNELS:

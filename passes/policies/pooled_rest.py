@@ -9,20 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attncc.ir import Access, Attention, Const, Expr, Program
+from attncc.ir import Access, Attention, Const, Expr
 from attncc.ir.build import ONE, add, and_, cast, const, maximum, not_, op, or_
 from attncc.ir.expr import free, loads
 from attncc.ir.reasons import Reason, because
-from attncc.passes.policies.block_means import by_means, check, shared, taken_map
-from attncc.passes.policies.blocks import Blocks, no_blocks
-from attncc.passes.policies.hiding import Form, Hiding, hide
+from attncc.passes.policies.block_means import BlockMeans, by_means, shared, taken_map
+from attncc.passes.policies.blocks import Blocks
+from attncc.passes.policies.hiding import Hiding
 from attncc.passes.policies.making import Value, reduced, rounded, selected
 from attncc.passes.policies.parts import Beside, Parts, no_joining
-from attncc.passes.protocol import Legality
 
 
 @dataclass(frozen=True)
-class PooledRest:
+class PooledRest(BlockMeans):
     """keep(i, j)  as block-means, and blocks of which rows see a part
     out(i)      = ( sum over kept j of exp(s_ij) v_j  +  sum over other J of n_J exp(s_iJ) v_J ) / the same of weights
 
@@ -31,23 +30,11 @@ class PooledRest:
     `share` as in block-means."""
 
     name: ClassVar[str] = "pooled-rest"
-    legality: ClassVar[Legality] = "approximate"
-    rows: int = 64
-    keys: int = 64
     take: str = "fraction"
     amount: float = 0.25
-    sinks: int = 1
-    recent: int = 1
-    share: str = "none"
-
-    def __post_init__(self) -> None:
-        check(self.rows, self.keys, self.take, self.amount, self.share)
-
-    def __call__(self, p: Program, /) -> Program:
-        return hide(p, Form(self))
 
     def applies(self, a: Attention) -> Reason | None:
-        return no_blocks(a) or no_joining(a) or no_score_of_means(a)
+        return super().applies(a) or no_joining(a) or no_score_of_means(a)
 
     def keep(self, site: Hiding) -> Expr:
         return self.parts(site).keep

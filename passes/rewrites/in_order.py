@@ -100,11 +100,11 @@ def _moved(step: Step, order: Known | Read, taken: set[str], made: dict[object, 
         source, read = _Permuted(own, lead, int(given.shape[-1].value)), (replace(given, name=own), result)
     after = tile_layout(a, source)
     for at, t in enumerate(a.tensors):
-        rows = {x for x, access in ((a.i, a.q), (a.j, a.k), (a.j, a.v)) if access.tensor == t.name}
-        if not rows:
+        tokens = {x.index for x, access in ((a.i, a.q), (a.j, a.k), (a.j, a.v)) if access.tensor == t.name}
+        if not tokens:
             continue
         (access, *_) = (x for x in (a.q, a.k, a.v) if x.tensor == t.name)
-        place = next(n for n, x in enumerate(access.index) if x in {r.index for r in rows})
+        place = next(n for n, x in enumerate(access.index) if x in tokens)
         name = fresh_name(f"{step.results[0]}_{t.name}", taken)
         taken.add(name)
         steps.append(_layout(step, t, place, source, access.index, arguments[at], name, read))
@@ -114,12 +114,12 @@ def _moved(step: Step, order: Known | Read, taken: set[str], made: dict[object, 
     moved = tuple(fresh_name(f"{name}_tiled", taken) for name in step.results)
     taken |= {*moved}
     steps.append(replace(step, node=after, arguments=tuple(arguments), results=moved))
-    rows_of = {"out": (*(x.index for x in a.batch), a.i.index), "lse": (*(x.index for x in a.batch), a.i.index)}
+    rows = (*(x.index for x in a.batch), a.i.index)
     for name, given, tiled in zip(step.results, kind_of(a).gives(a), moved, strict=True):
         places = {"out": [-2], "lse": [-1], "weights": [-2, -1]}[given.name]
         for n, place in enumerate(places):
             last = n == len(places) - 1
-            at = rows_of.get(given.name, (*(x.index for x in a.batch), a.i.index, a.j.index))
+            at = (*rows, a.j.index) if given.name == "weights" else rows
             result = name if last else f"{name}_{n}"
             dim = len(given.shape) + place
             steps.append(_layout(step, given, dim, source, at, tiled, result, read, inverse=True))

@@ -17,7 +17,7 @@ axis   i = 512, j = 512, d = 64, e = 64
 tensor q: {dtype}[1, 2, 512, 64]
 tensor k: {dtype}[1, 2, 512, 64]
 tensor v: {dtype}[1, 2, 512, 64]
-{declared}q      q[b, h, i, d]
+q      q[b, h, i, d]
 k      k[b, h, j, d]
 v      v[b, h, j, e]
 score  s * 0.125
@@ -36,7 +36,7 @@ BANDS = {
 
 
 def attention(mask: str, dtype: str = "bf16", dropped: str = "") -> Attention:
-    return parse_attention(TEXT.format(mask=mask, dtype=dtype, dropped=dropped, declared=""))
+    return parse_attention(TEXT.format(mask=mask, dtype=dtype, dropped=dropped))
 
 
 def defined(source: str) -> dict[str, int]:
