@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 import pytest
+from stores.disk import KEY, full, leftovers
 
-from attncc.runtime.store import Store, key
-
-KEY = key({"ir": "attention", "target": "avx2", "level": 3})
-
-
-def leftovers(store: Store) -> list[Path]:
-    return [*(store.root / ".building").iterdir()]
-
-
-def full(*args: object, **kwargs: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+from attncc.runtime.store import Store
 
 
 def test_records(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import errno
 import os
 import signal
 import stat
@@ -16,12 +15,11 @@ from pathlib import Path
 
 import numpy
 import pytest
+from stores.disk import KEY, full, leftovers
 
 from attncc.runtime import store as store_module
 from attncc.runtime.store import Store, StoreError, key
 from attncc.runtime.store_seals import Opened
-
-KEY = key({"ir": "attention", "target": "avx2", "level": 3})
 
 
 def writes(text: str, count: list[int] | None = None) -> Callable[[Path], None]:
@@ -37,10 +35,6 @@ def writes(text: str, count: list[int] | None = None) -> Callable[[Path], None]:
 
 def files(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-
-
-def leftovers(store: Store) -> list[Path]:
-    return list((store.root / ".building").iterdir())
 
 
 def test_keys_tell_values_and_types_apart() -> None:
@@ -184,10 +178,6 @@ def test_links_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="link"):
         store.get_or_build(KEY, "k", lambda folder: (folder / "a").symlink_to("/etc/passwd"))
     assert store.entries() == [] and leftovers(store) == []
-
-
-def full(*args: object, **kwargs: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("when", ["in the build", "in the manifest", "at the rename", "at the start"])

@@ -1,0 +1,1 @@
+"""A kernel store in a temporary folder, and a disk that is full."""
