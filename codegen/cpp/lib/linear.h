@@ -306,21 +306,8 @@ static int32_t run(const Call& c) {
     parts = threads == 1 ? 1 : parts < slices ? parts : slices;
     const int64_t each = (slices + parts - 1) / parts * SLICE, tasks = points * parts;
     const int64_t team = threads < tasks ? threads : tasks;
-    int32_t failed = 0;
-#pragma omp parallel num_threads(team) if (team > 1)
-    {
-        Room r;
-        const bool ready = reserve(c, each, r);
-        if (!ready) {
-#pragma omp atomic write
-            failed = OUT_OF_MEMORY;
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < tasks; ++n) {
-            const int64_t e0 = n % parts * each;
-            if (ready && e0 < c.E) run_task(c, batch_at(c, n / parts), e0, c.E - e0 < each ? c.E - e0 : each, r);
-        }
-        if (ready) free(r.whole);
-    }
-    return failed;
+    return in_rooms<Room>(team, tasks, [&](Room& r) { return reserve(c, each, r); }, [&](Room& r, int64_t n) {
+        const int64_t e0 = n % parts * each;
+        if (e0 < c.E) run_task(c, batch_at(c, n / parts), e0, c.E - e0 < each ? c.E - e0 : each, r);
+    });
 }

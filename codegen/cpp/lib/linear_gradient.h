@@ -338,24 +338,10 @@ static void back(const Call& c, const Point& at, Room& r) {
 
 static int32_t run(const Call& c) {
     const int64_t points = c.B * c.H, threads = omp_get_max_threads(), team = threads < points ? threads : points;
-    int32_t failed = 0;
     if (points == 0) return 0;
-#pragma omp parallel num_threads(team) if (team > 1)
-    {
-        Room r;
-        const bool ready = reserve(c, r);
-        if (!ready) {
-#pragma omp atomic write
-            failed = OUT_OF_MEMORY;
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < points; ++n)
-            if (ready) {
-                const Point at{n / c.H, n % c.H};
-                forth(c, at, r);
-                back(c, at, r);
-            }
-        if (ready) free(r.whole);
-    }
-    return failed;
+    return in_rooms<Room>(team, points, [&](Room& r) { return reserve(c, r); }, [&](Room& r, int64_t n) {
+        const Point at{n / c.H, n % c.H};
+        forth(c, at, r);
+        back(c, at, r);
+    });
 }

@@ -28,3 +28,23 @@ INLINE vreal expm1_of(vreal x) {
     return (x < 0.5f) & (x > -0.5f) ? near : exp_of(x) - 1;
 #endif
 }
+
+// `task(room, n)` for every n below `tasks`, by a team of threads each of which has a room that `reserve(room)` made.
+template <class Room, class Reserve, class Task>
+static int32_t in_rooms(int64_t team, int64_t tasks, const Reserve& reserve, const Task& task) {
+    int32_t failed = 0;
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+        Room r;
+        const bool ready = reserve(r);
+        if (!ready) {
+#pragma omp atomic write
+            failed = OUT_OF_MEMORY;
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < tasks; ++n)
+            if (ready) task(r, n);
+        if (ready) free(r.whole);
+    }
+    return failed;
+}

@@ -77,22 +77,13 @@ static int32_t run(const Call& c) {
     if (points == 0 || c.E == 0) return 0;
     each = each < all ? each : all;
     const int64_t parts = (c.E + each - 1) / each, tasks = points * parts, team = threads < tasks ? threads : tasks;
-    int32_t failed = 0;
-#pragma omp parallel num_threads(team) if (team > 1)
-    {
-        Room r;
-        const bool ready = reserve(c, each, r);
-        if (!ready) {
-#pragma omp atomic write
-            failed = OUT_OF_MEMORY;
-        }
-        if (ready) memset(r.q, 0, rounded(c.D, LANES) * sizeof(real));
-#pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < tasks; ++n) {
-            const int64_t e0 = n % parts * each;
-            if (ready) run_task(c, batch_at(c, n / parts), e0, c.E - e0 < each ? c.E - e0 : each, r);
-        }
-        if (ready) free(r.whole);
-    }
-    return failed;
+    const auto cleared = [&](Room& r) {
+        if (!reserve(c, each, r)) return false;
+        memset(r.q, 0, rounded(c.D, LANES) * sizeof(real));
+        return true;
+    };
+    return in_rooms<Room>(team, tasks, cleared, [&](Room& r, int64_t n) {
+        const int64_t e0 = n % parts * each;
+        run_task(c, batch_at(c, n / parts), e0, c.E - e0 < each ? c.E - e0 : each, r);
+    });
 }
