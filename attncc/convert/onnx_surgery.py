@@ -22,6 +22,7 @@ from attncc.convert.onnx_tracing import Traced
 from attncc.driver import describe
 from attncc.driver.lowering import is_direct
 from attncc.driver.site_groups import SiteGroup, together
+from attncc.frontends.onnx.reading import every_node
 from attncc.ir import Attention, Program, kind_of, print_attention
 from attncc.ir.evaluate import int_value
 from attncc.ir.reasons import because
@@ -138,7 +139,7 @@ def _finish(model: ir.Model, found: Operated, asked: Asked) -> None:
         [{"at": s.where, "became": s.became, "equation": s.equation, "mask": s.mask} for s in found.sites
          if s.status == "fused"]
     )  # fmt: skip
-    used = {n.domain for n in model.graph}
+    used = {n.domain for n in every_node(model)}
     for domain in (DOMAIN, CONTRIB):
         if domain in used:
             model.opset_imports[domain] = 1

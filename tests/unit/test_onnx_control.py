@@ -193,3 +193,17 @@ def test_what_torch_cannot_say(tmp_path: Path) -> None:
     onnx.save(m, tmp_path / "in.onnx")
     with pytest.raises(TargetError, match="only the data says how many turns"):
         exported(str(tmp_path / "in.onnx"))
+
+
+def domains(graph: Any) -> set[str]:
+    """Of the operators of a graph and of those inside of it."""
+    inner = [a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return {n.domain for n in graph.node}.union(*map(domains, inner))
+
+
+def test_a_file_names_the_domains_of_operators_inside_of_graphs(tmp_path: Path) -> None:
+    onnx.save(branches(), tmp_path / "in.onnx")
+    convert(Wish(str(tmp_path / "in.onnx"), tmp_path / "out.onnx", "onnx", measure=False, target="onnxruntime+attncc"))
+    written = onnx.load(tmp_path / "out.onnx")
+    assert len(domains(written.graph)) > 1
+    assert domains(written.graph) <= {x.domain for x in written.opset_import}
