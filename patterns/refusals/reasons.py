@@ -15,6 +15,7 @@ from attncc.patterns.reader import (
     Facts,
     argument,
     contraction,
+    has_argument,
     mixture,
     one_dim,
     op_name,
@@ -222,7 +223,7 @@ def of_use(f: Facts, scores: fx.Node, weights: fx.Node, at: fx.Node) -> Reason:
 def _sums_rows(f: Facts, weights: fx.Node, at: fx.Node) -> bool:
     """Whether a sum is over another axis than that of the softmax: over heads, or over rows."""
     source: Any = at.args[0]
-    over = one_dim(f, source, argument(at, "dim"))
+    over = one_dim(f, source, argument(at, "dim")) if has_argument(at, "dim") else None
     own = argument(weights, "dim") if "softmax" in _name(weights) else None
     if any(_name(u) in ("div", "reciprocal", "clamp", "clamp_min") for u in at.users):
         return False  # what they are divided by

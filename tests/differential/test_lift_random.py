@@ -72,6 +72,7 @@ def test_what_is_plain_attention_is_fused() -> None:
     50108,  # numbers too large for float16 are infinite where they are chosen
     50786,  # a tensor that is read for some rows only hides keys from those
     52115,  # bounds that read data, in stripes of what is hidden
+    3487,  # weights that are summed, all of them to one number
     60690,  # scores that are written to in part before heads are mixed
     54391,  # keys that are overwritten after the squared distances to them
 ])  # fmt: skip
@@ -84,14 +85,14 @@ def test_a_row_of_fills_less_its_maximum_once_went_wrong() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("first", range(1000, 5000, 500))
+@pytest.mark.parametrize("first", range(1000, 5000, 50))
 def test_thousands(first: int) -> None:
-    for seed in range(first, first + 500):
+    for seed in range(first, first + 50):
         check(_seeded(seed), seed, door=through_trace)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("first", range(6000, 6400, 100))
+@pytest.mark.parametrize("first", range(6000, 6400, 10))
 def test_hundreds_through_dynamo_with_real_kernels(first: int) -> None:
-    for seed in range(first, first + 100):
+    for seed in range(first, first + 10):
         check(_seeded(seed), seed, "real", door=through_dynamo)
