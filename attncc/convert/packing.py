@@ -13,7 +13,8 @@ from attncc.codegen import cpp
 from attncc.codegen.cpp.packed import Packed, unit
 from attncc.frontends.targets import TargetError, one_line
 from attncc.ir import Bounds
-from attncc.kernels.build import find_toolchain, first_error
+from attncc.kernels.build import find_toolchain
+from attncc.kernels.compiled import first_error
 from attncc.progress import step
 from attncc.runtime.cpp import CompileError, CppKernelError, CppToolchain, detect_isa
 

@@ -13,7 +13,7 @@ import torch
 
 from attncc.codegen import cpp, torch_form, triton
 from attncc.ir import Attention, Bounds, parse_attention, print_attention
-from attncc.kernels.compiled import checks, compiled
+from attncc.kernels.compiled import NOT_MADE, checks, compiled, first_error, why_not_made
 from attncc.kernels.first_use import Extra, check_of, differs
 from attncc.kernels.skip_tables import BySize, Tabled
 from attncc.kernels.tile_order import TileOrdered, movable
@@ -28,7 +28,7 @@ from attncc.runtime import compilers
 from attncc.runtime.cpp import CompileError, CppKernelError, CppToolchain, Ranks, detect_isa
 from attncc.runtime.notices import notice
 from attncc.runtime.op import Kernel
-from attncc.runtime.store import VARIABLE, Store, StoreError, key
+from attncc.runtime.store import VARIABLE, Store, key
 from attncc.runtime.triton_launch import TritonKernel, capability_of
 
 
@@ -216,18 +216,10 @@ def _cpp(
         plain = partial(TorchKernel, a)
         check = check_of(a, extra)
         kernel = compiled(Ranks.of(a), source, target.arch, target.toolchain, name, store, check, plain, larger)
-    except CompileError as error:
-        return _torch(a, f"the C++ compiler failed: {first_error(str(error))}")
-    except (CppKernelError, StoreError, OSError) as error:
-        return _torch(a, str(error))
+    except NOT_MADE as error:
+        return _torch(a, why_not_made(error))
     isa = cpp.instructions(a, target.arch)
     return Built(kernel, source, "cpp", f"C++ {isa} kernel", note=target.toolchain.note, isa=isa)
-
-
-def first_error(message: str) -> str:
-    """The line of a compiler's message that says most."""
-    lines = message.strip().splitlines() or ["no word"]
-    return next((line.removeprefix("error: ") for line in lines if "error" in line), lines[-1])
 
 
 def _triton(a: Attention, bounds: Bounds, target: Target, *, lists: bool = False) -> Built:

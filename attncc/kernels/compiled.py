@@ -18,7 +18,7 @@ import torch
 from attncc.kernels.first_use import Check, CheckedAtFirst, Untried
 from attncc.progress import step
 from attncc.runtime.compilers import timeout_s
-from attncc.runtime.cpp import CompileError, CppKernel, CppToolchain, Ranks, processor, whole
+from attncc.runtime.cpp import CompileError, CppKernel, CppKernelError, CppToolchain, Ranks, processor, whole
 from attncc.runtime.measure import device_name
 from attncc.runtime.notices import notice
 from attncc.runtime.op import Kernel
@@ -31,7 +31,21 @@ _LIBRARY = "kernel.so"
 _MORE_S = 30.0
 #: What the check compares may change; what it found before is then not taken for what it would find.
 _VERSION = 1
+#: What making a kernel may fail with.
+NOT_MADE = (CompileError, CppKernelError, StoreError, OSError)
 _log = logging.getLogger(__name__)
+
+
+def why_not_made(error: Exception) -> str:
+    """One line of what making a kernel failed with."""
+    compiling = isinstance(error, CompileError)
+    return f"the C++ compiler failed: {first_error(str(error))}" if compiling else str(error)
+
+
+def first_error(message: str) -> str:
+    """The line of a compiler's message that says most."""
+    lines = message.strip().splitlines() or ["no word"]
+    return next((line.removeprefix("error: ") for line in lines if "error" in line), lines[-1])
 
 
 def compiled(

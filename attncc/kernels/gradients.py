@@ -18,22 +18,20 @@ from attncc.kernels.build import (
     Remembered,
     Target,
     default_store,
-    first_error,
     kernel_name,
     optimise,
     target_of,
 )
-from attncc.kernels.compiled import checks, compiled
+from attncc.kernels.compiled import NOT_MADE, checks, compiled, why_not_made
 from attncc.kernels.first_gradient import differs, gradient_check, product_type
 from attncc.kernels.skip_tables import BySize, Tabled
 from attncc.passes.bounds.bounds import loop_bounds
 from attncc.passes.gradient import gradient_of
 from attncc.passes.tables.spans import Spanned, spanned, tables
-from attncc.runtime.cpp import CompileError, CppKernelError, Ranks
+from attncc.runtime.cpp import Ranks
 from attncc.runtime.notices import notice
 from attncc.runtime.op import Kernel
 from attncc.runtime.outputs import signature_of
-from attncc.runtime.store import StoreError
 from attncc.runtime.triton_launch import TritonKernel
 
 
@@ -198,10 +196,8 @@ def _cpp(
             ranks_of(g, more), source, target.arch, target.toolchain, name, default_store(), check, lambda: _refused,
             larger,
         )  # fmt: skip
-    except CompileError as error:
-        return BuiltBackward(reason=f"the C++ compiler failed: {first_error(str(error))}")
-    except (CppKernelError, StoreError, OSError) as error:
-        return BuiltBackward(reason=str(error))
+    except NOT_MADE as error:
+        return BuiltBackward(reason=why_not_made(error))
     isa = cpp.gradient_instructions(g, target.arch)
     return BuiltBackward(Gradients(g, kernel), source, f"C++ {isa} kernel")
 

@@ -17,14 +17,13 @@ from attncc.codegen import cpp, triton
 from attncc.ir import Axis, Const, Linear, interpret_linear, kind_of, print_linear
 from attncc.ir.evaluate import DTYPE_OF, int_value
 from attncc.ir.expr import Expr, loads
-from attncc.kernels.build import Built, Target, default_store, first_error, target_of
-from attncc.kernels.compiled import compiled
+from attncc.kernels.build import Built, Target, default_store, target_of
+from attncc.kernels.compiled import NOT_MADE, compiled, why_not_made
 from attncc.kernels.first_use import Check, CheckedAtFirst, Untried
-from attncc.runtime.cpp import CompileError, CppKernelError, Ranks
+from attncc.runtime.cpp import CppKernelError, Ranks
 from attncc.runtime.linear_factors import FactorKernel
 from attncc.runtime.linear_op import allocate, linear_of, portable
 from attncc.runtime.op import Kernel
-from attncc.runtime.store import StoreError
 from attncc.runtime.triton_launch import TritonKernel
 from attncc.torch_private import apart
 
@@ -73,10 +72,8 @@ def _built(spec: str, target: Target) -> Built:
                 _ranks(a), source, target.arch, target.toolchain, kernel_name(a), default_store(),
                 Check(partial(_wrong, a), partial(_differs, a)), partial(PortableKernel, a), None,
             )  # fmt: skip
-        except CompileError as error:
-            return _portable(a, f"the C++ compiler failed: {first_error(str(error))}")
-        except (CppKernelError, StoreError, OSError) as error:
-            return _portable(a, str(error))
+        except NOT_MADE as error:
+            return _portable(a, why_not_made(error))
     isa = "avx512" if target.arch in ("amx", "avx512bf16") else target.arch  # products run in the compute type
     return Built(kernel, source, "cpp", f"C++ {isa} kernel", note=target.toolchain.note, isa=isa)
 

@@ -17,14 +17,13 @@ from attncc.ir import Linear
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.ir.expr import free
 from attncc.ir.linear_chunks import Factors, recurrence_by_chunks
-from attncc.kernels.build import Built, Target, default_store, first_error, target_of
-from attncc.kernels.compiled import compiled
+from attncc.kernels.build import Built, Target, default_store, target_of
+from attncc.kernels.compiled import NOT_MADE, compiled, why_not_made
 from attncc.kernels.first_use import Check
-from attncc.runtime.cpp import CompileError, CppKernelError, Ranks
+from attncc.runtime.cpp import Ranks
 from attncc.runtime.linear_factors import factor_gradients
 from attncc.runtime.linear_op import linear_of
 from attncc.runtime.op import Kernel
-from attncc.runtime.store import StoreError
 from attncc.torch_private import apart
 
 #: Heads, tokens, channels of keys and of values of the trial.
@@ -78,10 +77,8 @@ def _built(spec: str, target: Target) -> Built:
                 takes, source, target.arch, target.toolchain, _name(a), default_store(),
                 Check(check, lambda *_: ""), lambda: own, None,
             )  # fmt: skip
-        except CompileError as error:
-            return Built(own, "", "torch", "plain torch", f"the C++ compiler failed: {first_error(str(error))}")
-        except (CppKernelError, StoreError, OSError) as error:
-            return Built(own, "", "torch", "plain torch", str(error))
+        except NOT_MADE as error:
+            return Built(own, "", "torch", "plain torch", why_not_made(error))
     isa = "avx512" if target.arch in ("amx", "avx512bf16") else target.arch  # products run in the compute type
     return Built(kernel, source, "cpp", f"C++ {isa} kernel", note=target.toolchain.note, isa=isa)
 
