@@ -103,7 +103,28 @@ def _joins(f: Facts, n: fx.Node) -> bool:
 
 
 def _pools(f: Facts, n: fx.Node) -> bool:
-    return _name(n) in _POOLS or (n.target in SUMS_AND_MEANS and contraction(f, n) is None)
+    if n.target in SUMS_AND_MEANS:
+        return contraction(f, n) is None and not _normalises(f, n)
+    return _name(n) in _POOLS
+
+
+def _normalises(f: Facts, n: fx.Node) -> bool:
+    """Whether a sum or mean of functions of a tensor's elements goes back to them, as in RMSNorm written out."""
+    own, held = {n}, [a for a in n.all_input_nodes if f.is_tensor(a)]
+    while len(held) == 1:
+        own.add(held[0])
+        moves = held[0].target in ELEMENTS or held[0].target in VIEW_OPS
+        held = [a for a in held[0].all_input_nodes if f.is_tensor(a)] if moves else []
+    stack, seen = [n], {n}
+    while stack:
+        for user in stack.pop().users:
+            others = [a for a in user.all_input_nodes if f.is_tensor(a) and a not in seen]
+            if any(a in own for a in others):
+                return True
+            if user not in seen and not others and (user.target in ELEMENTS or user.target in VIEW_OPS):
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 def _spread(f: Facts, shares: fx.Node, other: fx.Node) -> bool:

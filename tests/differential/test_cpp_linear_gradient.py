@@ -92,6 +92,22 @@ def test_strong_decays_do_not_overflow(form: str) -> None:
     check(a, host_isas()[0], tensors={n: x * 100 if n in ("g", "gk") else x for n, x in data(a).items()})
 
 
+@pytest.mark.parametrize("form", ["gated", "by_channel", "gated_delta", "delta_by_channel"])
+def test_gradients_of_strong_decays_are_no_differences(form: str) -> None:
+    """What little goes over a strong decay has its own digits, and not those of what goes past it."""
+    a = verify_linear(FORMS[form](plain(*SHAPE)))
+    log = next(t.name for t in a.tensors if t.name in ("g", "gk"))
+    tensors = {n: x * 10 if n == log else x for n, x in data(a).items()}
+    given = seeds(a, tensors, ())
+    exact = by_torch(interpret_linear, a, tensors, given, (), torch.float64)[log]
+    outs = [g.to(torch.float32) for g in given]
+    wanted = [t.name == log for t in a.tensors]
+    (got,) = gradients(a, kernel_of(a, host_isas()[0]), outs, [tensors[t.name] for t in a.tensors], (), wanted)
+    relative = ((got.double() - exact).abs() / exact.abs()).nan_to_num()
+    assert float(exact.abs().median()) < 1e-3 * float(exact.abs().max())
+    assert float(relative.median()) < 1e-6
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("form", ["gated", "delta_by_channel"])
 def test_long_memories(form: str) -> None:

@@ -273,6 +273,12 @@ def squeeze_excite(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return x * m.lin(F.relu(m.lin(x.mean(1, keepdim=True)))).sigmoid()
 
 
+def gate_of_normed(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
+    """A share for each token, out of its channels, whose mean square they are divided by."""
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return v * m.one(normed).sigmoid()[:, None]
+
+
 def gate_of_itself(m: Model, x: Q, q: Q, k: Q, v: Q) -> Q:
     return x * torch.sigmoid(m.one(x))
 
@@ -340,3 +346,8 @@ def test_reason(core: Callable[..., Q], reason: Reason) -> None:
     (site,) = lift_all(facts)
     assert isinstance(site, Refusal)
     assert site.reason == reason
+
+
+def test_a_mean_that_divides_its_own_tensor_pools_nothing() -> None:
+    facts, *_ = read(Model(gate_of_normed).eval(), torch.randn(B, N, WIDTH))
+    assert because("squeeze-excite") not in [x.reason for x in lift_all(facts) if isinstance(x, Refusal)]

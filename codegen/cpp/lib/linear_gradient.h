@@ -12,9 +12,13 @@
 //     dA = dO U^T,  dM = -dY U^T               d[Q[t]] = dO S^T          d[K[t]] = -dY S^T         dW = U dS'^T
 //     dS = [C] dS' + Q[t]^T dO - K[t]^T dY
 //
-// A decay scales what is read behind it, and not what is written there: with p_t what a token reads and w_t what it writes
-// (of each channel), the gradient of the logarithm of the decay of t is that of S' . dS' at the end of the chunk, and
-// sum_(r >= t) (p_r . dp_r - w_r . dw_r). That of a decay of zero, over which nothing goes, is zero.
+// The gradient of the logarithm of a decay is the sum of what goes over it, each times its own gradient. Over that of t
+// go the state before the chunk, to its end and to the tokens from t on, and what tokens s < t write, to the end and to
+// the tokens r >= t (of each channel):
+//
+//     [C] S . dS' + sum_(r >= t) p_r [r] S . dp_r + sum_(s < t) W_s . dW_s + sum_(s < t <= r) (dA A + dM M)_rs
+//
+// As sum_(r >= t) (p_r . dp_r - w_r . dw_r) it would be the small difference of large sums where decays are strong.
 constexpr int64_t C = CHUNK;
 
 struct Room {
@@ -29,9 +33,10 @@ struct Room {
     real *da, *dm;                       // [C][C]
     real *rate, *rated;                  // [C]
     real *kept;                          // [rows]: the decays of a chunk less one
-    real *decayed, *end;                 // [rows]
+    real *decayed;                       // [C][rows] or [C]: gradients of the logarithms
+    real *end;                           // [rows]: what the state before the chunk is worth behind it
     real *state, *dstate, *dstateT;      // [rows][cols], the last one [cols][rows]
-    real *states;                        // [chunks + 1][cols][rows]: before each chunk, transposed
+    real *states;                        // [chunks][cols][rows]: before each chunk, transposed
     real *ys;                            // [chunks][C][cols]
     char* whole;
 };
@@ -47,8 +52,8 @@ static bool reserve(const Call& c, Room& r) {
                       &r.ys};
     const int64_t sizes[] = {by_d, by_d, by_d, by_d, by_d, by_d, by_d, by_d, by_d, by_d, by_d,
                              by_d, by_d, by_e, by_e, by_e, by_e, by_e, by_e, by_e, C * C, C * C, C * C, C * C,
-                             C * C, C, C, rows, rows, rows, rows * cols, rows * cols, rows * cols,
-                             (chunks(c) + 1) * rows * cols, DELTA ? chunks(c) * by_e : 0};
+                             C * C, C, C, rows, by_d, rows, rows * cols, rows * cols, rows * cols,
+                             chunks(c) * rows * cols, DELTA ? chunks(c) * by_e : 0};
     int64_t all = 0;
     for (int64_t n : sizes) all += rounded(n, 64) + 64;  // rows of powers of two would share few sets of the cache
     r.whole = (char*)aligned_alloc(128, rounded(all * (int64_t)sizeof(real), 128));
@@ -190,7 +195,6 @@ static void forth(const Call& c, const Point& at, Room& r) {
             }
         multiply(ALL, rows, cols, C, r.writes, 1, rows, r.u, cols, r.state, cols, true);
     }
-    transpose(r.state, cols, rows, cols, r.states + chunks(c) * rows * cols, rows);
 }
 
 // dU, dY and the gradient of the rates: the system transposed, from the last token.
@@ -218,14 +222,49 @@ static void solve_back(const Call& c, Room& r) {
     }
 }
 
+// What the states before and behind the chunk have to do with its decays; `written` and what reads are of states alone yet.
+static void over_states(const Call& c, Room& r) {
+    const int64_t rows = rounded(c.D, LANES);
+    for (int64_t d = 0; d < rows; d += LANES) {
+        vreal before = load(r.end + d), behind{};
+        for (int64_t x = d; x < C * rows; x += rows) {
+            store(r.decayed + x, before);
+            before += load(r.k + x) * load(r.written + x);
+        }
+        for (int64_t x = (C - 1) * rows + d; x >= 0; x -= rows) {
+            behind += load(r.q + x) * load(r.read_q + x);
+            if (DELTA) behind += load(r.k + x) * load(r.read_k + x);
+            store(r.decayed + x, load(r.decayed + x) + behind);
+        }
+    }
+    if (CHANNELS) return;
+    for (int64_t t = 0; t < C; ++t) {
+        vreal sum{};
+        for (int64_t d = 0; d < rows; d += LANES) sum += load(r.decayed + t * rows + d);
+        r.decayed[t] = summed(sum);  // where a row was that is read
+    }
+}
+
+// What tokens of the chunk write for others of it: `a` is what each pair is worth.
+static void over_decays(Room& r) {
+    real worth[C] = {};
+    for (int64_t t = C - 1; t >= 0; --t) {
+        for (int64_t s = 0; s < C; ++s) worth[s] += r.a[t * C + s];
+        for (int64_t s = 0; s < t; ++s) r.decayed[t] += worth[s];
+    }
+}
+
 // Gradients of q and k of what tokens of the chunk make of each other, onto those of what they make of the state.
 static void pairs(const Call& c, Room& r) {
     const int64_t rows = rounded(c.D, LANES);
     if (!CHANNELS) {
         for (int64_t x = 0; x < C * C; x += LANES) {
-            store(r.da + x, load(r.da + x) * load(r.between + x));
-            if (DELTA) store(r.dm + x, load(r.dm + x) * load(r.between + x));
+            const vreal da = load(r.da + x), dm = DELTA ? load(r.dm + x) : vreal{}, between = load(r.between + x);
+            store(r.a + x, da * load(r.a + x) - (DELTA ? dm * load(r.m + x) : vreal{}));
+            store(r.da + x, da * between);
+            if (DELTA) store(r.dm + x, dm * between);
         }
+        over_decays(r);
         if (DELTA)
             for (int64_t t = 0; t < C; ++t) r.dm[t * C + t] = 0;
         multiply(LOWER, C, rows, C, r.da, C, 1, r.k, rows, r.read_q, rows, true);
@@ -239,48 +278,44 @@ static void pairs(const Call& c, Room& r) {
         for (int64_t t = 0; t < C; ++t) {
             const vreal q = load(r.q + t * rows + d), own = load(r.k + t * rows + d);
             vreal read_q = load(r.read_q + t * rows + d), read_k = DELTA ? load(r.read_k + t * rows + d) : vreal{};
-            vreal between = splat(1);
+            vreal between = splat(1), worth[C], over{};
             for (int64_t s = t; s >= 0; --s) {
                 const int64_t x = s * rows + d;
-                const vreal key = load(r.k + x) * between;
-                read_q += key * r.da[t * C + s];
+                const vreal key = load(r.k + x);
+                read_q += key * between * r.da[t * C + s];
                 vreal back = q * r.da[t * C + s];
                 if (DELTA && s < t) {
-                    read_k += key * r.dm[t * C + s];
+                    read_k += key * between * r.dm[t * C + s];
                     back += own * r.dm[t * C + s];
                 }
                 store(r.written + x, load(r.written + x) + back * between);
+                worth[s] = key * (back * between);
                 between *= load(r.g + x);
             }
             store(r.read_q + t * rows + d, read_q);
             if (DELTA) store(r.read_k + t * rows + d, read_k);
+            for (int64_t s = 0; s < t; ++s) {
+                const int64_t x = (s + 1) * rows + d;
+                over += worth[s];
+                store(r.decayed + x, load(r.decayed + x) + over);
+            }
         }
 }
 
 static void give_rows(const Call& c, const Point& at, Room& r, int64_t from) {
     const int64_t rows = rounded(c.D, LANES), cols = rounded(c.E, LANES), wide = CHANNELS ? rows : 1;
     const int64_t count = c.N - from < C ? c.N - from : C;
-    for (int64_t d = 0; d < rows; d += LANES) store(r.decayed + d, load(r.end + d));
     for (int64_t t = count - 1; t >= 0; --t) {
         const int64_t n = from + t;
         for (int64_t d = 0; d < rows; d += LANES) {
             const int64_t x = t * rows + d;
-            const vreal k = load(r.k + x), written = load(r.written + x), read = DELTA ? load(r.read_k + x) : vreal{};
-            store(r.decayed + d, load(r.decayed + d) + (load(r.q + x) * load(r.read_q + x) + k * read - k * written));
-            store(r.written + x, written + read);
+            store(r.written + x, load(r.written + x) + (DELTA ? load(r.read_k + x) : vreal{}));
         }
         give(r.read_q + t * rows, c.D, row_of(c.dq, c.s_dq, at, n), c.s_dq[3]);
         give(r.written + t * rows, c.D, row_of(c.dk, c.s_dk, at, n), c.s_dk[3]);
         give(r.dy + t * cols, c.E, row_of(c.dv, c.s_dv, at, n), c.s_dv[3]);
         *row_of(c.drate, c.s_drate, at, n) = r.rated[t];
-        real* to = row_of(c.dlog, c.s_dlog, at, n);
-        if (CHANNELS) {
-            for (int64_t d = 0; d < c.D; ++d) to[d * c.s_dlog[3]] = r.g[t * wide + d] == 0 ? 0 : r.decayed[d];
-        } else {
-            vreal sum{};
-            for (int64_t d = 0; d < rows; d += LANES) sum += load(r.decayed + d);
-            *to = r.g[t] == 0 ? 0 : summed(sum);
-        }
+        give(r.decayed + t * wide, CHANNELS ? c.D : 1, row_of(c.dlog, c.s_dlog, at, n), c.s_dlog[3]);
     }
 }
 
@@ -290,7 +325,7 @@ static void back(const Call& c, const Point& at, Room& r) {
         take(row_of(c.t_dstate, c.s_dstate, at, d < c.D ? d : 0), c.s_dstate[3], d < c.D ? c.E : 0, cols,
              r.dstate + d * cols);
     for (int64_t chunk = chunks(c) - 1; chunk >= 0; --chunk) {
-        const real *stateT = r.states + chunk * rows * cols, *next = stateT + rows * cols;
+        const real* stateT = r.states + chunk * rows * cols;
         prepare(c, at, r, chunk * C, true);
         if (DELTA) {
             memcpy(r.y, r.ys + chunk * C * cols, C * cols * sizeof(real));
@@ -304,8 +339,8 @@ static void back(const Call& c, const Point& at, Room& r) {
         transpose(r.dstate, cols, rows, cols, r.dstateT, rows);
         for (int64_t d = 0; d < rows; d += LANES) {
             vreal sum{};
-            for (int64_t e = 0; e < c.E; ++e) sum += load(next + e * rows + d) * load(r.dstateT + e * rows + d);
-            store(r.end + d, sum);
+            for (int64_t e = 0; e < c.E; ++e) sum += load(stateT + e * rows + d) * load(r.dstateT + e * rows + d);
+            store(r.end + d, sum * (CHANNELS ? load(r.since + (C - 1) * rows + d) : splat(r.since[C - 1])));
         }
         multiply(ALL, C, C, c.E, r.o, cols, 1, r.uT, C, r.da, C, false);
         multiply(ALL, C, rows, c.E, r.o, cols, 1, stateT, rows, r.read_q, rows, false);
@@ -322,6 +357,7 @@ static void back(const Call& c, const Point& at, Room& r) {
                 if (DELTA) store(r.read_k + x, load(r.read_k + x) * since);
                 store(r.written + x, load(r.written + x) * (CHANNELS ? load(r.rest + x) : splat(r.rest[t])));
             }
+        over_states(c, r);
         pairs(c, r);
         give_rows(c, at, r, chunk * C);
         for (int64_t d = 0; d < rows; ++d)
