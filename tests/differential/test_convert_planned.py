@@ -66,7 +66,7 @@ def test_onnx_follows_a_plan(model: Keyed, tmp_path: Path) -> None:
 
 FORMS = ["streaming{sinks=16,window=64}", "spans{alpha=0,beta=0.25,block=64}", "strides{block=64,local=2,stride=8}",
          "block-means{rows=64,keys=64,take=fraction,amount=0.25}", "certified-skip{eps=0.05}",
-         "vertical-slash"]  # fmt: skip
+         "vertical-slash{columns=8,diagonals=16,rows=16,block=16,sinks=0,recent=8}"]  # fmt: skip
 
 
 def follow(form: str, model: Keyed, path: Path) -> None:

@@ -36,7 +36,9 @@ def cases() -> dict[str, list[Any]]:
         node = t.model.graph.node[0]
         known = not node.domain and node.op_type in (*ROWS, *CONTROL)
         plain = len(t.model.graph.node) == 1 and known
-        if plain and not any(x in t.name for x in (*_OTHER_TYPES, "_seq", "_opt")):
+        # what numpy has no element type for stands there as strings, or as protobuf
+        held = plain and all(getattr(x, "dtype", object) != object for given, _ in t.data_sets for x in given)
+        if held and not any(x in t.name for x in (*_OTHER_TYPES, "_seq", "_opt")):
             found.setdefault(node.op_type, []).append(t)
     return found
 
@@ -73,7 +75,8 @@ def outcome(t: Any) -> str:
             x, y = np.asarray(x), y.numpy()
             assert (y.dtype, y.shape) == (x.dtype, x.shape), t.name
             loose = 2e-3 if x.dtype == np.float16 else 1e-5
-            np.testing.assert_allclose(y, x, rtol=max(1e-4, loose), atol=loose, err_msg=t.name)
+            # the package's own tolerance: some of its results are decimals of four digits
+            np.testing.assert_allclose(y, x, rtol=max(t.rtol, loose), atol=loose, err_msg=t.name)
     return "right"
 
 
