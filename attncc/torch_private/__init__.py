@@ -342,6 +342,15 @@ def profiling() -> bool:
     return torch.autograd.profiler._is_profiler_enabled
 
 
+#: How Dynamo names the compilation of what lies before a break that it does not count: the start of the name, and what
+#: it says of that elsewhere.
+_BREAKS = {
+    "generic_jump": "Data-dependent branching",
+    "step_unsupported": "An instruction that Dynamo does not trace",
+    "comprehension_graph_break": "A graph break in a comprehension",
+}
+
+
 def graph_break_places() -> dict[str, list[tuple[str, int]]]:
     """Where this process left a graph so far, as files and lines of the user's code, by Dynamo's reason (its first
     line)."""
@@ -349,13 +358,19 @@ def graph_break_places() -> dict[str, list[tuple[str, int]]]:
     for known in torch._dynamo.utils.graph_break_reasons:
         if known.user_stack:
             at = known.user_stack[-1]
-            found.setdefault(known.reason.splitlines()[0], []).append((at.filename, at.lineno or 0))
+            first = known.reason.splitlines()[0]
+            reason = next((says for name, says in _BREAKS.items() if first.startswith(name)), first)
+            found.setdefault(reason, []).append((at.filename, at.lineno or 0))
     return found
 
 
 def graph_breaks() -> Counter[str]:
-    """How often this process left a graph so far, by Dynamo's reason (its first line)."""
+    """How often this process left a graph so far, by Dynamo's reason (its first line). Branches on data are in no
+    counter of Dynamo's, only among the places."""
     found: Counter[str] = Counter()
     for reason, count in torch._dynamo.utils.counters["graph_break"].items():
         found[reason.splitlines()[0]] += count
+    for reason, places in graph_break_places().items():
+        if reason in _BREAKS.values():
+            found[reason] = max(found[reason], len(places))
     return found

@@ -124,6 +124,19 @@ def test_a_graph_break_is_reported_with_its_line() -> None:
 
 
 @torch.no_grad()
+def test_a_branch_on_data_is_a_graph_break_with_its_line() -> None:
+    """Dynamo counts it nowhere."""
+
+    def broken(x: Tensor, documents: Tensor) -> Tensor:
+        y = Block()(x, documents)
+        return y + 1 if y.sum() > 0 else y
+
+    line = broken.__code__.co_firstlineno + 2
+    (note,) = attncc.explain(broken, *inputs()[:2]).notes
+    assert f"{Path(__file__).name}:{line}: Data-dependent branching" in note
+
+
+@torch.no_grad()
 def test_a_profiler_shows_kernels_under_their_site() -> None:
     model, given = compiled(Two()), inputs()
     model(*given)

@@ -231,7 +231,7 @@ def _by_keyboard(view: Any) -> None:
     assert source.get_attribute("open") is None
     view.get_by_role("link", name="Source of the kernel").focus()
     view.keyboard.press("Enter")
-    view.wait_for_function("document.getElementById('kernel-1').open")
+    view.locator("#kernel-1[open]").wait_for()  # a function to wait for would be eval, which the page forbids
     view.evaluate("window.scrollTo(0, 0); document.activeElement.blur()")
     view.keyboard.press("Home")
     assert view.get_by_role("region", name="Mask of site 0").count() == 1
