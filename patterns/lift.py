@@ -238,7 +238,7 @@ def _divided(late: Late) -> list[Lifted | Refusal]:
         return [replace(lift_softmax(frame, term), other_users=other_users)]
     except Exception as error:
         reason, _ = _reason(error, frame.node)
-        if term.anchor.form == "plain":
+        if not late.powers:
             return []
         return [Refusal(because("late-division", reason), frame.node, node)]
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attncc import torch_private
-from attncc.driver.library_calls import hooked, in_place_of
+from attncc.driver.library_calls import given_by, hooked, in_place_of, is_given
 from attncc.driver.repeats import Repeats
 from attncc.driver.scalar_functions import without_items
 from attncc.patterns.graph.facts import Facts
@@ -163,7 +163,7 @@ class _Shadow(fx.Interpreter):
                 given = [p.meta.get("example_value") for p in body.graph.find_nodes(op="placeholder")]
                 if all(x is not None for x in given):
                     self.bodies.append(Body(body, given, modes()))
-            return tree_map_only(torch.Tensor, torch_private.like, n.meta["example_value"])
+            return _results(n, args)
         first = next((at for at, x in enumerate(args) if isinstance(x, fx.GraphModule)), len(args))
         bodies = [x for x in args[first:] if isinstance(x, fx.GraphModule)]
         if str(n.target) == "autograd_function_apply":  # its backward takes other arguments
@@ -171,7 +171,7 @@ class _Shadow(fx.Interpreter):
         given = [x for x in args[first:] if not isinstance(x, fx.GraphModule | str)]
         if len(bodies) == 1 and len(given) == sum(p.op == "placeholder" for p in bodies[0].graph.nodes):
             self.bodies.append(Body(bodies[0], given, modes()))
-        return tree_map_only(torch.Tensor, torch_private.like, n.meta["example_value"])
+        return _results(n, given)
 
     def _last(self) -> fx.Node | None:
         mode = torch_private.get_proxy_mode()
@@ -211,6 +211,23 @@ def read(module: fx.GraphModule, inputs: Sequence[Any]) -> Reading:
     return reading
 
 
+def _results(n: fx.Node, given: Sequence[Any]) -> Any:
+    """New tensors for what a higher-order operator gives, computed from those it is given. What has no gradients where
+    those have some is as if it were computed from nothing."""
+    plain = not torch_private.inside_transform()
+    values = (a.meta.get("example_value") for a in n.all_input_nodes)
+    graded = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
+    tensors = [x for x in tree_leaves(given) if plain and torch_private.traced_node(x) is not None]
+    tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
+
+    def result(x: torch.Tensor) -> torch.Tensor:
+        made = torch_private.like(x)
+        follows = tensors and (x.requires_grad or not graded)
+        return given_by(str(n.target), made, tensors) if follows else made
+
+    return tree_map_only(torch.Tensor, result, n.meta["example_value"])
+
+
 def _leaves_transform(n: fx.Node) -> bool:
     """Whether a node takes a tensor out of a transform of `torch.func`. It is one that the graph outside may use, as
     none inside is, whatever a trace makes of it."""
@@ -220,7 +237,7 @@ def _leaves_transform(n: fx.Node) -> bool:
 def _requires_grad(reading: Reading, n: fx.Node, given: Any) -> bool:
     """Whether a node of the shadow is an input, or stands for what a higher-order operator gives, that gradients are
     wanted of."""
-    if n.op == "call_function" and n.target is not torch.ops.aten.empty_strided.default:
+    if n.op == "call_function" and not (n.target is torch.ops.aten.empty_strided.default or is_given(n)):
         return False
     origin = reading.origin.get(n)
     value = given if origin is None else origin.meta.get("example_value", given)

@@ -70,8 +70,15 @@ class Editor:
             sizes = [self.sizes.of(x, target) for x in site.sizes]
             examples = [example_of(x) for x in sizes]
             made = lower(final, self.graph, inputs, sizes, examples, partial(_called, target, called))
-        for old, new in zip(placed, made, strict=True):
-            self.replace(old, new)
+        for n, old, new in zip(site.outputs, placed, made, strict=True):
+            self.replace(old, self._own(n, new, at))
+
+    def _own(self, shadow: fx.Node, made: fx.Node, before: fx.Node) -> fx.Node:
+        """A copy of a result that the model writes to, where its gradients need it as it was."""
+        if self.facts.gradients is None or shadow in self.facts.unwritten:
+            return made
+        with self.graph.inserting_before(before):
+            return self.graph.call_function(torch.ops.aten.clone.default, (made,))
 
     def put_nodes(
         self, results: Sequence[fx.Node], tensors: Sequence[fx.Node], sizes: Sequence[Expr],

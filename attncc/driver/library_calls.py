@@ -154,12 +154,31 @@ PARTS: dict[object, Callable[..., Any]] = {
 _library: Any = torch.library.Library("shadow", "DEF")  # whose name says nothing of attention
 _library.define("register_hook(Tensor x) -> Tensor")
 _library.impl("register_hook", torch.clone, "CompositeExplicitAutograd")
+#: Operators that run graphs of their own, and what stands for all others.
+_WITH_GRAPHS = (
+    "autograd_function_apply", "tag_activation_checkpoint", "cond", "while_loop", "scan", "map_impl", "invoke_subgraph",
+    "higher_order_operator",
+)  # fmt: skip
+for _name in _WITH_GRAPHS:
+    _library.define(f"{_name}(Tensor made, Tensor[] given) -> Tensor")
+    _library.impl(_name, lambda made, given: torch.empty_like(made), "CompositeExplicitAutograd")
 
 
 def hooked(x: Tensor) -> Tensor:
     """In a shadow, a tensor whose gradient a hook of the model's sees: the same values, which nothing is read through,
     as an attention that took them over would have no such gradient."""
     return torch.ops.shadow.register_hook(x)
+
+
+def given_by(operator: str, made: Tensor, given: Sequence[Tensor]) -> Tensor:
+    """In a shadow, what an operator that runs a graph of its own makes of tensors: one like `made`, which nothing is
+    read through, and which is known to be computed from them."""
+    return getattr(torch.ops.shadow, operator if operator in _WITH_GRAPHS else _WITH_GRAPHS[-1])(made, given)
+
+
+def is_given(n: fx.Node) -> bool:
+    """Whether a node of a shadow stands for what an operator that runs a graph of its own gives."""
+    return getattr(n.target, "namespace", "") == "shadow" and getattr(n.target, "_opname", "") in _WITH_GRAPHS
 
 
 def in_place_of(n: fx.Node, args: Sequence[Any]) -> Callable[..., Any] | None:

@@ -35,7 +35,7 @@ def before_softmax(f: Facts, scores: fx.Node) -> Reason | None:
             narrow = [a for a in held if f.dtype(a) != torch.float64 and f.dtype(a).is_floating_point]
             if f.dtype(n) == torch.float64 and narrow:
                 reason = reason or because("scores-widened", f.dtype_name(narrow[0]) or "")
-        elif len(held) == 1 and f.shape(held[0]) == f.shape(n):
+        elif (len(held) == 1 and f.shape(held[0]) == f.shape(n)) or _has_body(n):
             reason = reason or because("scores-function", _name(n))
         else:
             continue
@@ -71,6 +71,11 @@ def meets(f: Facts, n: fx.Node) -> bool:
                 seen.add(user)
                 stack.append(user)
     return False
+
+
+def _has_body(n: fx.Node) -> bool:
+    """Whether a node stands for what an operator that runs a graph of its own gives, of tensors that it is given."""
+    return getattr(n.target, "namespace", "") == "shadow"
 
 
 _JOINING = ("stack", "cat", "sum", "mean")

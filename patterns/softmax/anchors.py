@@ -88,11 +88,13 @@ class Term:
 
 @dataclass(frozen=True)
 class Late:
-    """A product that is divided by the sum of its weights: `frame` is that of the quotient, `total` the sum."""
+    """A product that is divided by the sum of its weights: `frame` is that of the quotient, `total` the sum, `powers`
+    whether exponentials are summed, maybe some of them only."""
 
     frame: Frame
     term: Term
     total: fx.Node
+    powers: bool
 
 
 def normalisers(f: Facts) -> Iterator[Anchor | Late | fx.Node]:
@@ -132,12 +134,12 @@ def _quotient(f: Facts, n: fx.Node) -> Anchor | Late | fx.Node | None:
         if anchor is not None or n not in f.live:
             return anchor
         late = _late(r, n, at, top, total)
-        powers = holds_powers(top) or holds_powers(total.summed(r, Index("key")))
+        powers = holds_powers(f, top) or holds_powers(f, total.summed(r, Index("key")))
         along = len(total.how.inside(total.load.index, ZERO)) == len(at)
         if late is not None or (powers and along and total.how.inside(total.load.index, at[total.how.dim]) == at):
             return late or n
     grouped = n in f.live and scattered(n.args[-1]) is not None
-    return n if grouped and holds_powers(r.value_at(n, at)) else None
+    return n if grouped and holds_powers(f, r.value_at(n, at)) else None
 
 
 def _anchor(f: Facts, n: fx.Node, at: Point, total: Total, x: Share) -> Anchor | None:
@@ -165,5 +167,6 @@ def _late(r: Reader, n: fx.Node, at: Point, top: Expr, total: Total) -> Late | N
         if x is not None and (x.form == "powers" or (x.form == "plain" and compares(f, of))):
             point = how.inside(total.load.index, frame.c)
             anchor = Anchor(of, how.source, how.dim, how.node, x.form, None, point, x.sink, x.shifted)
-            return Late(frame, Term(anchor, point, W, {}), how.node)
+            powers = holds_powers(f, total.summed(reader, frame.c))
+            return Late(frame, Term(anchor, point, W, {}), how.node, powers)
     return None

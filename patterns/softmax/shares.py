@@ -74,10 +74,13 @@ def share(r: Reader, top: Expr, total: Total, keys: Point) -> Share | None:
     return None
 
 
-def holds_powers(x: Expr) -> bool:
-    """Whether an expression is an exponential, scaled or masked: the mark of a softmax."""
+def holds_powers(f: Facts, x: Expr) -> bool:
+    """Whether an expression is an exponential, scaled or masked, or a tensor of them: the mark of a softmax."""
     if isinstance(x, Op) and x.name in (*ROUNDINGS, "mul", "div", "where", "stop"):
-        return any(holds_powers(y) for y in x.args)
+        return any(holds_powers(f, y) for y in x.args)
+    if isinstance(x, Load):
+        node = f.by_name.get(x.tensor.removeprefix(DOT))
+        return node is not None and op_name(node).rstrip("_") == "exp"
     return isinstance(x, Op) and x.name == "exp"
 
 

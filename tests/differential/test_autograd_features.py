@@ -286,3 +286,80 @@ def test_hooks_on_tensors_inside(of: str) -> None:
     (site,) = found.sites
     assert site.status == ("refused" if of == "weights" else "fused")
     assert of == "queries" or "register_hook" in (site.reason or "")
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Q) -> Q:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, g: Q) -> Q:
+        return -g
+
+
+def again(f: Callable[[Q], Q], x: Q) -> Q:
+    return checkpoint(f, x, use_reentrant=False)
+
+
+def chosen(by: Q, x: Q) -> Q:
+    return torch.cond(by.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (x,))
+
+
+BODIES: dict[str, tuple[Run, str]] = {
+    "scores in a function": (
+        lambda q, k, v: Reversed.apply(q @ k.mT).softmax(-1) @ v,
+        "its scores are autograd_function_apply of a product of queries and keys, which has no rule"),
+    "weights in a function": (
+        lambda q, k, v: Reversed.apply((q @ k.mT).softmax(-1)) @ v,
+        "its weights go through autograd_function_apply before they meet the values, which is not read"),
+    "scores in a checkpoint": (
+        lambda q, k, v: again(torch.sin, q @ k.mT).softmax(-1) @ v,
+        "its scores are tag_activation_checkpoint of a product of queries and keys, which has no rule"),
+    "weights in a checkpoint": (
+        lambda q, k, v: again(torch.sin, (q @ k.mT).softmax(-1)) @ v,
+        "its weights go through tag_activation_checkpoint before they meet the values, which is not read"),
+    "weights chosen": (
+        lambda q, k, v: chosen(q, (q @ k.mT).softmax(-1)) @ v,
+        "its weights go through cond before they meet the values, which is not read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "grad"), thinned(list(BODIES), [True, False]))
+def test_bodies_between_the_products_are_said(name: str, grad: bool) -> None:
+    """What runs a graph of its own on scores or weights is not read, and the reason says so: the products are there.
+    Without gradients a function of autograd's is what it computes, and fused."""
+    model, reason = BODIES[name]
+    x, found = tensors(grad=grad), Collected()
+    token = collecting.set(found)
+    try:
+        out = compiled(model, inductor=False)(*x)
+    finally:
+        collecting.reset(token)
+    same([out], [model(*x)])
+    if grad:
+        same(gradients(out, x), gradients(model(*x), x))
+    (site,) = found.sites
+    assert site.reason == reason or (not grad and "function" in name and site.status == "fused")
+
+
+def _shifted(q: Q, k: Q, v: Q) -> Q:
+    out = attend(q, k, v)
+    out.add_(1)
+    return out
+
+
+def _shifted_in_part(q: Q, k: Q, v: Q) -> Q:
+    out = attend(q, k, v).transpose(1, 2)
+    out[..., ::2].mul_(2)
+    return out
+
+
+@pytest.mark.parametrize("model", [_shifted, _shifted_in_part])
+def test_a_result_that_the_model_writes_to(model: Run) -> None:
+    """Eager's product keeps nothing of its result; what its gradients need of ours is not what is written to."""
+    x = tensors()
+    out, status = fused(lambda: compiled(model, inductor=False)(*x))
+    same([out], [model(*x)])
+    same(gradients(out, x), gradients(model(*x), x))
+    assert status == ["fused"]
