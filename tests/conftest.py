@@ -21,7 +21,7 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 COSTS = Path(__file__).parent / "costs.json"
 #: Seconds of processor time from which on a test is long, and those from which on `costs.json` names it.
-COSTLY, NAMED = 1.5, 1.0
+COSTLY, NAMED = 1.0, 0.8
 MARKERS = (
     "full: too long for every change; deselected unless --full, --shard or -m asks for it",
     "slow: compiles or starts processes; left out of `make quick`",
