@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from attncc.passes.bounds.area import Area, area
 from attncc.passes.bounds.area import picture as draw
 from attncc.passes.bounds.bounds import loop_bounds
 from attncc.patterns.graph.facts import Facts
+from attncc.patterns.linear.linear import Recognised
 from attncc.patterns.site.assemble import Lifted
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+#: Characters of a feature map that is written out in an equation.
+_LONGEST_MAP = 16
 _MODULE_PREFIX = re.compile(r"^L\['[^']*'\]\.?|^self\.?")
 
 
@@ -47,12 +51,12 @@ def user_line(n: fx.Node) -> str:
 
 
 def short_path(name: str) -> Path:
-    """A file's path from the current directory, or its last three parts."""
+    """A file's path from where libraries are, or from the current directory; else as it is."""
     file = Path(name)
-    try:
-        return file.relative_to(Path.cwd())
-    except ValueError:
-        return Path(*file.parts[-3:]) if len(file.parts) > 3 else file
+    for root in (*(Path(sysconfig.get_path(x)) for x in ("purelib", "platlib")), Path.cwd()):
+        if file.is_relative_to(root):
+            return file.relative_to(root)
+    return file
 
 
 def equation(a: Attention) -> str:
@@ -65,22 +69,42 @@ def equation(a: Attention) -> str:
 
 
 def linear_equation(a: Linear) -> str:
-    """One line of mathematics: `relu(q) (relu(k)^T v) / z`."""
-    q, k = (print_expr(substitute(phi, {X: Var(name)})) for phi, name in ((a.phi_q, "q"), (a.phi_k, "k")))
-    divided = "" if a.over is None else f" / ({print_expr(a.over)})"
+    """One line of mathematics: `relu(q) (relu(k)^T v) / z, z the sum of weights`. A long feature map has a name."""
+    shown: list[str] = []
+    named: list[str] = []
+    for phi, operand, name in ((a.phi_q, "q", "f"), (a.phi_k, "k", "f" if a.phi_k is a.phi_q else "g")):
+        text = print_expr(substitute(phi, {X: Var(operand)}))
+        if len(text) > _LONGEST_MAP:
+            named.append(f"{name}(x) = {print_expr(phi)}")
+            text = f"{name}({operand})"
+        shown.append(text if text == operand or text.endswith(")") else f"({text})")
+    q, k = shown
+    divided = "" if a.over is None else f" / {z}" if (z := print_expr(a.over)) == "z" else f" / ({z})"
+    said = [*dict.fromkeys(named), *(["z the sum of weights"] if a.over is not None else [])]
     if a.sees == "all":
-        return f"({q}) (({k})^T v){divided}" if q != "q" or k != "k" else f"q (k^T v){divided}"
-    decay = "" if a.decay is UNIT else "decay * "
-    change = "v" if a.rule == "add" else f"(v - ({decay}S)^T k)"
-    rate = "" if a.rate is UNIT else "rate * "
-    return f"S = {decay}S + k {rate}{change}, out = q S{divided}"
+        return ", ".join([f"{q} ({k}^T v){divided}", *said])
+    decay = "" if a.decay is UNIT else f"{_factor(a.decay)} * "
+    change = "v" if a.rule == "add" else f"(v - ({decay}S)^T {k})"
+    rate = "" if a.rate is UNIT else f"{_factor(a.rate)} * "
+    return ", ".join([f"S = {decay}S + {k} {rate}{change}", f"out = {q} S{divided}", *said])
+
+
+def _factor(x: Expr) -> str:
+    """As a factor of a product."""
+    text = print_expr(x)
+    return f"({text})" if " + " in text or " - " in text else text
+
+
+def linear_mask(a: Linear) -> str:
+    """Which keys a row sees."""
+    return "all" if a.sees == "all" else "j <= i"
 
 
 def mask(a: Attention) -> str:
     return "all" if a.mask is TRUE else print_expr(a.mask)
 
 
-def sizes_of(site: Lifted, facts: Facts) -> tuple[int, ...] | None:
+def sizes_of(site: Lifted | Recognised, facts: Facts) -> tuple[int, ...] | None:
     """The sizes that the graph was captured with; None where they are known only from data."""
     try:
         return tuple(hint(x, facts) for x in site.sizes)
@@ -97,9 +121,9 @@ def extent_of(a: Attention, sizes: tuple[int, ...]) -> tuple[Area | None, str | 
     return found, None if a.mask is TRUE else draw(a, sizes)
 
 
-def shapes(site: Lifted) -> dict[str, tuple[int | str, ...]]:
-    """Dimensions of q, k and v as the model sees them; symbols as text."""
-    a = site.attention
+def shapes(site: Lifted | Recognised) -> dict[str, tuple[int | str, ...]]:
+    """Dimensions of q, k and v, and of a state that comes in, as the model sees them; symbols as text."""
+    a = site.attention if isinstance(site, Lifted) else site.linear
     origin = dict(zip(a.sizes, site.sizes, strict=True))
 
     def extent(x: Const | Size) -> int | str:
@@ -107,8 +131,10 @@ def shapes(site: Lifted) -> dict[str, tuple[int | str, ...]]:
         return int(value.value) if isinstance(value, Const) else print_expr(value)
 
     batch = tuple(extent(x.extent) for x in a.batch)
-    return {
+    found = {
         "q": (*batch, extent(a.i.extent), extent(a.d.extent)),
         "k": (*batch, extent(a.j.extent), extent(a.d.extent)),
         "v": (*batch, extent(a.j.extent), extent(a.e.extent)),
     }
+    state = isinstance(a, Linear) and a.state is not None
+    return found | ({"state": (*batch, extent(a.d.extent), extent(a.e.extent))} if state else {})

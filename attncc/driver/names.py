@@ -6,25 +6,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import fx
 
 from attncc.driver.capture import Reading
-from attncc.ir import Attention, Expr
+from attncc.ir import Attention, Expr, Linear
 from attncc.ir.rewrite import rewrite
 from attncc.ir.terms import OPS, Const, Load
+from attncc.patterns.linear.linear import Recognised
 from attncc.patterns.site.assemble import Lifted
 
+_Node = TypeVar("_Node", Attention, Linear)
 _WORD = re.compile(r"[A-Za-z_]\w*")
 #: Significant digits of a number in a report: 1 / sqrt(80) is 0.1118.
 _DIGITS = 4
 
 
-def names_of(site: Lifted, reading: Reading) -> dict[str, str]:
+def names_of(site: Lifted | Recognised, reading: Reading) -> dict[str, str]:
     """For each tensor of a site's attention, beside queries, keys and values, the name that the graph has for it."""
-    a = site.attention
+    a = site.attention if isinstance(site, Lifted) else site.linear
     own = {a.q.tensor, a.k.tensor, a.v.tensor}
-    taken = {*own, "s", "w", "inf", "nan", *(x.name for x in (*a.axes, *a.sizes)), *OPS}
+    taken = {*own, "s", "w", "x", "z", "S", "f", "g", "inf", "nan", *(x.name for x in (*a.axes, *a.sizes)), *OPS}
     found: dict[str, str] = {}
     for tensor, node in zip(a.tensors, site.tensors, strict=True):
         if tensor.name in own:
@@ -47,8 +50,8 @@ def graph_name(n: fx.Node) -> str:
     return n.name
 
 
-def readable(a: Attention, names: Mapping[str, str]) -> Attention:
-    """`a` with its score, mask, sink and weight over the graph's names and its numbers rounded: to be read, not run."""
+def readable(a: _Node, names: Mapping[str, str]) -> _Node:
+    """`a` with its expressions over the graph's names and its numbers rounded: to be read, not run."""
 
     def shown(y: Expr) -> Expr | None:
         if isinstance(y, Load) and y.tensor in names:
@@ -57,6 +60,10 @@ def readable(a: Attention, names: Mapping[str, str]) -> Attention:
             return Const(float(f"{y.value:.{_DIGITS}g}"))
         return None
 
+    if isinstance(a, Linear):
+        over = None if a.over is None else rewrite(a.over, shown)
+        phi_q, phi_k, decay, rate = (rewrite(x, shown) for x in (a.phi_q, a.phi_k, a.decay, a.rate))
+        return replace(a, phi_q=phi_q, phi_k=phi_k, decay=decay, rate=rate, over=over)
     sink = None if a.sink is None else rewrite(a.sink, shown)
     score, mask, weight = (rewrite(x, shown) for x in (a.score, a.mask, a.weight))
     return replace(a, score=score, mask=mask, weight=weight, sink=sink)

@@ -15,7 +15,7 @@ from attncc.driver.collected import Collected, collecting
 from attncc.driver.edit import Editor, source_text
 from attncc.driver.garbage import no_collection
 from attncc.driver.graph_edits import GraphEdits, copied
-from attncc.driver.names import names_of
+from attncc.driver.names import names_of, readable
 from attncc.driver.planned_times import slower
 from attncc.driver.planning import Places, PlannedSite, Planner, parameters_of
 from attncc.driver.selection import decide
@@ -183,7 +183,8 @@ def _edited(
             settled.append(Site(index, status, str(site.reason), path, where, became=became, code=site.reason.codes))
             continue
         if isinstance(site, Recognised):
-            settled.append(_linear(site, Place(index, path, where), facts, editor, way, training))
+            made = _linear(site, Place(index, path, where), reading, editor, way, training)
+            settled.append(made if collecting.get() is None else replace(made, **_surroundings(site, reading, editor)))
             continue
         assert proposal is not None  # every lifted site has one
         if site.node not in verdicts:
@@ -199,13 +200,15 @@ def _edited(
 
 
 def _linear(
-    site: Recognised, at: Place, facts: Facts, editor: Editor, way: Way, training: Training
+    site: Recognised, at: Place, reading: capture.Reading, editor: Editor, way: Way, training: Training
 ) -> Site:
     """What becomes of a linear attention, which is recorded."""
-    equation = describe.linear_equation(site.linear)
+    facts, names = editor.facts, names_of(site, reading)
     kept = Site(
-        at.index, "kept", str(site.reason), at.path, at.where, equation, became="original graph",
-        ir=print_linear(site.linear), code=site.reason.codes,
+        at.index, "kept", str(site.reason), at.path, at.where,
+        describe.linear_equation(readable(site.linear, names)), describe.linear_mask(site.linear),
+        describe.shapes(site), became="original graph", ir=print_linear(site.linear), code=site.reason.codes,
+        names=names, sizes=describe.sizes_of(site, facts),
     )  # fmt: skip
     spread = any(editor.reading.distributed(n) for n in site.tensors)
     proposal = None if spread or not way.kernels else linear_sites.proposed(site, facts, training)
@@ -225,7 +228,9 @@ def _linear(
     )  # fmt: skip
 
 
-def _surroundings(site: Lifted, reading: capture.Reading, editor: Editor) -> dict[str, tuple[GraphNode, ...]]:
+def _surroundings(
+    site: Lifted | Recognised, reading: capture.Reading, editor: Editor
+) -> dict[str, tuple[GraphNode, ...]]:
     """The graph around a site before and after it was fused, where Dynamo's graph has nodes of its own for it."""
     old, copy = reading.origin.get(site.node), editor.reading.origin.get(site.node)
     operands = {n for x in site.tensors if (n := reading.origin.get(x)) is not None}

@@ -98,6 +98,8 @@ def random_model(name: str, layers: int, tokens: int) -> tuple[nn.Module, dict[s
     configs, models = _mappings()
     known = list(configs)
     if name not in known:
+        if not name:
+            raise TargetError("hf: needs a type of transformers' models, as in hf:bert")
         near = get_close_matches(name, known, 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise TargetError(f"hf:{name}: transformers has no type of models of this name{hint}")
@@ -109,7 +111,10 @@ def random_model(name: str, layers: int, tokens: int) -> tuple[nn.Module, dict[s
         with torch.device("meta"):
             count = sum(p.numel() for p in model_class(config).parameters())
         if count > MOST_RANDOM_PARAMETERS:
-            raise TargetError(f"hf:{name}: {count / 1e9:.1f} billion parameters with {layers} layers are too many here")
+            raise TargetError(
+                f"hf:{name}: {count / 1e9:.1f} billion parameters with {layers} layers, where "
+                f"{MOST_RANDOM_PARAMETERS / 1e9:.0f} are the most; write a factory that returns (model, args)"
+            )
         torch.manual_seed(0)
         model = model_class(config).eval()
     except TargetError:
@@ -134,7 +139,7 @@ def _with_layers(config: Any, layers: int) -> None:
     for key in _LAYERS:
         if isinstance(getattr(config, key, None), int):
             setattr(config, key, layers)
-    if isinstance(getattr(config, "layer_types", None), list):
+    if _has_kinds(config):
         config.layer_types = config.layer_types[:layers]
     for part in list(vars(config).values()):
         if isinstance(part, part_class):
@@ -191,10 +196,16 @@ def _shrink_parts(config: Any, sizes: dict[str, int]) -> None:
             value = getattr(part, name, None)
             if isinstance(value, int | float) and not isinstance(value, bool) and not name.endswith("_token_id"):
                 setattr(part, name, size)
-        if isinstance(getattr(part, "layer_types", None), list):
+        if _has_kinds(part):
             part.layer_types = _each_kind(part.layer_types)
             part.num_hidden_layers = len(part.layer_types)
         _shrink_parts(part, sizes)
+
+
+def _has_kinds(config: Any) -> bool:
+    """Whether the kinds of its layers are given, not made from their number."""
+    fixed = isinstance(made := getattr(type(config), "layer_types", None), property) and made.fset is None
+    return not fixed and isinstance(getattr(config, "layer_types", None), list)
 
 
 def _each_kind(kinds: list[str]) -> list[str]:

@@ -59,7 +59,11 @@ def load(text: str) -> Target:
     """The target that `text` names; `TargetError` where it cannot be had."""
     if text.endswith(".pt2"):
         return _program(text)
-    factory = load_object(text, "a target is `module:factory`, `path/file.py:factory`, `hf:TYPE` or a .pt2 file")
+    if text.endswith(".py") and Path(text).is_file():
+        raise TargetError(f"{text}: name a factory in it, that returns (model, args): {text}:FACTORY")
+    factory = load_object(
+        text, "a target is `module:factory`, `path/file.py:factory`, `hf:TYPE`, a .pt2 or a .onnx file"
+    )
     if not callable(factory) or isinstance(factory, torch.nn.Module):
         return _with_inputs(text, factory)
     try:

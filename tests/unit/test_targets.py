@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attncc.frontends.small import random_model
+from attncc.frontends.small import _with_layers, random_model
 from attncc.frontends.targets import TargetError, load
 
 MODULE = """
@@ -140,6 +140,8 @@ def test_a_file_is_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert target.model.in_features == 3 and target.args[0].shape == (1, 3)
     with pytest.raises(TargetError, match=r"target_in_a_file.py has no 'other'"):
         load(f"{file}:other")
+    with pytest.raises(TargetError, match=r"name a factory in it, .*target_in_a_file.py:FACTORY"):
+        load(str(file))
     with pytest.raises(TargetError, match=r"there is no file none\.py"):
         load("none.py:made")
     file.write_text("raise ValueError('no')\n")
@@ -157,3 +159,12 @@ def test_a_type_of_transformers_is_made_with_as_many_layers_as_asked_for() -> No
         random_model("brt", 1, 16)
     with pytest.raises(TargetError, match=r"hf:llama: .* billion parameters with 100 layers"):
         random_model("llama", 100, 16)
+    with pytest.raises(TargetError, match=r"hf: needs a type"):
+        random_model("", 1, 16)
+
+
+def test_kinds_of_layers_that_are_made_from_their_number_are_not_set() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Mamba2Config()
+    _with_layers(config, 3)
+    assert config.num_hidden_layers == 3 and len(config.layer_types) == 3

@@ -1,0 +1,56 @@
+"""What reports say of linear attentions: equation, mask, shapes, the graph's own names, the graph around."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import attncc
+from attncc.driver.describe import linear_equation
+from attncc.ir import parse_linear
+
+TEXT = """linear
+batch  b = 2
+axis   i = 8, j = 8, d = 4, e = 4
+tensor q: f32[2, 8, 4]
+tensor g: f32[2, 8]
+q      q[b, i, d]
+k      q[b, j, d]
+v      q[b, j, e]
+phi_q  x
+phi_k  exp(x)
+decay  exp(g[b, j])
+rate   g[b, j] + 1.0
+rule   delta
+sees   past
+give   out
+dtype  f32
+"""
+
+
+def test_equations() -> None:
+    a = parse_linear(TEXT)
+    assert linear_equation(a) == (
+        "S = exp(g[b, j]) * S + exp(k) (g[b, j] + 1.0) * (v - (exp(g[b, j]) * S)^T exp(k)), out = q S"
+    )
+    plain = parse_linear(TEXT.replace("exp(g[b, j])", "1.0").replace("g[b, j] + 1.0", "1.0").replace("delta", "add"))
+    assert linear_equation(plain) == "S = S + exp(k) v, out = q S"
+    assert linear_equation(replace(plain, sees="all")) == "q (exp(k)^T v)"
+
+
+@torch.no_grad()
+def test_a_report_of_a_linear_attention() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        fq, fk = F.elu(q) + 1, F.elu(k) + 1
+        return (fq @ (fk.mT @ v)) / (fq @ fk.sum(-2, keepdim=True).mT)
+
+    inputs = torch.randn(3, 2, 4, 64, 16, generator=torch.Generator().manual_seed(0))
+    (site,) = attncc.explain(attention, *inputs).sites
+    assert site.equation == (
+        "f(q) (f(k)^T v) / z, f(x) = where(0.0 < x, x, exp(x) - 1.0) + 1.0, z the sum of weights"
+    )
+    assert site.mask == "all" and site.shapes == dict.fromkeys("qkv", (2, 4, 64, 16))
+    assert site.graph and site.graph[-1].role in ("site", "user")
