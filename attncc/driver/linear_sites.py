@@ -44,13 +44,18 @@ _decided = Recent[tuple[object, ...], Choice](256)
 
 @dataclass(frozen=True)
 class LinearSite:
-    """What a site would become: its node with the outputs that are read, the text of that, and the kernel."""
+    """What a site would become: its node with the outputs that are read, the text of that, and the kernels; `backward`
+    where gradients are wanted."""
 
     site: Recognised
     final: Linear
     spec: str
     made: Built
-    trains: bool
+    backward: Built | None
+
+    @property
+    def trains(self) -> bool:
+        return self.backward is not None
 
 
 def proposed(site: Recognised, facts: Facts, training: Training) -> LinearSite | None:
@@ -63,7 +68,8 @@ def proposed(site: Recognised, facts: Facts, training: Training) -> LinearSite |
     spec = print_linear(final)
     device = str(facts.value(site.node).device)
     trains = any(r.node in training.nodes for r in site.results)
-    return LinearSite(site, final, spec, built_linear(spec, device), trains)
+    backward = built_linear_gradient(spec, device) if trains else None
+    return LinearSite(site, final, spec, built_linear(spec, device), backward)
 
 
 def chosen(x: LinearSite, facts: Facts, training: Training, *, measure: bool) -> Choice:
@@ -143,7 +149,7 @@ def _measured(x: LinearSite, facts: Facts, training: Training, sizes: list[int])
     dtypes = [facts.dtype(r.node) for r in x.site.results]
     flat = [int(s) for t in tensors for s in t.shape]
     kind = ("linear in training" if training.recomputed else "linear with gradients") if x.trains else "linear"
-    sources = [x.made.source, *([built_linear_gradient(x.spec, str(device)).source] if x.trains else [])]
+    sources = [x.made.source, *([] if x.backward is None else [x.backward.source])]
     where = situation(x.spec, [*flat, *sizes], device, (*sources, kind))
 
     def apply(target: Any, *args: Any) -> Any:

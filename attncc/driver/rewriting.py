@@ -220,11 +220,13 @@ def _linear(
             linear_sites.put(proposal, editor)
         except EditError as error:
             verdict = replace(verdict, fused=False, reason=error.reason)
-    made = proposal.made
+    made, backward = proposal.made, proposal.backward if verdict.fused else None
     return replace(
         kept, status="fused" if verdict.fused else "kept", reason=str(verdict.reason), code=verdict.reason.codes,
         became=made.shown if verdict.fused else kept.became, speedup=verdict.speedup, trains=proposal.trains,
         ir=proposal.spec, kernel=made.source, language=made.language, isa=made.isa, timings=dict(verdict.us),
+        backward="" if backward is None else backward.told,
+        backward_kernel=None if backward is None or backward.language == "torch" else backward.source,
     )  # fmt: skip
 
 

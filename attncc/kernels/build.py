@@ -50,6 +50,11 @@ class Built:
         note = self.kernel.note if isinstance(self.kernel, TileOrdered) else self.note
         return f"{self.name}, {note}" if note else self.name
 
+    @property
+    def told(self) -> str:
+        """The same, with the reason where there is no compiled one."""
+        return f"{self.shown}: {self.reason}" if self.reason else self.shown
+
     def area(self, row_major: Area | None) -> Area | None:
         """The area that the kernel visits, given that of the loop bounds in row-major order."""
         if row_major is not None and isinstance(self.kernel, TileOrdered):

@@ -54,3 +54,21 @@ def test_a_report_of_a_linear_attention() -> None:
     )
     assert site.mask == "all" and site.shapes == dict.fromkeys("qkv", (2, 4, 64, 16))
     assert site.graph and site.graph[-1].role in ("site", "user")
+
+
+def test_a_report_says_what_computes_gradients() -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> Tensor:
+        outs: list[Tensor] = []
+        for t in range(3):
+            state = state * g[:, t, None, None].exp() + k[:, t, :, None] * v[:, t, None]
+            outs.append((q[:, t, :, None] * state).sum(1))
+        return torch.stack(outs, 1)
+
+    q, k, v = torch.randn(3, 2, 3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    torch._dynamo.reset()
+    with attncc.record() as found:
+        compiled = torch.compile(step, backend="attncc", options={"measure": False})
+        compiled(q, k, v, torch.full((2, 3), -0.5), torch.zeros(2, 8, 8))
+    (site,) = (x for x in found.sites if x.equation)
+    assert site.trains and site.status == "fused" and site.backward
+    assert (site.backward_kernel is None) == ("plain torch" in site.backward)
