@@ -31,6 +31,7 @@ from attncc.ir.reasons import because
 from attncc.kernels.build import Built, default_store
 from attncc.kernels.linear import built_linear
 from attncc.kernels.linear_gradient import built_linear_gradient
+from attncc.patterns.graph import noticed, order_in_memory
 from attncc.patterns.graph.facts import Facts
 from attncc.patterns.linear.linear import Recognised, Result
 from attncc.progress import step
@@ -103,22 +104,17 @@ def _nodes(x: LinearSite, editor: Editor, tensors: list[fx.Node], sizes: list[in
     outputs: dict[str, fx.Node] = {
         name: graph.call_function(operator.getitem, (call, n)) for n, name in enumerate(x.final.outputs)
     }
-    made: list[fx.Node] = []
-    for r in x.site.results:
-        like = facts.value(r.node)
 
-        def apply(target: Any, *args: Any) -> fx.Node:
-            return graph.call_function(target, args)
+    def apply(target: Any, *args: Any) -> fx.Node:
+        return graph.call_function(target, args)
 
-        made.append(_as_result(x.final, r, outputs[r.output], like, facts.dtype(r.node), apply))
-    return made
+    return [_as_result(x.final, r, outputs[r.output], facts, apply) for r in x.site.results]
 
 
-def _as_result(
-    a: Linear, r: Result, value: Any, like: torch.Tensor, dtype: torch.dtype, apply: Callable[..., Any]
-) -> Any:
-    """An output as the model has it: its axes in the model's order, its dtype, its rows."""
-    aten = torch.ops.aten
+def _as_result(a: Linear, r: Result, value: Any, facts: Facts, apply: Callable[..., Any]) -> Any:
+    """An output as the model has it: its axes in the model's order, its dtype, its rows; its place in memory, where
+    somebody could tell."""
+    aten, like, dtype = torch.ops.aten, facts.value(r.node), facts.dtype(r.node)
     rows, columns = (a.i.name, a.e.name) if r.output == "out" else (a.d.name, a.e.name)
     names = [*(x.name for x in a.batch), rows, columns]
     if r.row is not None:
@@ -138,6 +134,10 @@ def _as_result(
             value = apply(aten.constant_pad_nd.default, value, [0, 0] * (len(r.axes) - 1 - at) + [0, more])
     if like.dtype != torch.float32 or dtype != like.dtype or a.dtype != "f32":
         value = apply(aten.to.dtype, value, dtype)
+    if noticed(facts, r.node):
+        lies = order_in_memory(like)
+        value = apply(aten.contiguous.default, apply(aten.permute.default, value, lies))
+        value = apply(aten.permute.default, value, [lies.index(d) for d in range(len(lies))])
     return value
 
 
@@ -145,8 +145,6 @@ def _measured(x: LinearSite, facts: Facts, training: Training, sizes: list[int])
     device = facts.value(x.site.node).device
     tensors = _data(x, facts)
     module, inputs = _own(x, facts, tensors)
-    likes = [facts.value(r.node) for r in x.site.results]
-    dtypes = [facts.dtype(r.node) for r in x.site.results]
     flat = [int(s) for t in tensors for s in t.shape]
     kind = ("linear in training" if training.recomputed else "linear with gradients") if x.trains else "linear"
     sources = [x.made.source, *([] if x.backward is None else [x.backward.source])]
@@ -158,10 +156,7 @@ def _measured(x: LinearSite, facts: Facts, training: Training, sizes: list[int])
     def ours() -> list[torch.Tensor]:
         found = torch.ops.attncc.linear(tensors, sizes, x.spec)
         outputs: dict[str, Any] = dict(zip(x.final.outputs, found, strict=True))
-        return [
-            _as_result(x.final, r, outputs[r.output], like, dtype, apply)
-            for r, like, dtype in zip(x.site.results, likes, dtypes, strict=True)
-        ]
+        return [_as_result(x.final, r, outputs[r.output], facts, apply) for r in x.site.results]
 
     def found() -> Decision:
         if x.trains:

@@ -72,3 +72,24 @@ def test_a_report_says_what_computes_gradients() -> None:
     (site,) = (x for x in found.sites if x.equation)
     assert site.trains and site.status == "fused" and site.backward
     assert (site.backward_kernel is None) == ("plain torch" in site.backward)
+
+
+@torch.no_grad()
+def test_results_lie_as_the_model_has_them_where_views_tell() -> None:
+    """The operator gives all rows in one tensor; a row of it is no tensor that the model could see flat."""
+    def steps(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        state, outs = torch.zeros(2, 8, 8), list[Tensor]()
+        for t in range(3):
+            state = state * g[:, t, None, None].exp() + k[:, t, :, None] * v[:, t, None]
+            outs.append((q[:, t, :, None] * state).sum(1))
+        return outs[1].view(-1), outs[2]
+
+    q, k, v = torch.randn(3, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    g = torch.full((2, 3), -0.5)
+    torch._dynamo.reset()
+    with attncc.record() as found:
+        got = torch.compile(steps, backend="attncc", options={"measure": False})(q, k, v, g)
+    assert [x.status for x in found.sites if x.equation] == ["fused"]
+    for x, want in zip(got, steps(q, k, v, g), strict=True):
+        assert x.stride() == want.stride()
+        torch.testing.assert_close(x, want)
