@@ -13,6 +13,7 @@ import torch
 
 from attncc.codegen.onnx.emitter import Emitter, Inexpressible
 from attncc.codegen.onnx.nodes import Extent, Value
+from attncc.codegen.onnx.split_dims import split_dims
 from attncc.ir import Access, Attention, Axis, Const, Expr, Op, S, Size, W
 from attncc.ir.build import TRUE, op
 from attncc.ir.dense import dense
@@ -37,6 +38,7 @@ def attention(
     """(operator, (*batch, rows, e)): the output of `a`, whose tensors and sizes are given, by the first of `rows` that
     takes it. Raises Inexpressible, before any node that matters is made."""
     gate, a = _gated(a)
+    a, tensors = split_dims(a, tensors, sizes)
     a, units = _with_batch(a)
     form = dense(replace(a, sink=None))
     if form is None:

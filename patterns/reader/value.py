@@ -39,6 +39,8 @@ _LONG, _TABLE = 24, 1 << 22
 _UNSET = {
     getattr(torch.ops.aten, name).default for name in ("new_empty", "empty_like", "new_empty_strided", "empty_strided")
 } | {torch.ops.aten.empty.memory_format}
+#: Operations of places: shifted, reversed, taken apart and put together.
+_PLACES = frozenset({"add", "sub", "mul", "neg", "floordiv", "mod"})
 _COSTLY = frozenset({"exp", "log", "log1p", "tanh", "sigmoid", "pow", "erf", "sqrt", "rsqrt", "sin", "cos"})
 
 
@@ -294,9 +296,13 @@ class Reader:
 
     def _better_loaded(self, value: Expr) -> bool:
         """Whether to stop here: the value is small and costs something, so it is computed once and not per pair, or it
-        is looked up at a costly index (logarithmic buckets)."""
+        is looked up at a costly index (logarithmic buckets), or at any that data or a choice gives where operators take
+        a bias as a whole."""
         if isinstance(value, Load):
-            return any(isinstance(x, Op) and x.name in _COSTLY for x in walk(*value.index))
+            looked_up = not self.facts.tables and value.kind == "float"
+            return any(
+                (isinstance(x, Op) and x.name in _COSTLY) or (looked_up and _chosen(x)) for x in walk(*value.index)
+            )
         if isinstance(value, Const | Index | Size):
             return False
         count = 0
@@ -384,3 +390,8 @@ def _shortest(value: torch.Tensor) -> bool | int | float:
         return held  # type: ignore[return-value] - a tensor of one of the IR's dtypes
     shorter = (float(f"{held:.{digits}g}") for digits in range(1, 17))
     return next((x for x in shorter if torch.tensor(x, dtype=value.dtype).item() == held), held)
+
+
+def _chosen(x: Expr) -> bool:
+    """Whether data or a choice has a part in an index."""
+    return isinstance(x, Load) or (isinstance(x, Op) and x.name not in _PLACES)
