@@ -111,7 +111,10 @@ def operate(model: ir.Model, traced: Traced, asked: Asked) -> Operated:
             found.written.update([] if why else ["LinearAttention"])
             continue
         if site.node not in done:
-            done[site.node] = _rewrite(exchange, prefix, by_site[id(site)], site, asked)
+            was = _rewrite(exchange, prefix, by_site[id(site)], site, asked)
+            inside = traced.within(site.node)
+            stands = was.why and inside is not None and inside.op_type == "Attention"
+            done[site.node] = _Done(_ALREADY) if stands else was
         was = done[site.node]
         found.sites.append(_record(index, where, site, was))
         if not was.why:
@@ -192,7 +195,7 @@ def _rewrite(exchange: Exchange, prefix: str, group: SiteGroup, site: Lifted, as
                 return _Done("", operator)
             reasons.append(_ALREADY)
         except (Inexpressible, NotImplementedError) as error:
-            reasons.append(_ALREADY if producer.op_type == "Attention" else str(error))
+            reasons.append(str(error))
         nodes.shared.clear()
         nodes.shared.update(known)  # what was made for this one is not put into the graph
     return _Done(reasons[0])

@@ -39,6 +39,13 @@ class Traced:
     parameters: frozenset[fx.Node] = frozenset()
     scans: Mapping[ir.Node, Turn] = field(default_factory=dict["ir.Node", Turn])
 
+    def within(self, n: fx.Node) -> ir.Node | None:
+        """The node of the graph that a traced node was made in."""
+        at = n
+        while at.op != "output" and at not in self.values:
+            at = at.next
+        return None if at.op == "output" else self.values[at].producer()
+
     def facts(self) -> Facts:
         found = Facts(self.graph, {}, self.parameters)
         found.tables = False  # a node of ONNX reads a bias of all pairs, which the graph has
