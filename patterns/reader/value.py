@@ -299,10 +299,7 @@ class Reader:
         is looked up at a costly index (logarithmic buckets), or at any that data or a choice gives where operators take
         a bias as a whole."""
         if isinstance(value, Load):
-            looked_up = not self.facts.tables and value.kind == "float"
-            return any(
-                (isinstance(x, Op) and x.name in _COSTLY) or (looked_up and _chosen(x)) for x in walk(*value.index)
-            )
+            return self._looked_up(value)
         if isinstance(value, Const | Index | Size):
             return False
         count = 0
@@ -316,11 +313,16 @@ class Reader:
                 costly = True
             elif isinstance(x, Load) and x.kind == "float":
                 floats = True
-                if any(isinstance(y, Op) and y.name in _COSTLY for y in walk(*x.index)):
+                if self._looked_up(x):
                     return True
         if count > _MAX_NODES:
             return True
         return value.kind == "float" and (costly or floats) and not self.pair <= indices
+
+    def _looked_up(self, x: Load) -> bool:
+        """Whether a load is at a costly index, or a chosen one where what is read has to be a tensor as a whole."""
+        whole = not self.facts.tables and x.kind == "float"
+        return any((isinstance(y, Op) and y.name in _COSTLY) or (whole and _chosen(y)) for y in walk(*x.index))
 
     def _worth_a_table(self, n: fx.Node, value: Expr) -> bool:
         """Whether to stop at a small tensor that several heads or batches share, because each element is a lookup
