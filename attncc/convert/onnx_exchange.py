@@ -12,8 +12,11 @@ from torch import fx
 
 from attncc.codegen.onnx import Inexpressible, Nodes, Value
 from attncc.codegen.onnx.linear import linear
+from attncc.codegen.onnx.scanned import scanned
 from attncc.convert.onnx_graphs import visible
+from attncc.convert.onnx_recurrence import step_of
 from attncc.convert.onnx_tracing import Traced
+from attncc.frontends.onnx.reading import opset_of
 from attncc.frontends.onnx.values import DTYPES
 from attncc.ir import Const, Expr, Linear, Size, Tensor
 from attncc.ir.evaluate import DTYPE_OF, int_value
@@ -158,3 +161,47 @@ def _as_result(a: Linear, r: Result, value: Value, facts: Facts) -> Value:
     for at, name in enumerate(r.axes):
         value = value if name else value.unsqueeze(at)
     return value.to(facts.dtype(r.node))
+
+
+def recurrence_rewritten(exchange: Exchange, node: ir.Node, domain: str, opset: int) -> tuple[str, str]:
+    """(the equation of a `Scan` that is a linear attention over its turns, why it stays as it is): the latter is empty
+    where it became the operator."""
+    turn = exchange.traced.scans.get(node)
+    step = "its turns are not read" if turn is None else step_of(node, turn, opset_of(exchange.model))
+    if isinstance(step, str) or turn is None:
+        return "", str(step)
+    known = dict(exchange.nodes.shared)
+    try:
+        first, *scans = node.inputs
+        state = _value(exchange, first, turn.states[0])
+        along = [_value(exchange, x, y, at) for x, y, at in zip(scans, turn.along, turn.axes, strict=True)]
+        state = state.permute(0, 1, 3, 2) if step.turned else state
+        decay, rate = (None if n is None else along[n] for n in (step.decay, step.rate))
+        out, last = scanned(along[step.q], along[step.k], along[step.v], state, decay, rate, rule=step.rule,
+                            scale=step.scale, domain=domain, opset=opset)  # fmt: skip
+        order = [1, 2, 3]
+        order.insert(turn.out_axes[0], 0)
+        made = (last.permute(0, 1, 3, 2) if step.turned else last), out.permute(*order)
+        exchange.put(
+            [(old, new.to(dtype)) for old, new, dtype in zip(node.outputs, made, step.dtypes, strict=True)]
+        )  # fmt: skip
+    except (Inexpressible, NotImplementedError) as error:
+        exchange.nodes.shared.clear()
+        exchange.nodes.shared.update(known)
+        return step.equation, str(error)
+    return step.equation, ""
+
+
+def _value(exchange: Exchange, held: ir.Value | None, fake: torch.Tensor, axis: int | None = None) -> Value:
+    """An input of a `Scan`; of one that is scanned along an axis, `fake` is the part of a turn, and the turns come
+    first."""
+    extents: list[Any] = [n if type(n) is int else None for n in fake.shape]
+    if axis is not None:
+        extents.insert(axis, None)
+    assert held is not None
+    value = Value(exchange.nodes, held, fake.dtype, tuple(extents))
+    value = Value(exchange.nodes, held, fake.dtype, tuple(value.extent(at) for at in range(len(extents))))
+    if axis is None:
+        return value
+    value = value.permute([axis, *(n for n in range(len(extents)) if n != axis)])
+    return value if value.ndim == 4 else value.unsqueeze(3)

@@ -8,7 +8,6 @@ import onnx_ir as ir
 
 from attncc.frontends.onnx.control import graphs_of
 from attncc.frontends.onnx.reading import every_graph, every_node
-from attncc.ir.reasons import Reason, because
 
 
 def visible(model: ir.Model, made: Sequence[ir.Node], graph: ir.Graph) -> bool:
@@ -22,7 +21,7 @@ def visible(model: ir.Model, made: Sequence[ir.Node], graph: ir.Graph) -> bool:
     return all(x is None or x in own or x.graph in around for n in made for x in n.inputs)
 
 
-def recurrences(model: ir.Model) -> Iterator[tuple[ir.Node, Reason]]:
+def recurrences(model: ir.Model) -> Iterator[ir.Node]:
     """Loops that carry on what products are made with: linear attention, or another recurrence of layers."""
     for node in every_node(model):
         for body in graphs_of(node).values() if node.op_type in ("Scan", "Loop") else ():
@@ -35,4 +34,4 @@ def recurrences(model: ir.Model) -> Iterator[tuple[ir.Node, Reason]]:
                     products += n.op_type in ("MatMul", "Gemm", "Einsum")
                     made.update(n.outputs)
             if products and not any(n.op_type == "Softmax" for n in body):
-                yield node, because("onnx-recurrence", node.op_type)
+                yield node

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, statically_known_true
 
 from attncc import torch_private
-from attncc.frontends.onnx.control import RunGraph, graphs_of, truth
+from attncc.frontends.onnx.control import RunGraph, captured, graphs_of, truth
 from attncc.frontends.onnx.values import Unsupported, axis_of, is_number, on_host, tensor
 
 if TYPE_CHECKING:
@@ -31,12 +31,27 @@ def control_flow(*reads: Any) -> Any:
     raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a turn of a `Scan` is given: the states before the first, a turn's part of what is scanned, and what its
+    body reads around it. `axes` are the scanned dimensions, `out_axes` those of what is gathered."""
+
+    states: Sequence[torch.Tensor]
+    along: Sequence[torch.Tensor]
+    around: Mapping[Any, Any]
+    axes: Sequence[int]
+    out_axes: Sequence[int]
+    backwards: bool
+
+
 @dataclass
 class Inlined:
-    """What nodes that hold graphs give in a trace on fake tensors."""
+    """What nodes that hold graphs give in a trace on fake tensors; `scans` is what those of the kind `Scan` are given.
+    """
 
     mode: FakeTensorMode
     made: int = field(default=0)
+    scans: dict[ir.Node, Turn] = field(default_factory=dict["ir.Node", Turn])
 
     def run(self, run: RunGraph, node: ir.Node, given: Sequence[Any], known: Mapping[Any, Any]) -> tuple[Any, ...]:
         """Raises Unsupported."""
@@ -82,9 +97,12 @@ class Inlined:
         turns = along[0].shape[axes[0]]
         each = [self._unknown([n for d, n in enumerate(x.shape) if d != a], x.dtype, x)
                 for a, x in zip(axes, along, strict=True)]  # fmt: skip
+        out_axes = list(how.get("scan_output_axes") or [0] * (len(body.outputs) - len(starts)))
+        ways = how.get("scan_input_directions"), how.get("scan_output_directions")
+        self.scans[node] = Turn(starts, each, {x: known[x] for x in captured(body)}, axes, out_axes,
+                                any(any(x or ()) for x in ways))  # fmt: skip
         new = self._turn(lambda xs: run(body, (*xs, *each), known), starts)
         states, made = new[: len(starts)], new[len(starts) :]
-        out_axes = how.get("scan_output_axes") or [0] * len(made)
         stacks: list[torch.Tensor] = []
         for a, x in zip(out_axes, made, strict=True):
             shape: list[Any] = list(x.shape)

@@ -15,14 +15,14 @@ from attncc.codegen.cpp.onnxruntime import DOMAIN
 from attncc.codegen.onnx import STANDARD, Inexpressible, Row, Value, attention
 from attncc.codegen.onnx.onnxruntime import CPU, CUDA
 from attncc.codegen.onnx.onnxruntime import DOMAIN as CONTRIB
-from attncc.convert.onnx_exchange import Exchange, linear_rewritten
+from attncc.convert.onnx_exchange import Exchange, linear_rewritten, recurrence_rewritten
 from attncc.convert.onnx_graphs import recurrences
 from attncc.convert.onnx_kernels import KernelLibrary
 from attncc.convert.onnx_tracing import Traced
 from attncc.driver import describe
 from attncc.driver.lowering import is_direct
 from attncc.driver.site_groups import SiteGroup, together
-from attncc.frontends.onnx.reading import every_node
+from attncc.frontends.onnx.reading import every_node, opset_of
 from attncc.ir import Attention, Program, kind_of, print_attention
 from attncc.ir.evaluate import int_value
 from attncc.ir.reasons import because
@@ -30,6 +30,7 @@ from attncc.kernels.build import optimise
 from attncc.passes.pipeline import Pipeline
 from attncc.passes.rewrites.drop_rounding import DropRounding
 from attncc.passes.rewrites.fold_predicates import FoldPredicates
+from attncc.passes.rewrites.split_axes import SplitAxes
 from attncc.patterns.lift import Refusal, lift_all
 from attncc.patterns.linear.linear import Recognised
 from attncc.patterns.refusals.reasons import used_by
@@ -86,6 +87,7 @@ def operate(model: ir.Model, traced: Traced, asked: Asked) -> Operated:
     groups = together([s for s in lifted if isinstance(s, Lifted)], facts)
     exchange = Exchange(model, traced, facts)
     by_site = {id(s): g for g in groups for s in g.sites}
+    domain, opset = CONTRIB if asked.target != "onnx" else "", max(asked.opset, opset_of(model))
     done: dict[fx.Node, _Done] = {}
     found = Operated()
     for site in lifted:
@@ -99,7 +101,7 @@ def operate(model: ir.Model, traced: Traced, asked: Asked) -> Operated:
             continue
         if isinstance(site, Recognised):
             exchange.begin(prefix, traced.values.get(site.node))
-            why = linear_rewritten(exchange, site, CONTRIB if asked.target != "onnx" else "", asked.opset)
+            why = linear_rewritten(exchange, site, domain, opset)
             reason = because("onnx-inexpressible", why) if why else None
             found.sites.append(Site(
                 index, "kept" if why else "fused", str(reason or ""), where, "",
@@ -109,15 +111,25 @@ def operate(model: ir.Model, traced: Traced, asked: Asked) -> Operated:
             found.written.update([] if why else ["LinearAttention"])
             continue
         if site.node not in done:
-            done[site.node] = _rewrite(exchange, prefix, by_site[id(site)], site, asked)
+            was = _rewrite(exchange, prefix, by_site[id(site)], site, asked)
+            inside = traced.within(site.node)
+            stands = was.why and inside is not None and inside.op_type == "Attention"
+            done[site.node] = _Done(_ALREADY) if stands else was
         was = done[site.node]
         found.sites.append(_record(index, where, site, was))
         if not was.why:
             found.written[was.operator] += 1
-    found.sites += [
-        Site(len(found.sites) + n, "kept", str(reason), str(node.name), became="its own nodes", code=reason.codes)
-        for n, (node, reason) in enumerate(recurrences(model))
-    ]
+    for node in list(recurrences(model)):
+        index = len(found.sites)
+        exchange.begin(f"attncc_{index}", node.outputs[0])
+        equation, why = recurrence_rewritten(exchange, node, domain, opset)
+        inside = because("onnx-recurrence", node.op_type, why)
+        reason = because("onnx-inexpressible", why) if equation else inside
+        found.sites.append(Site(
+            index, "kept" if why else "fused", str(reason) if why else "", str(node.name or node.outputs[0].name), "",
+            equation, became="its own nodes" if why else "LinearAttention", code=reason.codes if why else "",
+        ))  # fmt: skip
+        found.written.update([] if why else ["LinearAttention"])
     if found.count:
         _finish(model, found, asked)
     return found
@@ -169,21 +181,24 @@ def _rewrite(exchange: Exchange, prefix: str, group: SiteGroup, site: Lifted, as
     producer = None if old is None else old.producer()
     if old is None or producer is None:
         return _Done("its output is inside of a node")
-    final = Pipeline((DropRounding(), FoldPredicates())).run(program.program)
-    exchange.begin(prefix, old)
-    known = dict(nodes.shared)
-    try:
-        operator, new = _emitted(exchange, program, final, asked)
-        why = _ALREADY if _as_good(producer, nodes.made) else ""
-        if not why:
-            exchange.put([(old, new)])
-    except (Inexpressible, NotImplementedError) as error:
-        operator, new, why = "", None, _ALREADY if producer.op_type == "Attention" else str(error)
-    if why or new is None:
+    exact = DropRounding(), FoldPredicates()
+    final = Pipeline(exact).run(program.program)
+    split = Pipeline((SplitAxes(tuple(program.factors)), *exact)).run(program.program)
+    reasons: list[str] = []
+    for form in (final,) if split == final else (final, split):  # shared heads are split only where they have to be
+        exchange.begin(prefix, old)
+        known = dict(nodes.shared)
+        try:
+            operator, new = _emitted(exchange, program, form, asked)
+            if not _as_good(producer, nodes.made):
+                exchange.put([(old, new)])
+                return _Done("", operator)
+            reasons.append(_ALREADY)
+        except (Inexpressible, NotImplementedError) as error:
+            reasons.append(str(error))
         nodes.shared.clear()
         nodes.shared.update(known)  # what was made for this one is not put into the graph
-        return _Done(why)
-    return _Done("", operator)
+    return _Done(reasons[0])
 
 
 def _as_good(producer: ir.Node, made: Sequence[ir.Node]) -> bool:

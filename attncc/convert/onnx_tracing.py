@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from attncc import torch_private
 from attncc.convert.constant_masks import spelled
-from attncc.convert.onnx_inlining import Inlined
+from attncc.convert.onnx_inlining import Inlined, Turn
 from attncc.frontends.onnx.reading import constant_values, constants, scales
 from attncc.frontends.onnx.running import of_data, run
 from attncc.frontends.onnx.values import DTYPES, Unsupported, of_constant
@@ -37,6 +37,14 @@ class Traced:
     graph: fx.Graph
     values: dict[fx.Node, ir.Value] = field(default_factory=dict)
     parameters: frozenset[fx.Node] = frozenset()
+    scans: Mapping[ir.Node, Turn] = field(default_factory=dict["ir.Node", Turn])
+
+    def within(self, n: fx.Node) -> ir.Node | None:
+        """The node of the graph that a traced node was made in."""
+        at = n
+        while at.op != "output" and at not in self.values:
+            at = at.next
+        return None if at.op == "output" else self.values[at].producer()
 
     def facts(self) -> Facts:
         found = Facts(self.graph, {}, self.parameters)
@@ -127,10 +135,12 @@ def traced(model: ir.Model, sizes: Mapping[str, int]) -> Traced:
         if node is not None:
             held.append((node.name, value))
 
+    inlined = Inlined(mode)
+
     def call(*given: Any) -> list[torch.Tensor]:
         inputs = {str(v.name): x for v, x in zip(own, given, strict=False)}
         data = known | dict(zip(placed, given[len(own) :], strict=True)) | {n: f() for n, f in made.items()}
-        return run(model, inputs, data, seen, Inlined(mode).run)
+        return run(model, inputs, data, seen, inlined.run)
 
     with torch.no_grad():
         try:
@@ -138,7 +148,7 @@ def traced(model: ir.Model, sizes: Mapping[str, int]) -> Traced:
         except TargetError as error:
             raise _unequal(str(error), own, fakes) or error from error
     names = {n.name: n for n in gm.graph.nodes}
-    found = Traced(gm.graph)
+    found = Traced(gm.graph, scans=inlined.scans)
     places = list(gm.graph.find_nodes(op="placeholder"))
     data_values = constant_values(model)
     for node, value in zip(places, [*own, *(data_values[n] for n in placed)], strict=True):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from attncc.ir.analysis import scaled
 from attncc.ir.attention import Attention, S, W
 from attncc.ir.build import TRUE, add, const, op
-from attncc.ir.expr import Expr, Op, mentions, substitute
+from attncc.ir.expr import Const, Expr, Op, mentions, substitute
 
 
 @dataclass(frozen=True)
@@ -79,5 +79,7 @@ def _terms(x: Expr) -> tuple[Expr, ...]:
             return (*_terms(left), *_terms(right))
         case Op("sub", (left, right)):
             return (*_terms(left), *(op("neg", t) for t in _terms(right)))
+        case Op("mul" | "div", (Op("add" | "sub") as left, Const() as right)):
+            return tuple(op(x.name, t, right) for t in _terms(left))
         case _:
             return (x,)

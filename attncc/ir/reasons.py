@@ -196,7 +196,7 @@ SENTENCES: dict[str, str] = {
     "faster": "{}",
     "slower": "{}",
     "measuring-off": "not measured",
-    "onnx-recurrence": "a recurrence over the turns of {}, whose products are read in one turn alone",
+    "onnx-recurrence": "a recurrence over the turns of {} ({})",
     "onnx-attention": "it is ONNX's operator Attention already",
     "onnx-inexpressible": "no operator of ONNX computes it: {}",
     "not-measured": "not measured: {}",

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from attncc.codegen.onnx.dims import grouped, split_dims
 from attncc.codegen.onnx.emitter import Emitter, Inexpressible
 from attncc.codegen.onnx.nodes import Extent, Value
 from attncc.ir import Access, Attention, Axis, Const, Expr, Op, S, Size, W
@@ -36,6 +37,8 @@ def attention(
 ) -> tuple[str, Value]:
     """(operator, (*batch, rows, e)): the output of `a`, whose tensors and sizes are given, by the first of `rows` that
     takes it. Raises Inexpressible, before any node that matters is made."""
+    whole = a
+    a, tensors = grouped(*split_dims(a, tensors, sizes), sizes)
     gate, a = _gated(a)
     a, units = _with_batch(a)
     form = dense(replace(a, sink=None))
@@ -53,7 +56,9 @@ def attention(
                 seen = emitter.pairs(gate).squeeze([-1]).unsqueeze(-1)
                 zero = emitter.nodes.constant(0.0, out.dtype)
                 out = cast(Value, torch.where(seen, out, zero))  # type: ignore[call-overload]
-            return row.name, out.squeeze(range(units))
+            out = out.squeeze(range(units))
+            apart = [emitter.extent(x) for x in (*whole.batch, whole.i, whole.e)]
+            return row.name, out if len(apart) == out.ndim else out.reshape(apart)
     raise Inexpressible(why)
 
 

@@ -39,6 +39,8 @@ _LONG, _TABLE = 24, 1 << 22
 _UNSET = {
     getattr(torch.ops.aten, name).default for name in ("new_empty", "empty_like", "new_empty_strided", "empty_strided")
 } | {torch.ops.aten.empty.memory_format}
+#: Operations of places: shifted, reversed, taken apart and put together.
+_PLACES = frozenset({"add", "sub", "mul", "neg", "floordiv", "mod"})
 _COSTLY = frozenset({"exp", "log", "log1p", "tanh", "sigmoid", "pow", "erf", "sqrt", "rsqrt", "sin", "cos"})
 
 
@@ -294,9 +296,10 @@ class Reader:
 
     def _better_loaded(self, value: Expr) -> bool:
         """Whether to stop here: the value is small and costs something, so it is computed once and not per pair, or it
-        is looked up at a costly index (logarithmic buckets)."""
+        is looked up at a costly index (logarithmic buckets), or at any that data or a choice gives where operators take
+        a bias as a whole."""
         if isinstance(value, Load):
-            return any(isinstance(x, Op) and x.name in _COSTLY for x in walk(*value.index))
+            return self._looked_up(value)
         if isinstance(value, Const | Index | Size):
             return False
         count = 0
@@ -310,11 +313,16 @@ class Reader:
                 costly = True
             elif isinstance(x, Load) and x.kind == "float":
                 floats = True
-                if any(isinstance(y, Op) and y.name in _COSTLY for y in walk(*x.index)):
+                if self._looked_up(x):
                     return True
         if count > _MAX_NODES:
             return True
         return value.kind == "float" and (costly or floats) and not self.pair <= indices
+
+    def _looked_up(self, x: Load) -> bool:
+        """Whether a load is at a costly index, or a chosen one where what is read has to be a tensor as a whole."""
+        whole = not self.facts.tables and x.kind == "float"
+        return any((isinstance(y, Op) and y.name in _COSTLY) or (whole and _chosen(y)) for y in walk(*x.index))
 
     def _worth_a_table(self, n: fx.Node, value: Expr) -> bool:
         """Whether to stop at a small tensor that several heads or batches share, because each element is a lookup
@@ -384,3 +392,8 @@ def _shortest(value: torch.Tensor) -> bool | int | float:
         return held  # type: ignore[return-value] - a tensor of one of the IR's dtypes
     shorter = (float(f"{held:.{digits}g}") for digits in range(1, 17))
     return next((x for x in shorter if torch.tensor(x, dtype=value.dtype).item() == held), held)
+
+
+def _chosen(x: Expr) -> bool:
+    """Whether data or a choice has a part in an index."""
+    return isinstance(x, Load) or (isinstance(x, Op) and x.name not in _PLACES)

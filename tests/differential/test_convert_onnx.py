@@ -231,17 +231,20 @@ def test_the_conformance_cases_are_all_that_there_are() -> None:
 
 
 @pytest.mark.full
-def test_every_case_of_linear_attention(tmp_path: Path) -> None:
-    """They are recurrences over the turns of a Scan: reported, and left as they are."""
+@pytest.mark.parametrize("target", ["onnx", "onnxruntime"])
+def test_every_case_of_linear_attention(target: Any, tmp_path: Path) -> None:
+    """They are recurrences over the turns of a Scan, and become the operator again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         every = load_model_tests(kind="node")
     cases = [t.model for t in every if "linear_attention" in t.name and "expanded" in t.name]
     assert len(cases) >= 14
     for model in cases:
-        done = convert(Wish(save(model, tmp_path / "in.onnx"), tmp_path / "out.onnx", "onnx", measure=False))
-        assert [s.code for s in done.report.sites] == ["onnx-recurrence"]
-        assert "as it was" in done.report.notes[0]
+        out = tmp_path / "out.onnx"
+        wish = Wish(save(model, tmp_path / "in.onnx"), out, "onnx", measure=False, target=target)
+        done = convert(wish)
+        assert [s.became for s in done.report.sites] == ["LinearAttention"] and done.checked.startswith("checked")
+        assert ops(out)["LinearAttention"] == 1 and not ops(out)["Scan"]
 
 
 class Layer(torch.nn.Module):

@@ -19,9 +19,8 @@ from tests.support.exports.models import LAYERS, MODELS, made  # noqa: E402
 
 #: torch's old exporter writes up to opset 17 and more, its new one from 18 on.
 OPSETS = [(False, 14), (False, 17), (True, 18), (True, 20), (True, 23)]
-#: Why attentions stay. DeBERTa's queries are also multiplied by the positions' own keys; diffusers calls SDPA, which
-#: torch's new exporter writes as the operator itself from opset 23 on.
-STAYS = {"deberta": "q is read at other places than its own", "unet": "Attention already"}
+#: Why attentions stay: diffusers calls SDPA, which torch's new exporter writes as the operator itself from opset 23 on.
+STAYS = "Attention already"
 
 
 def converted(source: Path, folder: Path) -> Report:
@@ -31,22 +30,22 @@ def converted(source: Path, folder: Path) -> Report:
     return done.report
 
 
-def judged(report: Report, name: str, sites: int, *, already: bool = False) -> None:
+def judged(report: Report, sites: int, *, already: bool = False) -> None:
     found = [s for s in report.sites if s.equation]
     assert len(found) == sites, report.sites
-    if name == "deberta" or already:
-        assert all(s.status == "kept" and STAYS[name] in s.reason for s in found), found
+    if already:
+        assert all(s.status == "kept" and STAYS in s.reason for s in found), found
     else:
         assert all(s.status == "fused" for s in found), [s.reason for s in found]
     assert len(found) == len(report.sites), [s.reason for s in report.sites if not s.equation]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "vit"])
+@pytest.mark.parametrize("name", ["deberta", "llama", "vit"])
 def test_traced_files(name: str, tmp_path: Path) -> None:
     model = made(name)
     export(model, tmp_path / "in.onnx", new=False, opset=17, dynamic=True)
-    judged(converted(tmp_path / "in.onnx", tmp_path), name, model.sites)
+    judged(converted(tmp_path / "in.onnx", tmp_path), model.sites)
 
 
 @pytest.mark.full
@@ -56,7 +55,7 @@ def test_traced_files(name: str, tmp_path: Path) -> None:
 def test_every_file(name: str, new: bool, opset: int, dynamic: bool, tmp_path: Path) -> None:
     model = made(name)
     export(model, tmp_path / "in.onnx", new=new, opset=opset, dynamic=dynamic)
-    judged(converted(tmp_path / "in.onnx", tmp_path), name, model.sites, already=name == "unet" and opset >= 23)
+    judged(converted(tmp_path / "in.onnx", tmp_path), model.sites, already=name == "unet" and opset >= 23)
 
 
 @pytest.mark.full
@@ -65,7 +64,7 @@ def test_every_file(name: str, new: bool, opset: int, dynamic: bool, tmp_path: P
 def test_every_half_precision_file(name: str, new: bool, opset: int, tmp_path: Path) -> None:
     model = made(name)
     export(model, tmp_path / "in.onnx", new=new, opset=opset, dynamic=False, half=True)
-    judged(converted(tmp_path / "in.onnx", tmp_path), name, model.sites)
+    judged(converted(tmp_path / "in.onnx", tmp_path), model.sites)
 
 
 @pytest.mark.slow
@@ -78,6 +77,6 @@ def test_decoders_merged_with_and_without_a_past(new: bool, opset: int, tmp_path
     for file in files:
         export(made(file.stem), file, new=new, opset=opset, dynamic=True)
     merged(*files, tmp_path / "in.onnx")
-    judged(converted(tmp_path / "in.onnx", tmp_path), "gpt2", 2 * LAYERS)
+    judged(converted(tmp_path / "in.onnx", tmp_path), 2 * LAYERS)
     inner = [n.op_type for x in onnx.load(tmp_path / "out.onnx").graph.node for a in x.attribute for n in a.g.node]
     assert inner.count("Attention") == 2 * LAYERS and "Softmax" not in inner

@@ -80,3 +80,67 @@ def test_linear_attention_stays_where_there_is_no_operator(tmp_path: Path) -> No
     onnx.save(running_sums(False), source)
     (site,) = convert(Wish(str(source), out, "onnx", measure=False)).report.sites
     assert site.status == "kept" and "opset 27" in site.reason
+
+
+def recurrent(*, turned: bool = False, squashed: bool = False, backwards: bool = False, decayed: float = 0.0) -> Any:
+    """The gated delta rule over the turns of a Scan, batch and tokens open, four heads of queries on two of keys; the
+    state `turned`: (b, h, e, d). What makes it something else: a value that is `squashed`, tokens from the last to the
+    first, a state that is decayed once more."""
+    state = "bhed" if turned else "bhde"
+    nodes = [
+        helper.make_node("Exp", ["g"], ["decay"]), helper.make_node("Unsqueeze", ["decay", "last"], ["decay_last"]),
+        helper.make_node("Unsqueeze", ["decay_last", "last"], ["wide"]),
+        helper.make_node("Mul", ["wide", "s"], ["kept"]),
+        helper.make_node("Einsum", ["kept", "k"], ["held"], equation=f"{state},bhd->bhe"),
+        helper.make_node("Tanh" if squashed else "Identity", ["v"], ["w"]),
+        helper.make_node("Sub", ["w", "held"], ["u"]),
+        helper.make_node("Mul", ["u", "beta"], ["change"]),
+        helper.make_node("Einsum", ["k", "change"], ["outer"], equation=f"bhd,bhe->{state}"),
+        helper.make_node("Mul", ["kept", "again"], ["less"]),
+        helper.make_node("Add", ["less" if decayed else "kept", "outer"], ["new"]),
+        helper.make_node("Unsqueeze", ["new", "two"], ["five"]),
+        helper.make_node("Expand", ["five", "groups"], ["each"]),
+        helper.make_node("Reshape", ["each", "heads"], ["whole"]),
+        helper.make_node("Einsum", ["q", "whole"], ["o"], equation=f"bhd,{state}->bhe"),
+        helper.make_node("Mul", ["o", "scale"], ["out"]),
+    ]  # fmt: skip
+    names = {"s": ["batch", 2, 6, 8] if not turned else ["batch", 2, 8, 6], "q": ["batch", 4, 6], "k": ["batch", 2, 6],
+             "v": ["batch", 2, 8], "g": ["batch", 2], "beta": ["batch", 2, 1]}  # fmt: skip
+    inner = [helper.make_tensor_value_info(n, FLOAT, shape) for n, shape in names.items()]
+    outs = [helper.make_tensor_value_info(n, FLOAT, None) for n in ("new", "out")]
+    body = helper.make_graph(nodes, "step", inner, outs)
+    scan = helper.make_node("Scan", ["s0", *(f"{n}s" for n in list(names)[1:])], ["last_state", "outs"], body=body,
+                            num_scan_inputs=5, scan_input_axes=[1] * 5, scan_output_axes=[1],
+                            scan_input_directions=[int(backwards)] * 5)  # fmt: skip
+    data = [constant("last", [-1]), constant("two", [2]), constant("groups", [1, 1, 2, 1, 1]),
+            constant("heads", [-1, 4, *names["s"][2:]]), constant("scale", np.float32(0.3)),
+            constant("again", np.float32(decayed))]  # fmt: skip
+    given = [helper.make_tensor_value_info("s0", FLOAT, names["s"])] + [
+        helper.make_tensor_value_info(f"{n}s", FLOAT, [shape[0], "tokens", *shape[1:]]) for n, shape in
+        list(names.items())[1:]
+    ]  # fmt: skip
+    made = [helper.make_tensor_value_info(n, FLOAT, None) for n in ("last_state", "outs")]
+    graph = helper.make_graph([scan], "g", given, made, data)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_recurrence_over_the_turns_of_a_scan(turned: bool, tmp_path: Path) -> None:
+    """However the step is spelled: it is compared by its values."""
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(recurrent(turned=turned), source)
+    done = convert(Wish(str(source), out, "onnx", measure=False, target="onnxruntime"))
+    (site,) = done.report.sites
+    assert site.equation == "S = exp(g) S + k rate * (v - (exp(g) S)^T k), out = 0.3 q S"
+    assert site.became == "LinearAttention" and done.checked.startswith("checked on 3")
+    assert ops(out)["LinearAttention"] == 1 and not ops(out)["Scan"]
+    (kept,) = convert(Wish(str(source), out, "onnx", measure=False)).report.sites
+    assert kept.status == "kept" and "opset 27" in kept.reason
+
+
+@pytest.mark.parametrize("how", [{"squashed": True}, {"backwards": True}, {"decayed": 0.5}], ids=str)
+def test_recurrences_that_are_none(how: Any, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(recurrent(**how), source)
+    done = convert(Wish(str(source), out, "onnx", measure=False, target="onnxruntime"))
+    assert [s.code for s in done.report.sites] == ["onnx-recurrence"] and ops(out)["Scan"] == 1

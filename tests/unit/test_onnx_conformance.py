@@ -37,8 +37,8 @@ def cases() -> dict[str, list[Any]]:
         known = not node.domain and node.op_type in (*ROWS, *CONTROL)
         plain = len(t.model.graph.node) == 1 and known
         # what numpy has no element type for stands there as strings, or as protobuf
-        kinds = {getattr(getattr(x, "dtype", None), "kind", "O") for given, _ in t.data_sets for x in given}
-        held = plain and "O" not in kinds
+        given = [x for inputs, _ in t.data_sets or () for x in inputs]
+        held = plain and all(getattr(x, "dtype", None) not in (None, np.dtype(object)) for x in given)
         if held and not any(x in t.name for x in (*_OTHER_TYPES, "_seq", "_opt")):
             found.setdefault(node.op_type, []).append(t)
     return found

@@ -2,8 +2,9 @@
 
     p = softmax(cap tanh(scale q kT / cap) + mask),  o = p v;  a row that sees nothing gives zero
 
-The causal edge and windows count from the keys before the first query: those of the past, or of a cache that holds
-`nonpad` keys (https://onnx.ai/onnx/operators/onnx__Attention.html).
+The cap comes before the mask in every version, as their documents say and onnxruntime computes. The causal edge and
+windows count from the keys before the first query: those of the past, or of a cache that holds `nonpad` keys
+(https://onnx.ai/onnx/operators/onnx__Attention.html).
 """
 
 from __future__ import annotations
@@ -13,19 +14,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attncc.frontends.onnx.values import DTYPES, Unsupported, tensor
-
-#: From this version on the soft cap is applied before the mask, as all versions of the operator are now understood.
-_CAP_FIRST = 25
+from attncc.frontends.onnx.values import DTYPES, tensor
 
 
 def attention(
     q: Any, k: Any, v: Any, mask: Any = None, past_k: Any = None, past_v: Any = None, nonpad: Any = None, *,
     is_causal: int = 0, scale: float | None = None, q_num_heads: int = 0, kv_num_heads: int = 0, softcap: float = 0.0,
     qk_matmul_output_mode: int = 0, softmax_precision: int | None = None, left_window_size: int = -1,
-    right_window_size: int = -1, outputs: int = 1, opset: int = 25,
+    right_window_size: int = -1, outputs: int = 1,
 ) -> Any:  # fmt: skip
-    """(output, present keys, present values, scores). Raises Unsupported."""
+    """(output, present keys, present values, scores)."""
     flat = q.ndim == 3
     if flat:
         q = q.unflatten(-1, (q_num_heads, -1)).transpose(1, 2)
@@ -36,8 +34,6 @@ def attention(
     start: Any = 0 if past_k is None else past_k.shape[2]
     if nonpad is not None:
         start = (tensor(nonpad) - q.shape[2]).reshape(-1, 1, 1, 1) if past_k is None else start
-    if softcap and mask is not None and opset < _CAP_FIRST:
-        raise Unsupported("with a soft cap and a mask, whose order this version leaves open")
     plain = not softcap and not windows and nonpad is None and outputs < 4 and softmax_precision is None
     mask = None if mask is None else tensor(mask)
     if plain and (mask is None or (not is_causal and mask.shape[-1] == k.shape[2])) and not (is_causal and start):
