@@ -8,9 +8,14 @@ from attncc.report.site import Site
 
 
 def shapes(site: Site) -> str:
+    """Those of a site's operands."""
+    return together(site.shapes)
+
+
+def together(shapes: Mapping[str, tuple[int | str, ...]]) -> str:
     """`q, v (2, 8, 256, 64)  k (2, 2, 256, 64)`: operands of one shape share it."""
     names: dict[tuple[int | str, ...], list[str]] = {}
-    for name, shape in site.shapes.items():
+    for name, shape in shapes.items():
         names.setdefault(tuple(shape), []).append(name)
     return "  ".join(f"{', '.join(same)} ({', '.join(map(str, shape))})" for shape, same in names.items())
 
