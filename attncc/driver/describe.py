@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sysconfig
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +22,10 @@ from attncc.patterns.linear.linear import Recognised
 from attncc.patterns.site.assemble import Lifted
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+#: Folders that libraries are installed into.
+_LIBRARIES = ("site-packages", "dist-packages")
+#: Where the operators of ONNX files run: no line of anybody's model.
+_FRONTENDS = str(Path(__file__).parents[1] / "frontends")
 #: Characters of a feature map that is written out in an equation.
 _LONGEST_MAP = 16
 _MODULE_PREFIX = re.compile(r"^L\['[^']*'\]\.?|^self\.?")
@@ -43,8 +46,10 @@ def module_path(n: fx.Node) -> str:
 def user_line(n: fx.Node) -> str:
     """`file.py:12` of the innermost line of the user's code (or of the model library's) that made a node."""
     frames = list(_FRAME.finditer(n.meta.get("stack_trace") or ""))
-    torch_home = str(Path(torch.__file__).parent)
-    own = [f for f in frames if not f["file"].startswith(torch_home)] or frames
+    homes = (str(Path(torch.__file__).parent), _FRONTENDS)
+    own = [f for f in frames if not f["file"].startswith(homes)]
+    if not own and frames and not any(f["file"].startswith(_FRONTENDS) for f in frames):
+        own = frames
     if not own:
         return ""
     return f"{short_path(own[-1]['file'])}:{own[-1]['line']}"
@@ -53,10 +58,10 @@ def user_line(n: fx.Node) -> str:
 def short_path(name: str) -> Path:
     """A file's path from where libraries are, or from the current directory; else as it is."""
     file = Path(name)
-    for root in (*(Path(sysconfig.get_path(x)) for x in ("purelib", "platlib")), Path.cwd()):
-        if file.is_relative_to(root):
-            return file.relative_to(root)
-    return file
+    at = max((n for n, part in enumerate(file.parts) if part in _LIBRARIES), default=None)
+    if at is not None:
+        return Path(*file.parts[at + 1 :])
+    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
 
 
 def equation(a: Attention) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attncc.report.model import SCHEMA
-from attncc.report.words import duration
+from attncc.report.words import duration, together
 
 #: Two times of one kernel that differ by less are no change: another day, another neighbour.
 SAME_TIME = 0.1
@@ -101,6 +101,10 @@ def _of_fields(where: str, old: Json, new: Json) -> Iterator[Change]:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, dict) and value and all(isinstance(x, list) for x in value.values()):
+        return together({name: tuple(x) for name, x in value.items()})
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_text(x)}" for name, x in value.items())
     if isinstance(value, list):

@@ -133,7 +133,7 @@ def _group(sites: Sequence[Site], kernels: dict[str, int]) -> dict[str, Any]:
         "site": site, "count": len(sites), "numbers": ranges([s.index for s in sites]),
         "path": merged_path([s.path for s in sites]) or "(top level)",
         "facts": [(name, text) for name, text in facts(sites) if name != "plan"],
-        "computed": f"{(site.visited or 0) / (site.total or 1):.0%}" if known else "",
+        "computed": words.share(site.visited or 0, site.total or 1) if known else "",
         "speedup": "" if site.speedup is None else f"{site.speedup:.2f}",
         "timings": [
             {"name": name, "text": words.duration(us), "width": round(_BAR * us / slowest), "chosen": name == chosen}
@@ -177,8 +177,8 @@ def _mask(site: Site) -> dict[str, Any] | None:
     rows, keys = cells.shape
     scale = _MASK / max(rows, keys)
     names = {VISIBLE: "visible", PARTIAL: "visible in part", WASTED: "computed in vain", SKIPPED: "skipped"}
-    shares = {kind: float((cells == kind).float().mean()) for kind in names}
-    legend = [(name, "rgb({}, {}, {})".format(*PALETTE[kind]), f"{shares[kind]:.0%}") for kind, name in names.items()]
+    shares = {kind: words.share(int((cells == kind).sum()), cells.numel()) for kind in names}
+    legend = [(name, "rgb({}, {}, {})".format(*PALETTE[kind]), shares[kind]) for kind, name in names.items()]
     text = ", ".join(f"{share} {name}" for name, _, share in legend)
     return {
         "data": b64encode(png(cells.to(torch.uint8))).decode(),

@@ -8,9 +8,14 @@ from attncc.report.site import Site
 
 
 def shapes(site: Site) -> str:
+    """Those of a site's operands."""
+    return together(site.shapes)
+
+
+def together(shapes: Mapping[str, tuple[int | str, ...]]) -> str:
     """`q, v (2, 8, 256, 64)  k (2, 2, 256, 64)`: operands of one shape share it."""
     names: dict[tuple[int | str, ...], list[str]] = {}
-    for name, shape in site.shapes.items():
+    for name, shape in shapes.items():
         names.setdefault(tuple(shape), []).append(name)
     return "  ".join(f"{', '.join(same)} ({', '.join(map(str, shape))})" for shape, same in names.items())
 
@@ -22,9 +27,9 @@ def scores(site: Site) -> str:
         return ""
     parts = [f"{site.total:,}"]
     if site.status == "fused" and site.visited is not None:
-        parts.append(f"{_share(site.visited, site.total)} computed")
+        parts.append(f"{share(site.visited, site.total)} computed")
     if site.visible is not None:
-        parts.append(f"{_share(site.visible, site.total)} visible")
+        parts.append(f"{share(site.visible, site.total)} visible")
     elif site.status != "fused":
         parts.append("visible ones known only where the kernel runs")
     most = site.total / max(site.visible or site.total, 1)
@@ -33,11 +38,11 @@ def scores(site: Site) -> str:
     return ", ".join(parts)
 
 
-def _share(part: int, total: int) -> str:
+def share(part: int, total: int) -> str:
     """`50%`; where rounding would say all or none of what is not, one more digit."""
-    share = part / total if total else 0.0
-    whole = f"{share:.0%}"
-    return f"{share:.1%}" if 0 < part < total and whole in ("0%", "100%") else whole
+    portion = part / total if total else 0.0
+    whole = f"{portion:.0%}"
+    return f"{portion:.1%}" if 0 < part < total and whole in ("0%", "100%") else whole
 
 
 def measured(sites: Sequence[Site]) -> str:

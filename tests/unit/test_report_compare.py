@@ -102,6 +102,18 @@ def test_what_is_no_report_is_refused_in_one_line(text: str, tmp_path: Path) -> 
     assert run(tmp_path / "none.json", path).exit_code == 2
 
 
+def test_layers_that_changed_alike_are_told_once_and_broken_reports_in_one_line(tmp_path: Path) -> None:
+    old, new = read(REPORT), read(replace(REPORT, sites=tuple(replace(s, isa="avx2") for s in REPORT.sites)))
+    broken = read(REPORT)
+    broken["sites"][0]["timings"] = {"attncc": "fast"}
+    a, b, c = (tmp_path / name for name in ("a.json", "b.json", "c.json"))
+    for path, report in ((a, old), (b, new), (c, broken)):
+        path.write_text(json.dumps(report))
+    done = CliRunner().invoke(app, ["diff", str(a), str(b)])
+    assert done.exit_code == 1 and done.stdout == "layers.{0-1}.attn\n  isa: avx512 -> avx2\n"
+    assert CliRunner().invoke(app, ["diff", str(a), str(c)]).exit_code == 2
+
+
 def test_the_page_describes_every_field() -> None:
     described = set(re.findall(r"^\| `(\w+)`", DOC.read_text(), re.MULTILINE))
     own = {f.name for f in fields(Site)} - {*PAGE_ONLY}
