@@ -38,7 +38,8 @@ def masked_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 FORMS = {f.__name__: f for f in (written_out, as_an_operator, of_a_module, sdpa, masked_sdpa)}
-SEEN = {"written_out": M, "as_an_operator": M, "of_a_module": 0, "sdpa": 0, "masked_sdpa": 3}  # keys of row i up to i + n
+#: Keys of row i are those up to i + n.
+SEEN = {"written_out": M, "as_an_operator": M, "of_a_module": 0, "sdpa": 0, "masked_sdpa": 3}
 
 
 def exact(name: str, q: Tensor, k: Tensor, v: Tensor, words: Tensor) -> Tensor:
