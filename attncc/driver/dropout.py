@@ -96,8 +96,8 @@ def _weights_of(n: fx.Node) -> tuple[Any, ...] | None:
     """The shape of the weights that a call drops from, None where it is no such call."""
     if n.op != "call_function":
         return None
-    if n.target is functional.dropout:
-        given = dict(zip(("input", "p", "training", "inplace"), n.args, strict=False)) | n.kwargs
+    if n.target in _FROM_WEIGHTS:
+        given = _given(n)
         weights = given.get("input")
         if not isinstance(weights, fx.Node) or not _drops(given.get("p", 0.5)) or not given.get("training", True):
             return None
@@ -118,6 +118,16 @@ def _weights_of(n: fx.Node) -> tuple[Any, ...] | None:
 
 
 _SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+#: What drops from weights, and what it calls training.
+_FROM_WEIGHTS: dict[Any, str] = {functional.dropout: "training", torch.dropout: "train"}
+
+
+def _given(n: fx.Node) -> dict[str, Any]:
+    """The arguments of a call that drops from weights, by the names that `F.dropout` has for them."""
+    given = dict(zip(("input", "p", "training", "inplace"), n.args, strict=False)) | n.kwargs
+    return {"training" if name == "train" else name: x for name, x in given.items()}
 
 
 def _drops(p: Any) -> bool:
@@ -146,11 +156,11 @@ def _spelled(graph: fx.Graph, n: fx.Node, nodes: list[Any], shape: Sequence[Any]
         words = graph.call_function(
             torch.randint, (-(2**31), 2**31, size), {"dtype": torch.int32, "device": value.device}
         )
-        if n.target is functional.dropout:
-            given = dict(zip(("input", "p", "training"), n.args, strict=False)) | n.kwargs
+        if n.target in _FROM_WEIGHTS:
+            given = _given(n)
             p = given.get("p", 0.5)
             call = graph.call_function(dropped, (given["input"], words, p))
-            kwargs: dict[str, Any] = {"p": p, "training": True}
+            kwargs: dict[str, Any] = {"p": p, _FROM_WEIGHTS[n.target]: True}
         else:
             given = dict(zip(_SDPA_NAMES, n.args, strict=False)) | n.kwargs
             operands = (given["query"], given["key"], given["value"])

@@ -26,6 +26,7 @@ from attncc.patterns.graph import (
 )
 from attncc.patterns.reader.activations import log_sigmoid
 from attncc.patterns.reader.assumptions import Context, Reach
+from attncc.patterns.reader.bits import truth
 from attncc.patterns.reader.contractions import DOT, Contraction, contraction, few, mixture, summed_pair, swapped
 from attncc.patterns.reader.dropout import keeps, words_at
 from attncc.patterns.reader.layers import Data, is_learned
@@ -86,6 +87,7 @@ __all__ = [
     "summed_pair",
     "swapped",
     "transform_of",
+    "truth",
     "unexpanded",
     "words_at",
     "written_args",

@@ -23,7 +23,7 @@ def bits(f: Callable[[Expr, Expr], Expr], a: Expr, b: Expr) -> Expr | None:
     if "float" in (a.kind, b.kind):
         return None
     a, b = (cast(x, "int") for x in (a, b))
-    told = [_truth(x) for x in (a, b)]
+    told = [truth(x) for x in (a, b)]
     if told[0] is not None and told[1] is not None:
         return cast(cast(f(told[0], told[1]), "bool"), "int")
     if isinstance(a, Const):
@@ -36,9 +36,11 @@ def bits(f: Callable[[Expr, Expr], Expr], a: Expr, b: Expr) -> Expr | None:
     return sub(add(a, b), both if f is or_ else mul(both, const(2)))
 
 
-def _truth(x: Expr) -> Expr | None:
-    """The truth value that a number of 0 or 1 stands for."""
+def truth(x: Expr) -> Expr | None:
+    """The truth value that a number of 0 or 1 stands for, or that it is itself."""
     match x:
+        case _ if x.kind == "bool":
+            return x
         case Op("where", (c, Const(1), Const(0))):
             return c
         case Const(0 | 1 as value):

@@ -1,6 +1,7 @@
 """Guards against rows that see nothing: what models write around a softmax so that its NaN becomes zero.
 
     nan_to_num(softmax(x), 0)            where(any(mask), softmax(x), 0)            softmax(x) * any(mask)
+    where(sum(mask) > 0, softmax(x), 0)
     where(mask, softmax(where(mask, x, -inf)), 0)            where(all(x == -inf), 0, softmax(x))
 
 Each says `empty: zero`; the guard itself then has nothing left to do. The second is one only if what it asks about is
@@ -13,12 +14,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from attncc.ir.analysis import zero_unless
+from attncc.ir.analysis import unrounded, zero_unless
 from attncc.ir.attention import W
 from attncc.ir.build import TRUE, not_, op
 from attncc.ir.expr import Const, Expr, Load, Op
 from attncc.ir.gradients import bounded
-from attncc.patterns.site import Reader, split_mask
+from attncc.patterns.site import Reader, split_mask, truth
 from attncc.patterns.softmax.anchors import Term
 
 
@@ -68,9 +69,19 @@ class _Row:
                 return hidden is not None and self._shows(not_(hidden))
             case Op("ne", (most, Const(value))) | Op("lt", (Const(value), most)) if value == -math.inf:
                 return self.reader.reduced(most, self.key, "max") is self._scores
+            case Op("not", (Op("eq", (count, Const(0))),)) | Op("ne", (count, Const(0))) | Op("lt", (Const(0), count)):
+                return self._counts(count)
+            case Op("le", (Const(1), count)):
+                return self._counts(count)
             case _:
                 shown = self.reader.reduced(x, self.key, "any")
                 return shown is not None and self._shows(shown)
+
+    def _counts(self, x: Expr) -> bool:
+        """Whether a number is how many keys the row sees, or the largest of as many ones."""
+        found = (self.reader.reduced(x, self.key, op) for op in ("sum", "max"))
+        truths = (truth(unrounded(y)) for y in found if y is not None)
+        return any(y is not None and self._shows(y) for y in truths)
 
     def _shows(self, x: Expr) -> bool:
         """Whether a predicate is the mask of a score, or says that it is not -inf."""

@@ -20,6 +20,10 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout((q @ k.mT / D**0.5).softmax(-1), P, training=True) @ v
 
 
+def as_an_operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.dropout((q @ k.mT / D**0.5).softmax(-1), P, train=True) @ v
+
+
 def of_a_module(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q @ k.mT / D**0.5).masked_fill(torch.ones(N, M).triu(1).bool(), -torch.inf)
     return nn.Dropout(P)(scores.softmax(-1, dtype=torch.float32).to(q.dtype)) @ v
@@ -33,8 +37,9 @@ def masked_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(N, M).tril(3).bool(), dropout_p=P, scale=0.2)
 
 
-FORMS = {f.__name__: f for f in (written_out, of_a_module, sdpa, masked_sdpa)}
-SEEN = {"written_out": M, "of_a_module": 0, "sdpa": 0, "masked_sdpa": 3}  # keys of row i up to i + n
+FORMS = {f.__name__: f for f in (written_out, as_an_operator, of_a_module, sdpa, masked_sdpa)}
+#: Keys of row i are those up to i + n.
+SEEN = {"written_out": M, "as_an_operator": M, "of_a_module": 0, "sdpa": 0, "masked_sdpa": 3}
 
 
 def exact(name: str, q: Tensor, k: Tensor, v: Tensor, words: Tensor) -> Tensor:

@@ -65,6 +65,26 @@ def bits(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     return weights.masked_fill(~(seen != 0).any(-1, keepdim=True), 0.0) @ v
 
 
+def counted(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """A guard that counts the keys of a mask of integers."""
+    seen = extra["pad"].int()[:, None, None] & torch.ones(N, N, dtype=torch.int32).tril(-2)
+    weights = (q @ k.mT * SCALE).masked_fill(seen == 0, -torch.inf).softmax(-1)
+    return weights.masked_fill(~(seen.sum(-1, keepdim=True) > 0), 0.0) @ v
+
+
+def highest_of_mask(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    seen = extra["pad"].bool()[:, None, None] & torch.ones(N, N).tril(-2).bool()
+    weights = (q @ k.mT * SCALE).masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.where(seen.int().amax(-1, keepdim=True) == 0, 0.0, weights) @ v
+
+
+def more_than_one(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """Rows that see a single key are zeroed too, and those that see none have another mask: no guard."""
+    seen = extra["seen"]
+    weights = (q @ k.mT * SCALE).masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.where(seen.sum(-1, keepdim=True) > 1, weights, 0.0) @ v
+
+
 def padded_queries(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     real = extra["pad"].bool()
     scores = (q @ k.mT * SCALE).masked_fill(~real[:, None, None], -1e9)
@@ -96,6 +116,9 @@ REPORTED = (
     Case("other-maximum", attend(other_maximum, **LOGITS), 1, "no sink", kept=1),
     Case("all-infinite", attend(all_infinite, **SEEN), 1, "a guard that asks the scores"),
     Case("bits", attend(bits, **PADDED), 1, "masks of integers"),
+    Case("counted", attend(counted, **PADDED), 1, "a guard that counts"),
+    Case("highest-of-mask", attend(highest_of_mask, **PADDED), 1, "a guard by the highest"),
+    Case("more-than-one", attend(more_than_one, **SEEN), 1, "no guard", kept=1),
     Case("padded-queries", attend(padded_queries, **PADDED), 1, "weights zeroed for queries"),
     Case("sums-beside", attend(sums_beside), 1, "sums of rows used early"),
     Case("three-ranges", attend(three_ranges), 3, "three softmaxes before one product", refused=1),
