@@ -24,6 +24,7 @@ from attncc.ir.verify_linear import verify_linear
 from attncc.patterns.linear.linear import Recognised, Result
 from attncc.patterns.linear.normalisers import factors, value_of
 from attncc.patterns.linear.products import flat, mapped, product_of
+from attncc.patterns.linear.state_reads import reads_of, through
 from attncc.patterns.linear.steps import common
 from attncc.patterns.site import DOT, VIEW_OPS, Data, Declared, Facts, Point, Unreadable, contraction, op_name
 
@@ -91,9 +92,9 @@ class Recurrence:
 def recurrences(f: Facts) -> Iterator[Recurrence]:
     """Each chain of updates of one state."""
     for chain in _chains(f):
-        reads = frozenset(x for step in chain for x in step.reads)
+        reads = frozenset(y for step in chain for x in step.reads for y in (x, through(x)))
         if reads:
-            writes = frozenset(_through(f, step.written) for step in chain)
+            writes = frozenset(through(step.written) for step in chain)
             yield Recurrence(chain[-1].node, chain[0].node, reads, writes, _found(f, chain))
 
 
@@ -152,10 +153,10 @@ def _update(f: Facts, n: fx.Node, data: Data, chains: dict[fx.Node, list[Update]
         before = _state_behind(f, carried, f.shape(n), chains)
         if before is None or written not in data:
             continue
-        product = contraction(f, _through(f, written))
+        product = contraction(f, through(written))
         chunk = product is not None and product.extent is not ONE and product.lhs in data and product.rhs in data
         if chunk or _is_outer(f, written):
-            reads = [x for x in _reads(f, n) if x in data]
+            reads = [x for x in reads_of(f, n) if x in data]
             return Update(n, before, written, chunk, reads)
     return None
 
@@ -176,12 +177,6 @@ def _state_behind(
         if n.op == "call_function" and (n.target in VIEW_OPS or op_name(n) in ("mul", "mul_", "to", "_to_copy")):
             stack += [a for a in n.all_input_nodes if f.is_tensor(a) and f.rank(a) >= 2]
     return None
-
-
-def _through(f: Facts, n: fx.Node) -> fx.Node:
-    while n.op == "call_function" and (n.target in VIEW_OPS or op_name(n) in ("to", "_to_copy")):
-        n = n.all_input_nodes[0]
-    return n
 
 
 def _is_outer(f: Facts, n: fx.Node) -> bool:
@@ -211,24 +206,6 @@ def _opened(
         return None if left is None or right is None else mul(left, right)
 
     return None if x is None else rewrite(x, rule)
-
-
-def _reads(f: Facts, n: fx.Node) -> list[fx.Node]:
-    """Products and sums of products that read a state, moved or cast."""
-    found: list[fx.Node] = []
-    stack, seen = [n], {n}
-    while stack:
-        for user in stack.pop().users:
-            if user in seen or user not in f.live or not f.is_tensor(user):
-                continue
-            seen.add(user)
-            if contraction(f, user) is not None:
-                found.append(user)
-            elif op_name(user) == "mul":
-                found += [x for x in user.users if op_name(x) == "sum" and x in f.live]
-            elif user.target in VIEW_OPS or op_name(user) in ("to", "_to_copy"):
-                stack.append(user)
-    return found
 
 
 def _lift(f: Facts, chain: list[Update]) -> Recognised:
@@ -366,8 +343,10 @@ def _query(
         out = tuple(ZERO if s is ONE else Index(f"r{x}") for x, s in enumerate(f.shape(read)))
         c = Index("c")
         inner = extents | {x: s for x, s in zip(out, f.shape(read), strict=True) if x is not ZERO}
-        name = DOT + read.name if contraction(f, read) is not None else read.name
-        for state, query in factors(f, Load(name, out, "float"), c):
+        summed = Load(read.name, out, "float")
+        if contraction(f, read) is not None or read.target in VIEW_OPS:
+            summed = value_of(f, (read, out), inner, f.order[read] + 1)
+        for state, query in factors(f, summed, c) if isinstance(summed, Load) else ():
             value = value_of(f, state, inner, f.order[read], frozenset({u.node}))
             if not isinstance(value, Load) or value.tensor != u.node.name or c not in value.index[-2:]:
                 continue

@@ -93,3 +93,25 @@ def test_results_lie_as_the_model_has_them_where_views_tell() -> None:
     for x, want in zip(got, steps(q, k, v, g), strict=True):
         assert x.stride() == want.stride()
         torch.testing.assert_close(x, want)
+
+
+@torch.no_grad()
+def test_a_state_that_a_product_over_batches_made_one_reads() -> None:
+    """A step of Mamba-2, as transformers has it: groups share keys and queries, and heads are a part of the batch."""
+    def update(state: Tensor, x: Tensor, dt: Tensor, a: Tensor, k: Tensor, q: Tensor) -> Tensor:
+        k = k.reshape(2, 2, 1, 8).expand(2, 2, 2, 8).contiguous().reshape(2, 4, 1, 8)
+        new = state * torch.exp(dt[..., None] * a) + dt[..., None] * k * x[..., None]
+        state.copy_(new)
+        q = q.reshape(2, 2, 1, 8).expand(2, 2, 2, 8).contiguous().reshape(2, 4, 8)
+        return torch.bmm(new.view(8, 16, 8), q.view(8, 8, 1)).view(2, 4, 16)
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 16, 8), (2, 4, 16), (2, 4, 16), (4, 16, 8), (2, 2, 8), (2, 2, 8))
+    state, x, dt, a, k, q = (torch.randn(s, generator=generator) for s in shapes)
+    own, other = state.clone(), state.clone()
+    torch._dynamo.reset()
+    with attncc.record() as found:
+        got = torch.compile(update, backend="attncc", options={"measure": False})(own, x, dt.abs(), -a.abs(), k, q)
+    assert [(s.status, "exp(" in s.equation) for s in found.sites] == [("fused", True)]
+    torch.testing.assert_close(got, update(other, x, dt.abs(), -a.abs(), k, q))
+    torch.testing.assert_close(own, other)
