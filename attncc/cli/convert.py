@@ -43,6 +43,8 @@ def convert(
                        ] = True,
     decompose: Annotated[bool, typer.Option("--decompose", help="For .mlir: attention as products and a softmax, "
                                             "not as one operation.")] = False,
+    dialect: Annotated[Literal["torch", "linalg"], typer.Option("--dialect", help="For .mlir: torch-mlir's own, or "
+                                                                "linalg.")] = "torch",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would become of each attention; write nothing."
                                           )] = False,
     every: Annotated[bool, typer.Option("--all", help="One row per site, also where equal "
@@ -63,6 +65,8 @@ def convert(
             for option, given in (("--target", target != "onnx"), ("--opset", opset != 23)):
                 if given:
                     raise TargetError(f"convert: {option} is for .onnx files, not for {kind}")
+        if kind != "mlir" and (decompose or dialect != "torch"):
+            raise TargetError(f"convert: --decompose and --dialect are for .mlir files, not for {kind}")
         if provider != "cpu" and target != "onnxruntime":
             raise TargetError("convert: --provider goes with --target onnxruntime")
         if isa and kind != "aoti" and target != "onnxruntime+attncc":
@@ -72,7 +76,7 @@ def convert(
             raise TargetError(f"{output}: torch loads packages from files named .pt2")
         wish = converting.Wish(
             source, None if dry_run else output, kind, portable, tuple(x for x in dynamic.split(",") if x), check, plan,
-            measure, decompose, tuple(x for x in isa.split(",") if x), target, provider, opset,
+            measure, decompose, tuple(x for x in isa.split(",") if x), target, provider, opset, dialect,
         )  # fmt: skip
         try:
             with quiet(debug), reporting():

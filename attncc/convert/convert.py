@@ -38,6 +38,7 @@ Kind = Literal["pt2", "onnx", "mlir", "aoti"]
 DROPPING = {x.name for x in CERTIFIED}
 OnnxTarget = Literal["onnx", "onnxruntime", "onnxruntime+attncc"]
 Provider = Literal["cpu", "cuda"]
+Dialect = Literal["torch", "linalg"]
 SUFFIXES: dict[str, Kind] = {".pt2": "pt2", ".onnx": "onnx", ".mlir": "mlir"}
 
 
@@ -47,7 +48,7 @@ class Wish:
     are measured, and slower ones left out. `decompose`: MLIR holds no attention as one operation. `isas`: what the
     kernels of a package or a library are compiled for, this machine where none is named. `target`, `provider`: what
     runs an ONNX file; `onnxruntime+attncc` calls attncc's kernels from a library beside it. `opset`: of its standard
-    operators."""
+    operators. `dialect`: of MLIR."""
 
     source: str
     output: Path | None
@@ -62,6 +63,7 @@ class Wish:
     target: OnnxTarget = "onnx"
     provider: Provider = "cpu"
     opset: int = 23
+    dialect: Dialect = "torch"
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def _written(wish: Wish, path: Path, program: ExportedProgram, target: Target) -
     if wish.to == "mlir":
         from attncc.convert import mlir  # noqa: PLC0415 needs torch-mlir
 
-        return mlir.write(program, path, target.name, decompose=wish.decompose)
+        return mlir.write(program, path, target.name, decompose=wish.decompose, dialect=wish.dialect)
     try:
         torch.export.save(program, path)
         return torch.export.load(path).module()

@@ -1,4 +1,5 @@
-"""MLIR out, by torch-mlir in its torch dialect: a portable program, whose attentions stay one operation each."""
+"""MLIR out, by torch-mlir: a portable program, in its torch dialect, where attentions stay one operation each, or in
+linalg."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from attncc.progress import step
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def write(program: ExportedProgram, path: Path, source: str, *, decompose: bool) -> Callable[..., Any] | None:
+#: What torch-mlir calls a dialect, and what IREE calls it as input.
+DIALECTS = {"torch": ("torch", "torch"), "linalg": ("linalg-on-tensors", "auto")}
+
+
+def write(
+    program: ExportedProgram, path: Path, source: str, *, decompose: bool, dialect: str = "torch"
+) -> Callable[..., Any] | None:  # fmt: skip
     """Write a program of operators of torch; what IREE makes of the file, as a function, None where IREE is not
     installed. With `decompose` attentions are written as products and a softmax. Raises TargetError."""
     try:
@@ -33,14 +40,15 @@ def write(program: ExportedProgram, path: Path, source: str, *, decompose: bool)
     try:
         lowered = program.run_decompositions(table)
         _persist(lowered)
-        module: Any = fx.export_and_import(lowered, output_type="torch", func_name="main", decomposition_table={})
+        wanted, read_as = DIALECTS[dialect]
+        module: Any = fx.export_and_import(lowered, output_type=wanted, func_name="main", decomposition_table={})
         if not module.operation.verify():
             raise ValueError("it does not verify")
         text = str(module)
     except Exception as error:
         raise TargetError(f"{source}: torch-mlir cannot write this program ({one_line(error)})") from error
     path.write_text(text, encoding="utf-8")
-    return _compiled(path, source)
+    return _compiled(path, source, read_as)
 
 
 def _persist(program: ExportedProgram) -> None:
@@ -51,7 +59,7 @@ def _persist(program: ExportedProgram) -> None:
             program.state_dict[spec.target] = program.constants[spec.target]
 
 
-def _compiled(path: Path, source: str) -> Callable[..., Any] | None:
+def _compiled(path: Path, source: str, kind: str) -> Callable[..., Any] | None:
     try:
         compiler: Any = import_module("iree.compiler")
         runtime: Any = import_module("iree.runtime")
@@ -60,7 +68,7 @@ def _compiled(path: Path, source: str) -> Callable[..., Any] | None:
     step("compiling with IREE")
     try:
         data = compiler.compile_file(
-            str(path), target_backends=["llvm-cpu"], input_type="torch", extra_args=["--iree-llvmcpu-target-cpu=host"]
+            str(path), target_backends=["llvm-cpu"], input_type=kind, extra_args=["--iree-llvmcpu-target-cpu=host"]
         )
         context = runtime.SystemContext(config=runtime.Config("local-task"))
         context.add_vm_module(runtime.VmModule.copy_buffer(context.instance, data))

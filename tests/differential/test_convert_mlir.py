@@ -41,3 +41,14 @@ def test_mlir(dynamic: tuple[str, ...], decompose: bool, tmp_path: Path, monkeyp
     assert done.report.fused == 1
     assert done.checked.startswith(f"checked on {3 if dynamic else 1} set")
     assert out.read_text().count("torch.aten.scaled_dot_product_attention") == (not decompose)
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+def test_linalg(decompose: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converting, "load", lambda text: Target(text, Layer().eval(), (torch.randn(2, 12, 32),)))
+    out = tmp_path / "out.mlir"
+    done = convert(Wish("m:f", out, "mlir", decompose=decompose, dialect="linalg"))
+    assert done.checked.startswith("checked on 1 set")
+    text = out.read_text()
+    assert "linalg." in text and "torch.aten" not in text
+    assert text.count("tm_tensor.attention") == (not decompose)

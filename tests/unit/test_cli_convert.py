@@ -70,6 +70,7 @@ def test_a_failed_check_is_3(monkeypatch: pytest.MonkeyPatch) -> None:
         ([TARGET, "-o", "out.pt2", "--isa", "avx2"], "--isa goes with --to aoti"),
         ([TARGET, "-o", "out.pt2", "--target", "onnxruntime"], "--target is for .onnx files"),
         ([TARGET, "-o", "out.pt2", "--opset", "24"], "--opset is for .onnx files"),
+        ([TARGET, "-o", "out.pt2", "--dialect", "linalg"], "--dialect are for .mlir files"),
         ([TARGET, "-o", "out.onnx", "--provider", "cuda"], "--provider goes with --target onnxruntime"),
         ([TARGET, "-o", "out.so", "--to", "aoti"], "torch loads packages from files named .pt2"),
         ([TARGET, "-o", "out.pt2", "--to", "aoti", "--isa", "avx9"], "--isa avx9: known are"),
@@ -82,7 +83,7 @@ def test_a_failed_check_is_3(monkeypatch: pytest.MonkeyPatch) -> None:
         ([TARGET, "-o", "out.pt2", "--plan", "absent.plan"], "absent.plan"),
     ],
     ids=[
-        "no-output", "suffix", "portable", "isa-of-none", "target", "opset", "provider",
+        "no-output", "suffix", "portable", "isa-of-none", "target", "opset", "dialect", "provider",
         "package", "isa", "module", "pt2", "onnx", "dynamic",
         "export", "folder", "plan",
     ],

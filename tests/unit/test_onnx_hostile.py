@@ -152,6 +152,10 @@ def bad_axis(m: Any) -> None:
     m.graph.node[1].attribute[0].ints[:] = [0, 7, 1]
 
 
+def no_such_axis(m: Any) -> None:
+    m.graph.node[3].attribute[0].i = 9
+
+
 def outside_in_an_attribute(m: Any) -> None:
     data = numpy_helper.from_array(np.ones(1, np.float32), "v")
     onnx.external_data_helper.set_external_data(data, "../secret")
@@ -214,7 +218,8 @@ BAD: dict[Callable[[Any], None], str] = {
     ancient: "opset 1", no_opset: "opset 0", custom: "com.example", unknown: "Frobnicate", huge: "bytes", negative: "",
     short: "holds 8", strange_type: "", outside: "outside of its folder", absolute: "outside of its folder",
     absent: "no file", beyond: "does not hold", recursive: "calls itself", exponential: "functions make more",
-    bad_axis: "Transpose", huge_input: "shape", huge_tile: "Tile", outside_in_an_attribute: "outside of its folder",
+    bad_axis: "Transpose", no_such_axis: "no axis 9",
+    huge_input: "shape", huge_tile: "Tile", outside_in_an_attribute: "outside of its folder",
     cycle_inside: "cycle", unmade_inside: "nothing makes", unknown_inside: "Frobnicate",
     outside_inside: "outside of its folder", no_branch: "If", exponential_inside: "functions make more",
 }  # fmt: skip

@@ -50,7 +50,7 @@ def _sum(x: torch.Tensor, axes: list[int], keep: bool) -> torch.Tensor:
 def _softmax(x: Any, *, axis: int | None = None, opset: int = 13, log: bool = False) -> Any:
     op = torch.log_softmax if log else torch.softmax
     if opset >= 13:
-        return op(x, -1 if axis is None else axis)
+        return op(x, axis_of(-1 if axis is None else axis, x.ndim))
     axis = axis_of(1 if axis is None else axis, x.ndim)
     if axis == x.ndim - 1:
         return op(x, -1)
@@ -191,7 +191,9 @@ def _arg(op: Row) -> Row:
 
 
 def _top_k(x: Any, k: Any, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> Any:
-    order = torch.sort(tensor(x), dim=axis, descending=bool(largest), stable=True)  # the first of equals comes first
+    x = tensor(x)
+    axis = axis_of(axis, x.ndim)
+    order = torch.sort(x, dim=axis, descending=bool(largest), stable=True)  # the first of equals comes first
     return tuple(y.narrow(axis, 0, number(k)) for y in order)
 
 
