@@ -17,7 +17,6 @@ from rich.text import Text
 
 from attncc.errors import PlanError
 from attncc.frontends.targets import TargetError
-from attncc.report import table
 from attncc.report.model import Report
 
 #: Of tables where there is no terminal to ask. Narrower ones fold the cells.
@@ -51,8 +50,10 @@ def quiet(debug: bool) -> Iterator[None]:
 
 
 def print_report(report: Report, *, every: bool = False) -> None:
-    console = Console() if sys.stdout.isatty() else Console(width=table.WIDTH)
-    console.print(report.table(every=every))
+    if sys.stdout.isatty():
+        Console().print(report.table(every=every))
+    else:
+        print(report.text(every=every))
 
 
 def print_text(console: Console, text: str) -> None:

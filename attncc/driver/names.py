@@ -12,13 +12,16 @@ from torch import fx
 
 from attncc.driver.capture import Reading
 from attncc.ir import Attention, Expr, Linear
+from attncc.ir.build import ONE, ZERO, add, le
 from attncc.ir.rewrite import rewrite
-from attncc.ir.terms import OPS, Const, Load
+from attncc.ir.terms import OPS, Const, Load, Op
 from attncc.patterns.linear.linear import Recognised
 from attncc.patterns.site.assemble import Lifted
 
 _Node = TypeVar("_Node", Attention, Linear)
 _WORD = re.compile(r"[A-Za-z_]\w*")
+#: The way to a variable of a function's closure: the function's name and a number say more.
+_CLOSURE = re.compile(r"\.__closure__\[(\d+)\]\.cell_contents")
 #: Significant digits of a number in a report: 1 / sqrt(80) is 0.1118.
 _DIGITS = 4
 
@@ -45,7 +48,11 @@ def graph_name(n: fx.Node) -> str:
     """What a node of a Dynamo graph is called: `attention_mask`, of the input `L['kwargs']['attention_mask']`."""
     source = getattr(n.meta.get("grapharg"), "source", None)
     if n.op == "placeholder" and source is not None:
-        words = _WORD.findall(str(source.name() if callable(source.name) else source.name))
+        written = str(source.name() if callable(source.name) else source.name)
+        function, *cells = _CLOSURE.split(written)  # then the number of each cell, and what is taken from it
+        words = _WORD.findall(cells[-1] if cells else function)
+        if cells and not words:
+            words = [f"{x}_{cells[-2]}" for x in _WORD.findall(function)]
         return words[-1] if words else n.name
     return n.name
 
@@ -55,7 +62,7 @@ def readable(a: _Node, names: Mapping[str, str]) -> _Node:
 
     def shown(y: Expr) -> Expr | None:
         if isinstance(y, Load) and y.tensor in names:
-            return Load(names[y.tensor], y.index, y.kind)
+            return Load(names[y.tensor], tuple(map(_as_written, y.index)), y.kind)
         if isinstance(y, Const) and isinstance(y.value, float):
             return Const(float(f"{y.value:.{_DIGITS}g}"))
         return None
@@ -67,3 +74,11 @@ def readable(a: _Node, names: Mapping[str, str]) -> _Node:
     sink = None if a.sink is None else rewrite(a.sink, shown)
     score, mask, weight = (rewrite(x, shown) for x in (a.score, a.mask, a.weight))
     return replace(a, score=score, mask=mask, weight=weight, sink=sink)
+
+
+def _as_written(place: Expr) -> Expr:
+    """`where(x + 1 <= 0, x + n, x)`, by which a place that may count from the end is read, as `x`, as written."""
+    if not isinstance(place, Op) or place.name != "where":
+        return place
+    below, _, x = place.args
+    return x if below is le(add(x, ONE), ZERO) else place

@@ -118,7 +118,11 @@ class Report:
         return f"<attncc report, {self.summary}>"
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, every: bool = False) -> str:
+        """The table as text of 80 columns, no line with spaces at its end."""
         stream = StringIO()
-        Console(file=stream, width=WIDTH, color_system=None, force_terminal=False).print(self.table())
+        Console(file=stream, width=WIDTH, color_system=None, force_terminal=False).print(self.table(every=every))
         return "\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").splitlines())
 

@@ -140,8 +140,11 @@ def _group(sites: Sequence[Site], kernels: dict[str, int]) -> dict[str, Any]:
             for name, us in sorted(site.timings.items(), key=lambda x: x[1])
         ],
         "forms": [
-            {"form": f.form, "heads": ranges(f.heads), "density": f"{f.density:.0%}", "error": f"{f.error:.1e}"}
-            for f in site.forms
+            {
+                "form": f.form, "heads": ranges(f.heads), "density": f"{f.density:.0%}",
+                "error": words.error_of(sites, n),
+            }
+            for n, f in enumerate(site.forms)
         ],
         "mask": _mask(site),
         "drawings": [

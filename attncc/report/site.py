@@ -123,13 +123,16 @@ class Site:
 def alike(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
     """Sites that a reader cannot tell apart but for the numbers in their path, in order of first appearance.
 
-    These are one block repeated over layers. What was measured may differ inside a group."""
+    These are one block repeated over layers. What was measured may differ inside a group, and under a plan the errors
+    of its forms, which the reason names as well."""
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
         key = (
-            site.status, site.reason, re.sub(r"\d+", "#", site.path), site.where, site.equation, site.mask,
+            site.status, "" if site.forms else site.reason, re.sub(r"\d+", "#", site.path), site.where,
+            site.equation, site.mask,
             tuple(site.shapes.items()), site.visible, site.visited, site.total, site.became, site.trains,
-            site.language, site.code, site.backward, site.forms,
+            site.language, site.code, site.backward,
+            tuple((f.form, f.heads, f"{f.density:.0%}") for f in site.forms),
         )  # fmt: skip
         groups.setdefault(key, []).append(site)
     return [tuple(group) for group in groups.values()]

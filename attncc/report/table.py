@@ -67,7 +67,7 @@ def facts(sites: Sequence[Site]) -> list[tuple[str, str]]:
         ("attention", site.equation), ("mask", site.mask), ("shapes", words.shapes(site)),
         ("scores", words.scores(site)), ("runs", site.became), ("backward", site.backward),
         ("measured", words.measured(sites)),
-        ("plan", "; ".join(f"{f.form} on heads {ranges(f.heads)}" for f in site.forms)), ("why", words.why(site)),
+        ("plan", words.plan(sites)), ("why", words.why(site)),
     ]  # fmt: skip
     return [(name, text) for name, text in found if text]
 

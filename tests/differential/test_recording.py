@@ -111,6 +111,20 @@ def test_a_name_that_means_something_else_is_not_taken(taken: str) -> None:
 
 
 @torch.no_grad()
+def test_variables_of_a_closure_have_its_name_and_places_are_as_written() -> None:
+    documents, starts = inputs()[1] % 2, torch.tensor([0, 3])
+
+    def seen(j: Tensor) -> Tensor:
+        return starts[documents][:, None] <= j
+
+    def attend(x: Tensor, seen: Any) -> Tensor:
+        return scaled_dot_product_attention(x, x, x, attn_mask=seen(torch.arange(1536)), scale=SCALE)
+
+    (site,) = attncc.explain(attend, inputs()[0], seen).sites
+    assert site.mask == "seen_1[seen[i]] <= j"
+
+
+@torch.no_grad()
 def test_a_graph_break_is_reported_with_its_line() -> None:
     def broken(x: Tensor, documents: Tensor) -> Tensor:
         y = Block()(x, documents)

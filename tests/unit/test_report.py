@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from attncc.report.model import Report
-from attncc.report.site import Site, alike, merged_path, ranges
+from attncc.report.site import HeadForm, Site, alike, merged_path, ranges
 
 FUSED = Site(
     index=0, status="fused", path="encoder.layer.0.attention.self", where="modeling_bert.py:141",
@@ -118,3 +118,17 @@ def test_ranges() -> None:
 def test_kernels_are_distinct() -> None:
     sites = (FUSED, replace(FUSED, index=1), replace(FUSED, index=2, kernel="void g();"), KEPT)
     assert Report(sites=sites).kernels == ("void f();", "void g();")
+
+
+def test_planned_layers_share_a_row_and_the_range_of_their_errors() -> None:
+    told = "as the plan says: window{{size=4}} on heads 0-1 (50% of the keys, error {}); 0.73 ms, exact 1.16 ms"
+    rest = HeadForm("exact", (2,), 1.0, 0.0)
+    sites = tuple(
+        Site(n, "fused", told.format(error), f"layers.{n}.attn", code="planned",
+             forms=(HeadForm("window{size=4}", (0, 1), 0.5, error), rest))
+        for n, error in enumerate((8.9e-5, 5.9e-5))
+    )  # fmt: skip
+    text = " ".join(str(Report(sites)).split())
+    assert "sites 0-1: fused" in text and "layers.{0-1}.attn" in text
+    assert "window{size=4} on heads 0-1 (50% of the keys, error 5.9e-05 to 8.9e-05); exact on heads 2" in text
+    assert "as the plan says: 0.73 ms, exact 1.16 ms [planned]" in text and text.count("as the plan says") == 1
