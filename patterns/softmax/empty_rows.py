@@ -12,12 +12,12 @@ what torch makes of `scaled_dot_product_attention` where a graph is decomposed; 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from attncc.ir.analysis import unrounded, zero_unless
-from attncc.ir.attention import W
-from attncc.ir.build import TRUE, not_, op
-from attncc.ir.expr import Const, Expr, Load, Op
+from attncc.ir.analysis import keeps_nan, unrounded, zero_unless
+from attncc.ir.attention import Attention, S, W
+from attncc.ir.build import TRUE, ZERO, and_, const, eq, mul, not_, op, or_, where
+from attncc.ir.expr import Const, Expr, Load, Op, mentions
 from attncc.ir.gradients import bounded
 from attncc.patterns.site import Reader, split_mask, truth
 from attncc.patterns.softmax.anchors import Term
@@ -41,6 +41,22 @@ def masked_again(weight: Expr, score: Expr, *, half: bool) -> Expr | None:
     masked = split_mask(score, half=half, infinite_empty="nan")
     visible, inner = zero_unless(weight, products=masked.empty != "nan") or (TRUE, weight)
     return inner if visible is masked.mask and visible is not TRUE else None
+
+
+def zeroed_rows(a: Attention) -> Attention:
+    """An attention whose weights are zero in rows that a condition chooses, and NaN in others that see nothing, in a
+    form that has one value for such rows: a row of zeros sees its first key alone, by a score of zero.
+
+        where(c_i, softmax(x where m), 0)  =  softmax(where(c_i, x, 0) where (c_i ? m : j = 0)) * (c_i ? 1 : 0)"""
+    kept = zero_unless(a.weight)
+    if kept is None or a.empty != "nan" or a.normalizer != "softmax" or a.sink is not None or a.outputs != ("out",):
+        return a
+    lives, weight = kept
+    if any(mentions(lives, x) for x in (S, W, a.j.index)) or not keeps_nan(weight, W):
+        return a
+    first = or_(and_(lives, a.mask), and_(not_(lives), eq(a.j.index, ZERO)))
+    score, share = where(lives, a.score, const(0.0)), where(lives, const(1.0), const(0.0))
+    return replace(a, score=score, mask=first, weight=mul(weight, share))
 
 
 def _in_unit_range(x: Expr) -> Expr:

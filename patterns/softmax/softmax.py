@@ -35,7 +35,7 @@ from attncc.patterns.site import (
     stored,
 )
 from attncc.patterns.softmax.anchors import Anchor, Term
-from attncc.patterns.softmax.empty_rows import masked_again, unguarded
+from attncc.patterns.softmax.empty_rows import masked_again, unguarded, zeroed_rows
 from attncc.patterns.softmax.logsumexp import row_sums, without_shift
 from attncc.patterns.softmax.mixed_heads import mixture_in
 from attncc.patterns.softmax.ratios import as_softmax
@@ -111,7 +111,7 @@ def attention_of(parts: Parts, frame: Frame, term: Term, lse: Lse | None = None)
     a = site.attention
     if a.empty == "nan" and a.weight is not W and sees_itself(a):  # there is no such row
         return replace(site, attention=replace(a, empty="zero"))
-    return site
+    return replace(site, attention=zeroed_rows(a))
 
 
 def _drops(f: Facts, x: Load) -> bool:

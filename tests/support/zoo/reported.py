@@ -79,7 +79,7 @@ def highest_of_mask(q: Q, k: Q, v: Q, extra: Extra) -> Q:
 
 
 def more_than_one(q: Q, k: Q, v: Q, extra: Extra) -> Q:
-    """Rows that see a single key are zeroed too, and those that see none have another mask: no guard."""
+    """Not the guard of rows without a key: one key alone is zeroed too."""
     seen = extra["seen"]
     weights = (q @ k.mT * SCALE).masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.where(seen.sum(-1, keepdim=True) > 1, weights, 0.0) @ v
@@ -89,6 +89,14 @@ def padded_queries(q: Q, k: Q, v: Q, extra: Extra) -> Q:
     real = extra["pad"].bool()
     scores = (q @ k.mT * SCALE).masked_fill(~real[:, None, None], -1e9)
     return scores.softmax(-1).masked_fill(~real[:, None, :, None], 0.0) @ v
+
+
+def padded_rows(q: Q, k: Q, v: Q, extra: Extra) -> Q:
+    """The same under -inf: rows that are not zeroed and see no key are NaN."""
+    real = extra["pad"].bool()
+    seen = real[:, None, None] & torch.ones(N, N).tril(-1).bool()
+    weights = (q @ k.mT * SCALE).masked_fill(~seen, -torch.inf).softmax(-1)
+    return weights.masked_fill(~real[:, None, :, None], 0.0) @ v
 
 
 def sums_beside(q: Q, k: Q, v: Q, extra: Extra) -> Q:
@@ -118,8 +126,9 @@ REPORTED = (
     Case("bits", attend(bits, **PADDED), 1, "masks of integers"),
     Case("counted", attend(counted, **PADDED), 1, "a guard that counts"),
     Case("highest-of-mask", attend(highest_of_mask, **PADDED), 1, "a guard by the highest"),
-    Case("more-than-one", attend(more_than_one, **SEEN), 1, "no guard", kept=1),
+    Case("more-than-one", attend(more_than_one, **SEEN), 1, "rows that are zeroed by a count"),
     Case("padded-queries", attend(padded_queries, **PADDED), 1, "weights zeroed for queries"),
+    Case("padded-rows", attend(padded_rows, **PADDED), 1, "the same, some without a key"),
     Case("sums-beside", attend(sums_beside), 1, "sums of rows used early"),
     Case("three-ranges", attend(three_ranges), 3, "three softmaxes before one product", refused=1),
 )
