@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from attncc.convert.checking import Trial, agree
 from attncc.convert.onnx_tracing import UnequalSizes, dtype_of, name_of, shape_of, sizes_of, traced
-from attncc.frontends.onnx.reading import opset_of, read
+from attncc.frontends.onnx.reading import every_node, opset_of, read
 from attncc.frontends.onnx.running import OnnxModule, missing
 from attncc.frontends.targets import TargetError, one_line
 from attncc.ir.reasons import Reason, because
@@ -153,7 +153,25 @@ def _known(path: str) -> ir.Model:
     unknown = missing(model)
     if unknown:
         raise TargetError(f"{path}: holds operators that are not known here: {', '.join(unknown[:8])}")
+    opset = opset_of(model)
+    newer = [x for x in dict.fromkeys(n.op_type for n in every_node(model)) if not _has(x, opset)]
+    if newer:
+        raise TargetError(f"{path}: says opset {opset}, which has no {newer[0]}; torch's exporter writes such files "
+                          "where it is asked for opset 26 or 27")  # fmt: skip
     return model
+
+
+def _has(op: str, opset: int) -> bool:
+    """Whether a version of the standard has an operator; true where onnx is not installed."""
+    try:
+        from onnx import defs  # noqa: PLC0415 an extra
+    except ImportError:
+        return True
+    try:
+        defs.get_schema(op, opset)
+    except defs.SchemaError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

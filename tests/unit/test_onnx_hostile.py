@@ -156,6 +156,11 @@ def no_such_axis(m: Any) -> None:
     m.graph.node[3].attribute[0].i = 9
 
 
+def of_a_later_opset(m: Any) -> None:
+    """As torch's new exporter writes Attention where it is asked for opset 26."""
+    m.graph.node[3].op_type = "Gelu"
+
+
 def outside_in_an_attribute(m: Any) -> None:
     data = numpy_helper.from_array(np.ones(1, np.float32), "v")
     onnx.external_data_helper.set_external_data(data, "../secret")
@@ -219,6 +224,7 @@ BAD: dict[Callable[[Any], None], str] = {
     short: "holds 8", strange_type: "", outside: "outside of its folder", absolute: "outside of its folder",
     absent: "no file", beyond: "does not hold", recursive: "calls itself", exponential: "functions make more",
     bad_axis: "Transpose", no_such_axis: "no axis 9",
+    of_a_later_opset: "says opset 17, which has no Gelu",
     huge_input: "shape", huge_tile: "Tile", outside_in_an_attribute: "outside of its folder",
     cycle_inside: "cycle", unmade_inside: "nothing makes", unknown_inside: "Frobnicate",
     outside_inside: "outside of its folder", no_branch: "If", exponential_inside: "functions make more",
