@@ -301,10 +301,28 @@ def _straight(x: Load, indices: frozenset[Expr]) -> list[tuple[Expr | None, Poly
     return found if len(set(moving)) == len(moving) else None
 
 
+@lru_cache(maxsize=4096)
+def _pairs(x: Load, indices: frozenset[Expr]) -> list[tuple[int, tuple[Expr, ...]]]:
+    """Of each dimension, where it goes by `outer * size + inner`, the size and the two; 0 where it does not."""
+    found: list[tuple[int, tuple[Expr, ...]]] = []
+    for n in x.index:
+        parts = poly(n)
+        by = {int(c): m[0] for m, c in parts.items() if len(m) == 1 and m[0] in indices}
+        size = max(by, default=0)
+        found.append((size, (by[size], by[1])) if len(parts) == len(by) == 2 and min(by) == 1 else (0, ()))
+    return found
+
+
 def _view(
     x: Load, source: torch.Tensor, ranges: Mapping[Expr, tuple[int, int]], table: Mapping[Expr, int]
 ) -> torch.Tensor | None:
     """What a straight load gives over the ranges of the indices, as a view of its tensor; None for any other load."""
+    for dim, (size, pair) in reversed(list(enumerate(_pairs(x, frozenset(ranges))))):
+        if size:  # heads in groups, by two indices: of two dimensions each is one
+            if ranges[pair[1]] != (0, size) or source.shape[dim] % size:
+                return None
+            source = source.view(*source.shape[:dim], -1, size, *source.shape[dim + 1 :])
+            x = Load(x.tensor, (*x.index[:dim], *pair, *x.index[dim + 1 :]), x.kind)
     straight = _straight(x, frozenset(ranges))
     if straight is None:
         return None
