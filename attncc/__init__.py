@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from attncc import errors as errors  # whose import sets up the logger
+from attncc.runtime import kept as _kept
 from attncc.runtime import linear_op as _linear_op
 from attncc.runtime import op as _op
 from attncc.runtime import ring as _ring
@@ -65,6 +66,10 @@ def _build_linear_gradient(spec: str, device: torch.device) -> _op.Kernel | None
     return import_module("attncc.kernels.linear_gradient").build_linear_gradient(spec, device)
 
 
+def _build_boxes(dtype: torch.dtype) -> _op.Kernel | None:
+    return import_module("attncc.kernels.boxes").build_boxes(dtype)
+
+
 def _differentiable(a: Attention, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
     return import_module("attncc.kernels.build").blocked(a, tensors, sizes)
 
@@ -88,4 +93,5 @@ def _seen(
 
 _op.install(_build, _differentiable, _Backward())
 _linear_op.install(_build_linear, _build_linear_gradient)
+_kept.install(_build_boxes)
 _ring.install(_seen)

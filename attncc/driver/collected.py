@@ -11,13 +11,15 @@ from attncc.report.site import Site
 @dataclass
 class Collected:
     """The sites of some compilations in order, the text of their graphs before and after, what the user should know,
-    what each pass did, and whether any of it was under a plan."""
+    what each pass did, and whether any of it was under a plan. `caches`: the numbers of the inputs of its graph that
+    have boxes beside them."""
 
     sites: list[Site] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     planned: bool = False
+    caches: set[int] = field(default_factory=set)
 
     def add(self, other: Collected) -> None:
         """What another compilation found, after what there is."""

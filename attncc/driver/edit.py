@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from attncc import torch_private
+from attncc.driver.caches import Caches
 from attncc.driver.capture import Reading
 from attncc.driver.leftovers import Leftovers
 from attncc.driver.lowering import lower
@@ -33,22 +34,27 @@ _COPIED = ("nn_module_stack", "stack_trace", "source_fn_stack")
 class Editor:
     """Edits a copy of a Dynamo graph. Every change keeps it runnable; `finish` checks it."""
 
-    def __init__(self, reading: Reading, facts: Facts) -> None:
+    def __init__(self, reading: Reading, facts: Facts, *, inner: bool = False) -> None:
+        """`inner`: the graph is run by an operator of another, and not called with what it is given."""
         self.reading, self.facts = reading, facts
         self.graph = reading.graph
         self.order = {n: at for at, n in enumerate(self.graph.nodes)}
         self.copies: dict[fx.Node, fx.Node] = {}
         self.taken: dict[fx.Node, fx.Node] = {}  # what was replaced, by what
         self.sizes = SizeNodes(reading, facts, self.order)
+        self.caches = Caches(facts, self.graph, self._node, inner)
         owner = reading.owner
         acts = [s for s in reading.shadow.graph.nodes if s in owner and _acts(s)]
         self.effects = {owner[s] for s in acts}
         self.writes = self.effects - {owner[s] for s in acts if written_args(s) != [*s.args[:1]] or _is_random(s)}
         self.idle = Leftovers(self.graph, self.effects, self.writes)
 
-    def put(self, site: SiteProgram, final: Program, called: Callable[[fx.Node], object] = lambda n: None) -> None:
+    def put(
+        self, site: SiteProgram, final: Program, called: Callable[[fx.Node], object] = lambda n: None
+    ) -> Reason | None:
         """Put a program in the place of the nodes whose values it gives; `final` is that of `site` after the passes.
-        `called` sees each call of the operator.
+        `called` sees each call of the operator. Returns why boxes of its keys are made anew in each call, where they
+        are.
 
         Raises EditError where the graph cannot hold it."""
         placed = [self.place(n) for n in site.outputs]
@@ -69,9 +75,11 @@ class Editor:
             inputs = [self._cast(self._read(n, stopped=stopped), n, dtype) for n, dtype, stopped in every]
             sizes = [self.sizes.of(x, target) for x in site.sizes]
             examples = [example_of(x) for x in sizes]
-            made = lower(final, self.graph, inputs, sizes, examples, partial(_called, target, called))
+            kept, reason = self.caches.beside(site, final)
+            made = lower(final, self.graph, inputs, sizes, examples, partial(_called, target, called), kept)
         for n, old, new in zip(site.outputs, placed, made, strict=True):
             self.replace(old, self._own(n, new, at))
+        return reason
 
     def _own(self, shadow: fx.Node, made: fx.Node, before: fx.Node) -> fx.Node:
         """A copy of a result that the model writes to, where its gradients need it as it was."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,22 +18,39 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from attncc import torch_private
-from attncc.ir import Attention, Correct, Expr, Merge, Node, Program, Rearrange, Table, kind_of, print_attention
+from attncc.ir import (
+    Attention,
+    Boxes,
+    Correct,
+    Expr,
+    Merge,
+    Node,
+    Program,
+    Rearrange,
+    Step,
+    Table,
+    kind_of,
+    print_attention,
+)
+from attncc.ir.boxes import order_of, pages, queries
 from attncc.ir.evaluate import DTYPE_OF, int_value
 
 #: A size of a call: a number, or the node that holds it.
 Extent = int | fx.Node
+#: Tensors from those of a node, by name, and its sizes.
+_Compute = Callable[[Mapping[str, torch.Tensor], Sequence[Any]], tuple[torch.Tensor, ...]]
 
 
 def lower(
     p: Program, graph: fx.Graph, inputs: Sequence[fx.Node], sizes: Sequence[Extent],
     examples: Sequence[Any] = (), mark: Callable[[fx.Node], object] = lambda n: None,
+    kept: Mapping[str, fx.Node | None] = MappingProxyType({}),
 ) -> list[fx.Node]:  # fmt: skip
     """The nodes that hold the outputs of `p`, made at the insertion point of `graph`.
 
     `examples` are what the sizes were when the graph was captured, numbers or symbols; they are needed where indices
     have to be made, and their fake tensor mode is that of the trace in which this is called. `mark` sees each call of
-    the operator."""
+    the operator. `kept`: inputs whose boxes are kept beside them, and the positions that the graph writes to there."""
     tracer = GraphAppendingTracer(graph)
     values: dict[str, fx.Node] = {t.name: n for t, n in zip(p.inputs, inputs, strict=True)}
     table: dict[Expr, Any] = {
@@ -48,9 +67,21 @@ def lower(
         else:
             seen: dict[Expr, Any] = dict(zip(p.sizes, examples, strict=True))
             known = [int_value(x, seen) for x in step.sizes]
-            found = _traced(step.node, graph, arguments, [_node(x) for x in extents], known, _device(inputs))
+            trace = partial(_traced, step.node, graph, arguments, [_node(x) for x in extents], known, _device(inputs))
+            of = keys_of(step)
+            if isinstance(step.node, Boxes) and of in kept:
+                count = int_value(step.node.p.extent, dict(zip(step.node.sizes, extents, strict=True)))
+                found = _kept(step.node, graph, values[of], kept[of], _node(count), trace)
+            else:
+                found = dict(zip(names, trace(partial(_interpreted, step.node)), strict=True))
         values |= {result: found[name] for result, name in zip(step.results, names, strict=True)}
     return [values[x] for x in p.outputs]
+
+
+def keys_of(step: Step) -> str:
+    """The value that the boxes of a step are of; nothing for a step that makes none."""
+    a = step.node
+    return step.arguments[[t.name for t in a.tensors].index(a.k.tensor)] if isinstance(a, Boxes) else ""
 
 
 def is_direct(node: Node) -> bool:
@@ -82,20 +113,35 @@ def _direct(node: Node, tensors: Sequence[fx.Proxy], sizes: Sequence[Any]) -> di
     return {name: x.node for name, x in kind_of(node).interpret(node, given, sizes).items()}  # type: ignore[attr-defined]
 
 
+def _interpreted(node: Node, tensors: Mapping[str, torch.Tensor], sizes: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    kind = kind_of(node)
+    found = kind.interpret(node, tensors, sizes)
+    return tuple(found[t.name] for t in kind.gives(node))
+
+
+def _kept(
+    a: Boxes, graph: fx.Graph, keys: fx.Node, written: fx.Node | None, count: Extent,
+    trace: Callable[[_Compute], Sequence[fx.Node]],
+) -> dict[str, fx.Node]:  # fmt: skip
+    """The bounds of boxes that are kept: a call of the operator that keeps them. `count`: of the pages."""
+    order = order_of(a)
+    assert order is not None  # or they are not kept
+    given = trace(lambda tensors, sizes: (queries(a, tensors, sizes), *pages(a, tensors, sizes)))
+    arguments = (*given, keys, written, list(order), a.size, count)
+    return {"out": graph.call_function(torch.ops.attncc.kept_boxes.default, arguments)}
+
+
 def _traced(
     node: Node, graph: fx.Graph, tensors: Sequence[fx.Node], sizes: Sequence[Extent], examples: Sequence[Any],
-    device: torch.device,
-) -> dict[str, fx.Node]:  # fmt: skip
-    """The interpreter on fake tensors of the node's shapes, its operations copied into the graph."""
-    kind = kind_of(node)
+    device: torch.device, compute: _Compute,
+) -> Sequence[fx.Node]:  # fmt: skip
+    """What `compute` makes of fake tensors of the node's shapes and its sizes, its operations copied into the graph."""
     table: dict[Expr, Any] = dict(zip(node.sizes, examples, strict=True))
-    names = [t.name for t in kind.gives(node)]
 
     def run(*given: Any) -> tuple[Any, ...]:
         count = len(node.tensors)
         own = {t.name: x for t, x in zip(node.tensors, given[:count], strict=True)}
-        found = kind.interpret(node, own, list(given[count:]))
-        return tuple(found[name] for name in names)
+        return compute(own, list(given[count:]))
 
     shapes = [([int_value(n, table) for n in t.shape], DTYPE_OF[t.dtype]) for t in node.tensors]
     traced = torch_private.trace_on_fakes(run, shapes, list(examples), device)
@@ -108,7 +154,7 @@ def _traced(
     for n in known.values():
         if isinstance(n, fx.Node) and n.graph is graph:
             n.meta.pop("val", None)  # fakes of another trace
-    return dict(zip(names, result, strict=True))
+    return result
 
 
 def _constant(graph: fx.Graph, value: torch.Tensor) -> fx.Node:

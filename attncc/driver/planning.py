@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from attncc.driver.caches import Cache, cache_of
 from attncc.driver.describe import equation
 from attncc.driver.guarding import guarded_arguments
 from attncc.errors import PlanError
@@ -39,13 +40,14 @@ _SAMPLED = 64
 @dataclass(frozen=True)
 class PlannedSite:
     """An attention as a plan sees it: its module, its number among those of the module in the graph, its node, and how
-    many rows and keys it has in this graph, numbers or symbols."""
+    many rows and keys it has in this graph, numbers or symbols. `cached`: boxes of its keys can be kept beside them."""
 
     path: str
     place: int
     attention: Attention
     rows: Any
     keys: Any
+    cached: bool = False
 
     @property
     def key(self) -> Key:
@@ -100,7 +102,16 @@ class Places:
         self._next[path] = place + 1
         a = lifted.attention
         rows, keys = (_extent(lifted, axis, facts) for axis in (a.i, a.j))
-        return None if rows is None or keys is None else PlannedSite(path, place, a, rows, keys)
+        if rows is None or keys is None:
+            return None
+        return PlannedSite(path, place, a, rows, keys, cached=_cached(lifted, facts))
+
+
+def _cached(lifted: Lifted, facts: Facts) -> bool:
+    """Whether the keys of an attention are a cache that boxes can be kept beside."""
+    a = lifted.attention
+    k = lifted.tensors[[t.name for t in a.tensors].index(a.k.tensor)]
+    return a.j.index in a.k.index and isinstance(cache_of(k, a.k.index.index(a.j.index), facts), Cache)
 
 
 def _extent(lifted: Lifted, axis: Axis, facts: Facts) -> Any:

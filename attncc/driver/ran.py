@@ -15,6 +15,7 @@ from attncc import torch_private
 from attncc.driver.collected import Collected
 from attncc.errors import unforeseen
 from attncc.report.site import Site
+from attncc.runtime.kept import run_beside
 from attncc.runtime.watching import watched
 
 
@@ -43,6 +44,11 @@ class Ran:
             from attncc.driver.guarding import count_outside  # noqa: PLC0415 - for plans alone
 
             count_outside()
+        if self.found.caches:
+            return run_beside([args[n] for n in self.found.caches], lambda: self._ran(taken, args))
+        return self._ran(taken, args)
+
+    def _ran(self, taken: Sequence[Recorder], args: Sequence[Any]) -> Any:
         if not taken and not torch_private.profiling():
             return self.run(*args)
         calls = _Calls(self, [x.sites_of(self) for x in taken])

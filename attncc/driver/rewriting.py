@@ -46,15 +46,17 @@ from attncc.torch_private.state import preserved, under, without_autocast
 def rewrite(
     gm: fx.GraphModule, inputs: Sequence[Any], found: Collected, edits: GraphEdits | None = None, *,
     measure: bool = True, recomputed: bool = False, planner: Planner | None = None, kernels: bool = True,
+    inner: bool = False,
 ) -> fx.GraphModule:  # fmt: skip
     """Fuse a graph's attention where that is right, and record every site in `found` and what was replaced in `edits`.
     `recomputed`: backward runs the graph once more. `planner` gives attentions another form. Without `kernels` every
-    site is fused and none is built: who asks for that gives the operator's calls another form.
+    site is fused and none is built: who asks for that gives the operator's calls another form. `inner`: an operator of
+    another graph runs this one.
 
     Nothing that goes wrong here costs the user the model: the graph then stays as it came, with a note. Raises
     PlanError where the plan is for another model."""
     edits = GraphEdits() if edits is None else edits
-    way, drops = Way(measure, planner, kernels), 0
+    way, drops = Way(measure, planner, kernels, inner), 0
     found.planned |= planner is not None
     try:
         if capture.has_nested(gm):
@@ -107,7 +109,7 @@ def _read(
             again = recomputed or runs_again(gm, body.module)
             rewrite(
                 body.module, body.arguments, found, edits, measure=way.measure, recomputed=again, planner=way.planner,
-                kernels=way.kernels,
+                kernels=way.kernels, inner=True,
             )  # fmt: skip
     return reading
 
@@ -128,11 +130,13 @@ def _fuse(
     """Let an edited graph take the place of a module's. If that fails, its sites are recorded as kept."""
     settled: list[Site] = []
     try:
-        graph = _edited(reading, facts, lifted, settled, len(found.sites), way, training)
+        editor = Editor(reading.over(*copied(reading.graph)), facts, inner=way.inner)
+        graph = _edited(reading, facts, lifted, settled, len(found.sites), way, training, editor)
         if collecting.get() is not None:
             found.before.append(source_text(gm.graph))
             found.after.append(source_text(graph))
         edits.replace(gm, graph)
+        found.caches |= editor.caches.arguments
     except PlanError:
         raise
     except Exception as error:
@@ -150,7 +154,7 @@ def left_alone(site: Site, reason: Reason) -> Site:
 
 def _edited(
     reading: capture.Reading, facts: Facts, lifted: list[Lifted | Refusal | Recognised], settled: list[Site],
-    first: int, way: Way, training: Training,
+    first: int, way: Way, training: Training, editor: Editor,
 ) -> fx.Graph:  # fmt: skip
     """Every site decided, in order: an edited copy of the graph. `settled` grows as it goes."""
     groups = {id(site): group for group in together([s for s in lifted if isinstance(s, Lifted)], facts)
@@ -169,7 +173,6 @@ def _edited(
     specs = ((spec, p.device) for p in ahead for spec in (p.spec, *p.others))
     build_all(specs, builds_of((p.spec, p.learned, p.device) for p in ahead))
     step("editing the graph")
-    editor = Editor(reading.over(*copied(reading.graph)), facts)
     verdicts: dict[fx.Node, Choice] = {}
     said: set[fx.Node] = set()
     for site, proposal in zip(lifted, proposals, strict=True):
@@ -265,7 +268,10 @@ def _settled(
         parts = [(site, proposal) for site, proposal in pairs if _target(site) is place]
         proposal = parts[0][1]
         try:
-            editor.put(proposal.origin, proposal.program, proposal.made)
+            reason = editor.put(proposal.origin, proposal.program, proposal.made)
+            if reason is not None:
+                why = replace(verdict, reason=because("pages-from-keys", verdict.reason, reason))
+                found |= dict.fromkeys((site.node for site, _ in parts), why)
         except EditError as error:
             found |= dict.fromkeys((site.node for site, _ in parts), replace(verdict, fused=False, reason=error.reason))
     return found
@@ -279,11 +285,12 @@ def _target(site: Lifted) -> fx.Node:
 @dataclass(frozen=True)
 class Way:
     """How a graph is rewritten: whether kernels are measured, who gives attentions another form, and whether kernels
-    are built at all."""
+    are built at all. `inner`: an operator of another graph runs it."""
 
     measure: bool = True
     planner: Planner | None = None
     kernels: bool = True
+    inner: bool = False
 
 
 def _proposals(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import torch
 from torch import fx
 
 from attncc import torch_private
-from attncc.driver.lowering import lower
+from attncc.driver.lowering import keys_of, lower
 from attncc.ir import Attention, Expr, Program, kind_of, print_attention
 from attncc.ir.evaluate import int_value
+from attncc.runtime.kept import run_beside
 
 Values = dict[str, torch.Tensor]
 
@@ -34,16 +35,23 @@ def run(p: Program, values: Mapping[str, torch.Tensor], sizes: Mapping[Expr, int
 
 
 def compiled(
-    p: Program, values: Mapping[str, torch.Tensor], sizes: Mapping[Expr, int]
+    p: Program, values: Mapping[str, torch.Tensor], sizes: Mapping[Expr, int], caches: Collection[str] = ()
 ) -> Callable[[Mapping[str, torch.Tensor]], object]:
-    """`p` as it runs in a model, for tensors like `values`: what is no attention is compiled by Inductor."""
+    """`p` as it runs in a model, for tensors like `values`: what is no attention is compiled by Inductor. `caches`:
+    inputs that have boxes beside them; each call is as one that writes to their first key."""
     graph = fx.Graph()
     inputs = [graph.placeholder(t.name) for t in p.inputs]
     extents = [sizes[s] for s in p.sizes]
-    graph.output(tuple(lower(p, graph, inputs, extents, extents)))
+    first = graph.call_function(torch.zeros, (1,), {"dtype": torch.int64}) if caches else None
+    kept = {name: first for name in caches if name in {keys_of(step) for step in p.steps}}
+    graph.output(tuple(lower(p, graph, inputs, extents, extents, kept=kept)))
     module = fx.GraphModule(torch.nn.Module(), graph)
     made = torch_private.inductor_apart(module, [values[t.name] for t in p.inputs])
-    return lambda given: made(*(given[t.name] for t in p.inputs))
+
+    def call(given: Mapping[str, torch.Tensor]) -> object:
+        return run_beside([given[name] for name in kept], lambda: made(*(given[t.name] for t in p.inputs)))
+
+    return call
 
 
 def up_to_attention(p: Program) -> Program:

@@ -3,6 +3,7 @@
 from attncc.ir.attention import Access, Attention, Axis, S, Tensor, W
 from attncc.ir.attention_text import parse_attention, print_attention
 from attncc.ir.bounds import Bounds, Interval
+from attncc.ir.boxes import Boxes
 from attncc.ir.correct import Correct
 from attncc.ir.expr import Const, Expr, Index, Kind, KindError, Load, Op, Size, Var
 from attncc.ir.interpret import interpret
@@ -23,9 +24,9 @@ from attncc.ir.verify import VerifyError, verify
 from attncc.ir.verify_linear import verify_linear
 
 __all__ = [
-    "Access", "Attention", "Axis", "Bounds", "Const", "Correct", "Expr", "Index", "Interval", "Kind", "KindError",
-    "Layout", "Linear", "Load", "Merge", "Node", "Op", "ParseError", "Program", "Rearrange", "Reduce", "S", "Scores",
-    "Select", "Size", "Step", "Table", "Tensor", "Var", "VerifyError", "W", "interpret", "interpret_linear",
+    "Access", "Attention", "Axis", "Bounds", "Boxes", "Const", "Correct", "Expr", "Index", "Interval", "Kind",
+    "KindError", "Layout", "Linear", "Load", "Merge", "Node", "Op", "ParseError", "Program", "Rearrange", "Reduce", "S",
+    "Scores", "Select", "Size", "Step", "Table", "Tensor", "Var", "VerifyError", "W", "interpret", "interpret_linear",
     "interpret_program", "kind_of", "parse_attention", "parse_expr", "parse_linear", "parse_program", "print_attention",
     "print_expr", "print_linear", "print_program", "verify", "verify_linear", "verify_program",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 
 from attncc.ir.attention import Attention, Axis, Tensor
 from attncc.ir.attention_text import parse_attention, print_attention
+from attncc.ir.boxes import Boxes, interpret_boxes, parse_boxes, print_boxes, verify_boxes
 from attncc.ir.correct import Correct, interpret_correct, parse_correct, print_correct, verify_correct
 from attncc.ir.evaluate import DTYPE_OF
 from attncc.ir.expr import Expr, Size
@@ -85,7 +86,9 @@ def _linear(
     return found if compute else {t.name: found[t.name].to(DTYPE_OF[t.dtype]) for t in _of_linear(a)}
 
 
-def _own(a: Merge | Correct | Layout | Order | Rearrange | Scores | Select | Reduce | Table) -> tuple[Tensor, ...]:
+def _own(
+    a: Merge | Correct | Layout | Order | Rearrange | Scores | Select | Reduce | Table | Boxes,
+) -> tuple[Tensor, ...]:
     return a.gives
 
 
@@ -100,6 +103,7 @@ KINDS = (
     Kind("scores", Scores, _own, verify_scores, interpret_scores, print_scores, parse_scores),
     Kind("select", Select, _own, verify_select, interpret_select, print_select, parse_select),
     Kind("reduce", Reduce, _own, verify_reduce, interpret_reduce, print_reduce, parse_reduce),
+    Kind("boxes", Boxes, _own, verify_boxes, interpret_boxes, print_boxes, parse_boxes),
     Kind("table", Table, _own, verify_table, interpret_table, print_table, parse_table),
 )
 _BY_TYPE = {kind.type: kind for kind in KINDS}

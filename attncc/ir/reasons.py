@@ -170,6 +170,12 @@ SENTENCES: dict[str, str] = {
     "policy-many-rows": "it has more than {} rows, or a number known at the call alone, and each selects for itself",
     "policy-masked-grid": "its mask compares rows with keys, which patches of a grid do not follow",
     "policy-other-grid": "its tokens are no grid of {}",
+    "pages-from-keys": "{}; the boxes of its pages are made of all keys in each call: {}",
+    "cache-new": "they are no tensor that the graph is given as it reads it (a cache that grows is made anew)",
+    "cache-read": "they are read otherwise than head by head",
+    "cache-written": "the graph writes to them otherwise than once, at positions, before they are read",
+    "cache-gradients": "gradients are wanted",
+    "cache-device": "they are not on the CPU",
     "policy-other-length": "the plan holds for {} to {} keys",
     # --- the driver
     "planned": "as the plan says: {}",

@@ -92,6 +92,8 @@ def interpret_select(
         return ev(x).expand(shape).flatten(rank)
 
     value, seen = points(a.value).to(wide), points(a.open)
+    if a.take == "count" and isinstance(a.amount, Const) and type(value.shape[-1]) is int:
+        return {"out": _first(value, seen, points(a.first), int(a.amount.value)).reshape(shape)}
     if a.take == "fraction" and isinstance(a.amount, Const) and a.amount.value >= 1:
         return {"out": seen.reshape(shape)}
     amount = ev(a.amount).expand([*shape[:rank], *[1] * at]).flatten(rank)
@@ -102,6 +104,19 @@ def interpret_select(
     taken = _taken(a, value, seen, order, place, count, amount)
     taken = (taken | (place == 0)) & (place < count)
     return {"out": torch.zeros_like(seen).scatter(-1, order, taken).reshape(shape)}
+
+
+def _first(value: torch.Tensor, seen: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
+    """Which `count` points are taken, at least one, without an order of all: those above the least of them, and of
+    equals to that the lower ones."""
+    infinite = float("inf")
+    ranked = torch.where(first | value.isnan(), infinite, value).masked_fill(~seen, -infinite)
+    most = ranked.topk(min(max(count, 1), ranked.shape[-1]), dim=-1).values
+    least = most[..., -1:]
+    above = ranked > least
+    equal = ranked == least
+    left = most.shape[-1] - above.sum(-1, keepdim=True)
+    return (above | (equal & (equal.cumsum(-1) <= left))) & seen
 
 
 def _taken(

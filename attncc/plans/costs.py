@@ -82,11 +82,12 @@ def timed(seen: Seen, forms: Mapping[str, Forms], made: dict[object, Call]) -> d
         p = in_forms(seen.program, each)
         if isinstance(p, Reason):
             continue
-        key = p, kind_of_call(seen)
+        caches = _caches(seen)
+        key = p, kind_of_call(seen), caches
         if key not in made:
             step(f"compiling {name or 'the exact form'} of {seen.site.path or 'the attention'}")
             try:
-                made[key] = compiled(p, seen.values, seen.sizes)
+                made[key] = compiled(p, seen.values, seen.sizes, caches)
             except Exception as error:  # a form that Inductor cannot compile is no candidate
                 log.warning("the form %s does not compile: %s", name, error)
                 continue
@@ -94,6 +95,15 @@ def timed(seen: Seen, forms: Mapping[str, Forms], made: dict[object, Call]) -> d
     step(f"measuring {seen.site.path or 'the attention'}")
     device = next(iter(seen.values.values())).device
     return {name: us / 1e3 for name, us in compare(calls, BUDGET_S, sampler_for(device)).us.items()}
+
+
+def _caches(seen: Seen) -> tuple[str, ...]:
+    """The input of a program that its attention's keys are, where boxes can be kept beside those."""
+    step = next(s for s in seen.program.steps if isinstance(s.node, Attention))
+    a = step.node
+    assert isinstance(a, Attention)
+    name = step.arguments[[t.name for t in a.tensors].index(a.k.tensor)]
+    return (name,) if seen.site.cached and name in {t.name for t in seen.program.inputs} else ()
 
 
 def density(seen: Seen, forms: Forms) -> float:

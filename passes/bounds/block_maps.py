@@ -9,12 +9,13 @@ matrix is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from math import prod
 
+import numpy
 import torch
 
 from attncc.ir import Attention, Axis, Expr, Load, Op, Size, Tensor
@@ -84,29 +85,39 @@ def by_pair(literal: Expr, a: Attention) -> bool:
 
 
 def _key_runs(literal: Expr, a: Attention) -> int | None:
-    return runs_of(literal, a.j.index, [a.i.index])
+    return _runs(literal, a.j.index, a.i.index)
 
 
 def _row_runs(literal: Expr, a: Attention) -> int | None:
-    return runs_of(literal, a.i.index, [a.j.index])
+    return _runs(literal, a.i.index, a.j.index)
 
 
-def _askew(m: BlockMap, a: Attention) -> bool:
+@lru_cache(maxsize=4096)
+def _runs(literal: Expr, index: Expr, other: Expr) -> int | None:
+    return runs_of(literal, index, [other])
+
+
+@lru_cache(maxsize=4096)
+def _in_blocks(literal: Expr, index: Expr) -> bool:
+    return blocks_of(literal, index) is not None
+
+
+def _askew(m: BlockMap, i: Axis, j: Axis) -> bool:
     """Whether the literal is the same throughout runs of keys, and of rows, which blocks and groups do not consist of:
     they begin elsewhere than with the first, or are longer."""
-    if _key_runs(m.literal, a) is None:
+    if _runs(m.literal, j.index, i.index) is None:
         return False
-    rows, keys = blocks_of(m.literal, a.i.index), blocks_of(m.literal, a.j.index)
+    rows, keys = blocks_of(m.literal, i.index), blocks_of(m.literal, j.index)
     whole_keys = keys is not None and m.block % keys[1] == 0
-    if not mentions(m.literal, a.i.index):
+    if not mentions(m.literal, i.index):
         return not whole_keys
     whole_rows = rows is not None and m.group % rows[1] == 0
-    return _row_runs(m.literal, a) is not None and not (whole_rows and whole_keys)
+    return _runs(m.literal, i.index, j.index) is not None and not (whole_rows and whole_keys)
 
 
 def quick(literal: Expr, a: Attention) -> bool:
     """Whether looking at a pair costs little beside attending to it: nothing is gathered, and little computed."""
-    indices = {x.index for x in (*a.batch, a.i, a.j)}
+    indices = frozenset(x.index for x in (*a.batch, a.i, a.j))
     read = loads(literal)
     computed = sum(isinstance(x, Op) and mentions(x, a.j.index) for x in walk(literal))
     return computed <= MOST_COMPUTED and bool(read) and all(_straight(x, indices) for x in read)
@@ -125,26 +136,49 @@ def map_tables(
     return {m.tensor.name: _table(m, a, tensors, sizes) for m in maps}
 
 
+@dataclass(frozen=True)
+class _Blocks:
+    """What of a map's literal does not change with the call: the literal over the numbers of blocks of `rows` rows, 0
+    where it is the same for all of them, and of `keys` keys; its loads; whether its runs lie otherwise than blocks."""
+
+    literal: Expr
+    rows: int
+    keys: int
+    loads: tuple[Load, ...]
+    askew: bool
+
+
+@lru_cache(maxsize=1024)
+def _blocks(m: BlockMap, i: Axis, j: Axis) -> _Blocks:
+    literal, rows, keys = m.literal, 1, 1
+    if not mentions(literal, i.index):
+        rows = 0
+    elif (by_row := blocks_of(literal, i.index)) is not None and m.group % by_row[1] == 0:
+        literal, rows = by_row
+    if (by_key := blocks_of(literal, j.index)) is not None and m.block % by_key[1] == 0:
+        literal, keys = by_key
+    return _Blocks(literal, rows, keys, tuple(loads(literal)), _askew(m, i, j))
+
+
 def _table(m: BlockMap, a: Attention, tensors: Mapping[str, torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
     table = size_table(a, sizes)
     n, keys = extent(a.i.extent, table), extent(a.j.extent, table)
     device = next(iter(tensors.values())).device
     axes = [x for x in a.batch if x.index in m.index]
     counts = [extent(x.extent, table) for x in axes]
-    literal, rows, group = m.literal, n, m.group
-    if _askew(m, a):
+    by = _blocks(m, a.i, a.j)
+    if by.askew:
         return _by_samples(m, a, tensors, table)
-    by_row = blocks_of(literal, a.i.index)
-    if not mentions(literal, a.i.index):
-        rows = group = 1
-    elif by_row is not None and group % by_row[1] == 0:
-        literal, rows, group = by_row[0], -(-n // by_row[1]), group // by_row[1]
-    by_key = blocks_of(literal, a.j.index)
-    width, columns = 1, keys
-    if by_key is not None and m.block % by_key[1] == 0:
-        literal, width = by_key
-        columns = -(-keys // width)
+    literal, width, columns = by.literal, by.keys, -(-keys // by.keys)
+    rows, group = (-(-n // by.rows), m.group // by.rows) if by.rows else (1, 1)
     names: list[Expr] = [*(x.index for x in axes), a.i.index, a.j.index]
+    as_it_is = isinstance(literal, Load) and group == 1 and width == m.block and not m.else_all
+    if as_it_is and device.type == "cpu" and rows * columns > 0:
+        assert isinstance(literal, Load)
+        spans = [(0, n) for n in (*counts, rows, columns)]
+        view = _view(literal, tensors[literal.tensor], dict(zip(names, spans, strict=True)), table)
+        if view is not None and view.dtype == torch.bool:
+            return _packed(view.expand(*counts, rows, columns))
     sized: dict[Expr, torch.Tensor] = {s: torch.tensor(v, device=device) for s, v in table.items()}
     step = max(1, _SLICE // max(1, prod(counts) * columns * group)) * group
     whole = rows // group * group
@@ -155,7 +189,7 @@ def _table(m: BlockMap, a: Attention, tensors: Mapping[str, torch.Tensor], sizes
         ranges = [*((0, c) for c in counts), (first, end), (0, columns)]
         leaves = {x: _along(at, len(names), *r, device) for at, (x, r) in enumerate(zip(names, ranges, strict=True))}
         ev = Evaluator({**sized, **leaves}, tensors, DTYPE_OF[a.compute_dtype])
-        ev.known |= _views(literal, ev, dict(zip(names, ranges, strict=True)), table)
+        ev.known |= _views(by.loads, ev, dict(zip(names, ranges, strict=True)), table)
         shape = (*counts, end - first, columns)
         found.append(torch.stack(_seen(literal, ev, shape, min(group, end - first), room, m.else_all), -2))
     return words_of(torch.cat(found, -3), m.block // width)
@@ -193,7 +227,7 @@ def _samples(
 ) -> torch.Tensor:
     """i64 (blocks, samples): of each block of `count` elements enough to meet every run that it touches."""
     offsets = [*range(0, block, run or 1), block - 1]
-    if run is not None and blocks_of(literal, axis.index) is not None and (run % block == 0 or block % run == 0):
+    if run is not None and _in_blocks(literal, axis.index) and (run % block == 0 or block % run == 0):
         offsets.pop()  # the runs begin where the blocks do
     first = torch.arange(0, count, block)[:, None]
     return torch.minimum(first + torch.tensor(sorted({*offsets})), torch.tensor(count - 1)).to(device)
@@ -240,18 +274,19 @@ def _along(at: int, rank: int, first: int, end: int, device: torch.device) -> to
 
 
 def _views(
-    literal: Expr, ev: Evaluator, ranges: Mapping[Expr, tuple[int, int]], table: Mapping[Expr, int]
+    read: Sequence[Load], ev: Evaluator, ranges: Mapping[Expr, tuple[int, int]], table: Mapping[Expr, int]
 ) -> dict[Expr, torch.Tensor]:
-    """The loads of `literal` that need no gather."""
+    """The loads of `read` that need no gather."""
     found: dict[Expr, torch.Tensor] = {}
-    for x in loads(literal):
+    for x in read:
         view = _view(x, ev.tensors[x.tensor], ranges, table)
         if view is not None:
             found[x] = view.to(torch.bool if x.kind == "bool" else torch.int64 if x.kind == "int" else ev.compute)
     return found
 
 
-def _straight(x: Load, indices: Set[Expr]) -> list[tuple[Expr | None, Poly]] | None:
+@lru_cache(maxsize=4096)
+def _straight(x: Load, indices: frozenset[Expr]) -> list[tuple[Expr | None, Poly]] | None:
     """Of each dimension the index it goes along, one step a step, and what is added; None where it is anything else."""
     found: list[tuple[Expr | None, Poly]] = []
     for n in x.index:
@@ -266,11 +301,29 @@ def _straight(x: Load, indices: Set[Expr]) -> list[tuple[Expr | None, Poly]] | N
     return found if len(set(moving)) == len(moving) else None
 
 
+@lru_cache(maxsize=4096)
+def _pairs(x: Load, indices: frozenset[Expr]) -> list[tuple[int, tuple[Expr, ...]]]:
+    """Of each dimension, where it goes by `outer * size + inner`, the size and the two; 0 where it does not."""
+    found: list[tuple[int, tuple[Expr, ...]]] = []
+    for n in x.index:
+        parts = poly(n)
+        by = {int(c): m[0] for m, c in parts.items() if len(m) == 1 and m[0] in indices}
+        size = max(by, default=0)
+        found.append((size, (by[size], by[1])) if len(parts) == len(by) == 2 and min(by) == 1 else (0, ()))
+    return found
+
+
 def _view(
     x: Load, source: torch.Tensor, ranges: Mapping[Expr, tuple[int, int]], table: Mapping[Expr, int]
 ) -> torch.Tensor | None:
     """What a straight load gives over the ranges of the indices, as a view of its tensor; None for any other load."""
-    straight = _straight(x, ranges.keys())
+    for dim, (size, pair) in reversed(list(enumerate(_pairs(x, frozenset(ranges))))):
+        if size:  # heads in groups, by two indices: of two dimensions each is one
+            if ranges[pair[1]] != (0, size) or source.shape[dim] % size:
+                return None
+            source = source.view(*source.shape[:dim], -1, size, *source.shape[dim + 1 :])
+            x = Load(x.tensor, (*x.index[:dim], *pair, *x.index[dim + 1 :]), x.kind)
+    straight = _straight(x, frozenset(ranges))
     if straight is None:
         return None
     order: list[Expr] = []
@@ -292,6 +345,18 @@ def _view(
 def _split(x: torch.Tensor, size: int) -> torch.Tensor:
     """The last dimension in runs of `size`."""
     return x.reshape(*x.shape[:-1], -1, size)
+
+
+def _packed(seen: torch.Tensor) -> torch.Tensor:
+    """The words of a map that a model, or a selection, gives as it is: `seen` is bool (..., rows, columns)."""
+    columns = seen.shape[-1]
+    words = -(-columns // 64)
+    some = torch.zeros(*seen.shape[:-1], words, dtype=torch.int64)
+    some.numpy().view(numpy.uint8)[..., : -(-columns // 8)] = numpy.packbits(seen.numpy(), axis=-1, bitorder="little")
+    every = some.clone()
+    if columns % 64:
+        every[..., -1] |= -1 << columns % 64
+    return torch.stack([some, every], -2)
 
 
 def words_of(keys: torch.Tensor, block: int) -> torch.Tensor:

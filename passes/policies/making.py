@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from attncc.ir import Axis, Const, Correct, Expr, Load, Reduce, S, Scores, Select, Size, Tensor
+from attncc.ir import Axis, Boxes, Const, Correct, Expr, Load, Reduce, S, Scores, Select, Size, Tensor
 from attncc.ir.affine import expr, poly
 from attncc.ir.analysis import blocks_of
 from attncc.ir.build import FALSE, ONE, TRUE, ZERO, add, const, floordiv, mod, mul
@@ -85,6 +85,16 @@ def scored(
     batch = site.attention.batch
     node = Scores(site.sizes, batch, i, j, d, _read(site, x, y, score, seen), x, y, score, seen, norm)
     return Value(site.step_of(node, name), tuple(n.index for n in batch), "float")
+
+
+def boxed(site: Hiding, name: str, i: Axis, p: Axis, size: int, shift: Expr, seen: Expr) -> Value:
+    """(.., i, p): the bounds of products with the keys of each page p: those j of which (j + shift) // size is p, and
+    which are `seen`."""
+    a = site.attention
+    q = substitute(site.load(a.q.tensor, a.q.index), {a.i.index: i.index})
+    tensors = _read(site, q, site.load(a.k.tensor, a.k.index), shift, seen)
+    node = Boxes(site.sizes, a.batch, i, p, a.j, a.d, tensors, q, a.k, size, shift, seen)
+    return Value(site.step_of(node, name), tuple(n.index for n in a.batch), "float")
 
 
 def selected(

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attncc.ir import Attention, Const, Expr, Load, Program, S
-from attncc.ir.build import FALSE, ZERO, const, lt, maximum, minimum, mod, where
-from attncc.ir.expr import substitute
+from attncc.ir import Attention, Const, Expr, Program
+from attncc.ir.build import FALSE
 from attncc.ir.reasons import Reason, because
+from attncc.passes.policies.block_means import SHARES, shared
 from attncc.passes.policies.blocks import Blocks, no_blocks
 from attncc.passes.policies.hiding import Form, Hiding, hide
-from attncc.passes.policies.making import Value, scored, selected
+from attncc.passes.policies.making import Value, boxed, selected
 from attncc.passes.protocol import Legality
 
 #: Rows of a call that select pages: each for itself.
@@ -26,17 +26,21 @@ class Pages:
     """bound(i, J) = sum_d max( q[i, d] least_d(J), q[i, d] largest_d(J) )          >= q[i] . k[j] for every j of page J
     keep(i, j)  = page(j) is among the budget // page pages with the largest bounds, the last `recent` first
 
-    `page`, `budget`: tokens; `recent`: pages. Each head of queries selects for itself, each row too: for calls of a few
-    rows."""
+    `page`, `budget`: tokens; `recent`: pages; `share`: how the heads that read one head of keys agree on the bound
+    (none: each selects for itself, as published; where they agree, each page is read once for all of them). Each row
+    selects for itself: for calls of a few rows."""
 
     name: ClassVar[str] = "pages"
     legality: ClassVar[Legality] = "approximate"
     page: int = 16
     budget: int = 1024
     recent: int = 1
+    share: str = "none"
 
     def __post_init__(self) -> None:
         check_pages(self.page, self.budget, self.recent)
+        if self.share not in SHARES:
+            raise ValueError(f"share is one of {', '.join(SHARES)}, not {self.share}")
 
     def __call__(self, p: Program, /) -> Program:
         return hide(p, Form(self))
@@ -46,7 +50,7 @@ class Pages:
 
     def keep(self, site: Hiding) -> Expr:
         b = Blocks(site, 1, self.page)
-        bound = by_boxes(b)
+        bound = shared(b, by_boxes(b), self.share)
         first = b.own(self.recent) if self.recent else FALSE
         chosen = selected(
             site, "page", (b.J,), bound(b.I.index, b.J.index), "count", Const(self.budget // self.page), seen=b.open,
@@ -69,16 +73,5 @@ def no_decode(a: Attention) -> Reason | None:
 
 
 def by_boxes(b: Blocks) -> Value:
-    """(.., I, J): the bounds of products with the keys of each page. The halves of the axis that is summed over are the
-    components with a positive and with a negative q."""
-    a, site = b.a, b.site
-    assert isinstance(a.d.extent, Const)
-    width = int(a.d.extent.value)
-    least, largest = b.of_keys("least", "min"), b.of_keys("largest", "max")
-    c = site.axis("c", Const(2 * width))
-    d, positive = mod(c.index, Const(width)), lt(c.index, Const(width))
-    i, _ = b.row_at(b.I.index, ZERO)
-    q = substitute(Load(a.q.tensor, a.q.index, "float"), {a.i.index: i, a.d.index: d})
-    x = where(positive, maximum(q, const(0.0)), minimum(q, const(0.0)))
-    y = where(positive, largest(b.J.index, d), least(b.J.index, d))
-    return scored(site, "bound", b.I, b.J, c, x, y, S, b.open, "none")
+    """(.., I, J): the bounds of products with the keys of each page."""
+    return boxed(b.site, "bound", b.I, b.J, b.keys, b.key_shift, b.seen(b.a.j.index))

@@ -73,6 +73,8 @@ CASES: list[tuple[Policy, Rule, list[Situation]]] = [
     (FlexPrefill(4, 0.5, 0.0, 8), flex_prefill(4, 0.5, 0.0, 8), PREFILL[:-2]),
     (RoutedStreaming(2, 9, 0.4, 5), routed_streaming(2, 9, 0.4, 5), [*ONE_HEAD[:5], *ONE_HEAD[-2:]]),
     (Pages(4, 12), pages(4, 12, 1), DECODE),
+    (Pages(4, 12, share="max"), pages(4, 12, 1, "max"), DECODE[:3]),
+    (Pages(4, 8, 2, share="sum"), pages(4, 8, 2, "sum"), DECODE[1:4]),
     (PageMass(4, 16, 2), page_mass(4, 16, 2), [replace(s, group=s.heads) for s in DECODE]),
 ]  # fmt: skip
 EVERY = [pytest.param(policy, rule, s, id=f"{policy}-{s}") for policy, rule, tried in CASES for s in tried]

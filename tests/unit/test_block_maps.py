@@ -6,11 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attncc.ir import Attention, parse_attention, print_attention
+from attncc.ir import Attention, Index, Load, parse_attention, print_attention
+from attncc.ir.build import add, const, mul
 from attncc.ir.evaluate import Evaluator
 from attncc.ir.interpret import index_grid, size_table
 from attncc.passes.bounds import block_maps
-from attncc.passes.bounds.block_maps import block_map, by_pair, keys_in, map_tables
+from attncc.passes.bounds.block_maps import _packed, _view, block_map, by_pair, keys_in, map_tables, words_of
 from attncc.passes.tables.spans import spanned
 
 N, M = 70, 90
@@ -99,3 +100,22 @@ def test_a_map_that_begins_anywhere_bounds_the_loop() -> None:
     found = spanned(a, by_looking="none")
     assert [m.literal for m in found.maps] == [a.mask]
     assert all(x.bits for x in found.bounds.visit)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 63, 64, 65, 128, 200])
+def test_bits_that_are_given_are_packed_as_those_that_are_looked_at(columns: int) -> None:
+    seen = torch.rand(2, 3, columns, generator=torch.Generator().manual_seed(columns)) < 0.5
+    assert torch.equal(_packed(seen), words_of(torch.stack([seen, seen], -2).to(torch.uint8), 1))
+    turned = seen.permute(1, 0, 2)
+    assert torch.equal(_packed(turned), _packed(turned.contiguous()))
+
+
+def test_heads_in_groups_are_read_without_a_gather() -> None:
+    h, g, i = (Index(n) for n in "hgi")
+    source = torch.rand(2, 6, 4) < 0.5
+    x = Load("m", (const(1), add(mul(h, const(3)), g), i), "bool")
+    ranges = {h: (0, 2), g: (0, 3), i: (0, 4)}
+    view = _view(x, source, ranges, {})
+    assert view is not None and torch.equal(view, source[1].view(2, 3, 4))
+    assert view.data_ptr() == source[1].data_ptr()
+    assert _view(x, source, {**ranges, g: (0, 2)}, {}) is None

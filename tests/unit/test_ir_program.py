@@ -12,7 +12,9 @@ import torch
 from torch.testing import assert_close
 
 from attncc.ir import (
+    Access,
     Axis,
+    Boxes,
     Const,
     Correct,
     Index,
@@ -175,6 +177,8 @@ def examples() -> list[object]:
         Select((), axes(b=2), axes(i=5, j=3), (tensor("p", 2, 5, 3),), Load("p", (b, i, j), "float"), "mass",
                const(0.9), le(j, i), eq(j, const(0))),
         Reduce((N,), axes(b=2), *axes(j=24), (k,), "mean", Load("k", (b, j, const(0)), "float"), lt(j, N), const(-1.0)),
+        Boxes((N,), axes(b=2), *axes(i=20, p=6, j=24, d=8), (q, k), Load("q", (b, i, d), "float"),
+              Access("k", (b, j, d)), 4, b, lt(j, N)),
         Table((), axes(b=2), (q,), (3, -1)),
     ]  # fmt: skip
 

@@ -304,16 +304,21 @@ def chunk_means(chunk: int, budget: int, sinks: int, recent: int, dense: int) ->
     return rule
 
 
-def pages(page: int, budget: int, recent: int) -> Rule:
+def pages(page: int, budget: int, recent: int, share: str = "none") -> Rule:
     def rule(s: Sequence) -> Tensor:
         blocks = groups(s.position, 1)
 
-        def kept(h: int, block: int) -> set[int]:
-            (i,) = blocks[block]
-            bound: dict[int, float] = {}
+        def bounds(h: int, i: int) -> dict[int, float]:
+            found: dict[int, float] = {}
             for n in open_blocks(s, [i], page):
                 x = s.k[n * page : (n + 1) * page]
-                bound[n] = float(torch.maximum(s.q[h, i] * x.amin(0), s.q[h, i] * x.amax(0)).sum())
+                found[n] = float(torch.maximum(s.q[h, i] * x.amin(0), s.q[h, i] * x.amax(0)).sum())
+            return found
+
+        def kept(h: int, block: int) -> set[int]:
+            (i,) = blocks[block]
+            heads = range(s.q.shape[0]) if share != "none" else [h]
+            bound = merged([bounds(n, i) for n in heads], share)
             return take(bound, "count", budget // page, own_blocks(s, [i], page, recent) if recent else ())
 
         return by_blocks(s, 1, page, kept)
