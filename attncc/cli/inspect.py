@@ -203,8 +203,9 @@ def pick(report: Report, number: int, target: str) -> Site:
             return site
     if not report.sites:
         raise TargetError(f"{target}: there is no site {number}; no attention was found")
-    last = report.sites[-1].index
-    raise TargetError(f"{target}: there is no site {number}; sites are {report.sites[0].index} to {last}")
+    first, last = report.sites[0].index, report.sites[-1].index
+    known = f"sites are {first} to {last}" if last > first else f"the only one is site {first}"
+    raise TargetError(f"{target}: there is no site {number}; {known}")
 
 
 def _part(site: Site, part: str | None, name: str, target: str) -> str:
