@@ -25,9 +25,8 @@ from attncc.runtime.op import Kernel
 from attncc.runtime.recent import Recent
 
 #: Pairs of a row and a key from which on tables are made: 1024 x 1024, some milliseconds for a kernel that skips none.
-#: On a CPU, numbers of keys and values as well: 8 heads of 1024 keys of 64, half a millisecond of reading; and pairs of
-#: that many heads and sequences together: 8 padded ones of 256 words and 12 heads, for a table within a millisecond.
-WORTHWHILE, TOGETHER = 1 << 20, 4
+#: On a CPU, numbers of keys and values as well: 8 heads of 1024 keys of 64, half a millisecond of reading.
+WORTHWHILE = 1 << 20
 #: Of the time that attending to a pair takes: what looking at it costs a byte, and what leaving its mask alone saves.
 LOOKING_COSTS, FULL_SAVES = 0.25, 0.3
 #: Calls for which a mask that showed little is not looked at again, at most, or one that changed is not copied again.
@@ -42,8 +41,7 @@ def work_of(a: Attention, sizes: Sequence[int]) -> int:
     held = set[Expr]().union(*(free(x) for x in (*a.k.index, *a.v.index)))
     heads = prod(extent(x.extent, table) for x in a.batch if x.index in held)
     read = heads * extent(a.j.extent, table) * (extent(a.d.extent, table) + extent(a.e.extent, table))
-    pairs = extent(a.i.extent, table) * extent(a.j.extent, table)
-    return max(pairs, pairs * prod(extent(x.extent, table) for x in a.batch) // TOGETHER, read)
+    return max(extent(a.i.extent, table) * extent(a.j.extent, table), read)
 
 
 class BySize:

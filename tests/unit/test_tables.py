@@ -13,7 +13,7 @@ from masks.bounds import attention, blocks, data, tiled, visible
 import attncc.kernels.skip_tables
 from attncc.codegen import torch_form
 from attncc.ir import Attention, interpret
-from attncc.kernels.skip_tables import Tabled, work_of
+from attncc.kernels.skip_tables import Tabled
 from attncc.passes.bounds.block_maps import BlockMap, block_map, keys_in, map_tables
 from attncc.passes.tables.spans import spanned, tables
 
@@ -63,12 +63,6 @@ def test_large_calls_make_tables(monkeypatch) -> None:  # type: ignore[no-untype
         wanted = interpret(a, tensors, sizes)["out"]
         torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     assert plain.calls == [11] and skipping.calls == [13, 13] and built == [1]
-
-
-def test_the_pairs_of_heads_and_sequences_count_together() -> None:
-    """A batch of padded texts of 512 words gains by tables as one text of 1024 does."""
-    a = attention("doc[b, min(i, M - 1)] == doc[b, j]")
-    assert work_of(a, (1, 128, 128, 0)) == 128 * 128 and work_of(a, (8, 128, 128, 0)) == 8 * 128 * 128
 
 
 def test_tables_are_made_again_only_for_other_sources(monkeypatch) -> None:  # type: ignore[no-untyped-def]
