@@ -12,12 +12,11 @@ from attncc.codegen import cpp
 from attncc.codegen.cpp.boxes import RANKS, SIZES
 from attncc.ir.evaluate import NAME_OF
 from attncc.kernels.build import Target, default_store, target_of
-from attncc.kernels.compiled import compiled
+from attncc.kernels.compiled import NOT_MADE, compiled, why_not_made
 from attncc.kernels.first_use import Check
-from attncc.runtime.cpp import CompileError, CppKernelError, Ranks
+from attncc.runtime.cpp import CppKernelError, Ranks
 from attncc.runtime.kept import Call, Kept
 from attncc.runtime.op import Kernel
-from attncc.runtime.store import StoreError
 from attncc.torch_private import apart
 
 _log = logging.getLogger(__name__)
@@ -41,8 +40,8 @@ def _built(dtype: torch.dtype, target: Target) -> Kernel | None:
                 ranks, cpp.emit_boxes(name), target.arch, target.toolchain, f"boxes-{name}", default_store(), check,
                 _no_other, None,
             )  # fmt: skip
-        except (CompileError, CppKernelError, StoreError, OSError) as error:
-            reason = str(error)
+        except NOT_MADE as error:
+            reason = why_not_made(error)
     _log.info("boxes of keys of %s are made by torch: %s", name, reason)
     return None
 
